@@ -52,7 +52,6 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """One of TOKENIZERS with its real chat template; each call gives a copy that the test may change."""
 
-
     return copy.deepcopy(_load_tokenizer(name))
 
 
