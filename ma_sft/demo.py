@@ -34,6 +34,6 @@ def demo_model() -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     with atomic_dir(folder) as target:
-        model.to(torch.bfloat16).save_pretrained(target)
+        model.bfloat16().save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
     return folder

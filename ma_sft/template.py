@@ -126,9 +126,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
             tokenizer.chat_template = source
             return added
         if tokenizer.eos_token is None:
-            raise TemplateError(
-                f"the template {template!r} ends turns with the EOS token, and the tokenizer has none"
-            )
+            raise TemplateError(f"the template {template!r} ends turns with the EOS token, and the tokenizer has none")
         puts_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if puts_bos else "") + source
     elif template.endswith((".jinja", ".j2")):
@@ -231,9 +229,7 @@ class ChatEncoder:
             examples[index].append(self._label(plan, sequence))
         if self.history == "split":
             for index, found in enumerate(examples):
-                examples[index] = self._split_merged(
-                    conversations[index], tools[index] if tools else None, found
-                )
+                examples[index] = self._split_merged(conversations[index], tools[index] if tools else None, found)
         return examples
 
     def tokenize_batch(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
@@ -246,9 +242,7 @@ class ChatEncoder:
         Raises:
             TemplateError: naming the row.
         """
-        tools = (
-            [json.loads(t) if isinstance(t, str) else t for t in batch["tools"]] if "tools" in batch else None
-        )
+        tools = [json.loads(t) if isinstance(t, str) else t for t in batch["tools"]] if "tools" in batch else None
         conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
             encoded = self.encode(conversations, tools)
@@ -312,9 +306,7 @@ class ChatEncoder:
             {
                 key: _map_strings(
                     value,
-                    self._escape_assistant
-                    if m.get("role") == "assistant" and key == "content"
-                    else self._escape,
+                    self._escape_assistant if m.get("role") == "assistant" and key == "content" else self._escape,
                     marker,
                 )
                 for key, value in m.items()
@@ -382,12 +374,11 @@ class ChatEncoder:
     def _check_nothing_lost(self, messages: list[Message], tools: list[Any] | None, text: str) -> None:
         for i, m in enumerate(messages):
             content = m.get("content")
-            if m["role"] != "assistant" and isinstance(content, str) and m["role"] != "tool":
-                if content.strip() not in text:
-                    raise TemplateError(
-                        f"the chat template leaves out message {i} (role {m['role']!r}); "
-                        "use a role that it knows, or another template"
-                    )
+            if m["role"] not in ("assistant", "tool") and isinstance(content, str) and content.strip() not in text:
+                raise TemplateError(
+                    f"the chat template leaves out message {i} (role {m['role']!r}); "
+                    "use a role that it knows, or another template"
+                )
             for call in m.get("tool_calls") or []:
                 name = call.get("function", call).get("name", "")
                 if name not in text:
@@ -452,17 +443,11 @@ class ChatEncoder:
                 # the template's own tail, so there the text can be cut where inference cuts it.
                 last = position == len(plan.turns) - 1 and not plan.text[end_at:].removeprefix(self._tail)
                 if not last:
-                    turns.append(
-                        Turn(k, reason="the turn's first characters merge into the prompt's last token")
-                    )
+                    turns.append(Turn(k, reason="the turn's first characters merge into the prompt's last token"))
                     continue
                 rest = plan.text[len(prompt) :]
                 pieces = rest.split(plan.marker) if plan.marker else [rest]
-                ids = (
-                    ids[: start - len(suffix)]
-                    + list(suffix)
-                    + [i for p in pieces for i in self._ids_after(p)]
-                )
+                ids = ids[: start - len(suffix)] + list(suffix) + [i for p in pieces for i in self._ids_after(p)]
                 labels = labels[:start] + [IGNORE_INDEX] * (len(ids) - start)
                 ends = np.flatnonzero(self._is_control[ids]).tolist()
                 end = ends[_count_below(cuts, end_at) - 1] + 1
@@ -481,9 +466,7 @@ class ChatEncoder:
         suffix = self.encode_suffix(prompt[cuts[n - 1] :], plan.marker)
         return controls[n - 1] + len(suffix), suffix
 
-    def _split_merged(
-        self, messages: list[Message], tools: list[Any] | None, examples: list[Example]
-    ) -> list[Example]:
+    def _split_merged(self, messages: list[Message], tools: list[Any] | None, examples: list[Example]) -> list[Example]:
         """Turns that could not be trained only because of a merge get a sequence that ends with them."""
         whole = examples[0]
         merged = [t.message for t in whole.turns if "merge" in t.reason]
@@ -545,9 +528,7 @@ def _encoder(
     known = _ENCODERS.setdefault(tokenizer, {})
     key = repr((tokenizer.chat_template, len(tokenizer), train_on, template_kwargs))
     if key not in known:
-        known[key] = ChatEncoder(
-            tokenizer, train_on=train_on, history="mask", template_kwargs=template_kwargs
-        )
+        known[key] = ChatEncoder(tokenizer, train_on=train_on, history="mask", template_kwargs=template_kwargs)
     return known[key]
 
 
@@ -555,11 +536,7 @@ def _check_messages(messages: list[Message]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TemplateError(f"message {i} must be a dict with a 'role', found {str(message)[:60]!r}")
-        if (
-            message.get("content") is None
-            and not message.get("tool_calls")
-            and not message.get("reasoning_content")
-        ):
+        if message.get("content") is None and not message.get("tool_calls") and not message.get("reasoning_content"):
             raise TemplateError(f"message {i} (role {message['role']!r}) has no content")
     if not any(m["role"] == "assistant" for m in messages):
         raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
@@ -609,11 +586,7 @@ def _tool_call_form(messages: list[Message], *, as_text: bool) -> list[Message]:
             function["arguments"] = json.dumps(arguments, ensure_ascii=False)
         elif not as_text and isinstance(arguments, str):
             function["arguments"] = json.loads(arguments)
-        return (
-            {**call, "type": call.get("type", "function"), "function": function}
-            if "function" in call
-            else function
-        )
+        return {**call, "type": call.get("type", "function"), "function": function} if "function" in call else function
 
     return [
         {
@@ -628,11 +601,7 @@ def _tool_call_form(messages: list[Message], *, as_text: bool) -> list[Message]:
 
 
 def _tool_name(tool: Any) -> str:
-    return (
-        str(tool.get("function", tool).get("name", ""))
-        if isinstance(tool, dict)
-        else getattr(tool, "__name__", "")
-    )
+    return str(tool.get("function", tool).get("name", "")) if isinstance(tool, dict) else getattr(tool, "__name__", "")
 
 
 def _count_below(sorted_positions: list[int], limit: int) -> int:

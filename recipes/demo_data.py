@@ -46,12 +46,8 @@ WORDS = {
                     "bowls",
                 )
             ]
-            + "desk fans,phone cases,garden hoses,picture frames,yoga mats,water bottles,bath rugs,tea pots".split(
-                ","
-            )
-            + "laptop stands,bike lights,paint brushes,coffee filters,door mats,kitchen knives,wall hooks".split(
-                ","
-            ),
+            + "desk fans,phone cases,garden hoses,picture frames,yoga mats,water bottles,bath rugs,tea pots".split(",")
+            + "laptop stands,bike lights,paint brushes,coffee filters,door mats,kitchen knives,wall hooks".split(","),
             "order": [
                 "I would like to order {n} {p}",
                 "please send me {n} {p}",
@@ -146,9 +142,7 @@ WORDS = {
             "product": "bamboo trays,silver candles,linen curtains,green scarves,leather belts,travel adapters".split(
                 ","
             )
-            + "rubber boots,copper pans,silk ties,paper lanterns,oak benches,camping tents,wool socks".split(
-                ","
-            ),
+            + "rubber boots,copper pans,silk ties,paper lanterns,oak benches,camping tents,wool socks".split(","),
             "order": [
                 "could you please send {n} {p} to my address",
                 "I would like to buy {n} of your {p}",
@@ -254,11 +248,7 @@ def multi_turn_rows(rng: random.Random, count: int) -> list[dict[str, list[dict[
         change = rng.choice(CHANGES[language]).format(n=quantity, m=order["quantity"])
         turns = [f"{INSTRUCTION}\n\n{text}", to_json(order), change, to_json({**order, "quantity": quantity})]
         rows.append(
-            {
-                "conversations": [
-                    {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)
-                ]
-            }
+            {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
         )
     return rows
 
@@ -277,9 +267,7 @@ def write(out: Path, seed: int = 0, rows: int = 2000, multi_turn: int = 300, hel
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=2000)

