@@ -17,6 +17,7 @@ from ma_sft.errors import (
 )
 
 if TYPE_CHECKING:
+    from ma_sft.cli import launch
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.formats import to_messages
     from ma_sft.packing import ConstantLengthDataset, pack
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "DataCollatorForCompletionOnlyLM": "ma_sft.collator",
+    "launch": "ma_sft.cli",
     "to_messages": "ma_sft.formats",
     "ConstantLengthDataset": "ma_sft.packing",
     "pack": "ma_sft.packing",
@@ -48,6 +50,7 @@ __all__ = [
     "RecipeError",
     "ResponseTemplateError",
     "TemplateError",
+    "launch",
     "pack",
     "run",
     "to_messages",

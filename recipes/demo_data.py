@@ -23,31 +23,17 @@ WORDS = {
             "product": [
                 f"{kind} {thing}"
                 for kind in (
-                    "red",
-                    "small",
-                    "wooden",
-                    "black",
-                    "cotton",
-                    "steel",
-                    "large",
-                    "blue",
-                    "glass",
-                    "soft",
-                )
+                    "red black blue white yellow pink orange small large round square wooden plastic cotton steel glass "
+                    "iron marble folding portable electric digital vintage modern striped winter summer kids baby dog cat "
+                    "garden kitchen bathroom desk wall floor pocket office fishing hiking cycling running concrete ceramic teak pine ash elm birch cork jute wicker felt velvet satin brass tin zinc opal ivory amber jade"
+                ).split()
                 for thing in (
-                    "lamps",
-                    "chairs",
-                    "towels",
-                    "mugs",
-                    "shelves",
-                    "bags",
-                    "pillows",
-                    "clocks",
-                    "bowls",
-                )
-            ]
-            + "desk fans,phone cases,garden hoses,picture frames,yoga mats,water bottles,bath rugs,tea pots".split(",")
-            + "laptop stands,bike lights,paint brushes,coffee filters,door mats,kitchen knives,wall hooks".split(","),
+                    "lamps chairs towels mugs shelves bags pillows clocks bowls tables mirrors blankets jackets gloves hats "
+                    "shirts shoes knives forks plates bottles jars boxes baskets frames rugs mats brushes filters fans "
+                    "cables chargers keyboards speakers headphones cameras notebooks pens markers toys puzzles drums ladders "
+                    "hammers drills stools ropes buckets hoses seeds helmets racks hooks timers scales whistles umbrellas sofas beds crates trunks vases pots jugs spoons aprons quilts kites dolls"
+                ).split()
+            ],
             "order": [
                 "I would like to order {n} {p}",
                 "please send me {n} {p}",
@@ -103,8 +89,11 @@ WORDS = {
             "name": "小王 小李 小张 小陈 小刘 老赵 小周 小吴 小郑 小孙".split(),
             "product": [
                 kind + thing
-                for kind in ("红色", "木头", "黑色", "大号", "小号", "蓝色")
-                for thing in ("台灯", "椅子", "毛巾", "杯子", "书架", "背包", "枕头")
+                for kind in "红色 木头 黑色 大号 小号 蓝色 黄色 塑料 玻璃 棉布 电动 折叠 儿童 迷你 圆形 户外 陶瓷 复古".split()
+                for thing in (
+                    "台灯 椅子 毛巾 杯子 书架 背包 枕头 闹钟 碗 桌子 毯子 外套 手套 帽子 鞋子 刀 盘子 "
+                    "瓶子 盒子 刷子 风扇 键盘 音箱 耳机 相机 笔记本 玩具 梯子 锤子 凳子 水桶 头盔"
+                ).split()
             ],
             "order": [
                 "我想买{n}个{p}",
@@ -128,6 +117,8 @@ WORDS = {
             "track": [
                 "订单{i}的{n}个{p}到哪里了",
                 "我的{n}个{p}什么时候到？订单{i}",
+                "{n}个{p}什么时候能送到？订单{i}",
+                "想问一下订单{i}的{n}个{p}什么时候到货",
                 "订单{i}发货了吗？{n}个{p}",
                 "{n}个{p}还没有收到，订单{i}",
             ],

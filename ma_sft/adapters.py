@@ -1,0 +1,103 @@
+"""LoRA presets and merging: what TRL and PEFT do, with the targets chosen and the outcome checked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.cache import atomic_dir
+from ma_sft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+    from ma_sft.recipe import Settings
+
+# `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
+# QLoRA (https://arxiv.org/abs/2305.14314) found that adapting every linear layer matters most.
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 32, "lora_alpha": 8},
+    "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "all-linear": {"lora_target_modules": "all-linear"},
+}
+
+
+def lora_config(settings: "Settings") -> "PeftConfig | None":
+    """The `peft.LoraConfig` of a recipe, None without `use_peft`. Fields that the recipe sets win over the preset's.
+
+    Raises:
+        RecipeError: an adapter on `lm_head`, whose loss TRL computes from the weight alone.
+    """
+    from trl import get_peft_config
+
+    model = settings.model
+    for key, value in PRESETS[settings.data.lora_preset].items():
+        if settings.chosen.get(key) is None:
+            setattr(model, key, value)
+    targets = model.lora_target_modules
+    if model.use_peft and "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
+        raise RecipeError(
+            "lora_target_modules: an adapter on lm_head would never be trained, because the loss is computed from "
+            "lm_head's weight directly; remove it"
+        )
+    return get_peft_config(model)
+
+
+def adapter_dir(folder: Path) -> Path:
+    """The adapter in a run's folder, or the folder itself if it is one.
+
+    Raises:
+        RecipeError: neither.
+    """
+    for candidate in (folder / "adapter", folder):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
+
+
+def merge(run: Path, out: Path) -> float:
+    """Merge the adapter of `run` into its base model, in the base's dtype, and save the whole model to `out`.
+
+    The tokenizer, its chat template and a generation config with the right end-of-turn ids go along. `out` appears
+    whole or not at all.
+
+    Returns:
+        The largest difference between a logit of the merged and of the adapter model on a short text.
+
+    Raises:
+        RecipeError: no adapter in `run`, `out` exists already, or the base model cannot be loaded.
+    """
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if out.exists():
+        raise RecipeError(f"{out} exists already; choose another folder or remove it")
+    adapter = adapter_dir(run)
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    except OSError as error:
+        raise RecipeError(f"the adapter's base model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    adapted = PeftModel.from_pretrained(model, adapter).eval()
+    ids = torch.tensor([tokenizer("The merged model must say the same.")["input_ids"]])
+    with torch.no_grad():
+        before = adapted(ids).logits.float()
+        merged = adapted.merge_and_unload(safe_merge=True)
+        difference = (merged(ids).logits.float() - before).abs().max().item()
+    save_model(merged, tokenizer, out)
+    return float(difference)
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Save a whole model with its tokenizer, chat template and end-of-turn ids, atomically."""
+    from ma_sft.evaluate import end_token_ids
+    from ma_sft.template import ChatEncoder
+
+    model.generation_config.eos_token_id = end_token_ids(model, ChatEncoder(tokenizer))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with atomic_dir(out) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,110 @@
+"""`ma-sft`: the command line. Nothing heavy is imported before a command is known.
+
+Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), 130 Ctrl-C.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import MaSftError
+
+if TYPE_CHECKING:
+    from ma_sft.recipe import Recipe
+
+
+def launch(recipe: "Recipe") -> None:
+    """Run a recipe as a script: flags from the command line, one line and an exit code for errors.
+
+    This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
+    """
+    from ma_sft.train import run
+
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    if main_file:
+        recipe.settings.setdefault("name", Path(main_file).stem)
+    sys.exit(guard(lambda: run(recipe, sys.argv[1:])))
+
+
+def guard(command: Callable[[], Any]) -> int:
+    """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except MaSftError as error:
+        return _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
+        full = os.strerror(errno.ENOSPC)
+        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+            return _fail(f"the disk is full ({full}): free some space and start again; nothing half-written was kept")
+        raise
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The console script."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(args)
+    if rest and options.command not in ("train", "check", "preview"):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return guard(lambda: options.function(options, rest))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ma-sft", description="Supervised fine-tuning with proven labels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    train = add("train", _train, "fine-tune as a recipe says; any setting of the recipe is a flag")
+    train.add_argument("recipe", help="a recipe: .py or .yaml")
+
+    merge = add("merge", _merge, "merge a run's adapter into its base model")
+    merge.add_argument("run", type=Path, help="a run's folder, or an adapter's")
+    merge.add_argument("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist")
+
+    chat = add("chat", _chat, "talk to a run's model or to any model folder")
+    chat.add_argument("folder", type=Path, help="a run's folder, or a model's")
+    chat.add_argument("--prompt", help="ask this one question and print the answer alone")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)")
+    return parser
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.recipe import Recipe
+    from ma_sft.train import run
+
+    run(Recipe.load(options.recipe), rest)
+
+
+def _merge(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.adapters import merge
+
+    difference = merge(options.run, options.out)
+    print(f"merged model: {options.out} (largest difference of a logit to the adapter model: {difference:.2g})")
+
+
+def _chat(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.chat import chat
+
+    chat(options.folder, prompt=options.prompt, system=options.system, max_new_tokens=options.max_new_tokens)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

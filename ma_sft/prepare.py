@@ -1,0 +1,287 @@
+"""Raw rows -> the data set that `SFTTrainer` takes as it is: `input_ids` and `labels`, cut, and packed if asked.
+
+Done once per machine: what is tokenised is kept under the cache folder, named by a digest of the rows, the
+tokenizer, the template and the settings; packing is quick and done each time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft import __version__
+from ma_sft.cache import atomic_dir, cache_dir
+from ma_sft.errors import LabelError, RecipeError
+from ma_sft.template import ChatEncoder, set_chat_template
+
+if TYPE_CHECKING:
+    from ma_sft.collator import DataCollatorForCompletionOnlyLM
+    from ma_sft.recipe import Settings
+
+
+@dataclass
+class Counts:
+    """What went in, what came out, and where the rest went."""
+
+    rows: int = 0
+    skipped_rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut_sequences: int = 0
+    dropped_sequences: int = 0
+    untrained_turns: dict[str, int] = field(default_factory=dict)
+    special_text_rows: int = 0
+    packs: int = 0
+
+
+@dataclass
+class Prepared:
+    """A labelled data set, the conversations it came from (None on the text path), and the counts."""
+
+    dataset: Dataset
+    conversations: Dataset | None
+    counts: Counts
+
+
+def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
+
+    Raises:
+        RecipeError: the model is no folder and no hub answers.
+        TemplateError: the template does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    model = settings.model
+    if model.model_name_or_path == "demo":
+        from ma_sft.demo import demo_model
+
+        model.model_name_or_path = str(demo_model())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=settings.training.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the model {model.model_name_or_path!r} is no local folder with a tokenizer and cannot be had from a hub; "
+            f"pass a folder: --model_name_or_path PATH (make: MODEL=PATH). {str(error).splitlines()[0]}"
+        ) from None
+    added = [] if settings.data.formatting_func else set_chat_template(tokenizer, settings.data.template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, added
+
+
+def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """The encoder of the recipe's conversations."""
+    kwargs = settings.data.template_kwargs
+    if isinstance(kwargs, str):
+        try:
+            kwargs = json.loads(kwargs)
+        except ValueError:
+            raise RecipeError(f"template_kwargs: a JSON object expected, found {kwargs!r}") from None
+    return ChatEncoder(
+        tokenizer,
+        train_on=settings.data.train_on,  # type: ignore[arg-type]
+        history=settings.data.history,  # type: ignore[arg-type]
+        template_kwargs=kwargs,
+    )
+
+
+def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Prepared:
+    """Load, label, cut and (training rows only) pack the recipe's rows.
+
+    Raises:
+        MaSftError: a source, row, template or label that is wrong; the message says which.
+    """
+    data, training = settings.data, settings.training
+    if data.formatting_func:
+        labelled, conversations, counts = _label_text(settings, tokenizer, held_out)
+    else:
+        labelled, conversations, counts = _label_conversations(settings, tokenizer, held_out)
+    cut = _cut(labelled, training.max_length, counts)
+    counts.sequences = len(cut)
+    counts.tokens, counts.trained_tokens = _count_tokens(cut)
+    if training.packing and not held_out:
+        from ma_sft.packing import pack
+
+        if training.max_length is None:
+            raise RecipeError("packing needs max_length, the length of a pack in tokens")
+        cut = pack(cut, training.max_length, training.packing_strategy)
+        counts.packs = len(cut)
+    return Prepared(cut, conversations, counts)
+
+
+def _sources(settings: "Settings", held_out: bool) -> list[Any]:
+    data = settings.data
+    if held_out:
+        return [data.eval_dataset]
+    return [data.dataset_name] if data.dataset_name else list(data.datasets)
+
+
+def _label_conversations(
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool
+) -> tuple[Dataset, Dataset, Counts]:
+    from ma_sft.mixture import load_mixture
+
+    data, training = settings.data, settings.training
+    conversations, report = load_mixture(
+        _sources(settings, held_out),
+        seed=training.seed,
+        on_error=data.on_error,
+        format=data.dataset_format,
+        system_prompt=data.system_prompt,
+        split=data.dataset_train_split,
+        num_proc=training.dataset_num_proc,
+    )
+    encoder = make_encoder(settings, tokenizer)
+    key = _digest(
+        conversations._fingerprint, encoder.train_on, encoder.history, encoder.template_kwargs, _describe(tokenizer)
+    )
+    labelled = _cached(
+        key,
+        lambda: conversations.map(
+            encoder.tokenize_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=conversations.column_names,
+            num_proc=training.dataset_num_proc,
+            new_fingerprint=key,
+            desc="tokenising",
+        ),
+    )
+    counts = Counts(rows=len(conversations), skipped_rows=report.skipped)
+    for reasons in labelled["untrained"]:
+        for reason in reasons:
+            counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
+    counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
+    return labelled, conversations, counts
+
+
+def _label_text(
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool
+) -> tuple[Dataset, None, Counts]:
+    """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
+    from ma_sft.formats import load_function
+    from ma_sft.mixture import load_rows
+
+    data, training = settings.data, settings.training
+    (source,) = _sources(settings, held_out)
+    rows = load_rows(source, split=data.dataset_train_split)
+    function = load_function(data.formatting_func)
+    collator = make_collator(settings, tokenizer)
+    bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
+
+    def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
+        texts = function(batch)
+        # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [[*bos, *row, tokenizer.eos_token_id] for row in encoded]
+        labels = (
+            ids
+            if collator is None
+            else [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
+        )
+        return {"input_ids": ids, "labels": labels}
+
+    labelled = rows.map(
+        label, batched=True, with_indices=True, remove_columns=rows.column_names, desc="formatting and tokenising"
+    )
+    return labelled, None, Counts(rows=len(rows))
+
+
+def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "DataCollatorForCompletionOnlyLM | None":
+    """The response-only collator of the classic path, None if the recipe has no response template."""
+    if settings.data.response_template is None:
+        return None
+    from ma_sft.collator import DataCollatorForCompletionOnlyLM
+
+    return DataCollatorForCompletionOnlyLM(
+        settings.data.response_template, settings.data.instruction_template, tokenizer=tokenizer
+    )
+
+
+def _cut(dataset: Dataset, max_length: int | None, counts: Counts) -> Dataset:
+    """Keep the first `max_length` tokens of each sequence; drop, and count, those with nothing left to train.
+
+    Raises:
+        LabelError: no row at all, or none with anything left to train.
+    """
+    if len(dataset) == 0:
+        raise LabelError("the data set is empty: no rows to train on")
+    dataset = dataset.select_columns(["input_ids", "labels"])
+    lengths, first, last = _label_spans(dataset)
+    limit = max_length if max_length is not None else int(lengths.max())
+    counts.cut_sequences = int((lengths > limit).sum())
+    keep = (first < limit) & (last >= 0)
+    counts.dropped_sequences = int((~keep).sum())
+    if not keep.any():
+        if (last < 0).all():
+            raise LabelError("no row has anything to train on: no assistant turn gave a label")
+        raise LabelError(
+            f"max_length={limit} cuts off every response: the shortest row needs {int(lengths[last >= 0].min())} "
+            "tokens to keep its whole response; raise max_length"
+        )
+    if counts.dropped_sequences:
+        dataset = dataset.select(np.flatnonzero(keep))
+    if counts.cut_sequences:
+        dataset = dataset.map(
+            lambda batch: {name: [row[:limit] for row in batch[name]] for name in ("input_ids", "labels")},
+            batched=True,
+            desc="cutting to max_length",
+        )
+    return dataset
+
+
+def _label_spans(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row: its length, and the positions of its first and last label (length and -1 where it has none)."""
+    lengths, first, last = [], [], []
+    for batch in dataset.with_format("numpy").iter(batch_size=1000):
+        for row in batch["labels"]:
+            (at,) = np.nonzero(row != -100)
+            lengths.append(len(row))
+            first.append(at[0] if len(at) else len(row))
+            last.append(at[-1] if len(at) else -1)
+    return np.array(lengths), np.array(first), np.array(last)
+
+
+def _count_tokens(dataset: Dataset) -> tuple[int, int]:
+    """(tokens, trained tokens) of a labelled data set."""
+    tokens = trained = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        labels = batch["labels"].combine_chunks().flatten().to_numpy()
+        tokens += len(labels)
+        trained += int((labels != -100).sum())
+    return tokens, trained
+
+
+def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, *parts], default=str).encode()).hexdigest()[:32]
+
+
+def _cached(key: str, make: Callable[[], Dataset]) -> Dataset:
+    folder = cache_dir() / "tokenized" / key
+    if not folder.is_dir():
+        with atomic_dir(folder) as target:
+            make().save_to_disk(str(target))
+    return load_from_disk(str(folder))
+
+
+def counts_table(counts: Counts) -> list[tuple[str, str]]:
+    """The counts as (what, how many) lines for the terminal and the report; what is zero is left out."""
+    values = asdict(counts)
+    untrained = values.pop("untrained_turns")
+    lines = [(key.replace("_", " "), f"{value:,}") for key, value in values.items() if value]
+    return lines + [(f"untrained turns: {reason}", f"{n:,}") for reason, n in untrained.items()]

@@ -1,0 +1,236 @@
+"""What a fine-tune is made of: data and settings. Every setting is a keyword, a flag and a YAML key alike.
+
+The settings are those of TRL's `SFTConfig` and `ModelConfig` plus `DataConfig` below, parsed by TRL's `TrlParser`:
+who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the recipe, `--config file.yaml`, flags.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ma_sft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
+
+
+@dataclass
+class DataConfig:
+    """The settings that TRL does not have: where the rows come from, how they become labels, what is measured."""
+
+    name: str | None = field(default=None, metadata={"help": "Name of the run; its folder is runs/<name>."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "One source: a hub id, a file, a glob, or a folder. See docs/formats.md."}
+    )
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Several sources: each a path or hub id, or in YAML a mapping with path, format, weight, ..."
+        },
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: a hub id, a file, or a folder."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    dataset_format: str | None = field(
+        default=None, metadata={"help": "Format of the rows, where detection by columns is not wanted."}
+    )
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "What to do with a broken row: stop, or count and skip it.", "choices": ["raise", "skip"]},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for conversations that have none."}
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, or a .jinja file."
+        },
+    )
+    template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Variables for the chat template, e.g. '{\"enable_thinking\": false}'."}
+    )
+    train_on: str = field(
+        default="all", metadata={"help": "Train every assistant turn, or the last one.", "choices": ["all", "last"]}
+    )
+    history: str = field(
+        default="split",
+        metadata={
+            "help": "A turn that the template rewrites in history is trained in a sequence of its own, or masked.",
+            "choices": ["split", "mask"],
+        },
+    )
+    response_template: str | None = field(
+        default=None,
+        metadata={"help": "Find labels by this text with DataCollatorForCompletionOnlyLM; needs formatting_func."},
+    )
+    instruction_template: str | None = field(
+        default=None, metadata={"help": "Text that begins a user turn, for multi-turn rows with response_template."}
+    )
+    formatting_func: str | None = field(
+        default=None,
+        metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
+    )
+    lora_preset: str = field(
+        default="all-linear",
+        metadata={
+            "help": "Modules that LoRA adapts, unless lora_target_modules is set.",
+            "choices": ["mini", "attention", "all-linear"],
+        },
+    )
+    check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
+    generate_eval: int = field(
+        default=0, metadata={"help": "Held-out answers to generate before and after training (-1: all)."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
+    merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what a finished run left in the output folder."}
+    )
+
+
+@dataclass
+class Settings:
+    """A resolved recipe: three parsed dataclasses and the values that were set by hand."""
+
+    data: DataConfig
+    training: "SFTConfig"
+    model: "ModelConfig"
+    chosen: dict[str, Any]
+
+
+class Recipe:
+    """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.
+
+    Any field of `DataConfig`, TRL's `SFTConfig` or TRL's `ModelConfig` is a keyword. Nothing heavy is imported and
+    nothing is checked until `resolve`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """The recipe of a Python module (its variable `recipe`) or of a YAML file.
+
+        Raises:
+            RecipeError: no such file, no recipe in it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(f"the recipe {str(path)!r} does not exist")
+        if path.suffix in (".yaml", ".yml"):
+            return cls(**{"name": path.stem, **_read_yaml(path)})
+        import runpy
+
+        recipe = runpy.run_path(str(path)).get("recipe")
+        if not isinstance(recipe, cls):
+            raise RecipeError(f"{path} has no variable `recipe = Recipe(...)`")
+        recipe.settings.setdefault("name", path.stem)
+        return recipe
+
+    def resolve(self, args: Sequence[str] = ()) -> Settings:
+        """Merge the recipe, `--config file.yaml` and flags into TRL's dataclasses.
+
+        Raises:
+            RecipeError: an unknown key (with the nearest right one) or a wrong value.
+        """
+        from trl import ModelConfig, SFTConfig, TrlParser
+
+        args = [a for a in args if not a.startswith("--local_rank")]  # the DeepSpeed launcher adds it
+        chosen = dict(self.settings)
+        if "--config" in args:
+            at = list(args).index("--config")
+            if at + 1 == len(args):
+                raise RecipeError("--config needs a YAML file")
+            chosen |= _read_yaml(Path(args[at + 1]))
+            args = [*args[:at], *args[at + 2 :]]
+
+        class Parser(TrlParser):  # type: ignore[misc]
+            def error(self, message: str) -> NoReturn:
+                raise RecipeError(message.removeprefix("argument "))
+
+        parser = Parser((DataConfig, SFTConfig, ModelConfig), allow_abbrev=False)
+        actions = {action.dest: action for action in parser._actions}
+        for key, value in chosen.items():
+            if key not in actions:
+                raise RecipeError(f"unknown setting {key!r}{_nearest(key, actions)}")
+            _check_value(key, value, actions[key])
+        parser.set_defaults_with_config(**{**_our_defaults(chosen, args), **chosen})
+        _, unknown = parser.parse_known_args(list(args))
+        if unknown:
+            key = unknown[0].lstrip("-").split("=")[0]
+            raise RecipeError(f"unknown setting {unknown[0]!r}{_nearest(key, actions)}")
+        try:
+            parsed = parser.parse_args_into_dataclasses(args=list(args))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(" ".join(str(error).split())) from error
+        data, training, model = parsed
+        flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
+        for key in flags & set(actions):
+            chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
+        if not model.model_name_or_path:
+            raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
+        if not (data.dataset_name or data.datasets):
+            raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
+        if data.dataset_name and data.datasets and "dataset_name" in flags:
+            data.datasets = []  # a flag replaces the recipe's sources
+        return Settings(data, training, model, chosen)
+
+
+def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
+    """Defaults that depend on the machine or differ from TRL's."""
+    import torch
+
+    name = chosen.get("name") or "sft"
+    for at, arg in enumerate(args):
+        if arg == "--name" and at + 1 < len(args):
+            name = args[at + 1]
+        elif arg.startswith("--name="):
+            name = arg.removeprefix("--name=")
+    bf16 = (
+        torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    ) and not chosen.get("fp16")
+    lora = chosen.get("use_peft") or "--use_peft" in args
+    return {
+        "output_dir": f"runs/{name}",
+        "bf16": bool(bf16),
+        "use_cpu": not torch.accelerator.is_available(),
+        # The frozen base of an adapter needs no float32 master weights.
+        "dtype": "bfloat16" if bf16 and lora else "float32",
+        "report_to": ["tensorboard"],
+        "save_strategy": "steps",
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise RecipeError(f"the config file {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
+    return content
+
+
+def _nearest(key: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all settings"
+
+
+def _check_value(key: str, value: Any, action: argparse.Action) -> None:
+    """argparse checks only what comes as text; a recipe or YAML file can hold any type."""
+    if value is None or isinstance(value, str):
+        return
+    if action.type in (int, float) and action.nargs is None:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if not ok or (action.type is int and value != int(value)):
+            raise RecipeError(f"{key}: {action.type.__name__} expected, found {value!r}")  # type: ignore[union-attr]
+    if action.choices is not None and value not in action.choices:
+        raise RecipeError(f"{key}: one of {list(action.choices)} expected, found {value!r}")

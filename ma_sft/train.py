@@ -1,0 +1,246 @@
+"""Recipe -> `SFTTrainer`: the one place where the pieces meet."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import RecipeError
+from ma_sft.recipe import Recipe, Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+    from ma_sft.evaluate import Answer
+    from ma_sft.prepare import Prepared
+
+
+def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
+    """Fine-tune as the recipe says and return the summary that is written to `<output_dir>/summary.json`.
+
+    Args:
+        recipe: data and settings.
+        args: flags that win over the recipe, e.g. `["--max_steps", "20"]`.
+
+    The output folder then holds `adapter/` and `merged/` (LoRA) or `model/` (full fine-tuning), `report.html`,
+    `recipe.json` and `summary.json`.
+
+    Raises:
+        MaSftError: anything wrong with settings, data or labels, before the first step.
+    """
+    settings = recipe.resolve(args)
+    training = settings.training
+    out = Path(training.output_dir)
+    if training.process_index == 0:
+        _claim(out, settings)
+
+    from ma_sft.prepare import load_tokenizer, prepare
+
+    tokenizer, added_tokens = load_tokenizer(settings)
+    with training.main_process_first(desc="preparing the data"):
+        data = prepare(settings, tokenizer)
+        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+    trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
+    main = trainer.is_world_process_zero()
+    if main:
+        show_start(settings, data, trainer)
+
+    exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
+    before = exam.answer(trainer, "answers before training") if exam else []
+    start = time.monotonic()
+    result = trainer.train()
+    seconds = time.monotonic() - start
+    metrics = trainer.evaluate() if held_out else {}
+    kind = "adapter" if settings.model.use_peft else "model"
+    trainer.save_model(str(out / kind))
+    after = exam.answer(trainer, "answers after training") if exam else []
+    if not main:
+        return {}
+
+    summary: dict[str, Any] = {
+        "name": settings.data.name,
+        "rows": data.counts.rows,
+        "trained_tokens": data.counts.trained_tokens,
+        "tokens": trainer._total_train_tokens,
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "train_seconds": round(seconds, 1),
+        "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
+        **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
+    }
+    if exam and after:
+        summary |= exam.grade(before, after)
+    if settings.model.use_peft and settings.data.merge:
+        from ma_sft.adapters import merge
+
+        summary["merge_max_logit_difference"] = merge(out, out / "merged")
+    return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
+
+
+def make_trainer(
+    settings: Settings,
+    tokenizer: "PreTrainedTokenizerBase",
+    added_tokens: list[str],
+    train: "Dataset",
+    held_out: "Dataset | None",
+) -> "SFTTrainer":
+    """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
+
+    Packed rows carry `seq_lengths`; TRL's padding-free collator turns them into position ids that restart at each
+    document, from which transformers keeps attention inside the documents.
+    """
+    from transformers import ProgressCallback
+    from trl import SFTTrainer, get_quantization_config
+
+    from ma_sft.adapters import lora_config
+    from ma_sft.progress import TrainingBar
+
+    training, model = settings.training, settings.model
+    training.padding_free = training.packing and training.packing_strategy != "wrapped"
+    training.packing, training.max_length, training.chat_template_path = False, None, None
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    peft = lora_config(settings)
+    try:
+        trainer = SFTTrainer(
+            model.model_name_or_path,
+            args=training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model),
+            peft_config=peft,
+        )
+    except OSError as error:
+        raise RecipeError(
+            f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingBar)
+    return trainer
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Make the output folder this run's; never take a finished run's, or another recipe's, without being told to.
+
+    Raises:
+        RecipeError: the folder holds a finished run, another recipe's run, or something else.
+    """
+    recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
+    if out.exists() and settings.data.overwrite_output_dir:
+        shutil.rmtree(out)
+    way_out = "pass --overwrite_output_dir to delete it, or another --name or --output_dir"
+    if (out / "summary.json").exists():
+        raise RecipeError(f"{out} holds a finished run; {way_out}")
+    if (out / "recipe.json").exists():
+        if json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
+            raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} holds something that is not a run; {way_out}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+# Settings that may differ between two starts of the same run.
+_NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
+
+
+class _Exam:
+    """Held-out conversations as questions (all but the last assistant turn) and references (that turn)."""
+
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", conversations: "Dataset") -> None:
+        from ma_sft.prepare import make_encoder
+
+        count = settings.data.generate_eval
+        rows = conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations))))
+        self.encoder = make_encoder(settings, tokenizer)
+        self.max_new_tokens = settings.data.max_new_tokens
+        self.questions, self.references = [], []
+        for messages in rows["messages"]:
+            last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            self.questions.append(messages[:last])
+            self.references.append(messages[last]["content"])
+
+    def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        from ma_sft.evaluate import generate_answers
+
+        if not self.questions or not trainer.is_world_process_zero():
+            return []
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
+
+    def grade(self, before: "list[Answer]", after: "list[Answer]") -> dict[str, float]:
+        from ma_sft.evaluate import score
+
+        first, last = score(before, self.references), score(after, self.references)
+        return {
+            "exact_match_before": first.exact_match,
+            "exact_match_after": last.exact_match,
+            "eos_rate": last.eos_rate,
+        }
+
+    def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
+        """(question, before, after, reference) of each held-out row."""
+        questions = [messages[-1]["content"] for messages in self.questions]
+        return [
+            (q, b.text, a.text, r) for q, b, a, r in zip(questions, before, after, self.references, strict=bool(after))
+        ]
+
+
+def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> None:
+    """Print what will be trained, before the first step."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ma_sft.prepare import counts_table
+
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
+    for key, value in counts_table(data.counts):
+        table.add_row(key, value)
+    table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")
+    Console().print(table)
+
+
+def _finish(
+    settings: Settings,
+    trainer: "SFTTrainer",
+    data: "Prepared",
+    answers: list[tuple[str, str, str, str]],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Write report and summary, print where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ma_sft.prepare import counts_table
+    from ma_sft.report import write_report
+
+    out = Path(settings.training.output_dir)
+    console = Console()
+    if answers:
+        table = Table("message", "before", "after", title="held-out answers", show_lines=True)
+        for question, before, after, _ in answers[:5]:
+            table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
+        console.print(table)
+        console.print(
+            f"held-out exact match: {summary['exact_match_before']:.1%} before, {summary['exact_match_after']:.1%} "
+            f"after; stopped by itself: {summary['eos_rate']:.1%}"
+        )
+    write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    for what in ("adapter", "merged", "model", "report.html"):
+        if (out / what).exists():
+            console.print(f"{what:>12}  {out / what}", highlight=False, soft_wrap=True)
+    console.print(f"{'chat':>12}  ma-sft chat {out}", highlight=False, soft_wrap=True)
+    return summary
