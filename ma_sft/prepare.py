@@ -173,7 +173,7 @@ def _label_text(
     from ma_sft.formats import load_function
     from ma_sft.mixture import load_rows
 
-    data, training = settings.data, settings.training
+    data = settings.data
     (source,) = _sources(settings, held_out)
     rows = load_rows(source, split=data.dataset_train_split)
     function = load_function(data.formatting_func)
