@@ -19,7 +19,7 @@ _BEFORE = ("", "\n", " ", "a", "a\n", "a ", "1\n", ".", ".\n", "。", "。\n", "
 _AFTER = ("", " ", " a", "a", "\n", "1", " 1", "中", " {", "{")
 
 
-class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):  # type: ignore[misc]
+class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     """Pads a batch and masks everything but the responses.
 
     Args:
@@ -49,7 +49,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):  # type:
         on_missing: str = "raise",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, mlm=mlm, **kwargs)
+        super().__init__(*args, **{**kwargs, "mlm": False})
         if mlm:
             raise RecipeError("mlm: response-only training is causal; leave mlm=False")
         if on_missing not in ("raise", "mask"):
@@ -82,16 +82,16 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):  # type:
             if self.on_missing == "raise":
                 raise ResponseTemplateError(self._explain(ids, index))
             self.missing += 1
-            return labels.tolist()  # type: ignore[no-any-return]
+            return list(labels.tolist())
         if self._instruction_ids is None:
             start = responses[-1][1]
             labels[start:] = ids[start:]
-            return labels.tolist()  # type: ignore[no-any-return]
+            return list(labels.tolist())
         instructions = [begin for begin, _ in find(ids, self._instruction_ids)]
         for _, start in responses:
             end = next((begin for begin in instructions if begin >= start), len(ids))
             labels[start:end] = ids[start:end]
-        return labels.tolist()  # type: ignore[no-any-return]
+        return list(labels.tolist())
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """A padded batch: `input_ids`, `attention_mask`, `labels`, each int64 of shape (batch, n_tokens)."""
@@ -125,9 +125,9 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):  # type:
         around = ids[max(0, at - 2) : at + len(self._response_ids[0]) + 2].tolist()
         text = repr(self.tokenizer.decode(around))
         return (
-            f"{where}: the response template {self.response_template!r} (ids {wanted}) is not in its {len(ids)} tokens; "
-            f"nearest ({nearest:.0%} alike): {around} = {text}; give response_template as the ids that stand there, raise "
-            "max_length if it was cut off, or pass on_missing='mask' to leave such rows untrained"
+            f"{where}: the response template {self.response_template!r} (ids {wanted}) is not in its {len(ids)} "
+            f"tokens; nearest ({nearest:.0%} alike): {around} = {text}; give response_template as the ids that stand "
+            "there, raise max_length if it was cut off, or pass on_missing='mask' to leave such rows untrained"
         )
 
 

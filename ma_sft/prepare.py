@@ -176,7 +176,7 @@ def _label_text(
     data = settings.data
     (source,) = _sources(settings, held_out)
     rows = load_rows(source, split=data.dataset_train_split)
-    function = load_function(data.formatting_func)
+    function = load_function(str(data.formatting_func))
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
 

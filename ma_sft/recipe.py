@@ -44,7 +44,7 @@ class DataConfig:
     template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, or a .jinja file."
+            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, a .jinja file."
         },
     )
     template_kwargs: dict[str, Any] | str | None = field(

@@ -1,13 +1,8 @@
 """The demo's data: seeded, big enough, and with nothing of the held-out rows in the training rows."""
 
 import json
-import sys
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import demo_data  # noqa: E402
+import demo_data
 
 FIELDS = ["intent", "product", "quantity", "urgency", "order_id"]
 

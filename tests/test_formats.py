@@ -119,7 +119,8 @@ def test_explicit_format_wins_over_the_columns():
 def test_own_function_by_name(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "def turns(row):\n    return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]\n"
+        "def turns(row):\n"
+        "    return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]\n"
     )
     assert to_messages({"q": "What is 2+2?", "a": "4"}, f"{path}:turns") == [USER, ASSISTANT]
 

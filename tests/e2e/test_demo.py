@@ -1,26 +1,9 @@
 """One real train, merge, chat run: the demo's recipe, shorter, started as a user starts it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-BIN = Path(sys.executable).parent
-
-
-def start(*command, **environment):
-    """Run a command from the project's root as a user would; returns the finished process."""
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **environment},
-        capture_output=True,
-        text=True,
-    )
+from conftest import start
 
 
 @pytest.fixture(scope="module")

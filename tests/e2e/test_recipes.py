@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_demo import start
+from conftest import start
 
 CONVERSATIONS = [
     {
