@@ -196,11 +196,11 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
             fill(first, count, space, each, length)
             left -= count * each
 
-    first, count, each = np.array(steps, dtype=np.int64).reshape(-1, 3).T
-    items = count * each
+    starts, counts, sizes = np.array(steps, dtype=np.int64).reshape(-1, 3).T
+    items = counts * sizes
     nth = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
     result = np.empty(len(lengths), dtype=np.int64)
-    result[_argsort(capacity - lengths)] = np.repeat(first, items) + nth // np.repeat(each, items)
+    result[_argsort(capacity - lengths)] = np.repeat(starts, items) + nth // np.repeat(sizes, items)
     return result
 
 
@@ -277,7 +277,7 @@ class _Column:
         self.start: Ints = np.concatenate([each[:-1] for each in offsets] or none)
         self.length: Ints = np.concatenate([np.diff(each) for each in offsets] or none)
         self.chunk: Ints = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks] or none[0])
-        self.views = [memoryview(values).cast("B") for values in self.values]
+        self.views = [values.data.cast("B") for values in self.values]
 
     def gather(self, pieces: _Pieces) -> pa.Array:
         """The tokens of the pieces, one after another: `bytes.join` copies each piece with one memcpy."""
@@ -333,8 +333,9 @@ class _Source:
 
     @classmethod
     def of(cls, dataset: datasets.Dataset) -> "_Source":
-        # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy it
-        all.indices = dataset._indices
+        # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy
+        # it all.
+        indices = dataset._indices
         return cls(
             dataset.data.table, None if indices is None else indices.column(0).to_numpy().astype(np.int64)
         )
@@ -578,9 +579,9 @@ def _pack_stream(
         source = _Source(table)
         plan = _plan(source.lengths, seq_length, strategy, overflow, seed)
         report = source.report(plan, seq_length, strategy, overflow, 1, end_token_ids)
-        if report.rows_cut or report.rows_dropped or report.rows_empty:
+        if report.rows_cut or report.rows_dropped:
             logger.warning(
-                "packing a buffer of %d rows: %d cut (%d without a label, %d unfinished), %d dropped, %d empty",
+                "packing %d rows: %d cut (%d without a label, %d unfinished), %d dropped, %d empty",
                 report.rows,
                 report.rows_cut,
                 report.rows_unlabelled,
