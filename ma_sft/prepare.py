@@ -21,6 +21,7 @@ from ma_sft.template import TEMPLATES, ChatEncoder, set_chat_template
 
 if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
+    from ma_sft.packing import PackingReport
     from ma_sft.recipe import Settings
 
 
@@ -37,16 +38,16 @@ class Counts:
     dropped_sequences: int = 0
     untrained_turns: dict[str, int] = field(default_factory=dict)
     special_text_rows: int = 0
-    packs: int = 0
 
 
 @dataclass
 class Prepared:
-    """A labelled data set, the conversations it came from (None on the text path), and the counts."""
+    """A labelled data set, the conversations it came from (None on the text path), the counts, what packing did."""
 
     dataset: Dataset
     conversations: Dataset | None
     counts: Counts
+    packing: "PackingReport | None"
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -111,17 +112,20 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
         labelled, conversations, counts = _label_text(settings, tokenizer, held_out)
     else:
         labelled, conversations, counts = _label_conversations(settings, tokenizer, held_out)
-    cut = _cut(labelled, training.max_length, counts)
+    pack_rows = training.packing and not held_out
+    splits = pack_rows and training.packing_strategy != "bfd"  # these keep all of a long sequence, in pieces
+    cut = _cut(labelled, None if splits else training.max_length, counts)
     counts.sequences = len(cut)
     counts.tokens, counts.trained_tokens = _count_tokens(cut)
-    if training.packing and not held_out:
-        from ma_sft.packing import pack
+    packing = None
+    if pack_rows:
+        from ma_sft.packing import pack_with_report
 
         if training.max_length is None:
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
-        cut = pack(cut, training.max_length, training.packing_strategy)
-        counts.packs = len(cut)
-    return Prepared(cut, conversations, counts)
+        batch_size = training.per_device_train_batch_size
+        cut, packing = pack_with_report(cut, training.max_length, training.packing_strategy, batch_size=batch_size)
+    return Prepared(cut, conversations, counts, packing)
 
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
