@@ -57,7 +57,10 @@ lint: $(STAMP)  ## ruff: style and format
 types: $(STAMP)  ## mypy --strict on ma_sft
 	$(BIN)/mypy
 
+bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
+	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
+
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench clean

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.formats import to_messages
     from ma_sft.packing import ConstantLengthDataset, pack
-    from ma_sft.preference import to_preference
     from ma_sft.recipe import Recipe
     from ma_sft.template import tokenize_conversation
     from ma_sft.train import run
@@ -34,7 +33,6 @@ _LAZY = {
     "to_messages": "ma_sft.formats",
     "ConstantLengthDataset": "ma_sft.packing",
     "pack": "ma_sft.packing",
-    "to_preference": "ma_sft.preference",
     "Recipe": "ma_sft.recipe",
     "tokenize_conversation": "ma_sft.template",
     "run": "ma_sft.train",
@@ -54,7 +52,6 @@ __all__ = [
     "pack",
     "run",
     "to_messages",
-    "to_preference",
     "tokenize_conversation",
 ]
 

@@ -79,7 +79,8 @@ def merge(run: Path, out: Path) -> float:
     except OSError as error:
         raise RecipeError(f"the adapter's base model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embedding: Any = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     ids = torch.tensor([tokenizer("The merged model must say the same.")["input_ids"]])

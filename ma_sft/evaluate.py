@@ -61,7 +61,7 @@ def generate_answers(
             width = len(ids[chunk[0]])
             rows = [[ends[0]] * (width - len(ids[i])) + ids[i] for i in chunk]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk]
-            output = model.generate(
+            output: list[list[int]] = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 max_new_tokens=max_new_tokens,
@@ -71,7 +71,8 @@ def generate_answers(
             )[:, width:].tolist()
             for i, row in zip(chunk, output, strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
-                answers[i] = Answer(encoder.tokenizer.decode(row[:end], skip_special_tokens=True), end is not None)
+                text = str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
+                answers[i] = Answer(text, end is not None)
             bar.update(len(chunk))
     model.train(was_training)
     return [answers[i] for i in range(len(ids))]

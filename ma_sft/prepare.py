@@ -173,10 +173,10 @@ def _label_text(
     from ma_sft.formats import load_function
     from ma_sft.mixture import load_rows
 
-    data, training = settings.data, settings.training
+    data = settings.data
     (source,) = _sources(settings, held_out)
     rows = load_rows(source, split=data.dataset_train_split)
-    function = load_function(data.formatting_func)
+    function = load_function(str(data.formatting_func))
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
 

@@ -6,13 +6,13 @@ from typing import Any
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class TrainingBar(ProgressCallback):  # type: ignore[misc]
+class TrainingBar(ProgressCallback):
     """transformers' own progress bar with the figures of the last log beside it instead of a dict per log."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         self._start = time.monotonic()
 
     def on_log(

@@ -27,9 +27,7 @@ class DataConfig:
     )
     datasets: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Several sources: each a path or hub id, or in YAML a mapping with path, format, weight, ..."
-        },
+        metadata={"help": "Several sources: each a path or hub id, or a mapping with path, format, weight, ..."},
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: a hub id, a file, or a folder."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
@@ -46,7 +44,7 @@ class DataConfig:
     template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, or a .jinja file."
+            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, a .jinja file."
         },
     )
     template_kwargs: dict[str, Any] | str | None = field(
@@ -225,12 +223,12 @@ def _nearest(key: str, known: dict[str, Any]) -> str:
 
 
 def _check_value(key: str, value: Any, action: argparse.Action) -> None:
-    """argparse checks only what comes as text; a recipe or YAML file can hold any type."""
-    if value is None or isinstance(value, str):
+    """argparse checks neither the choices of a default nor, unless it is text, its type."""
+    if value is None:
         return
-    if action.type in (int, float) and action.nargs is None:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or (action.type is int and value != int(value)):
-            raise RecipeError(f"{key}: {action.type.__name__} expected, found {value!r}")  # type: ignore[union-attr]
     if action.choices is not None and value not in action.choices:
         raise RecipeError(f"{key}: one of {list(action.choices)} expected, found {value!r}")
+    if action.type in (int, float) and action.nargs is None and not isinstance(value, str):
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if not ok or (action.type is int and value != int(value)):
+            raise RecipeError(f"{key}: {action.type.__name__} expected, found {value!r}")

@@ -136,16 +136,16 @@ def _claim(out: Path, settings: Settings) -> None:
         RecipeError: the folder holds a finished run, another recipe's run, or something else.
     """
     recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
-    if out.exists() and settings.data.overwrite_output_dir:
+    way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
+    known = (out / "recipe.json").exists() or (out / "summary.json").exists()
+    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
+    if known and settings.data.overwrite_output_dir:
         shutil.rmtree(out)
-    way_out = "pass --overwrite_output_dir to delete it, or another --name or --output_dir"
-    if (out / "summary.json").exists():
+    elif (out / "summary.json").exists():
         raise RecipeError(f"{out} holds a finished run; {way_out}")
-    if (out / "recipe.json").exists():
-        if json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
-            raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something that is not a run; {way_out}")
+    elif known and json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
+        raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
 

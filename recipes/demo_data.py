@@ -130,10 +130,17 @@ WORDS = {
     "heldout": {
         "en": {
             "name": "Sofia Victor Wendy Yusuf Zoe Oscar Priya Tomas".split(),
-            "product": "bamboo trays,silver candles,linen curtains,green scarves,leather belts,travel adapters".split(
-                ","
-            )
-            + "rubber boots,copper pans,silk ties,paper lanterns,oak benches,camping tents,wool socks".split(","),
+            "product": [
+                f"{kind} {thing}"
+                for kind in (
+                    "bamboo silver linen green leather travel rubber copper silk paper oak camping wool purple canvas "
+                    "granite crystal walnut denim golden"
+                ).split()
+                for thing in (
+                    "trays candles curtains scarves belts adapters boots pans ties lanterns benches tents socks vests "
+                    "rings wallets carpets stickers magnets"
+                ).split()
+            ],
             "order": [
                 "could you please send {n} {p} to my address",
                 "I would like to buy {n} of your {p}",
@@ -161,7 +168,11 @@ WORDS = {
         },
         "zh": {
             "name": "阿明 阿芳 小林 小何".split(),
-            "product": "绿色雨伞 竹子篮子 银色水壶 白色围巾 紫色地毯 金色镜子".split(),
+            "product": [
+                kind + thing
+                for kind in "绿色 竹子 银色 白色 紫色 金色 皮革 便携".split()
+                for thing in "雨伞 篮子 水壶 围巾 地毯 镜子 手表 沙发".split()
+            ],
             "order": ["麻烦给我订{n}个{p}", "我想要买{n}个{p}，谢谢"],
             "cancel": ["麻烦把订单{i}的{n}个{p}取消", "订单{i}请取消，是{n}个{p}"],
             "return": ["订单{i}的{n}个{p}我想退货", "收到的{n}个{p}坏了，要退货，订单是{i}"],

@@ -8,18 +8,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import copy
 import functools
 import importlib.resources
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from fetch_tokenizers import fetch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from ma_sft.demo import demo_model
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from fetch_tokenizers import fetch  # noqa: E402
 
 # The template that meta-llama/Llama-2-7b-chat-hf ships, which the tokenizer package leaves out.
 LLAMA2_TEMPLATE = (
@@ -64,3 +63,34 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 def smollm2() -> Path:
     """Folder of the demo model, SmolLM2-135M-Instruct."""
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised two-layer Qwen3 with the real Qwen3 tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen3"
+    tokenizer = load_tokenizer("qwen3")
+    set_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command from the project's root as a user would."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )

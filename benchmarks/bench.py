@@ -1,0 +1,111 @@
+"""Preparation and packing side by side with plain TRL, in one process and one run; ratios are ours to TRL.
+
+python benchmarks/bench.py [--lengths 200000] [--conversations 20000]
+"""
+
+import argparse
+import json
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+# Both sides start cold: nothing prepared earlier may be found again.
+SCRATCH = tempfile.TemporaryDirectory()
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def packing(count: int, seq_length: int = 2048) -> list[tuple[str, float, float]]:
+    """Density and rows/s of best-fit packing on log-normal lengths (median 200, clipped at `seq_length`)."""
+    from trl import pack_dataset
+
+    from ma_sft import pack
+
+    rng = np.random.default_rng()
+    lengths = np.clip(rng.lognormal(np.log(200), 0.8, count).astype(int), 1, seq_length)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = pa.array(rng.integers(0, 50_000, offsets[-1]), pa.int32())
+    column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    rows = Dataset(pa.table({"input_ids": column, "labels": column}))
+    ours, our_seconds = timed(lambda: pack(rows, seq_length))
+    theirs, their_seconds = timed(lambda: pack_dataset(rows, seq_length, "bfd"))
+    total = offsets[-1] / seq_length
+    return [
+        (f"packing {count:,} rows: rows/s", count / our_seconds, count / their_seconds),
+        ("packing: density", total / len(ours), total / len(theirs)),
+    ]
+
+
+def preparation(count: int) -> list[tuple[str, float, float]]:
+    """Conversations/s from JSON Lines on disk to packed, labelled sequences, assistant turns only, one process."""
+    from fetch_tokenizers import fetch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from ma_sft import pack
+    from ma_sft.mixture import load_mixture
+    from ma_sft.template import ChatEncoder
+
+    rng = random.Random()
+    words = Path(__file__).read_text(encoding="utf-8").split()
+    path = Path(SCRATCH.name) / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            turns = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(rng.choice([2, 2, 4]))]
+            messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
+    # TRL can mask assistant turns only of templates that it knows to the letter
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+
+    def ours() -> Any:
+        encoder = ChatEncoder(tokenizer)
+        rows, _ = load_mixture([str(path)])
+        labelled = rows.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=rows.column_names)
+        return pack(labelled, 4096)
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **small))
+
+    def theirs() -> Any:
+        rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=f"{SCRATCH.name}/trl")
+        settings = {"assistant_only_loss": True, "packing": True, "max_length": 4096}
+        args = SFTConfig(SCRATCH.name, use_cpu=True, bf16=False, report_to="none", **settings)
+        return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+    _, our_seconds = timed(ours)
+    _, their_seconds = timed(theirs)
+    return [(f"preparing {count:,} conversations: rows/s", count / our_seconds, count / their_seconds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, default=200_000)
+    parser.add_argument("--conversations", type=int, default=20_000)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    table = Table("", "ours", "TRL", "ratio")
+    for name, ours, trl in packing(options.lengths) + preparation(options.conversations):
+        table.add_row(name, f"{ours:,.4g}", f"{trl:,.4g}", f"{ours / trl:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""One real train, merge, chat run: the demo's recipe, shorter, started as a user starts it."""
+
+import json
+
+import pytest
+from conftest import start
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    done = start(
+        *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "recipes/demo.py"),
+        *("--output_dir", out, "--max_steps", "70", "--generate_eval", "40", "--eval_strategy", "no"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done
+
+
+def test_learns_the_task_and_stops(demo):
+    out, done = demo
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["exact_match_before"] <= 0.05
+    assert summary["exact_match_after"] >= 0.5
+    assert summary["eos_rate"] >= 0.9
+    assert summary["rows"] == 2300 and summary["trained_tokens"] > 50_000
+    assert summary["train_seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert "held-out exact match" in done.stdout and f"ma-sft chat {out}" in done.stdout
+    assert "token accuracy" in done.stderr and "tokens/s" in done.stderr
+
+
+def test_merged_model_answers_like_the_run_said(demo):
+    out, _ = demo
+    message = "Turn the message into JSON.\n\nHello, I am Priya, I would like to buy 12 of your bamboo trays."
+    done = start("ma-sft", "chat", out, "--system", "You write JSON.", "--prompt", message)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["quantity"] == 12
+
+
+def test_merge_again_gives_the_same_model_and_refuses_to_overwrite(demo, tmp_path):
+    from safetensors.torch import load_file
+
+    out, _ = demo
+    done = start("ma-sft", "merge", out, "-o", tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (out / "merged", tmp_path / "again"))
+    assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [2]
+    done = start("ma-sft", "merge", out, "-o", tmp_path / "again")
+    assert done.returncode == 2 and "exists already" in done.stderr
+
+
+def test_finished_run_is_not_overwritten(demo):
+    out, _ = demo
+    before = (out / "summary.json").read_bytes()
+    done = start("ma-sft", "train", "recipes/demo.py", "--output_dir", out)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {out} holds a finished run")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_report_is_self_contained(demo):
+    out, _ = demo
+    page = (out / "report.html").read_text()
+    assert "<polyline" in page and "Held-out answers" in page and "exact_match_after" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page

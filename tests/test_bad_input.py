@@ -1,0 +1,160 @@
+"""Whatever a user gets wrong ends, before any training, in one line that says what and where."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+
+from ma_sft import MaSftError, Recipe, run
+from ma_sft.cli import guard, main
+
+GOOD = {"instruction": "Say hi", "input": "", "output": "hi there"}
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def recipe(tmp_path, **settings):
+    defaults = {"name": "bad", "model_name_or_path": "demo", "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    return Recipe(**{**defaults, **settings})
+
+
+def fails(recipe, *args):
+    with pytest.raises(MaSftError) as error:
+        run(recipe, args)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_file(tmp_path):
+    assert "the file 'no.jsonl' does not exist" in fails(recipe(tmp_path, dataset_name="no.jsonl"))
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_empty_data_set(tmp_path, content):
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    assert "empty" in fails(recipe(tmp_path, dataset_name=str(path)))
+
+
+def test_unknown_format(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "x", "reply": "y"}])
+    message = fails(recipe(tmp_path, dataset_name=path))
+    assert "a.jsonl, row 1: unknown format: columns ['instruction', 'reply']" in message
+    assert "alpaca (misses output)" in message
+
+
+def test_row_without_a_response_names_the_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": ""}])
+    assert "a.jsonl, row 2: the response is empty" in fails(recipe(tmp_path, dataset_name=path))
+
+
+def test_broken_json_names_the_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD, '{"instruction": "x", "output'])
+    assert "a.jsonl, line 2: not valid JSON" in fails(recipe(tmp_path, dataset_name=path))
+
+
+def test_sequence_length_shorter_than_any_response(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD])
+    message = fails(recipe(tmp_path, dataset_name=path, max_length=5))
+    assert "max_length=5 cuts off every response" in message
+    assert "raise max_length" in message
+
+
+def test_output_folder_of_a_finished_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    path = write(tmp_path / "a.jsonl", [GOOD])
+    assert "holds a finished run; pass --overwrite_output_dir" in fails(recipe(tmp_path, dataset_name=path))
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_output_folder_of_another_recipe(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD])
+    fails(recipe(tmp_path, dataset_name=path, max_length=5))
+    message = fails(recipe(tmp_path, dataset_name=path, max_length=6))
+    assert "holds an unfinished run of another recipe" in message
+
+
+def test_output_folder_with_something_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "holds something that is not a run" in fails(recipe(tmp_path, dataset_name="x.jsonl"))
+
+
+def test_overwrite_spares_what_is_not_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    message = fails(recipe(tmp_path, dataset_name="x.jsonl"), "--overwrite_output_dir", "true")
+    assert "holds something that is not a run" in message
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_model_that_is_nowhere(tmp_path):
+    message = fails(recipe(tmp_path, dataset_name="x.jsonl", model_name_or_path="Qwen/Qwen3-0.6B"))
+    assert "cannot be had from a hub" in message and "MODEL=PATH" in message
+
+
+def test_data_that_is_nowhere(tmp_path):
+    message = fails(recipe(tmp_path, dataset_name="trl-lib/Capybara"))
+    assert "cannot be had from a hub" in message and "DATA=PATH" in message
+
+
+def test_adapter_on_lm_head_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD] * 4)
+    message = fails(recipe(tmp_path, dataset_name=path, use_peft=True, lora_target_modules=["q_proj", "lm_head"]))
+    assert "an adapter on lm_head would never be trained" in message
+
+
+def test_skipped_rows_are_counted(tmp_path):
+    from ma_sft.mixture import load_mixture
+
+    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": ""}, GOOD])
+    rows, report = load_mixture([path], on_error="skip")
+    assert len(rows) == 2
+    assert report.skipped == 1 and "row 2: the response is empty" in report.skips[0]
+
+
+def test_saved_folder_is_a_source(tmp_path):
+    from ma_sft.mixture import load_mixture
+
+    Dataset.from_list([GOOD] * 3).save_to_disk(str(tmp_path / "saved"))
+    rows, _ = load_mixture([{"path": str(tmp_path / "saved"), "limit": 2, "system_prompt": "Be kind."}])
+    assert [m["role"] for m in rows[0]["messages"]] == ["system", "user", "assistant"]
+    assert len(rows) == 2
+
+
+def test_full_disk_is_one_line(capsys):
+    def save():
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    assert guard(save) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full")
+
+
+def test_cli_exit_code_and_line(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: demo\ndataset_name: no.jsonl\n")
+    assert main(["train", str(path), "--max_stepz", "3"]) == 2
+    assert capsys.readouterr().err == "error: unknown setting '--max_stepz'; did you mean 'max_steps'?\n"
+    assert main(["train", str(tmp_path / "none.py")]) == 2
+    assert main(["merge", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "holds no adapter" in capsys.readouterr().err
+
+
+def test_cli_help_does_not_load_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom ma_sft.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "chat" in done.stdout

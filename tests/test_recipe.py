@@ -1,0 +1,91 @@
+"""Settings: one name everywhere, later wins, and a wrong one ends in one line with the right name."""
+
+import pytest
+
+from ma_sft import Recipe, RecipeError
+
+BASE = {"name": "x", "model_name_or_path": "demo", "dataset_name": "rows.jsonl"}
+
+
+def test_recipe_then_yaml_then_flags(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 1e-3\nmax_steps: 7\n")
+    settings = Recipe(**BASE, learning_rate=5e-5, seed=3).resolve(["--config", str(config), "--max_steps", "9"])
+    assert settings.training.seed == 3
+    assert settings.training.learning_rate == 1e-3
+    assert settings.training.max_steps == 9
+    assert settings.training.output_dir == "runs/x"
+
+
+def test_flag_names_the_run():
+    assert Recipe(**BASE).resolve(["--name", "other"]).training.output_dir == "runs/other"
+
+
+def test_dataset_flag_replaces_the_recipes_sources():
+    recipe = Recipe(name="x", model_name_or_path="demo", datasets=["a.jsonl", "b.jsonl"])
+    assert recipe.resolve(["--dataset_name", "c.jsonl"]).data.datasets == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--max_step", "3"], "unknown setting '--max_step'; did you mean 'max_steps'?"),
+        (["--learnin_rate=1"], "did you mean 'learning_rate'?"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--packing_strategy", "best"], "invalid choice: 'best'"),
+        (["--config", "no.yaml"], "'no.yaml' does not exist"),
+        (["--config"], "needs a YAML file"),
+    ],
+)
+def test_wrong_flag(args, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe(**BASE).resolve(args)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_stepz": 3}, "unknown setting 'max_stepz'; did you mean 'max_steps'?"),
+        ({"max_steps": [3]}, "max_steps: int expected, found [3]"),
+        ({"max_steps": 2.5}, "max_steps: int expected, found 2.5"),
+        ({"train_on": "first"}, "train_on"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
+    ],
+)
+def test_wrong_setting_in_a_recipe(settings, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe(**BASE, **settings).resolve()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name"])
+def test_model_and_data_are_needed(missing):
+    with pytest.raises(RecipeError, match="no model" if "model" in missing else "no data"):
+        Recipe(**{k: v for k, v in BASE.items() if k != missing}).resolve()
+
+
+def test_yaml_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: demo\ndatasets:\n- path: a.jsonl\n  limit: 5\n- b.jsonl\nuse_peft: true\n")
+    settings = Recipe.load(path).resolve()
+    assert settings.data.datasets == [{"path": "a.jsonl", "limit": 5}, "b.jsonl"]
+    assert settings.training.output_dir == "runs/mine"
+    assert settings.model.use_peft
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
+def test_broken_yaml(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"mine.yaml"):
+        Recipe.load(path)
+
+
+def test_python_file_without_a_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(RecipeError, match="has no variable `recipe"):
+        Recipe.load(path)
