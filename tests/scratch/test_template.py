@@ -5,6 +5,7 @@ import torch
 from conftest import TOKENIZERS, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.collator import DataCollatorForCompletionOnlyLM
 from ma_sft.errors import TemplateError
 from ma_sft.scratch import collate, template
 from ma_sft.template import set_chat_template, tokenize_conversation
@@ -38,24 +39,50 @@ def test_ids_and_labels_are_those_of_the_main_path(name: str, form: str) -> None
 
 
 @pytest.mark.parametrize("form", ["role-tags", "chatml"])
-def test_labels_are_the_answers_and_their_end_tokens(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+def test_labels_are_the_answers_with_their_end_tokens_after_what_inference_feeds(
+    tokenizer: PreTrainedTokenizerBase, form: str
+) -> None:
     set_chat_template(tokenizer, form)
     ids, marks = template.encode(MULTI, tokenizer, form)
-    spans = "".join(" " if not m else "x" for m in marks).split()
-    assert len(spans) == 2
     learned = [t for t, m in zip(ids, marks, strict=True) if m]
     end = "<|im_end|>" if form == "chatml" else tokenizer.eos_token
     assert tokenizer.decode(learned).replace(" ", "") == f"Itis4.{end}等于七。\n完{end}"
-
-
-@pytest.mark.parametrize("form", ["role-tags", "chatml"])
-def test_training_ids_begin_with_what_inference_feeds(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
-    set_chat_template(tokenizer, form)
-    ids, marks = template.encode(MULTI, tokenizer, form)
     for k in (2, 4):
         prompt = template.encode_prompt(MULTI[:k], tokenizer, form)
         assert ids[: len(prompt)] == prompt
         assert marks[len(prompt)] and not marks[len(prompt) - 1]
+
+
+@pytest.mark.parametrize(
+    ("form", "user", "assistant"),
+    [
+        ("role-tags", "\n#USER:", "\n#ASSISTANT:"),
+        ("chatml", "<|im_start|>user\n", "<|im_start|>assistant\n"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama2", "qwen3", "smollm2"])
+def test_shifted_labels_are_those_of_the_response_only_collator(
+    name: str, form: str, user: str, assistant: str
+) -> None:
+    """It finds the labels from ids alone; the reference knew them when it made the ids."""
+    tokenizer = ready(name, form)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    encoded = [template.encode(messages, tokenizer, form) for messages in (SINGLE, MULTI)]
+    ours = collate.collate(encoded, tokenizer.pad_token_id)
+    collator = DataCollatorForCompletionOnlyLM(assistant, user, tokenizer=tokenizer)
+    theirs = collator([{"input_ids": e.input_ids} for e in encoded])
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    labels = theirs["labels"].clone()
+    if form == "chatml":
+        # from ids alone, a response goes on to the next user turn, so the line break between the two is in it
+        starts, ends = (
+            theirs["input_ids"] == tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>")
+        )
+        between = (starts.cumsum(1) - ends.cumsum(1) <= 0) & ~ends
+        labels[between] = -100
+    assert torch.equal(ours["labels"][:, :-1], labels[:, 1:])
+    assert (ours["labels"] != -100).any(1).all()
 
 
 def test_text_cannot_become_structure(tokenizer: PreTrainedTokenizerBase) -> None:
