@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_tokenizer
 from datasets import Dataset
-from models import PAD, as_decoder, examples, tiny, trl_rows
+from scratch.models import PAD, as_decoder, examples, tiny, trl_rows
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 

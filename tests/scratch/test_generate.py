@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tokenizer
-from models import PAD, VOCAB, as_decoder, examples, tiny
+from scratch.models import PAD, VOCAB, as_decoder, examples, tiny
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,

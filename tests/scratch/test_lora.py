@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import PAD, as_decoder, examples, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from scratch.models import PAD, as_decoder, examples, tiny
 from torch import nn
 
 from ma_sft.errors import RecipeError

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tokenizer
-from models import PAD, as_decoder, examples, tiny
 from safetensors.torch import load_file
+from scratch.models import PAD, as_decoder, examples, tiny
 from transformers import AutoModelForCausalLM
 
 from ma_sft.errors import FormatError, LabelError, RecipeError
