@@ -258,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="checkpoint folder; without it, the demo model")
     parser.add_argument("--train", type=Path, default=Path("data/demo/train.jsonl"), help="Alpaca-form JSON Lines")
     parser.add_argument("--heldout", type=Path, default=Path("data/demo/heldout.jsonl"))
+    parser.add_argument("--heldout_rows", type=int, default=64, help="how many of them, from the first")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/scratch"))
     parser.add_argument("--template", default="chatml", choices=["chatml", "role-tags"])
     parser.add_argument("--max_length", type=int, default=512)
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.packing:
         rows = collate.first_fit(kept, args.max_length)
         print(f"packed into {len(rows)} rows of at most {args.max_length} tokens")
-    tests = read_alpaca(args.heldout)
+    tests = read_alpaca(args.heldout)[: args.heldout_rows]
     heldout = [[template.encode(c, tokenizer, args.template)] for c in tests]
 
     torch.manual_seed(settings.seed)
