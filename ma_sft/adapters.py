@@ -8,7 +8,7 @@ from ma_sft.errors import RecipeError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ma_sft.recipe import Settings
 
@@ -40,6 +40,41 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
             "lm_head's weight directly; remove it"
         )
     return get_peft_config(model)
+
+
+def with_new_tokens(
+    settings: "Settings", added: list[str], tokenizer: "PreTrainedTokenizerBase", peft: "PeftConfig | None"
+) -> "PreTrainedModel":
+    """The recipe's model with embedding rows for new tokens, which an adapter then trains as well.
+
+    New rows are the mean of the old ones. Only these rows are trained, not the whole matrix; a separate `lm_head` has
+    to learn to write the tokens too, and TRL can only train it whole.
+
+    Raises:
+        RecipeError: a quantised base model, whose embedding cannot grow.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        raise RecipeError(
+            f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
+            "save a model with the tokens first, or use a template that the tokenizer knows"
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        settings.model.model_name_or_path,
+        trust_remote_code=settings.training.trust_remote_code,
+        **settings.training.model_init_kwargs,
+    )
+    settings.training.model_init_kwargs = None
+    embedding: Any = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if peft is not None:
+        targets: Any = peft
+        targets.trainable_token_indices = {"embed_tokens": tokenizer.convert_tokens_to_ids(added)}
+        if not model.config.tie_word_embeddings:
+            targets.modules_to_save = [*(targets.modules_to_save or []), "lm_head"]
+    return model
 
 
 def adapter_dir(folder: Path) -> Path:
@@ -95,9 +130,8 @@ def merge(run: Path, out: Path) -> float:
 def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Save a whole model with its tokenizer, chat template and end-of-turn ids, atomically."""
     from ma_sft.evaluate import end_token_ids
-    from ma_sft.template import ChatEncoder
 
-    model.generation_config.eos_token_id = end_token_ids(model, ChatEncoder(tokenizer))
+    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     with atomic_dir(out) as target:
         model.save_pretrained(target)

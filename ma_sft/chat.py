@@ -36,7 +36,7 @@ def reply(model: Any, encoder: ChatEncoder, messages: list[Message], *, max_new_
     from ma_sft.evaluate import end_token_ids
 
     ids = torch.tensor([encoder.encode_prompt(messages)], device=model.device)
-    ends = end_token_ids(model, encoder)
+    ends = end_token_ids(model, encoder.tokenizer)
     streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.no_grad():
         output = model.generate(

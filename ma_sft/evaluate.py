@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ma_sft.template import ChatEncoder, Message
@@ -28,11 +28,12 @@ class Score:
     eos_rate: float
 
 
-def end_token_ids(model: PreTrainedModel, encoder: ChatEncoder) -> list[int]:
-    """Every id that ends a turn: the template's end-of-turn token and the model's own EOS ids."""
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a turn: the chat template's end-of-turn token (EOS without a template) and the model's own."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
-    return list(dict.fromkeys([encoder.end_token_id, *own]))
+    end = ChatEncoder(tokenizer).end_token_id if tokenizer.chat_template else tokenizer.eos_token_id
+    return list(dict.fromkeys([end, *own]))
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def generate_answers(
 
     Prompts are encoded as training encodes them, sorted by length and padded on the left.
     """
-    ends = end_token_ids(model, encoder)
+    ends = end_token_ids(model, encoder.tokenizer)
     ids = [encoder.encode_prompt(messages) for messages in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers: dict[int, Answer] = {}

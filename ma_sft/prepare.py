@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft import __version__
 from ma_sft.cache import atomic_dir, cache_dir
 from ma_sft.errors import LabelError, RecipeError
-from ma_sft.template import ChatEncoder, set_chat_template
+from ma_sft.template import TEMPLATES, ChatEncoder, set_chat_template
 
 if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
@@ -74,7 +74,11 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
             f"the model {model.model_name_or_path!r} is no local folder with a tokenizer and cannot be had from a hub; "
             f"pass a folder: --model_name_or_path PATH (make: MODEL=PATH). {str(error).splitlines()[0]}"
         ) from None
-    added = [] if settings.data.formatting_func else set_chat_template(tokenizer, settings.data.template)
+    data = settings.data
+    if data.formatting_func is None or data.template or data.formatting_func in TEMPLATES:
+        added = set_chat_template(tokenizer, data.template or data.formatting_func)
+    else:
+        added = []
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, added

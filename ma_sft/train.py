@@ -55,8 +55,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     result = trainer.train()
     seconds = time.monotonic() - start
     metrics = trainer.evaluate() if held_out else {}
-    kind = "adapter" if settings.model.use_peft else "model"
-    trainer.save_model(str(out / kind))
+    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"))
     after = exam.answer(trainer, "answers after training") if exam else []
     if not main:
         return {}
@@ -96,7 +95,7 @@ def make_trainer(
     from transformers import ProgressCallback
     from trl import SFTTrainer, get_quantization_config
 
-    from ma_sft.adapters import lora_config
+    from ma_sft.adapters import lora_config, with_new_tokens
     from ma_sft.progress import TrainingBar
 
     training, model = settings.training, settings.model
@@ -108,15 +107,15 @@ def make_trainer(
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    peft = lora_config(settings)
+    peft, quantization = lora_config(settings), get_quantization_config(model)
     try:
         trainer = SFTTrainer(
-            model.model_name_or_path,
+            with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model),
+            quantization_config=None if added_tokens else quantization,
             peft_config=peft,
         )
     except OSError as error:
@@ -127,6 +126,19 @@ def make_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
     return trainer
+
+
+def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save adapter or model under another name first, so that `folder` is whole or not there."""
+    from ma_sft.evaluate import end_token_ids
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
+    scratch = folder.with_name(f".{folder.name}")
+    trainer.save_model(str(scratch))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        scratch.rename(folder)
 
 
 def _claim(out: Path, settings: Settings) -> None:
