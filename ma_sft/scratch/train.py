@@ -49,7 +49,7 @@ class Settings:
     max_steps: int = 60
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 2
-    learning_rate: float = 2e-5
+    learning_rate: float = 1e-4
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -84,7 +84,7 @@ def backward(decoder: nn.Module, batches: Sequence[collate.Batch], bf16: bool = 
     total = 0.0
     for batch in batches:
         loss = loss_sum(decoder, batch, bf16) / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     return total
 
