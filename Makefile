@@ -60,7 +60,10 @@ types: $(STAMP)  ## mypy --strict on ma_sft
 bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
 	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
 
+lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/lora_rank.py $(ARGS)
+
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench lora-rank clean
