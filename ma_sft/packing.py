@@ -516,11 +516,14 @@ def pack_with_report(
     plan = _plan(source.lengths, seq_length, strategy, overflow_, seed)
     report = source.report(plan, seq_length, strategy, overflow_, batch_size, end_token_ids)
     batches = source.batches(plan[0], plan[1], borders=strategy != "wrapped")
-    in_memory = keep_in_memory if keep_in_memory is not None else not (dataset.cache_files or cache_file_name)
-    if in_memory:
-        return datasets.Dataset(_to_memory(batches, source.schema, report.tokens)), report
     settings = {"seq_length": seq_length, "strategy": strategy, "overflow": overflow_, "seed": seed}
     fingerprint = update_fingerprint(dataset._fingerprint, "ma_sft.pack", settings)
+    in_memory = keep_in_memory if keep_in_memory is not None else not (dataset.cache_files or cache_file_name)
+    if in_memory:
+        # Without a fingerprint, `datasets` would hash every token in memory.
+        return datasets.Dataset(
+            _to_memory(batches, source.schema, report.tokens), fingerprint=fingerprint
+        ), report
     path = Path(cache_file_name or dataset._get_cache_file_path(fingerprint))
     if not (path.exists() and cache_file_name is None and datasets.is_caching_enabled()):
         with _atomic_file(path) as scratch, pa.OSFile(str(scratch), "wb") as sink:
@@ -712,7 +715,8 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         index, count = shard
         first = index + start * count
         if isinstance(self.dataset, datasets.Dataset):
-            return iter(self.dataset.select(range(min(first, len(self.dataset)), len(self.dataset), count)))
+            chosen = range(first, len(self.dataset), count)
+            return iter(self.dataset.select(chosen)) if chosen else iter(())
         return islice(iter(self.dataset), first, None, count)
 
     def _read_buffer(self, rows: Iterator[Any]) -> tuple[list[int], list[int], int]:
@@ -764,8 +768,18 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
             return self._shard
         return self._shard[0] + worker.id * self._shard[1], self._shard[1] * worker.num_workers
 
+    def to_iterable_dataset(self) -> datasets.IterableDataset:
+        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for.
+
+        Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`.
+        """
+        # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
+        return datasets.IterableDataset.from_generator(self._iterate, gen_kwargs={"shard": self._shard})
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        shard = self._worker_shard()
+        return self._iterate(self._worker_shard())
+
+    def _iterate(self, shard: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
         fresh: dict[str, Any] = {
             "epoch": self.epoch,
             "row": 0,
