@@ -1,6 +1,7 @@
 """Packing: tokens, labels and borders survive, no document sees another, and every loss is counted."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Da
         next_id += length
         ids.append(row)
         labels.append([IGNORED if i < prompt else token for i, token in enumerate(row)])
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
+    features = datasets.Features(
+        {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
+    )
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
 
 
@@ -43,6 +46,10 @@ def documents(packed: Any) -> list[tuple[list[int], list[int]]]:
             found.append((row["input_ids"][at : at + length], row["labels"][at : at + length]))
             at += length
     return sorted(found)
+
+
+def flat(lists: Any) -> list[int]:
+    return list(chain.from_iterable(lists))
 
 
 def pairs(dataset: datasets.Dataset) -> list[tuple[list[int], list[int]]]:
@@ -104,8 +111,8 @@ def test_denser_than_trl_and_999_permille_on_log_normal_lengths() -> None:
 def test_wrapped_is_the_stream_cut_every_seq_length_and_says_that_it_crosses_borders() -> None:
     rows = make_rows([5, 9, 1, 30, 2])
     packed, report = pack_with_report(rows, 8, "wrapped")
-    assert sum(packed["input_ids"], []) == sum(rows["input_ids"], [])
-    assert sum(packed["labels"], []) == sum(rows["labels"], [])
+    assert flat(packed["input_ids"]) == flat(rows["input_ids"])
+    assert flat(packed["labels"]) == flat(rows["labels"])
     assert packed["seq_lengths"][:] == [[8], [8], [8], [8], [8], [7]]
     assert "cross document borders" in str(report)
     assert not pack_with_report(rows, 8, "bfd")[1].warnings[0].startswith("'wrapped'")
@@ -131,7 +138,7 @@ def test_an_answer_that_ends_at_the_cut_is_finished() -> None:
 def test_split_keeps_every_token_and_counts_labels_without_context() -> None:
     rows = make_rows([4, 20])
     packed, report = pack_with_report(rows, 8, "bfd_split")
-    assert sorted(sum(packed["input_ids"], [])) == sorted(sum(rows["input_ids"], []))
+    assert sorted(flat(packed["input_ids"])) == sorted(flat(rows["input_ids"]))
     assert (report.rows_split, report.documents, report.cut_tokens, report.labels_lost) == (1, 4, 0, 2)
 
 
@@ -242,8 +249,10 @@ def alone(rows: datasets.Dataset) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("packs", [1, 2])
-def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, packs: int, tmp_path: Path) -> None:
-    rows = make_rows([20, 9, 3, 16, 11, 5] if packs == 2 else [20, 9, 3], prompt=0)
+def test_a_packed_batch_trains_like_its_documents_one_by_one(
+    attention: str, packs: int, tmp_path: Path
+) -> None:
+    rows = make_rows([18, 9, 3, 16, 11, 5] if packs == 2 else [20, 9, 3], prompt=0)
     packed = pack(rows, 32)
     assert len(packed) == packs and max(map(len, packed["seq_lengths"])) > 1
     loss, gradients = alone(rows)
@@ -258,7 +267,9 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, pac
     blind = packed.map(lambda row: {"seq_lengths": [len(row["input_ids"])]})
     trainer = one_step(blind, attention, packs, tmp_path)
     assert abs(trainer.loss.item() - loss) > 1e-4
-    assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(
+        trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5
+    )
 
 
 def stream(rows: Any, **settings: Any) -> ConstantLengthDataset:
@@ -280,14 +291,16 @@ def test_constant_length_rows_have_one_length_and_keep_their_labels() -> None:
     assert len(items) == len(stream(rows))
     for item in items:
         assert item["input_ids"].shape == item["labels"].shape == (8,) and item["labels"].dtype == torch.int64
-        assert all(label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True))
+        assert all(
+            label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True)
+        )
     assert trained(items) == labels_of(rows)
 
 
 def test_texts_become_the_joined_tokens_of_trl_0x() -> None:
     tokenizer = load_tokenizer("smollm2")
     rows = [{"text": "The sky is blue."}, {"text": "Grass is green, and so are trees."}] * 4
-    expected = sum(([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows), [])
+    expected = flat([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows)
     for source in ({"dataset_text_field": "text"}, {"formatting_func": lambda row: row["text"]}):
         items = list(stream(rows, shuffle=False, append_concat_token=True, **source))
         ids = torch.cat([item["input_ids"] for item in items]).tolist()
@@ -362,7 +375,7 @@ def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
     trainer = Recorder(
         model=tiny_model("sdpa"),
         args=args,
-        train_dataset=stream(make_rows([30] * 6), shuffle=False),
+        train_dataset=stream(make_rows([30] * 6), shuffle=False).to_iterable_dataset(),
         processing_class=load_tokenizer("smollm2"),
     )
     assert trainer.train().global_step == 2
