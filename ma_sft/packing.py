@@ -258,13 +258,9 @@ class _Column:
 
     def __init__(self, column: pa.ChunkedArray, name: str) -> None:
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise FormatError(
-                f"column '{name}' is {column.type}; packing needs a list of integers in each row"
-            )
+            raise FormatError(f"column '{name}' is {column.type}; packing needs a list of integers in each row")
         if not pa.types.is_integer(column.type.value_type):
-            raise FormatError(
-                f"column '{name}' is {column.type}; packing needs integers: tokenise the rows first"
-            )
+            raise FormatError(f"column '{name}' is {column.type}; packing needs integers: tokenise the rows first")
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise FormatError(f"row {row}: '{name}' is null; remove the row or give it tokens")
@@ -284,9 +280,7 @@ class _Column:
         begin = (self.start[pieces.row] + pieces.start) * self.dtype.itemsize
         end = begin + pieces.length * self.dtype.itemsize
         chunk, views = self.chunk[pieces.row].tolist(), self.views
-        joined = b"".join(
-            [views[c][b:e] for c, b, e in zip(chunk, begin.tolist(), end.tolist(), strict=True)]
-        )
+        joined = b"".join([views[c][b:e] for c, b, e in zip(chunk, begin.tolist(), end.tolist(), strict=True)])
         count = int(pieces.length.sum())
         return pa.Array.from_buffers(self.type.value_type, count, [None, pa.py_buffer(joined)])
 
@@ -308,17 +302,13 @@ class _Source:
 
     def __init__(self, table: pa.Table, rows: Ints | None = None) -> None:
         if "input_ids" not in table.column_names:
-            raise FormatError(
-                f"no column 'input_ids' among {table.column_names}; tokenise the rows before packing"
-            )
+            raise FormatError(f"no column 'input_ids' among {table.column_names}; tokenise the rows before packing")
         masks = [name for name in ("assistant_masks", "completion_mask") if name in table.column_names]
         if masks and "labels" not in table.column_names:
             raise LabelError(f"column '{masks[0]}' but no 'labels'; make labels from the mask before packing")
         self.ids = _Column(table.column("input_ids"), "input_ids")
         # As in TRL: without labels every token is trained.
-        self.labels = (
-            _Column(table.column("labels"), "labels") if "labels" in table.column_names else self.ids
-        )
+        self.labels = _Column(table.column("labels"), "labels") if "labels" in table.column_names else self.ids
         if len(wrong := np.flatnonzero(self.ids.length != self.labels.length)):
             row = int(wrong[0])
             raise LabelError(
@@ -336,9 +326,7 @@ class _Source:
         # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy
         # it all.
         indices = dataset._indices
-        return cls(
-            dataset.data.table, None if indices is None else indices.column(0).to_numpy().astype(np.int64)
-        )
+        return cls(dataset.data.table, None if indices is None else indices.column(0).to_numpy().astype(np.int64))
 
     def batches(self, pieces: _Pieces, per_pack: Ints, borders: bool) -> Iterator[pa.RecordBatch]:
         """Packs as record batches of about TOKENS_PER_BATCH tokens, as one document each without borders."""
@@ -521,9 +509,7 @@ def pack_with_report(
     in_memory = keep_in_memory if keep_in_memory is not None else not (dataset.cache_files or cache_file_name)
     if in_memory:
         # Without a fingerprint, `datasets` would hash every token in memory.
-        return datasets.Dataset(
-            _to_memory(batches, source.schema, report.tokens), fingerprint=fingerprint
-        ), report
+        return datasets.Dataset(_to_memory(batches, source.schema, report.tokens), fingerprint=fingerprint), report
     path = Path(cache_file_name or dataset._get_cache_file_path(fingerprint))
     if not (path.exists() and cache_file_name is None and datasets.is_caching_enabled()):
         with _atomic_file(path) as scratch, pa.OSFile(str(scratch), "wb") as sink:
@@ -539,9 +525,7 @@ def _write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, sink: pa.Native
 
 def _to_memory(batches: Iterable[pa.RecordBatch], schema: pa.Schema, tokens: int) -> pa.Table:
     """The batches as one table, with all tokens of a column in one block: a large block gets huge pages."""
-    blocks = [
-        np.empty(tokens, dtype=schema.field(name).type.value_type.to_pandas_dtype()) for name in COLUMNS
-    ]
+    blocks = [np.empty(tokens, dtype=schema.field(name).type.value_type.to_pandas_dtype()) for name in COLUMNS]
     parts, done = [], 0
     for batch in batches:
         columns = batch.columns
@@ -729,9 +713,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
                 ids = list(row["input_ids"])
                 labels = list(row.get("labels", ids))
                 if len(ids) != len(labels):
-                    raise LabelError(
-                        f"a row has {len(ids)} input_ids but {len(labels)} labels; each needs one label"
-                    )
+                    raise LabelError(f"a row has {len(ids)} input_ids but {len(labels)} labels; each needs one label")
                 if self.append_concat_token and ids and ids[-1] != self.concat_token_id:
                     labels.append(IGNORED if "labels" in row else self.concat_token_id)
                     ids.append(self.concat_token_id)
@@ -810,9 +792,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
             full = len(ids) // self.seq_length
             order = np.arange(full)
             if self.shuffle:
-                order = np.random.default_rng(
-                    (self.seed, state["epoch"], shard[0], state["row"])
-                ).permutation(full)
+                order = np.random.default_rng((self.seed, state["epoch"], shard[0], state["row"])).permutation(full)
             for number in order[state["yielded"] :].tolist():
                 window = slice(number * self.seq_length, (number + 1) * self.seq_length)
                 state = {**state, "yielded": state["yielded"] + 1}

@@ -31,9 +31,7 @@ def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Da
         next_id += length
         ids.append(row)
         labels.append([IGNORED if i < prompt else token for i, token in enumerate(row)])
-    features = datasets.Features(
-        {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
-    )
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
 
 
@@ -249,9 +247,7 @@ def alone(rows: datasets.Dataset) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("packs", [1, 2])
-def test_a_packed_batch_trains_like_its_documents_one_by_one(
-    attention: str, packs: int, tmp_path: Path
-) -> None:
+def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, packs: int, tmp_path: Path) -> None:
     rows = make_rows([18, 9, 3, 16, 11, 5] if packs == 2 else [20, 9, 3], prompt=0)
     packed = pack(rows, 32)
     assert len(packed) == packs and max(map(len, packed["seq_lengths"])) > 1
@@ -267,9 +263,7 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(
     blind = packed.map(lambda row: {"seq_lengths": [len(row["input_ids"])]})
     trainer = one_step(blind, attention, packs, tmp_path)
     assert abs(trainer.loss.item() - loss) > 1e-4
-    assert not torch.allclose(
-        trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5
-    )
+    assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
 
 
 def stream(rows: Any, **settings: Any) -> ConstantLengthDataset:
@@ -291,9 +285,7 @@ def test_constant_length_rows_have_one_length_and_keep_their_labels() -> None:
     assert len(items) == len(stream(rows))
     for item in items:
         assert item["input_ids"].shape == item["labels"].shape == (8,) and item["labels"].dtype == torch.int64
-        assert all(
-            label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True)
-        )
+        assert all(label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True))
     assert trained(items) == labels_of(rows)
 
 
