@@ -129,7 +129,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         self.padding_free = padding_free
         self.on_missing = on_missing
         self.missing_rows = 0
-        self._bytes = _TokenBytes(self.tokenizer)
+        self._bytes = TokenBytes(self.tokenizer)
         self._response = _Template("response_template", response_template, self.tokenizer, self._bytes)
         self._instruction = (
             None
@@ -297,7 +297,7 @@ def _last(responses: list[Match]) -> Match:
     return later[-1] if later else exact[-1]
 
 
-class _TokenBytes:
+class TokenBytes:
     """Id -> the bytes that the token stands for; a control token is a symbol that is no UTF-8."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -354,7 +354,7 @@ class _Template:
     """A response or instruction template, and where it stands in a row."""
 
     def __init__(
-        self, name: str, source: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, token_bytes: _TokenBytes
+        self, name: str, source: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes
     ) -> None:
         self.name = name
         self.is_text = isinstance(source, str)
