@@ -69,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "fine-tune as a recipe says; any setting of the recipe is a flag")
     train.add_argument("recipe", help="a recipe: .py or .yaml")
 
+    check = add("check", _check, "prove the labels of a recipe's rows, without training; exit code 1 if any is wrong")
+    check.add_argument("recipe", help="a recipe: .py or .yaml")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    preview = add("preview", _preview, "show which tokens of a recipe's rows are trained")
+    preview.add_argument("recipe", help="a recipe: .py or .yaml")
+    preview.add_argument("-n", type=int, default=3, help="rows to show (default: 3)")
+    preview.add_argument("--html", type=Path, help="write a self-contained page instead")
+    preview.add_argument("--borders", action="store_true", help="show the borders of tokens")
+
     merge = add("merge", _merge, "merge a run's adapter into its base model")
     merge.add_argument("run", type=Path, help="a run's folder, or an adapter's")
     merge.add_argument("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist")
@@ -86,6 +96,43 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.train import run
 
     run(Recipe.load(options.recipe), rest)
+
+
+def _check(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from ma_sft.prepare import check, label, load_tokenizer
+    from ma_sft.recipe import Recipe
+
+    if options.json:
+        _silence()
+    settings = Recipe.load(options.recipe).resolve(rest)
+    tokenizer, _ = load_tokenizer(settings)
+    report = check(settings, tokenizer, label(settings, tokenizer))
+    if options.json:
+        print(report.to_json())
+    else:
+        Console().print(report)
+    return 1 if report.errors else 0
+
+
+def _preview(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.inspect import preview
+    from ma_sft.prepare import label, load_tokenizer
+    from ma_sft.recipe import Recipe
+
+    settings = Recipe.load(options.recipe).resolve(rest)
+    tokenizer, _ = load_tokenizer(settings)
+    preview(label(settings, tokenizer).dataset, tokenizer, n=options.n, html=options.html, borders=options.borders)
+    if options.html:
+        print(f"preview: {options.html}")
+
+
+def _silence() -> None:
+    """Keep stdout for the JSON alone and stderr for errors: no progress bars."""
+    import datasets
+
+    datasets.disable_progress_bars()
 
 
 def _merge(options: argparse.Namespace, rest: list[str]) -> None:

@@ -256,7 +256,11 @@ def _explain(
     nothing = report.trained_tokens == 0 or report.lost_rows + report.rows_without_label >= report.rows
     findings = []
     if nothing:
-        why = f"max_length={max_length} cuts off every response" if report.lost_rows else "no row has a label"
+        why = (
+            f"max_length={max_length} cuts off every response; raise max_length"
+            if report.lost_rows
+            else "no row has a label"
+        )
         findings.append(Finding("error", "nothing to train", report.rows, [], why))
     missing = next((p for p in template_report.problems if p.status == "missing"), None) if template_report else None
     hint = f"; row {missing.row}: {missing.surroundings!r}: {missing.suggestion}" if missing else ""

@@ -21,6 +21,7 @@ from ma_sft.template import TEMPLATES, ChatEncoder, set_chat_template
 
 if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
+    from ma_sft.inspect import CheckReport
     from ma_sft.packing import PackingReport
     from ma_sft.recipe import Settings
 
@@ -41,12 +42,27 @@ class Counts:
 
 
 @dataclass
+class Labelled:
+    """Rows of `input_ids` and `labels`, neither cut nor packed, with what they were made from and by.
+
+    `conversations` and `encoder` are None on the text path, `collator` is None elsewhere.
+    """
+
+    dataset: Dataset
+    counts: Counts
+    conversations: Dataset | None = None
+    encoder: ChatEncoder | None = None
+    collator: "DataCollatorForCompletionOnlyLM | None" = None
+
+
+@dataclass
 class Prepared:
-    """A labelled data set, the conversations it came from (None on the text path), the counts, what packing did."""
+    """The data set to train on, the conversations it came from, the counts, what the check and packing said."""
 
     dataset: Dataset
     conversations: Dataset | None
     counts: Counts
+    check: "CheckReport | None"
     packing: "PackingReport | None"
 
 
@@ -108,13 +124,15 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
         MaSftError: a source, row, template or label that is wrong; the message says which.
     """
     data, training = settings.data, settings.training
-    if data.formatting_func:
-        labelled, conversations, counts = _label_text(settings, tokenizer, held_out)
-    else:
-        labelled, conversations, counts = _label_conversations(settings, tokenizer, held_out)
+    labelled = label(settings, tokenizer, held_out=held_out)
+    counts = labelled.counts
+    report = None
+    if data.check and not held_out and len(labelled.dataset):
+        report = check(settings, tokenizer, labelled)
+        report.raise_errors()
     pack_rows = training.packing and not held_out
     splits = pack_rows and training.packing_strategy != "bfd"  # these keep all of a long sequence, in pieces
-    cut = _cut(labelled, None if splits else training.max_length, counts)
+    cut = _cut(labelled.dataset, None if splits else training.max_length, counts)
     counts.sequences = len(cut)
     counts.tokens, counts.trained_tokens = _count_tokens(cut)
     packing = None
@@ -125,7 +143,27 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         batch_size = training.per_device_train_batch_size
         cut, packing = pack_with_report(cut, training.max_length, training.packing_strategy, batch_size=batch_size)
-    return Prepared(cut, conversations, counts, packing)
+    return Prepared(cut, labelled.conversations, counts, report, packing)
+
+
+def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
+    """Load the recipe's rows and make their labels; the errors are `prepare`'s."""
+    make = _label_text if settings.data.formatting_func else _label_conversations
+    return make(settings, tokenizer, held_out)
+
+
+def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> "CheckReport":
+    """Prove the labels of all rows: see `ma_sft.inspect.check_dataset`."""
+    from ma_sft.inspect import check_dataset
+
+    return check_dataset(
+        labelled.dataset,
+        tokenizer,
+        conversations=labelled.conversations,
+        encoder=labelled.encoder,
+        template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
+        max_length=settings.training.max_length,
+    )
 
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
@@ -135,9 +173,7 @@ def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     return [data.dataset_name] if data.dataset_name else list(data.datasets)
 
 
-def _label_conversations(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool
-) -> tuple[Dataset, Dataset, Counts]:
+def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     from ma_sft.mixture import load_mixture
 
     data, training = settings.data, settings.training
@@ -171,12 +207,10 @@ def _label_conversations(
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
     counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
-    return labelled, conversations, counts
+    return Labelled(labelled, counts, conversations, encoder)
 
 
-def _label_text(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool
-) -> tuple[Dataset, None, Counts]:
+def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
     from ma_sft.formats import load_function
     from ma_sft.mixture import load_rows
@@ -203,7 +237,7 @@ def _label_text(
     labelled = rows.map(
         label, batched=True, with_indices=True, remove_columns=rows.column_names, desc="formatting and tokenising"
     )
-    return labelled, None, Counts(rows=len(rows))
+    return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
 
 
 def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "DataCollatorForCompletionOnlyLM | None":

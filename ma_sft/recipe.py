@@ -78,6 +78,7 @@ class DataConfig:
             "choices": ["mini", "attention", "all-linear"],
         },
     )
+    check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
     generate_eval: int = field(
         default=0, metadata={"help": "Held-out answers to generate before and after training (-1: all)."}
     )

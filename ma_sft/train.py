@@ -222,6 +222,8 @@ def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> N
         table.add_row(key, value)
     table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")
     Console().print(table)
+    if data.check is not None:
+        Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
 

@@ -25,7 +25,7 @@ WORDS = {
                 for kind in (
                     "red black blue white yellow pink orange small large round square wooden plastic cotton steel glass "
                     "iron marble folding portable electric digital vintage modern striped winter summer kids baby dog cat "
-                    "garden kitchen bathroom desk wall floor pocket office fishing hiking cycling running concrete ceramic teak pine ash elm birch cork jute wicker felt velvet satin brass tin zinc opal ivory amber jade"
+                    "garden kitchen bathroom desk wall floor pocket office fishing hiking cycling running apple aqua beige bronze brown camel cedar cherry chrome clay cobalt coral cream crimson dotted double elastic fancy flat floral foam forest frosted gift gray guest heavy hemp honey indigo khaki lace lemon lilac lime magnetic maple mini mint nylon ocean olive organic oval padded pearl plain plush quilted rattan rose royal ruby rustic sage sand scarlet silent sky slim smart spare spiral stone straw suede teal thick thin tiny urban wide zebra concrete ceramic teak pine ash elm birch cork jute wicker felt velvet satin brass tin zinc opal ivory amber jade"
                 ).split()
                 for thing in (
                     "lamps chairs towels mugs shelves bags pillows clocks bowls tables mirrors blankets jackets gloves hats "
@@ -89,10 +89,10 @@ WORDS = {
             "name": "小王 小李 小张 小陈 小刘 老赵 小周 小吴 小郑 小孙".split(),
             "product": [
                 kind + thing
-                for kind in "红色 木头 黑色 大号 小号 蓝色 黄色 塑料 玻璃 棉布 电动 折叠 儿童 迷你 圆形 户外 陶瓷 复古".split()
+                for kind in "红色 木头 黑色 大号 小号 蓝色 黄色 塑料 玻璃 棉布 电动 折叠 儿童 迷你 圆形 户外 陶瓷 复古 橙色 灰色 粉色 羊毛 不锈钢 长款 轻便 防水 简约 双层 方形 厚款".split()
                 for thing in (
                     "台灯 椅子 毛巾 杯子 书架 背包 枕头 闹钟 碗 桌子 毯子 外套 手套 帽子 鞋子 刀 盘子 "
-                    "瓶子 盒子 刷子 风扇 键盘 音箱 耳机 相机 笔记本 玩具 梯子 锤子 凳子 水桶 头盔"
+                    "雨衣 窗帘 花瓶 吊灯 书包 手机壳 茶壶 闹铃 拖鞋 皮带 领带 戒指 手电筒 瓶子 盒子 刷子 风扇 键盘 音箱 耳机 相机 笔记本 玩具 梯子 锤子 凳子 水桶 头盔"
                 ).split()
             ],
             "order": [
@@ -107,12 +107,15 @@ WORDS = {
                 "我要取消{n}个{p}，订单{i}",
                 "订单{i}，{n}个{p}，帮我取消",
                 "{n}个{p}不要了，取消订单{i}",
+                "麻烦取消一下，订单{i}，{n}个{p}",
             ],
             "return": [
                 "我要退货，订单{i}，{n}个{p}",
                 "订单{i}的{n}个{p}坏了，我要退货",
                 "{n}个{p}想退货，订单号{i}",
                 "请帮我退掉订单{i}的{n}个{p}",
+                "买的{n}个{p}坏了，想退款，订单{i}",
+                "麻烦退一下{n}个{p}，订单{i}",
             ],
             "track": [
                 "订单{i}的{n}个{p}到哪里了",
