@@ -247,7 +247,10 @@ def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
 
     return DataCollatorForCompletionOnlyLM(
-        settings.data.response_template, settings.data.instruction_template, tokenizer=tokenizer
+        settings.data.response_template,
+        settings.data.instruction_template,
+        tokenizer=tokenizer,
+        on_missing="mask" if settings.data.check else "raise",  # the check counts them all, then stops the run
     )
 
 

@@ -32,15 +32,17 @@ def test_check_finds_what_a_setting_breaks(recipe, capsys):
 
 def test_check_finds_a_response_template_that_is_not_there(recipe, capsys):
     flags = ["--formatting_func", "question-answer", "--response_template", "### Reply:"]
-    code = main(["check", str(recipe), *flags])
-    captured = capsys.readouterr()
-    assert code in (1, 2) and "### Reply:" in captured.out + captured.err
+    assert main(["check", str(recipe), *flags]) == 1
+    assert "response template" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", str(recipe), *flags, "--output_dir", str(recipe.parent / "run")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: the labels are wrong") and "row 0" in error
 
 
 def test_preview_writes_a_page(recipe, tmp_path, capsys):
     page = tmp_path / "preview.html"
     assert main(["preview", str(recipe), "-n", "2", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
-    assert "hi " in text and "http://" not in text and "<script" not in text
+    assert "there</span>" in text and "http://" not in text and "<script" not in text
     assert main(["preview", str(recipe), "-n", "1"]) == 0
     assert "<|im_end|>" in capsys.readouterr().out
