@@ -471,7 +471,7 @@ class ChatEncoder:
         whole = examples[0]
         merged = [t.message for t in whole.turns if "merge" in t.reason]
         for k in merged:
-            again = ChatEncoder._plan(self, messages[: k + 1], tools)[0]
+            again = self._plan(messages[: k + 1], tools)[0]
             again.turns = [turn for turn in again.turns if turn[0] == k]
             (ids,) = self._encode_batch([(again.text, again.marker)])
             examples.append(self._label(again, ids))

@@ -11,7 +11,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "demo"
     done = start(
         *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "recipes/demo.py"),
-        *("--output_dir", out, "--max_steps", "70", "--generate_eval", "40", "--eval_strategy", "no"),
+        *("--output_dir", out, "--max_steps", "100", "--generate_eval", "40", "--eval_strategy", "no"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done
