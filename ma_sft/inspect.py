@@ -473,8 +473,9 @@ def preview_text(
 
 
 def _heading(row: dict[str, Any], number: int) -> str:
+    total = len(row["labels"])
     trained = sum(label != IGNORE_INDEX for label in row["labels"])
-    return f"row {row.get('row', number)}: {len(row['labels']):,} tokens, {trained:,} trained"
+    return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%})"
 
 
 _PAGE = """<!doctype html>
