@@ -64,6 +64,7 @@ class Prepared:
     counts: Counts
     check: "CheckReport | None"
     packing: "PackingReport | None"
+    sources: list[str]  # of each held-out row; empty for training rows
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -132,7 +133,14 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
         report.raise_errors()
     pack_rows = training.packing and not held_out
     splits = pack_rows and training.packing_strategy != "bfd"  # these keep all of a long sequence, in pieces
-    cut = _cut(labelled.dataset, None if splits else training.max_length, counts)
+    dataset = labelled.dataset
+    if held_out:
+        origin = labelled.conversations["source"] if labelled.conversations is not None else None
+        names = [origin[row] for row in dataset["row"]] if origin is not None else ["held-out"] * len(dataset)
+        dataset = dataset.add_column("source", names)
+    cut = _cut(dataset, None if splits else training.max_length, counts)
+    sources = list(cut["source"]) if held_out else []
+    cut = cut.select_columns(["input_ids", "labels"])
     counts.sequences = len(cut)
     counts.tokens, counts.trained_tokens = _count_tokens(cut)
     packing = None
@@ -143,7 +151,7 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         batch_size = training.per_device_train_batch_size
         cut, packing = pack_with_report(cut, training.max_length, training.packing_strategy, batch_size=batch_size)
-    return Prepared(cut, labelled.conversations, counts, report, packing)
+    return Prepared(cut, labelled.conversations, counts, report, packing, sources)
 
 
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
@@ -169,7 +177,7 @@ def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: La
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     data = settings.data
     if held_out:
-        return [data.eval_dataset]
+        return [data.eval_dataset] if isinstance(data.eval_dataset, str) else list(data.eval_dataset)
     return [data.dataset_name] if data.dataset_name else list(data.datasets)
 
 
@@ -216,7 +224,9 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     from ma_sft.mixture import load_rows
 
     data = settings.data
-    (source,) = _sources(settings, held_out)
+    source, *more = _sources(settings, held_out)
+    if more:
+        raise RecipeError("formatting_func takes one source; give the rows as one file or glob")
     rows = load_rows(source, split=data.dataset_train_split)
     function = load_function(str(data.formatting_func))
     collator = make_collator(settings, tokenizer)
@@ -262,7 +272,7 @@ def _cut(dataset: Dataset, max_length: int | None, counts: Counts) -> Dataset:
     """
     if len(dataset) == 0:
         raise LabelError("the data set is empty: no rows to train on")
-    dataset = dataset.select_columns(["input_ids", "labels"])
+    dataset = dataset.select_columns([c for c in ("input_ids", "labels", "source") if c in dataset.column_names])
     lengths, first, last = _label_spans(dataset)
     limit = max_length if max_length is not None else int(lengths.max())
     counts.cut_sequences = int((lengths > limit).sum())

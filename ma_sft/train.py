@@ -1,21 +1,26 @@
 """Recipe -> `SFTTrainer`: the one place where the pieces meet."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import RecipeError
+from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
     from ma_sft.evaluate import Answer
+    from ma_sft.plan import Forecast
     from ma_sft.prepare import Prepared
 
 
@@ -38,25 +43,35 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     if training.process_index == 0:
         _claim(out, settings)
 
+    from ma_sft.evaluate import end_ids
+    from ma_sft.manifest import make_manifest
+    from ma_sft.plan import peak_memory
     from ma_sft.prepare import load_tokenizer, prepare
 
     tokenizer, added_tokens = load_tokenizer(settings)
     with training.main_process_first(desc="preparing the data"):
         data = prepare(settings, tokenizer)
         held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+    memory = _forecast(settings, data) if training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer)
+        show_start(settings, data, trainer, memory)
 
-    exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
-    before = exam.answer(trainer, "answers before training") if exam else []
+    exam = _Exam(settings, tokenizer, held_out) if held_out else None
+    # ZeRO and FSDP can run the model only once training has shared it out
+    whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    before = exam.take(trainer, "before training") if exam and whole else None
     start = time.monotonic()
     result = trainer.train()
     seconds = time.monotonic() - start
-    metrics = trainer.evaluate() if held_out else {}
-    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"))
-    after = exam.answer(trainer, "answers after training") if exam else []
+    peak = peak_memory()
+    after = exam.take(trainer, "after training") if exam else None
+    manifest = (
+        make_manifest(settings, tokenizer, data, end_ids(trainer.model.generation_config, tokenizer)) if main else {}
+    )
+    manifest["metrics"] = after.summary if after else {}
+    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"), manifest)
     if not main:
         return {}
 
@@ -69,15 +84,24 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "train_loss": result.training_loss,
         "train_seconds": round(seconds, 1),
         "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
-        **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        "peak_memory": peak,
+        "forecast_peak_memory": memory.peak if memory else None,
     }
-    if exam and after:
-        summary |= exam.grade(before, after)
+    if after:
+        summary |= {"eval_loss": after.summary["loss"], "eval_mean_token_accuracy": after.summary["token_accuracy"]}
+        summary["evaluation"] = {"before": before.summary if before else None, "after": after.summary}
+        if after.answers and settings.data.metric == "exact-match":
+            summary["exact_match_before"] = before.summary["score"] if before else None
+            summary["exact_match_after"] = after.summary["score"]
+        if after.answers:
+            summary["eos_rate"] = after.summary["eos_rate"]
     if settings.model.use_peft and settings.data.merge:
         from ma_sft.adapters import merge
 
-        summary["merge_max_logit_difference"] = merge(out, out / "merged")
-    return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
+        merged = merge(out, out / "merged")
+        print(f"merged model: {merged}")
+        summary["merge_max_logit_difference"] = merged.difference
+    return _finish(settings, trainer, data, exam.table(before, after) if exam and after else [], summary)
 
 
 def make_trainer(
@@ -95,7 +119,15 @@ def make_trainer(
     from transformers import ProgressCallback
     from trl import SFTTrainer, get_quantization_config
 
-    from ma_sft.adapters import lora_config, with_new_tokens
+    from ma_sft.adapters import (
+        add_loraplus,
+        check_targets,
+        freeze,
+        keep_initial,
+        lora_config,
+        model_skeleton,
+        with_new_tokens,
+    )
     from ma_sft.progress import TrainingBar
 
     training, model = settings.training, settings.model
@@ -108,6 +140,12 @@ def make_trainer(
         **(training.model_init_kwargs or {}),
     }
     peft, quantization = lora_config(settings), get_quantization_config(model)
+    if peft is not None:
+        check_targets(model_skeleton(settings), peft)
+    if quantization is not None and find_spec("bitsandbytes") is None:
+        raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
+    if model.load_in_8bit:  # one line a layer and step on how its input is cast
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         trainer = SFTTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
@@ -122,22 +160,32 @@ def make_trainer(
         raise RecipeError(
             f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
+    freeze(trainer.model, settings.data.freeze)
+    if settings.data.loraplus_lr_ratio is not None:
+        add_loraplus(trainer, settings.data.loraplus_lr_ratio)
+    if peft is not None and str(peft.init_lora_weights).startswith(("pissa", "olora")) and training.process_index == 0:
+        keep_initial(trainer.model, Path(training.output_dir) / ".initial")
     if not training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
     return trainer
 
 
-def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model under another name first, so that `folder` is whole or not there."""
-    from ma_sft.evaluate import end_token_ids
+    from ma_sft.adapters import save_converted
+    from ma_sft.evaluate import end_ids
+    from ma_sft.manifest import write_manifest
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
+    model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
     scratch = folder.with_name(f".{folder.name}")
     trainer.save_model(str(scratch))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        save_converted(model, scratch, folder.with_name(".initial"))
+        (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
+        write_manifest(scratch, {**manifest, "kind": folder.name})
         scratch.rename(folder)
 
 
@@ -166,66 +214,129 @@ def _claim(out: Path, settings: Settings) -> None:
 _NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
 
 
-class _Exam:
-    """Held-out conversations as questions (all but the last assistant turn) and references (that turn)."""
+@dataclass(frozen=True)
+class _Marks:
+    """What an exam gave: the answers, and the figures for `summary.json`."""
 
-    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", conversations: "Dataset") -> None:
+    answers: "list[Answer]"
+    summary: dict[str, Any]
+
+
+class _Exam:
+    """Held-out rows: their loss by source, and questions (all but the last assistant turn) with references."""
+
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", held_out: "Prepared") -> None:
         from ma_sft.prepare import make_encoder
 
-        count = settings.data.generate_eval
-        rows = conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations))))
+        self.data, self.held_out = settings.data, held_out
+        self.questions, self.references, self.origins = [], [], []
+        conversations = held_out.conversations
+        if conversations is None or settings.data.generate_eval == 0:
+            return
         self.encoder = make_encoder(settings, tokenizer)
-        self.max_new_tokens = settings.data.max_new_tokens
-        self.questions, self.references = [], []
-        for messages in rows["messages"]:
+        count = settings.data.generate_eval
+        for row in conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations)))):
+            messages = row["messages"]
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
+            self.origins.append(row["source"])
 
-    def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
-        from ma_sft.evaluate import generate_answers
+    def take(self, trainer: "SFTTrainer", when: str) -> _Marks:
+        """Loss and token accuracy (every process takes part), and graded answers (the first process)."""
+        from ma_sft.evaluate import generate_answers, grade, held_out_loss
 
+        losses = held_out_loss(trainer, self.held_out.dataset, self.held_out.sources)
+        parts = {name: {**asdict(found), "perplexity": found.perplexity} for name, found in losses.items()}
         if not self.questions or not trainer.is_world_process_zero():
-            return []
+            return _Marks([], {**parts.pop("all"), "sources": parts})
         model = trainer.accelerator.unwrap_model(trainer.model)
-        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
+        tokens = self.data.max_new_tokens
+        answers = generate_answers(model, self.encoder, self.questions, max_new_tokens=tokens, desc=f"answers {when}")
+        grades = grade(answers, self.references, self.data.metric)
+        for name, part in parts.items():
+            rows = [i for i, origin in enumerate(self.origins) if name in ("all", origin)]
+            if rows:
+                part |= {
+                    "answers": len(rows),
+                    "metric": self.data.metric,
+                    "score": sum(grades[i] for i in rows) / len(rows),
+                    "eos_rate": sum(answers[i].stopped for i in rows) / len(rows),
+                }
+        return _Marks(answers, {**parts.pop("all"), "sources": parts})
 
-    def grade(self, before: "list[Answer]", after: "list[Answer]") -> dict[str, float]:
-        from ma_sft.evaluate import score
-
-        first, last = score(before, self.references), score(after, self.references)
-        return {
-            "exact_match_before": first.exact_match,
-            "exact_match_after": last.exact_match,
-            "eos_rate": last.eos_rate,
-        }
-
-    def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
+    def table(self, before: _Marks | None, after: _Marks) -> list[tuple[str, str, str, str]]:
         """(question, before, after, reference) of each held-out row."""
+        first = [a.text for a in before.answers] if before else [""] * len(after.answers)
+        last = [a.text for a in after.answers]
         questions = [messages[-1]["content"] for messages in self.questions]
-        return [
-            (q, b.text, a.text, r) for q, b, a, r in zip(questions, before, after, self.references, strict=bool(after))
-        ]
+        return list(zip(questions, first, last, self.references, strict=True))
 
 
-def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> None:
+def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
+    """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
+    from ma_sft.plan import forecast
+
+    try:
+        return forecast(
+            settings, max(len(row) for row in data.dataset.with_format("arrow")["input_ids"].combine_chunks())
+        )
+    except MaSftError:
+        raise
+    except Exception as error:
+        print(f"no forecast of memory: one step on fake tensors failed with {type(error).__name__}: {error}")
+        return None
+
+
+def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None") -> None:
     """Print what will be trained, before the first step."""
     from rich.console import Console
     from rich.table import Table
 
+    from ma_sft.plan import memory_table
     from ma_sft.prepare import counts_table
 
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
     table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
     for key, value in counts_table(data.counts):
         table.add_row(key, value)
-    table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")
+    for key, value in memory_table(settings, trainer.model, memory):
+        table.add_row(key, value)
     Console().print(table)
     if data.check is not None:
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+
+
+def _print_evaluation(console: "Console", evaluation: dict[str, Any] | None) -> None:
+    """The held-out figures before and after training, by source where there are several."""
+    from rich.table import Table
+
+    if evaluation is None:
+        return
+    before, after = evaluation["before"], evaluation["after"]
+    several = {name: ((before or {}).get("sources", {}).get(name), part) for name, part in after["sources"].items()}
+    parts = {"all": (before, after), **(several if len(several) > 1 else {})}
+    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
+    columns = [key for key in shown if key in after]
+    names = {"score": after.get("metric"), "eos_rate": "stopped by itself"}
+    table = Table("held-out", *(str(names.get(key, key)).replace("_", " ") for key in columns))
+    for name, (first, last) in parts.items():
+        table.add_row(
+            name,
+            *(
+                f"{format(first[k], shown[k]) if first and k in first else '?'} -> {format(last[k], shown[k])}"
+                for k in columns
+                if k in last
+            ),
+        )
+    console.print(table)
+    if after.get("metric") == "exact-match":
+        was = f"{before['score']:.1%}" if before else "not measured"
+        console.print(
+            f"held-out exact match: {was} before, {after['score']:.1%} after; "
+            f"stopped by itself: {after['eos_rate']:.1%}"
+        )
 
 
 def _finish(
@@ -249,10 +360,7 @@ def _finish(
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
-        console.print(
-            f"held-out exact match: {summary['exact_match_before']:.1%} before, {summary['exact_match_after']:.1%} "
-            f"after; stopped by itself: {summary['eos_rate']:.1%}"
-        )
+    _print_evaluation(console, summary.get("evaluation"))
     write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     for what in ("adapter", "merged", "model", "report.html"):
