@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Initialisations that PEFT computes from activations or gradients on data, with calls of its own before training.
 NEED_DATA = ("eva", "corda", "lora_ga")
+# Initialisations that take a part of the base's weights into the adapter.
+CHANGE_BASE = ("pissa", "olora")
 
 
 def lora_config(settings: "Settings") -> "PeftConfig | None":
@@ -57,7 +59,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     if data.freeze:
         raise RecipeError(
             "freeze is for full fine-tuning: an adapter freezes the whole model; choose its layers with "
-            'lora_config={"layers_to_transform": [...]}'
+            'lora_target_modules and lora_config={"layers_to_transform": [...]}'
         )
     for key, value in PRESETS[data.lora_preset].items():
         if settings.chosen.get(key) is None:
@@ -92,9 +94,20 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
         )
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     try:
-        return LoraConfig(**{**given, **more})
+        found = LoraConfig(**{**given, **more})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lora_config: {' '.join(str(error).split())}") from None
+    if str(init).startswith(CHANGE_BASE):
+        if quantised:
+            raise RecipeError(
+                f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}"
+            )
+        if found.use_rslora and (found.rank_pattern or found.alpha_pattern):
+            raise RecipeError(
+                f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
+                "rank_pattern or alpha_pattern; drop one of them"
+            )
+    return found
 
 
 def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None) -> Any:
@@ -163,6 +176,11 @@ def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
                 raise RecipeError(
                     f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
                     f"from {name}'s weight directly; remove it"
+                )
+            if modules[name] is model.get_input_embeddings() and model.config.tie_word_embeddings:
+                raise RecipeError(
+                    f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
+                    'train rows of it with lora_config={"trainable_token_indices": [...]}'
                 )
             if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 raise RecipeError(
@@ -473,7 +491,10 @@ def _layer_updates(adapter: Path, config: "PreTrainedConfig") -> "dict[str, Call
         def update(weight: "Tensor") -> "Tensor":
             layer = module.get_base_layer()
             set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
-            module.merge(safe_merge=True)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:
+                raise RecipeError(f"{adapter} cannot be merged: {_first_line(error)}") from None
             merged: Tensor = layer.weight.data
             layer.weight = torch.nn.Parameter(merged.to("meta"))
             return merged

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (on
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ def launch(recipe: "Recipe") -> None:
 
 def guard(command: Callable[[], Any]) -> int:
     """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
+    # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         result = command()
         return result if isinstance(result, int) else 0

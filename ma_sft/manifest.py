@@ -1,4 +1,4 @@
-"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with, and checking a folder against it."""
+"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; checking a folder against it."""
 
 import hashlib
 import json
@@ -168,8 +168,15 @@ def check_handoff(folder: Path) -> list[Finding]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for what, found in describe_tokenizer(tokenizer, manifest["template_kwargs"]).items():
-            expected = manifest[what]
-            compare(what.replace("_", " "), found, expected)
+            if what != "probe":
+                compare(what.replace("_", " "), found, manifest[what])
+            elif found == manifest[what]:
+                findings.append(
+                    Finding("ids of a test conversation", True, f"{len(found or [])} as when it was trained")
+                )
+            else:
+                at = next((i for i, (a, b) in enumerate(zip(found, manifest[what], strict=False)) if a != b), "the end")
+                findings.append(Finding("ids of a test conversation", False, f"not those of training from id {at} on"))
     except (OSError, ValueError) as error:
         findings.append(Finding("tokenizer", False, f"cannot be loaded: {str(error).splitlines()[0]}"))
         return findings

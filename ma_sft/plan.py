@@ -167,8 +167,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         resident, keeps = psutil.Process().memory_info().rss, round(CPU_SHARE * (activations - overlap))
         reserve = resident + round(CPU_BYTES) + keeps
         lines.append(
-            f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and {CPU_SHARE:.0%} of the activations, "
-            f"which the C allocator keeps when they are freed = {_gb(reserve)}"
+            f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
+            f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
         )
     return Forecast(
         sum(count for count, _ in by_kind.values()),
@@ -479,12 +479,11 @@ def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
     training, gpus = settings.training, found["gpus"]
     for line in found["forecast"]["lines"]:
         console.print(line, highlight=False, soft_wrap=True)
-    where = f"each of {gpus} GPUs of {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
-    columns = ("weights", "gradients", "optimizer", "activations", "reserve", "total")
-    table = Table("launcher", *columns, "fits", title=f"memory of {where}")
+    where = f"each of {gpus} GPUs with {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
+    columns = ("weights", "gradients", "optimizer", "activations", "reserve", "total", "host")
+    table = Table("launcher", *columns, "fits", title=f"GB of {where}")
     for name, parts in found["launchers"].items():
-        host = f" and {_gb(parts['host'])} of the machine's" if parts["host"] else ""
-        table.add_row(name, *(_gb(parts[c]) for c in columns), ("yes" if parts["fits"] else "no") + host)
+        table.add_row(name, *(f"{parts[c] / 1e9:.1f}" for c in columns), "yes" if parts["fits"] else "no")
     console.print(table)
     if found["choice"] is None:
         smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]

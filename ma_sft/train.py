@@ -120,6 +120,7 @@ def make_trainer(
     from trl import SFTTrainer, get_quantization_config
 
     from ma_sft.adapters import (
+        CHANGE_BASE,
         add_loraplus,
         check_targets,
         freeze,
@@ -163,8 +164,8 @@ def make_trainer(
     freeze(trainer.model, settings.data.freeze)
     if settings.data.loraplus_lr_ratio is not None:
         add_loraplus(trainer, settings.data.loraplus_lr_ratio)
-    if peft is not None and str(peft.init_lora_weights).startswith(("pissa", "olora")) and training.process_index == 0:
-        keep_initial(trainer.model, Path(training.output_dir) / ".initial")
+    if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
+        keep_initial(trainer.model, Path(training.output_dir) / "initial_adapter")
     if not training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
@@ -183,7 +184,7 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
     trainer.save_model(str(scratch))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        save_converted(model, scratch, folder.with_name(".initial"))
+        save_converted(model, scratch, folder.with_name("initial_adapter"))
         (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
         write_manifest(scratch, {**manifest, "kind": folder.name})
         scratch.rename(folder)
