@@ -38,6 +38,7 @@ class Forecast:
         kept: what the forward pass keeps for the backward pass.
         activations: highest sum of all other tensors at any moment of the step, gradients not among them.
         overlap: how much less than `gradients + activations` is needed, as the one grows while the other shrinks.
+        activations16: `activations` where the launcher trains in 16 bits: no 16-bit copies of float32 weights.
         layer: bytes of the largest block of layers in 16 bits: what a sharded model has to gather at a time.
         master: bytes that DeepSpeed's 16-bit training adds to the trainable parameters' optimiser: a float32 copy.
         reserve: on the CPU, what the process holds before there is a model and what its allocator keeps.
@@ -51,6 +52,7 @@ class Forecast:
     optimizer: int
     kept: int
     activations: int
+    activations16: int
     overlap: int
     layer: int
     master: int
@@ -149,6 +151,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     rows = training.per_device_train_batch_size
     kept, activations, both = simulate(model, settings, rows, length)
     activations, both = activations + largest, both + largest
+    mixed = (training.bf16 or training.fp16) and any(p.dtype == torch.float32 for p in trained) and config is None
+    activations16 = simulate(model, settings, rows, length, half=True)[1] if mixed else activations
     accumulated = training.gradient_accumulation_steps > 1
     overlap = 0 if accumulated else gradients + activations - max(both, gradients)
     lines = [
@@ -178,6 +182,7 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         optimizer,
         kept,
         activations,
+        activations16,
         overlap,
         layer,
         4 * trainable,
@@ -186,8 +191,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     )
 
 
-def simulate(model: Any, settings: "Settings", rows: int, length: int) -> tuple[int, int, int]:
-    """Run one training step of a skeleton on fake tensors.
+def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
+    """Run one training step of a skeleton on fake tensors, with float32 weights in 16 bits if `half`.
 
     Returns:
         Bytes alive after the forward pass, at the highest moment without gradients, and with them.
@@ -208,7 +213,7 @@ def simulate(model: Any, settings: "Settings", rows: int, length: int) -> tuple[
                 causal.enable_input_require_grads()
     dtype = torch.bfloat16 if training.bf16 else torch.float16
     with FakeTensorMode(allow_non_fake_inputs=True):
-        own = _fake(model)
+        own = _fake(model, dtype if half else None)
         shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
         ids = torch.zeros(shape, dtype=torch.long)
         more = (
@@ -266,8 +271,8 @@ def _tracked(own: set[int]) -> Iterator[list[tuple[int, int]]]:
         yield events
 
 
-def _fake(model: "nn.Module") -> set[int]:
-    """Put fake CPU tensors in place of all parameters and buffers, keeping ties; their storages' numbers."""
+def _fake(model: "nn.Module", dtype: Any) -> set[int]:
+    """Put fake CPU tensors, of `dtype` if given, in place of all weights and buffers; their storages' numbers."""
     import torch
     from torch import nn
 
@@ -276,7 +281,7 @@ def _fake(model: "nn.Module") -> set[int]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
@@ -387,7 +392,7 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
         "weights": weights / (gpus if launcher.weights else 1) + gathered,
         "gradients": gradients / share,
         "optimizer": optimizer / share,
-        "activations": float(found.activations - overlap),
+        "activations": float(found.activations16 if launcher.states else found.activations - overlap),
     }
     host = 0.0
     if launcher.offload:
