@@ -44,6 +44,7 @@ sft-alpaca-pack: $(STAMP)  ## MA-RLHF's sft_pack.py: the same with constant-leng
 
 tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_tokenizers.py
+	$(BIN)/python scripts/fetch_converter.py
 
 test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-chat run among them
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
@@ -60,10 +61,16 @@ types: $(STAMP)  ## mypy --strict on ma_sft
 bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
 	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
 
+bench-memory: $(STAMP)  ## forecast of peak memory against the measured peak, twelve ways to train
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py $(ARGS)
+
+handoff-check: $(STAMP)  ## compare a saved model with its manifest before the next stage: DIR=runs/demo
+	$(BIN)/ma-sft handoff-check $(DIR) $(ARGS)
+
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/lora_rank.py $(ARGS)
 
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench lora-rank clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench bench-memory handoff-check lora-rank clean
