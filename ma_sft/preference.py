@@ -1,4 +1,4 @@
-"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer` and `DPOTrainer` take them.
+"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer` and `DPOTrainer` take it.
 
 | format | columns |
 | --- | --- |
@@ -95,6 +95,8 @@ def _plain(row: Row, prompt: str, chosen: str, rejected: str) -> Preference:
     if prompt == "instruction" and row.get("input"):
         text = "\n\n".join(conversation(row[f], f)[0]["content"] for f in ("instruction", "input"))
     messages = conversation(text, prompt)
+    if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
+        messages = [m for m in hh_turns(text, prompt) if m["content"]]
     if messages[0]["role"] != "system":
         messages = system_message(row) + messages
     return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
