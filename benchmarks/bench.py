@@ -108,7 +108,7 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
 
     def ours() -> Any:
         encoder = ChatEncoder(tokenizer)
-        rows, _ = load_mixture([str(path)])
+        rows = load_mixture([str(path)]).train
         labelled = rows.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=rows.column_names)
         return pack(labelled, 4096)
 

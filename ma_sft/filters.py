@@ -1,10 +1,11 @@
 """Which conversations stay: filters that count what they remove and keep examples, and the train/held-out split.
 
-Row filters look at one conversation and run in one pass, over all cores or on a stream. Duplicates and the split look at
-all rows: they hold 8 to 16 bytes for each row in memory, never its text (MinHash signatures lie in an Arrow file).
+Row filters look at one conversation and run in one pass, over all cores or on a stream. Duplicates and the split look
+at all rows: they hold some 50 bytes for each row in memory, never its text; MinHash signatures lie in an Arrow file.
 """
 
 import json
+import logging
 import re
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ from ma_sft.formats import Message, load_function
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 5  # kept of each filter
 NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
@@ -50,11 +53,16 @@ class Stage:
     removed: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
-        if count:
-            self.removed[why] = self.removed.get(why, 0) + count
-            kept = self.examples.setdefault(why, [])
-            kept += list(examples)[: EXAMPLES - len(kept)]
+    def remove(self, why: str, count: int, examples: Iterable[str] = (), *, log: bool = False) -> None:
+        """Count rows; `log` tells of the first, tenth, hundredth ..., for streams, whose table nobody prints."""
+        if not count:
+            return
+        total = self.removed[why] = self.removed.get(why, 0) + count
+        kept = self.examples.setdefault(why, [])
+        examples = list(examples)
+        kept += examples[: EXAMPLES - len(kept)]
+        if log and str(total).strip("0") == "1":
+            logger.warning("%s: %d removed so far by %s; the last: %s", self.name, total, why, examples[-1])
 
 
 @dataclass(frozen=True)
@@ -276,8 +284,7 @@ def apply_filters(
         stage = Stage(f"{name}: near duplicates", len(rows))
         start = time.monotonic()
         groups = _groups(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
-        _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-        rows = _keep_first(rows, first[inverse], "near_duplicates", stage, start)
+        rows = _keep_first(rows, groups, "near_duplicates", stage, start)
         stages.append(stage)
     return rows, stages
 
@@ -297,7 +304,7 @@ def stream_filters(rows: IterableDataset, filters: Filters, stage: Stage, grams:
         found = check(batch)
         for at, why in enumerate(found["removed_by"]):
             if why:
-                stage.remove(why, 1, [_tell({k: v[at] for k, v in batch.items()}, found["why"][at])])
+                stage.remove(why, 1, [_tell({k: v[at] for k, v in batch.items()}, found["why"][at])], log=True)
         kept = [not why for why in found["removed_by"]]
         stage.rows_in, stage.rows_out = stage.rows_in + len(kept), stage.rows_out + sum(kept)
         return kept
@@ -309,8 +316,8 @@ def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None
     """Pairs (int64, n x 2) of rows with an estimated Jaccard similarity of at least `threshold`.
 
     MinHash with locality-sensitive hashing (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
-    Signatures and the split into bands are datasketch's. Its index is a dict in memory of some kilobytes for each row, so
-    here rows that share a band are found by sorting one band's hashes at a time: 16 bytes for each row.
+    Signatures and the split into bands are datasketch's. Its index is a dict of some kilobytes for each row, so rows
+    that share a band are found by sorting the hashes of one band at a time instead.
     """
     try:
         from datasketch import MinHashLSH
@@ -343,7 +350,7 @@ class _Signatures:
         shingles = []
         for messages in conversations(batch):
             words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
-            shingles.append({" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))})
+            shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
         hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
         signatures = np.stack([h.hashvalues for h in hashes])
         columns: dict[str, Any] = {"signature": signatures}
@@ -358,8 +365,8 @@ def split_held_out(
 ) -> tuple["NDArray[Any]", "NDArray[Any]"]:
     """Positions of the training rows and of the held-out rows, none of which has a relative on the other side.
 
-    Relatives are rows with the same first question (letters and digits alone, case aside), so duplicates and the pieces of
-    a conversation; with the same value in the column `group`; and, if `near` is given, near duplicates of that similarity.
+    Relatives are rows with the same first question (letters and digits alone, case aside), so duplicates and pieces of
+    one conversation; with the same value in the column `group`; and, if `near` is given, near duplicates that similar.
 
     Args:
         test_size: share of the rows if below 1, else their number. Relatives go together, so it may come out smaller.
@@ -379,8 +386,7 @@ def split_held_out(
             )
     if near is not None:
         links.append(near_duplicates(rows, near, num_proc))
-    groups = _groups(len(rows), np.concatenate(links))
-    sizes = np.bincount(groups)
+    _, groups, sizes = np.unique(_groups(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
     chosen, room = np.zeros(len(sizes), dtype=bool), target
     for group in order:
@@ -391,14 +397,14 @@ def split_held_out(
     held_out = chosen[groups]
     if not held_out.any() or held_out.all():
         raise RecipeError(
-            f"test_size={test_size} leaves nothing to {'train on' if held_out.any() else 'hold out'}: {len(rows):,} rows "
-            f"in {len(sizes):,} groups that stay together, the smallest of {sizes.min():,}"
+            f"test_size={test_size} leaves nothing to {'train on' if held_out.any() else 'hold out'}: "
+            f"the {len(rows):,} rows are {len(sizes):,} groups that stay together, the smallest of {sizes.min():,}"
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def _exact(messages: list[Message], row: dict[str, Any]) -> str:
-    return json.dumps({k: v for k, v in row.items() if k not in ("source", "origin", "group")}, sort_keys=True)
+    return json.dumps({k: v for k, v in row.items() if k not in ("source", "origin", "group", "_part")}, sort_keys=True)
 
 
 def _question(messages: list[Message], row: dict[str, Any]) -> str:
@@ -433,13 +439,16 @@ def _columns(rows: Dataset, function: Any, types: dict[str, Any], num_proc: int 
 
 
 def _groups(count: int, pairs: "NDArray[Any]") -> "NDArray[Any]":
-    """A number for each row; rows linked by a chain of pairs have the same one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    links = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    groups: NDArray[Any] = connected_components(links, directed=False)[1]
-    return groups
+    """Of each row, the first of the rows that a chain of pairs links it with."""
+    groups = np.arange(count)
+    while True:
+        before = groups.copy()
+        lower = np.minimum(groups[pairs[:, 0]], groups[pairs[:, 1]])
+        for side in pairs.T:
+            np.minimum.at(groups, side, lower)
+        groups = groups[groups]
+        if (groups == before).all():
+            return groups
 
 
 def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage, start: float) -> Dataset:
@@ -463,4 +472,4 @@ def _tell(row: dict[str, Any], why: str) -> str:
 
 
 def _hash(text: str) -> Any:
-    return np.uint64(xxhash.xxh3_64_intdigest(text))
+    return np.uint64(xxhash.xxh3_64_intdigest(text.encode()))

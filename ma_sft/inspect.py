@@ -351,7 +351,7 @@ def _compare(
         ids, trained = np.array(example["input_ids"]), np.array(example["labels"]) != IGNORE_INDEX
         begins, _ = _runs(trained, np.array([0, len(ids)]))
         prompts = [
-            _inference_ids(messages[:k], tools, encoder, control)
+            _inference_ids(messages[:k], tools, encoder, control) if k else list(tokenizer("")["input_ids"])
             for k, message in enumerate(messages)
             if message["role"] == "assistant"
         ]

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -292,6 +292,8 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
         except DatasetGenerationError as error:
             cause = error.__cause__
             raise cause if isinstance(cause, FormatError | RecipeError | OSError) else error from None
+        if not builder.info.splits["train"].num_examples:
+            raise FormatError(f"{path}: the data set is empty; give at least one row")
         return builder.as_dataset(split="train")
     try:
         return load_dataset(path, source.name, split=source.split, streaming=streaming)
@@ -303,7 +305,7 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
 
 
 def rows_of(
-    batch: dict[str, Sequence[Any]], indices: Sequence[int], source: Source
+    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], source: Source
 ) -> Iterator[tuple[str, str, Row | FormatError]]:
     """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`."""
     for at, index in enumerate(indices):

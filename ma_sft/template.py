@@ -266,7 +266,7 @@ class ChatEncoder:
 
     def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
-        escaped, escaped_tools, marker, _ = self._escape_all(messages, tools)
+        escaped, escaped_tools, marker, _ = self._escape_all([_without_nulls(m) for m in messages], tools)
         return list(self._encode_marked(self._render(escaped, escaped_tools, prompt=True), marker))
 
     # -- text ---------------------------------------------------------------------------------------------------
@@ -335,6 +335,8 @@ class ChatEncoder:
     def _plan(self, messages: list[Message], tools: list[Any] | None) -> list[_Plan]:
         _check_messages(messages)
         messages, tools, marker, special_text = self._escape_all(messages, tools)
+        if [m["role"] for m in messages] == ["assistant"]:
+            return [self._plain_text(messages[0]["content"], marker, special_text)]
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         full = self._render(messages, tools, prompt=False)
         self._check_nothing_lost(messages, tools, full)
@@ -361,6 +363,12 @@ class ChatEncoder:
                     plans.append(_Plan(solo, [(k, prompt, target, "")], marker, special_text))
         return plans
 
+    def _plain_text(self, text: str, marker: str, special_text: list[str]) -> _Plan:
+        """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
+        bos = self.tokenizer.bos_token if self.tokenizer("")["input_ids"] else ""
+        target = f"{text}{self.tokenizer.eos_token}"
+        return _Plan(f"{bos}{target}", [(0, bos or "", target, "")], marker, special_text)
+
     def _target(self, prompt: str, solo: str) -> tuple[str, str]:
         """What the model should write after `prompt`, up to the end-of-turn token; or why it cannot be trained."""
         if not solo.startswith(prompt):
@@ -385,6 +393,12 @@ class ChatEncoder:
                     raise TemplateError(
                         f"the chat template leaves out the tool call {name!r} of message {i}; use a template with tools"
                     )
+        reasoning = messages[-1].get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning.strip() not in text:
+            raise TemplateError(
+                "the chat template leaves out the last message's reasoning_content; use a template that knows it, "
+                "or data without it"
+            )
         if tools and not all(_tool_name(tool) in text for tool in tools):
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
 
@@ -544,7 +558,11 @@ def _check_messages(messages: list[Message]) -> None:
 
 def _without_nulls(message: Message) -> Message:
     """Arrow gives every row every key of the column; what a message does not have must not reach the template."""
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        message["tool_calls"] = [{key: value for key, value in call.items() if value is not None} for call in calls]
+    return message
 
 
 def _escaper(tokens: list[str]) -> Callable[[str, str], str]:

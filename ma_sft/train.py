@@ -11,7 +11,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
@@ -43,7 +43,8 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     tokenizer, added_tokens = load_tokenizer(settings)
     with training.main_process_first(desc="preparing the data"):
         data = prepare(settings, tokenizer)
-        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+        holds_out = settings.data.eval_dataset or settings.data.test_size
+        held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
     main = trainer.is_world_process_zero()
     if main:
@@ -62,7 +63,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
 
     summary: dict[str, Any] = {
         "name": settings.data.name,
-        "rows": data.counts.rows,
+        "rows": data.counts.rows or None,  # a stream does not know
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
@@ -84,8 +85,8 @@ def make_trainer(
     settings: Settings,
     tokenizer: "PreTrainedTokenizerBase",
     added_tokens: list[str],
-    train: "Dataset",
-    held_out: "Dataset | None",
+    train: "Dataset | IterableDataset",
+    held_out: "Dataset | IterableDataset | None",
 ) -> "SFTTrainer":
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
 
@@ -179,6 +180,8 @@ class _Exam:
         self.questions, self.references = [], []
         for messages in rows["messages"]:
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            if last == 0:  # plain text asks nothing
+                continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
 
