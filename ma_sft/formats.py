@@ -110,7 +110,10 @@ def _multiple_choice(row: Row) -> list[Message]:
         raise FormatError(f"field 'choices': equally many texts and labels expected, found {_show(choices)}")
     texts = [_check_text(text, f"choices[{i}]") for i, text in enumerate(texts)]
     field = "answerKey" if row.get("answerKey") is not None else "answer"
-    labels, key = [str(label) for label in labels], str(row[field])
+    for value in (*labels, row[field]):
+        if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
+            raise FormatError(f"field {field!r} and the labels: letters or numbers expected, found {_show(value)}")
+    labels, key = [_check_text(str(label), "choices.label") for label in labels], str(row[field])
     if field == "answer" and key not in labels and key.isdecimal() and int(key) < len(labels):
         key = labels[int(key)]  # MMLU-like: `answer` is a position
     if labels.count(key) != 1:

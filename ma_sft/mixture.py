@@ -190,7 +190,7 @@ def load_mixture(
         rows = rows.shuffle(seed=seed)
     _done(stage, len(rows), start, report)
     used = np.bincount(part, minlength=len(sources))
-    for i, source in enumerate(sources):
+    for i, (source, _, _) in enumerate(loaded):
         counts = {"available": int(available[i]), "used": int(used[i])}
         report.sources.append({k: v for k, v in asdict(source).items() if v is not None} | counts)
     return Mixture(rows.remove_columns("_part"), test, report)

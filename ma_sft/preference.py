@@ -97,7 +97,8 @@ def _plain(row: Row, prompt: str, chosen: str, rejected: str) -> Preference:
     messages = conversation(text, prompt)
     if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
         messages = [m for m in hh_turns(text, prompt) if m["content"]]
-    if messages[0]["role"] != "system":
+        sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
+    if not messages or messages[0]["role"] != "system":
         messages = system_message(row) + messages
     return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
 
