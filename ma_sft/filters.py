@@ -131,16 +131,17 @@ class Filters:
     def __post_init__(self) -> None:
         if (self.min_tokens or self.max_tokens) and not self.tokenizer:
             raise RecipeError("filters min_tokens and max_tokens need to know whose tokens: set tokenizer")
+        shown: Any = None
         try:
-            for pattern in self.refusals if isinstance(self.refusals, list) else ():
-                re.compile(pattern)
-            for script, share in (self.scripts or {}).items():
-                regex.compile(rf"\p{{{script}}}")
+            for shown in self.refusals if isinstance(self.refusals, list) else ():
+                re.compile(shown)
+            for shown, share in (self.scripts or {}).items():
+                regex.compile(rf"\p{{{shown}}}")
                 low, high = share if isinstance(share, list | tuple) else (share, 1)
                 if not 0 <= low <= high <= 1:
-                    raise ValueError(f"scripts: {script}: shares from 0 to 1 expected, found {share!r}")
+                    raise ValueError(f"shares from 0 to 1 expected, found {share!r}")
         except (re.error, regex.error, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"filters: {' '.join(str(error).split())}") from None
+            raise RecipeError(f"filters: {shown!r}: {' '.join(str(error).split())}") from None
 
     @property
     def by_row(self) -> bool:

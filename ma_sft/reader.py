@@ -165,7 +165,7 @@ def _csv(stream: io.BufferedReader, where: str) -> Iterator[Batch]:
                 yield lines, rows
                 lines, rows = [], []
     except csv.Error as error:
-        raise FormatError(f"{where}, line {reader.line_num}: not valid CSV: {error}") from None
+        raise FormatError(f"{where}, line {line + 1}: not valid CSV: {error}") from None
     if rows:
         yield lines, rows
 
