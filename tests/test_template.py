@@ -34,8 +34,9 @@ words = (
     'Hello|你好，世界|😀🎉| |\n|\n\n|x = 1\n|{"a": 1}|it\'s|  lead|trail  |1234|é|<b>|<|im_end|\t|the quick brown fox'
 )
 pieces = st.sampled_from([*words.split("|"), "###Answer:", "|im_end|>", "<think>", "</think>", *SPECIAL.values()])
-# SmolLM2's vocabulary lacks the bytes of some control characters (Cc) and of planes that hold no character yet.
-letters = st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co"))
+# SmolLM2's vocabulary lacks the bytes of some control characters (Cc) and of planes that hold no character yet;
+# sentencepiece reads its own mark for a space as a space.
+letters = st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co"), exclude_characters="▁")
 texts = st.lists(pieces | st.text(letters, max_size=8), max_size=5).map("".join)
 # What an assistant writes between these two is reasoning, in whatever place the template wants it.
 said = texts.map(lambda text: text.replace("<think>", "").replace("</think>", ""))
@@ -122,6 +123,22 @@ def test_all_turns_are_trained_with_their_end(tokenizer):
     for message, text in ((1, "It is 4."), (3, "不客气！")):
         assert text in tokenizer.decode(spans[message])
         assert spans[message][-1] == encoder.end_token_id
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_v3", "smollm2"])
+def test_a_conversation_that_ends_with_the_user_trains_the_turns_before(name):
+    tokenizer = load_tokenizer(name)
+    row = tokenize_conversation(TURNS[:3], tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(TURNS[:3], return_dict=False)
+    trained = tokenizer.decode([i for i in row["labels"] if i != -100])
+    assert "It is 4." in trained and "谢谢" not in trained
+
+
+def test_consecutive_turns_of_one_role_are_kept_apart_where_the_template_allows_them():
+    tokenizer = load_tokenizer("smollm2")
+    row = tokenize_conversation([TURNS[0], TURNS[2], TURNS[1], TURNS[3]], tokenizer)
+    trained = tokenizer.decode([i for i in row["labels"] if i != -100])
+    assert trained == "It is 4.<|im_end|>不客气！<|im_end|>"
 
 
 def test_train_on_last():
