@@ -187,27 +187,31 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
         num_proc=training.dataset_num_proc,
     )
     encoder = make_encoder(settings, tokenizer)
-    key = _digest(
-        conversations._fingerprint, encoder.train_on, encoder.history, encoder.template_kwargs, _describe(tokenizer)
-    )
-    labelled = _cached(
-        key,
-        lambda: conversations.map(
-            encoder.tokenize_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=conversations.column_names,
-            num_proc=training.dataset_num_proc,
-            new_fingerprint=key,
-            desc="tokenising",
-        ),
-    )
+    labelled = tokenize(conversations, encoder, num_proc=training.dataset_num_proc)
     counts = Counts(rows=len(conversations), skipped_rows=report.skipped)
     for reasons in labelled["untrained"]:
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
     counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
     return Labelled(labelled, counts, conversations, encoder)
+
+
+def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
+    """`encoder.tokenize_batch` on all rows, kept in the cache folder by the content of rows, tokenizer and template."""
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    key = _digest(conversations._fingerprint, *settings, _describe(encoder.tokenizer))
+    return _cached(
+        key,
+        lambda: conversations.map(
+            encoder.tokenize_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=conversations.column_names,
+            num_proc=num_proc,
+            new_fingerprint=key,
+            desc="tokenising",
+        ),
+    )
 
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:

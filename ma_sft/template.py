@@ -16,6 +16,7 @@ get a sequence of their own (`history="split"`) or are masked (`history="mask"`)
 import json
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +29,7 @@ from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
+from ma_sft.render import Renderer
 
 Message = dict[str, Any]
 
@@ -187,6 +189,7 @@ class ChatEncoder:
         self.train_on = train_on
         self.history = history
         self.template_kwargs = template_kwargs or {}
+        self._renderer = Renderer(tokenizer, self.template_kwargs)
         self.control = control_tokens(tokenizer)
         alternatives = sorted(map(re.escape, self.control), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(alternatives) or r"(?!)")
@@ -254,8 +257,9 @@ class ChatEncoder:
         for row, examples in zip(rows, encoded, strict=True):
             trained = {turn.message for example in examples for turn in example.turns if turn.trained}
             for position, example in enumerate(examples):
-                columns["input_ids"].append(example.input_ids)
-                columns["labels"].append(example.labels)
+                # Arrow takes arrays many times faster than lists
+                columns["input_ids"].append(np.array(example.input_ids, dtype=np.int32))
+                columns["labels"].append(np.array(example.labels, dtype=np.int32))
                 columns["row"].append(row)
                 columns["turns"].append(sum(turn.trained for turn in example.turns))
                 columns["untrained"].append(
@@ -279,15 +283,7 @@ class ChatEncoder:
         errors = []
         for form in forms:
             try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        form,
-                        tools=tools,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                        **self.template_kwargs,
-                    )
-                )
+                return self._renderer.render(form, tools, prompt=prompt)
             except (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
                 errors.append(error)
         roles = ", ".join(str(m.get("role")) for m in messages)
@@ -415,10 +411,11 @@ class ChatEncoder:
         """One call of the fast tokenizer for all texts without markers; marked ones are rare and go one by one."""
         if not texts:
             return []
-        batch = self.tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+        self.tokenizer("")  # leaves the fast tokenizer without padding, truncation or split special tokens
+        batch = self.tokenizer.backend_tokenizer.encode_batch_fast([t for t, _ in texts], add_special_tokens=False)
         return [
-            list(self._encode_marked(text, marker)) if marker and marker in text else ids
-            for (text, marker), ids in zip(texts, batch, strict=True)
+            list(self._encode_marked(text, marker)) if marker and marker in text else encoding.ids
+            for (text, marker), encoding in zip(texts, batch, strict=True)
         ]
 
     def _label(self, plan: _Plan, ids: list[int]) -> Example:
@@ -605,4 +602,4 @@ def _tool_name(tool: Any) -> str:
 
 
 def _count_below(sorted_positions: list[int], limit: int) -> int:
-    return int(np.searchsorted(sorted_positions, limit, side="left"))
+    return bisect_left(sorted_positions, limit)
