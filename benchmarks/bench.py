@@ -96,7 +96,7 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     from ma_sft.template import ChatEncoder
 
     rng = random.Random()
-    words = Path(__file__).read_text(encoding="utf-8").split()
+    words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()  # English prose
     path = Path(SCRATCH.name) / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):

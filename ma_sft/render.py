@@ -30,13 +30,13 @@ class _UntraceableError(Exception):
 
 @dataclass
 class _Trace:
-    """How a rendered text is made: `literals` with `places` (indices of `values`) between them.
+    """How a rendered text is made: every second of `literals` is replaced by the values at the indices `places`.
 
     `values` are message texts (position, key), or a string method of an earlier value, or a sum of earlier values
     and literals; `facts` are what the template asked of values and what the answers were.
     """
 
-    values: list[tuple[Any, ...]]
+    values: list[tuple[str, tuple[Any, ...]]]
     facts: list[tuple[int, str, tuple[Any, ...], bool]]
     literals: list[str]
     places: list[int]
@@ -44,20 +44,19 @@ class _Trace:
     def replay(self, messages: list[Message]) -> str | None:
         """The text of other messages; None if the template would go another way with them."""
         values: list[str] = []
-        for kind, *how in self.values:
+        for kind, how in self.values:
             values.append(_value(kind, how, messages, values))
         for index, method, arguments, answer in self.facts:
             if _ask(values[index], method, arguments) is not answer:
                 return None
-        parts = self.literals[:1]
-        for place, literal in zip(self.places, self.literals[1:], strict=True):
-            parts += (values[place], literal)
+        parts = self.literals.copy()
+        parts[1::2] = [values[place] for place in self.places]
         return "".join(parts)
 
 
-def _value(kind: str, how: list[Any], messages: list[Message], values: list[str]) -> str:
+def _value(kind: str, how: tuple[Any, ...], messages: list[Message], values: list[str]) -> str:
     if kind == "text":
-        return str(messages[how[0]][how[1]])
+        return messages[how[0]][how[1]]  # type: ignore[no-any-return]
     if kind == "sum":
         return "".join(values[part] if isinstance(part, int) else part for part in how)
     return str(getattr(values[how[0]], kind)(*how[1]))
@@ -83,15 +82,15 @@ class _Recorder:
 
     def __init__(self, messages: list[Message]) -> None:
         self.messages = messages
-        self.values: list[tuple[Any, ...]] = []
+        self.values: list[tuple[str, tuple[Any, ...]]] = []
         self.known: list[str] = []
         self.facts: list[tuple[int, str, tuple[Any, ...], bool]] = []
 
     def text(self, kind: str, *how: Any) -> _Text:
         text = _Text(_MARK.format(len(self.values)))
         text.value_index, text.recorder = len(self.values), self
-        self.values.append((kind, *how))
-        self.known.append(_value(kind, list(how), self.messages, self.known))
+        self.values.append((kind, how))
+        self.known.append(_value(kind, how, self.messages, self.known))
         return text
 
 
@@ -159,10 +158,10 @@ class Renderer:
         """The template's text, with the generation prompt if `prompt`; the errors are the template's own."""
         shape = None if tools else _shape(messages, prompt)
         if shape is not None:
-            for trace in self._traces.get(shape, ()):
-                text = trace.replay(messages)
-                if text is not None:
-                    return text
+            for known in self._traces.get(shape, ()):
+                replayed = known.replay(messages)
+                if replayed is not None:
+                    return replayed
         text = str(
             self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
@@ -197,7 +196,7 @@ class Renderer:
         literals = _MARKS.split(marked)
         if any("\ue000" in literal or "\ue001" in literal for literal in literals):
             return None
-        return _Trace(recorder.values, recorder.facts, literals[::2], [int(place) for place in literals[1::2]])
+        return _Trace(recorder.values, recorder.facts, literals, [int(place) for place in literals[1::2]])
 
 
 def _shape(messages: list[Message], prompt: bool) -> tuple[Any, ...] | None:
