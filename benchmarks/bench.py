@@ -92,10 +92,11 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
 
     from ma_sft import pack
     from ma_sft.mixture import load_mixture
+    from ma_sft.prepare import tokenize
     from ma_sft.template import ChatEncoder
 
     rng = random.Random()
-    words = Path(__file__).read_text(encoding="utf-8").split()
+    words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()  # English prose
     path = Path(SCRATCH.name) / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -107,10 +108,8 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
     def ours() -> Any:
-        encoder = ChatEncoder(tokenizer)
         rows = load_mixture([str(path)]).train
-        labelled = rows.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=rows.column_names)
-        return pack(labelled, 4096)
+        return pack(tokenize(rows, ChatEncoder(tokenizer)), 4096)
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **small))

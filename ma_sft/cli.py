@@ -147,7 +147,7 @@ def _data_build(options: argparse.Namespace) -> None:
     from ma_sft.build import build
 
     # A plain `kill` unwinds as Ctrl-C does, so that scratch folders go and other processes end.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     overrides = {"num_proc": options.num_proc} if options.num_proc else {}
     Console().print(build(options.mixture, options.out, **overrides))
     print(f"data set: {options.out} (ma-sft data show {options.out})")

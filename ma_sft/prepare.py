@@ -208,8 +208,6 @@ def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
 
 
 def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
-    from ma_sft.mixture import processes
-
     mixture = _mixture(settings, held_out)
     conversations: Any = mixture.train if mixture.test is None or not held_out else mixture.test
     counts = Counts(skipped_rows=mixture.report.skipped, filtered_rows=mixture.report.filtered)
@@ -219,26 +217,32 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     else:
         counts.rows = len(conversations)
     encoder = make_encoder(settings, tokenizer)
-    key = _digest(
-        conversations._fingerprint, encoder.train_on, encoder.history, encoder.template_kwargs, _describe(tokenizer)
-    )
-    labelled = _cached(
+    labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
+    for reasons in labelled["untrained"]:
+        for reason in reasons:
+            counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
+    counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
+    return Labelled(labelled, counts, conversations, encoder)
+
+
+def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
+    """`encoder.tokenize_batch` on all rows, kept in the cache folder by the content of rows, tokenizer and template."""
+    from ma_sft.mixture import processes
+
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    key = _digest(conversations._fingerprint, *settings, _describe(encoder.tokenizer))
+    return _cached(
         key,
         lambda: conversations.map(
             encoder.tokenize_batch,
             batched=True,
             with_indices=True,
             remove_columns=conversations.column_names,
-            num_proc=processes(settings.training.dataset_num_proc, len(conversations)),
+            num_proc=processes(num_proc, len(conversations)),
             new_fingerprint=key,
             desc="tokenising",
         ),
     )
-    for reasons in labelled["untrained"]:
-        for reason in reasons:
-            counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
-    counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
-    return Labelled(labelled, counts, conversations, encoder)
 
 
 def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prepared:
