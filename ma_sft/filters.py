@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import regex
 import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -114,23 +115,21 @@ class Filters:
             value = json.loads(value) if isinstance(value, str) else dict(value or {})
         except (TypeError, ValueError):
             raise RecipeError(f"filters: a mapping expected, found {value!r}") from None
-        known = {f.name: f.type for f in fields(cls)}
+        kinds: dict[str, Any] = {f.name: f.type for f in fields(cls)}
         for key, setting in value.items():
-            if key not in known:
-                raise RecipeError(f"unknown filter {key!r}; filters are {', '.join(known)}")
-            number = isinstance(setting, int | float) and not isinstance(setting, bool) and setting > 0
-            wrong = (known[key] in (int, int | None) and not (number and setting == int(setting))) or (
-                known[key] is bool and not isinstance(setting, bool)
-            )
-            if setting is not None and (wrong or (key == "near_duplicates" and not (number and setting <= 1))):
-                raise RecipeError(
-                    f"filter {key}: {getattr(known[key], '__name__', known[key])} expected, not {setting!r}"
-                )
+            if key not in kinds:
+                raise RecipeError(f"unknown filter {key!r}; filters are {', '.join(kinds)}")
+            kind = int | float | None if kinds[key] == float | None else kinds[key]
+            checked = kind in (int, bool, int | None, int | float | None)
+            if checked and (not isinstance(setting, kind) or isinstance(setting, bool) != (kind is bool)):
+                raise RecipeError(f"filter {key}: {getattr(kind, '__name__', kind)} expected, not {setting!r}")
         return cls(**{"tokenizer": tokenizer, **value})
 
     def __post_init__(self) -> None:
         if (self.min_tokens or self.max_tokens) and not self.tokenizer:
             raise RecipeError("filters min_tokens and max_tokens need to know whose tokens: set tokenizer")
+        if not 0 < (self.near_duplicates or 1) <= 1:
+            raise RecipeError(f"filter near_duplicates: a similarity up to 1 expected, not {self.near_duplicates!r}")
         shown: Any = None
         try:
             for shown in self.refusals if isinstance(self.refusals, list) else ():
@@ -269,11 +268,11 @@ def apply_filters(
         stage = Stage(f"{name}: row filters", len(rows))
         start = time.monotonic()
         found = _columns(rows, RowFilters(filters, grams), {"removed_by": "string", "why": "string"}, num_proc)
-        removed_by = np.array(found["removed_by"][:], dtype=object)
-        for why in dict.fromkeys(removed_by[removed_by != ""]):
-            at = np.flatnonzero(removed_by == why)
+        names = found.data.column("removed_by")
+        for why in filter(None, pc.unique(names).to_pylist()):
+            at = np.flatnonzero(pc.equal(names, why).to_numpy())
             stage.remove(why, len(at), (_tell(rows[int(i)], found[int(i)]["why"]) for i in at[:EXAMPLES]))
-        rows = _keep(rows, removed_by == "", stage, start)
+        rows = _keep(rows, pc.equal(names, "").to_numpy(), stage, start)
         stages.append(stage)
     if filters.exact_duplicates:
         stage = Stage(f"{name}: exact duplicates", len(rows))
@@ -377,14 +376,11 @@ def split_held_out(
     """
     target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
     links = []
-    for function in (_question, _group):
-        keys = _hashes(rows, function, num_proc) if function is _question or "group" in rows.column_names else None
-        if keys is not None:
-            _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-            alone = keys == 0  # no question, no group
-            links.append(
-                np.stack([np.where(alone, np.arange(len(keys)), first[inverse]), np.arange(len(keys))], axis=1)
-            )
+    for key in (_question, _group):
+        hashes = _hashes(rows, key, num_proc)
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        own = np.arange(len(rows))
+        links.append(np.stack([np.where(hashes == 0, own, first[inverse]), own], axis=1))
     if near is not None:
         links.append(near_duplicates(rows, near, num_proc))
     _, groups, sizes = np.unique(_groups(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)
@@ -404,26 +400,24 @@ def split_held_out(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _exact(messages: list[Message], row: dict[str, Any]) -> str:
+def _exact(row: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in row.items() if k not in ("source", "origin", "group", "_part")}, sort_keys=True)
 
 
-def _question(messages: list[Message], row: dict[str, Any]) -> str:
+def _question(row: dict[str, Any]) -> str:
+    messages = row.get("messages") or row["prompt"]
     return " ".join(WORD.findall(next((m["content"] for m in messages if m["role"] == "user"), "").lower()))
 
 
-def _group(messages: list[Message], row: dict[str, Any]) -> str:
-    return row["group"] or ""
+def _group(row: dict[str, Any]) -> str:
+    return row.get("group") or ""
 
 
-def _hashes(rows: Dataset, key: Callable[[list[Message], dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":
+def _hashes(rows: Dataset, key: Callable[[dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":
     """A hash (uint64) of each row's key, 0 for an empty key."""
 
     def hash_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        keys = (
-            key(messages, {name: values[at] for name, values in batch.items()})
-            for at, messages in enumerate(conversations(batch))
-        )
+        keys = (key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
         return {"hash": np.array([_hash(text) if text else 0 for text in keys], dtype=np.uint64)}
 
     found: NDArray[Any] = _columns(rows, hash_batch, {"hash": "uint64"}, num_proc).data.column("hash").to_numpy()

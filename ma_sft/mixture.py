@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.filters import (
+    EXAMPLES,
     Filters,
     Stage,
     apply_filters,
@@ -257,12 +259,13 @@ def _load(
     num_proc = processes(num_proc, len(rows))
     converted = rows.map(convert, **settings, num_proc=num_proc, desc=f"converting {Path(source.path).name}")
     stage.rows_in = len(rows)
-    errors = np.asarray(converted.with_format("numpy")["error"][:])
-    for why, at in (("broken rows", (errors != "") & (errors != DROPPED)), ("no better side", errors == DROPPED)):
-        stage.remove(why, int(at.sum()), map(str, errors[at][:5]))
+    errors = converted.data.column("error")
+    good, dropped = (pc.equal(errors, text).to_numpy() for text in ("", DROPPED))
+    for why, which in (("broken rows", ~good & ~dropped), ("no better side", dropped)):
+        at = np.flatnonzero(which)
+        stage.remove(why, len(at), errors.take(at[:EXAMPLES]).to_pylist())
     converted = converted.remove_columns("error")
-    if (errors != "").any():
-        converted = converted.select(np.flatnonzero(errors == ""))
+    converted = converted if good.all() else converted.select(np.flatnonzero(good))
     _done(stage, len(converted), start, report)
     if len(converted) == 0:
         raise FormatError(f"{source.path}: every row was skipped; the first: {errors[0]}")

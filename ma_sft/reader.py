@@ -157,10 +157,9 @@ def _csv(stream: io.BufferedReader, where: str) -> Iterator[Batch]:
     try:
         for row in reader:
             line, last = reader.line_num, line
-            if None in row:
-                raise FormatError(f"{where}, line {line}: more cells than the {len(row) - 1} columns of the first line")
+            extra = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
             lines.append(last + 1)
-            rows.append(json.dumps(row).encode())
+            rows.append(json.dumps(extra or row).encode())
             if len(rows) == BATCH:
                 yield lines, rows
                 lines, rows = [], []

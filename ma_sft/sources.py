@@ -145,6 +145,8 @@ def rows_of(
             where, origin = f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}", f"{file}:{line}"
             try:
                 row = json.loads(batch[ROW][at])
+                if isinstance(row, str) and kind_of(file) in (".csv", ".tsv"):
+                    raise FormatError(row)
                 if not isinstance(row, dict):
                     raise FormatError(f"a JSON object expected, found {type(row).__name__} {str(row)[:60]!r}")
             except FormatError as error:
