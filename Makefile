@@ -66,10 +66,13 @@ types: $(STAMP)  ## mypy --strict on ma_sft
 bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
 	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
 
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+	$(BIN)/python benchmarks/data.py $(ARGS)
+
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/lora_rank.py $(ARGS)
 
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow fuzz test-docs lint types bench lora-rank clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow fuzz test-docs lint types bench bench-data lora-rank clean

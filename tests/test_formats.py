@@ -1,6 +1,7 @@
 """Every format becomes the same messages, and what is no conversation is refused by name."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -177,6 +178,17 @@ def test_golden(path):
         assert to_messages(row) == expected["messages"]
         tools = to_tools(row)
         assert (json.loads(tools) if tools else None) == expected.get("tools")
+
+
+def test_the_table_of_the_documentation():
+    lines = (ROOT / "docs/formats.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.fullmatch(r"\| `([a-z-]+)`.*? \| `(\{.*\})` \| (.*) \|", line) for line in lines]
+    rows = [row for row in rows if row]
+    assert {row[1] for row in rows} == set(FORMATS)
+    for row in rows:
+        turns = (f"{m['role']}: {m['content']}" for m in to_messages(json.loads(row[2])))
+        assert "<br>".join(turns).replace("\n", "\\n") == row[3]
+        assert detect_format(json.loads(row[2])) == row[1]
 
 
 def test_every_format_has_a_fixture():

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import zstandard
+from conftest import ROOT
 from datasets import Dataset, DatasetDict, IterableDataset
 from rich.console import Console
 
@@ -320,6 +321,22 @@ def test_yaml_is_the_same_mixture(tmp_path):
     yaml.write_text(f"dataset: [{path}]\n")
     with pytest.raises(RecipeError, match="unknown key 'dataset'; did you mean 'datasets'"):
         read_mixture(yaml)
+
+
+def test_the_mixture_of_the_documentation(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "mixture.yaml").write_text(text.replace("Qwen/Qwen3-0.6B", "demo").replace("0.02", "0.2"))
+    lines = "".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0], {"instruction": 5}])
+    (tmp_path / "chats" / "1.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    sums = [{"task": f"{i} - 1 is what?", "result": f"{i - 1} is left, says the book."} for i in range(30)]
+    Dataset.from_list(sums).to_parquet(tmp_path / "maths.parquet")
+    settings = read_mixture(tmp_path / "mixture.yaml")
+    for source in settings["datasets"]:
+        source["path"] = str(tmp_path / source["path"])
+    mixture = load_mixture(**settings)
+    assert mixture.report.skipped == 1 and mixture.report.filtered["exact_duplicates"] == 1
+    assert len(mixture.test) and {s["license"] for s in mixture.report.sources} == {"cc-by-4.0", "mit"}
 
 
 def test_report_is_a_table(tmp_path):
