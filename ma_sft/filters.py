@@ -20,7 +20,7 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from ma_sft.errors import RecipeError
-from ma_sft.formats import Message, load_function
+from ma_sft.formats import Message, code_of, load_function
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,6 +165,7 @@ class RowFilters:
 
     def __init__(self, filters: Filters, grams: "NDArray[Any] | None" = None) -> None:
         self.filters, self.grams = filters, grams
+        self.code = code_of(filters.function)  # when it changes, `datasets` must not find what it gave before
         refusals = REFUSALS if filters.refusals is True else filters.refusals or ()
         self.refusals = [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
 

@@ -5,8 +5,10 @@ A format is known by its columns. Each error is a `FormatError` that names the s
 
 import importlib
 import json
+import runpy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -313,9 +315,7 @@ def load_function(name: str) -> Callable[..., Any]:
     module, _, function = name.rpartition(":")
     try:
         if module.endswith(".py"):
-            import runpy
-
-            found = runpy.run_path(str(Path(module))).get(function)
+            found = _run_file(module, Path(module).stat().st_mtime_ns).get(function)
         else:
             found = getattr(importlib.import_module(module), function, None) if module else None
     except (ImportError, OSError) as error:
@@ -326,6 +326,19 @@ def load_function(name: str) -> Callable[..., Any]:
             f"{name!r} is neither a known format ({known}) nor a function module:function or file.py:function"
         )
     return found  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _run_file(path: str, changed: int) -> dict[str, Any]:
+    return runpy.run_path(path)
+
+
+def code_of(name: str | None) -> str:
+    """The text of the file that holds the function `name`, for `datasets`' fingerprints; "" for a known format."""
+    if name is None or name in FORMATS or ":" not in name:
+        return ""
+    file = load_function(name).__code__.co_filename
+    return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
 
 
 def check_order(messages: list[Message], field: str) -> None:

@@ -29,7 +29,7 @@ from ma_sft.filters import (
     split_held_out,
     stream_filters,
 )
-from ma_sft.formats import FORMATS, Message, Row, detect_format, message_features, to_messages, to_tools
+from ma_sft.formats import FORMATS, Message, Row, code_of, detect_format, message_features, to_messages, to_tools
 from ma_sft.preference import detect_preference, to_preference
 from ma_sft.sources import Source, load_rows, rows_of
 
@@ -247,7 +247,15 @@ def _load(
 ) -> Any:
     """A source's rows, converted and filtered by its own filters."""
     start = time.monotonic()
-    convert = partial(_convert, source=source, part=part, columns=list(features), on_error=on_error, numbers=numbers)
+    convert = partial(
+        _convert,
+        source=source,
+        part=part,
+        columns=list(features),
+        on_error=on_error,
+        numbers=numbers,
+        code=code_of(source.format),
+    )
     settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
     stage = Stage(f"{source.path}: convert from {source.format}")
     filters = Filters.of(source.filters, tokenizer)
@@ -321,7 +329,9 @@ def _convert(
     columns: list[str],
     on_error: str,
     numbers: Any,
+    code: str,
 ) -> dict[str, list[Any]]:
+    """A batch of raw rows as new columns. `code` is here for the fingerprint alone: an edited function is run again."""
     records: list[dict[str, Any]] = []
     for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
         record: dict[str, Any] = {"source": source.path, "origin": origin, "error": "", "_part": part}

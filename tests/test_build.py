@@ -15,6 +15,7 @@ from huggingface_hub import DatasetCard
 from ma_sft import Recipe, run
 from ma_sft.cache import atomic_dir
 from ma_sft.cli import main
+from ma_sft.mixture import load_mixture
 
 ROWS = [{"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(60)]
 
@@ -151,6 +152,8 @@ def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny_qwen3):
     assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
     summary = run(settings(tmp_path, tiny_qwen3, dataset_name=str(out), eval_dataset=str(out)))
     assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
+    again = load_mixture([str(out)]).train
+    assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
 
 
 def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3):

@@ -83,6 +83,23 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_mixture([path]).train) == 5
 
 
+def test_an_edited_function_is_run_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "x", "a": "y"}])
+    code = tmp_path / "mine.py"
+    for answer in ("a", "q"):
+        code.write_text(
+            "def turns(row):\n    return [{'role': 'user', 'content': row['q']}, "
+            f"{{'role': 'assistant', 'content': row[{answer!r}]}}]\n\ndef keep(messages):\n    return {answer == 'a'}\n"
+        )
+        mixture = load_mixture([{"path": path, "format": f"{code}:turns"}])
+        assert mixture.train[0]["messages"][1]["content"] == {"a": "y", "q": "x"}[answer]
+        if answer == "a":
+            load_mixture([{"path": path, "format": f"{code}:turns"}], filters={"function": f"{code}:keep"})
+        else:
+            with pytest.raises(FormatError, match="every row was filtered"):
+                load_mixture([{"path": path, "format": f"{code}:turns"}], filters={"function": f"{code}:keep"})
+
+
 def test_csv_cells_stay_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('question,answer\n"How many?\nSay a number.",007\nAny left?,None\nWhich?,"NA"\n')
@@ -289,6 +306,7 @@ def test_many_processes_give_the_same_rows(tmp_path):
     ("settings", "message"),
     [
         ({"datasets": []}, "datasets: a list of sources expected"),
+        ({"datasets": ["rows/*"]}, "must end in one of .jsonl, .json"),
         ({"datasets": [{"file": "x"}]}, "unknown key 'file'; keys are path, name"),
         ({"datasets": [{"path": "x.jsonl", "limit": "ten"}]}, "limit must be a number from 1, found 'ten'"),
         ({"datasets": [{"path": "x.jsonl", "columns": ["a"]}]}, "columns must map names to names"),
