@@ -2,10 +2,12 @@
 
 python benchmarks/data.py [--rows 1000000]
 
-Memory is what the processes hold for themselves (anonymous pages); the pages of Arrow files are the kernel's to drop.
+Memory is what all processes hold for themselves together (anonymous pages, those that a fork shares counted once); the
+pages of Arrow files are the kernel's to drop. Linux only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -41,6 +43,12 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def anonymous(process: psutil.Process) -> int:
+    """The process's share of anonymous memory, in kB."""
+    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    return int(text.split("Pss_Anon:")[1].split()[0])
+
+
 def build(count: int, folder: Path) -> float:
     """Build in a process of its own; the most memory that it and its children held at once, in MB."""
     write_rows(folder / "rows.jsonl", count)
@@ -52,15 +60,12 @@ def build(count: int, folder: Path) -> float:
     process = psutil.Popen([*command, str(folder / "out")], env=environment, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        try:
-            held = [p.memory_full_info() for p in (process, *process.children(recursive=True))]
-            peak = max(peak, sum(info.rss - info.shared for info in held))
-        except psutil.Error:
-            pass
+        with contextlib.suppress(psutil.Error, OSError):  # one has just ended
+            peak = max(peak, sum(map(anonymous, (process, *process.children(recursive=True)))))
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return peak / 1e6
+    return peak / 1e3
 
 
 def main() -> None:

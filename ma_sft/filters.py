@@ -4,6 +4,7 @@ Row filters look at one conversation and run in one pass, over all cores or on a
 at all rows: they hold some 50 bytes for each row in memory, never its text; MinHash signatures lie in an Arrow file.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -54,16 +55,22 @@ class Stage:
     removed: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def remove(self, why: str, count: int, examples: Iterable[str] = (), *, log: bool = False) -> None:
-        """Count rows; `log` tells of the first, tenth, hundredth ..., for streams, whose table nobody prints."""
-        if not count:
-            return
-        total = self.removed[why] = self.removed.get(why, 0) + count
-        kept = self.examples.setdefault(why, [])
-        examples = list(examples)
-        kept += examples[: EXAMPLES - len(kept)]
-        if log and str(total).strip("0") == "1":
-            logger.warning("%s: %d removed so far by %s; the last: %s", self.name, total, why, examples[-1])
+    def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
+        if count:
+            self.removed[why] = self.removed.get(why, 0) + count
+            kept = self.examples.setdefault(why, [])
+            kept += itertools.islice(examples, EXAMPLES - len(kept))
+
+    def stream(self, reasons: list[str], tell: Callable[[int], str]) -> list[bool]:
+        """For `IterableDataset.filter`: keep what has no reason to go; tell the first, tenth, hundredth that goes."""
+        for at, why in enumerate(reasons):
+            if why:
+                self.remove(why, 1, [example := tell(at)])
+                if str(self.removed[why]).strip("0") == "1":
+                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, example)
+        self.rows_in += len(reasons)
+        self.rows_out += reasons.count("")
+        return [not why for why in reasons]
 
 
 @dataclass(frozen=True)
@@ -303,12 +310,9 @@ def stream_filters(rows: IterableDataset, filters: Filters, stage: Stage, grams:
 
     def keep(batch: dict[str, list[Any]]) -> list[bool]:
         found = check(batch)
-        for at, why in enumerate(found["removed_by"]):
-            if why:
-                stage.remove(why, 1, [_tell({k: v[at] for k, v in batch.items()}, found["why"][at])], log=True)
-        kept = [not why for why in found["removed_by"]]
-        stage.rows_in, stage.rows_out = stage.rows_in + len(kept), stage.rows_out + sum(kept)
-        return kept
+        return stage.stream(
+            found["removed_by"], lambda at: _tell({k: v[at] for k, v in batch.items()}, found["why"][at])
+        )
 
     return rows.filter(keep, batched=True) if filters.by_row else rows
 
@@ -377,7 +381,7 @@ def split_held_out(
     """
     target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
     links = []
-    for key in (_question, _group):
+    for key in (_question, _group) if "group" in rows.column_names else (_question,):
         hashes = _hashes(rows, key, num_proc)
         _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         own = np.arange(len(rows))
@@ -463,7 +467,7 @@ def _keep(rows: Dataset, keep: "NDArray[Any]", stage: Stage, start: float) -> Da
 
 def _tell(row: dict[str, Any], why: str) -> str:
     (messages,) = conversations({key: [value] for key, value in row.items()})
-    text = " | ".join(m["content"] for m in messages if m["role"] != "system")
+    text = " | ".join(" ".join(m["content"].split()) for m in messages if m["role"] != "system")
     return f"{row['origin']}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -261,7 +261,12 @@ def _load(
     filters = Filters.of(source.filters, tokenizer)
     if isinstance(rows, IterableDataset):
         report.stages.append(stage)
-        converted = rows.map(convert, **settings).filter(_keeper(stage), batched=True)
+
+        def keep(errors: list[str]) -> list[bool]:
+            whys = [error and ("no better side" if error == DROPPED else "broken rows") for error in errors]
+            return stage.stream(whys, errors.__getitem__)
+
+        converted = rows.map(convert, **settings).filter(keep, batched=True, input_columns="error")
         report.stages.append(filtering := Stage(f"{source.path}: row filters"))
         return stream_filters(converted.remove_columns("error"), filters, filtering, _grams(filters, num_proc))
     num_proc = processes(num_proc, len(rows))
@@ -286,19 +291,6 @@ def _load(
 
 
 DROPPED = "neither side is better"
-
-
-def _keeper(stage: Stage) -> Callable[[dict[str, list[Any]]], list[bool]]:
-    """For `IterableDataset.filter`: count and tell what the conversion could not use."""
-
-    def keep(batch: dict[str, list[Any]]) -> list[bool]:
-        for error in filter(None, batch["error"]):
-            stage.remove("no better side" if error == DROPPED else "broken rows", 1, [error], log=True)
-        kept = [not error for error in batch["error"]]
-        stage.rows_in, stage.rows_out = stage.rows_in + len(kept), stage.rows_out + sum(kept)
-        return kept
-
-    return keep
 
 
 def _detect(rows: Any, source: Source, kind: str, on_error: str) -> str:

@@ -126,9 +126,7 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
             raise FormatError(f"{path}: the data set is empty; give at least one row")
         return builder.as_dataset(split="train")
     if glob.has_magic(path):
-        raise RecipeError(
-            f"the files {path!r} must end in one of {', '.join(KINDS)}, or in one of these and .gz or .zst"
-        )
+        raise RecipeError(f"the files {path!r} must end in one of {', '.join(KINDS)}, and .gz or .zst if compressed")
     try:
         return load_dataset(path, source.name, split=source.split, streaming=streaming)
     except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
