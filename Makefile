@@ -52,6 +52,12 @@ test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-c
 test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
+fuzz: tokenizers  ## random conversations against each tokenizer's template; N=10000 of them
+	MA_SFT_FUZZ=$(or $(N),10000) $(BIN)/python -m pytest tests/test_template.py -k properties --timeout 0 $(ARGS)
+
+test-docs: tokenizers  ## run what README and docs show
+	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -67,10 +73,13 @@ bench-memory: $(STAMP)  ## forecast of peak memory against the measured peak, tw
 handoff-check: $(STAMP)  ## compare a saved model with its manifest before the next stage: DIR=runs/demo
 	$(BIN)/ma-sft handoff-check $(DIR) $(ARGS)
 
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+	$(BIN)/python benchmarks/data.py $(ARGS)
+
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/lora_rank.py $(ARGS)
 
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow lint types bench bench-memory handoff-check lora-rank clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow fuzz test-docs lint types bench bench-data bench-memory handoff-check lora-rank clean

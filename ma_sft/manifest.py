@@ -65,7 +65,7 @@ def make_manifest(
             key: getattr(config, key) for key in ("train_on", "history", "response_template", "instruction_template")
         },
         "data": {
-            "digest": digest_of(data.dataset),
+            "digest": digest_of(data.dataset) if hasattr(data.dataset, "num_rows") else None,  # a stream has none
             "sources": [config.dataset_name] if config.dataset_name else config.datasets,
             "packing": data.packing is not None,
             **asdict(data.counts),

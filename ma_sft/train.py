@@ -14,7 +14,7 @@ from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
@@ -51,7 +51,8 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     tokenizer, added_tokens = load_tokenizer(settings)
     with training.main_process_first(desc="preparing the data"):
         data = prepare(settings, tokenizer)
-        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+        holds_out = settings.data.eval_dataset or settings.data.test_size
+        held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
     memory = _forecast(settings, data) if training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
     main = trainer.is_world_process_zero()
@@ -77,7 +78,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
 
     summary: dict[str, Any] = {
         "name": settings.data.name,
-        "rows": data.counts.rows,
+        "rows": data.counts.rows or None,  # a stream does not know
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
@@ -108,8 +109,8 @@ def make_trainer(
     settings: Settings,
     tokenizer: "PreTrainedTokenizerBase",
     added_tokens: list[str],
-    train: "Dataset",
-    held_out: "Dataset | None",
+    train: "Dataset | IterableDataset",
+    held_out: "Dataset | IterableDataset | None",
 ) -> "SFTTrainer":
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
 
@@ -239,6 +240,8 @@ class _Exam:
         for row in conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations)))):
             messages = row["messages"]
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            if last == 0:  # plain text asks nothing
+                continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
             self.origins.append(row["source"])
@@ -278,10 +281,10 @@ def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
     """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
     from ma_sft.plan import forecast
 
+    rows: Any = data.dataset
     try:
-        return forecast(
-            settings, max(len(row) for row in data.dataset.with_format("arrow")["input_ids"].combine_chunks())
-        )
+        arrow = rows.with_format("arrow")["input_ids"].combine_chunks() if hasattr(rows, "num_rows") else None
+        return forecast(settings, None if arrow is None else max(arrow.value_lengths().to_pylist()))
     except MaSftError:
         raise
     except Exception as error:
