@@ -223,6 +223,23 @@ class Recipe:
         return Settings(data, training, model, chosen)
 
 
+def all_settings() -> dict[str, dict[str, Any]]:
+    """Every setting of a recipe: name -> `help`, `default` and `choices` (None if it is free)."""
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    parser = TrlParser((DataConfig, SFTConfig, ModelConfig), allow_abbrev=False)
+    parser.set_defaults_with_config(**_our_defaults({}, []))
+    return {
+        action.dest: {
+            "help": " ".join((action.help or "").split()),
+            "default": action.default,
+            "choices": list(action.choices) if action.choices else None,
+        }
+        for action in parser._actions
+        if action.dest not in ("help", "config")
+    }
+
+
 def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
     """Defaults that depend on the machine or differ from TRL's."""
     import torch
@@ -275,7 +292,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def nearest(key: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all settings"
+    return f"; did you mean {close[0]!r}?" if close else "; `ma-sft settings` lists them all"
 
 
 def _check_value(key: str, value: Any, action: argparse.Action) -> None:

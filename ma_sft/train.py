@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ma_sft.cache import write_whole
 from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.recipe import Recipe, Settings
 
@@ -47,6 +48,8 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     from ma_sft.manifest import make_manifest
     from ma_sft.plan import peak_memory
     from ma_sft.prepare import load_tokenizer, prepare
+    from ma_sft.progress import Journal
+    from ma_sft.report import write_start
 
     tokenizer, added_tokens = load_tokenizer(settings)
     with training.main_process_first(desc="preparing the data"):
@@ -55,19 +58,25 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
     memory = _forecast(settings, data) if training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
+    journal = Journal(out / "log.jsonl")
+    trainer.add_callback(journal)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer, memory)
+        write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory))
 
     exam = _Exam(settings, tokenizer, held_out) if held_out else None
     # ZeRO and FSDP can run the model only once training has shared it out
     whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
     before = exam.take(trainer, "before training") if exam and whole else None
+    if main and before:
+        journal.write({"step": 0, **before.log})
     start = time.monotonic()
     result = trainer.train()
     seconds = time.monotonic() - start
     peak = peak_memory()
     after = exam.take(trainer, "after training") if exam else None
+    if main and after:
+        journal.write({"step": trainer.state.global_step, **after.log})
     manifest = (
         make_manifest(settings, tokenizer, data, end_ids(trainer.model.generation_config, tokenizer)) if main else {}
     )
@@ -89,7 +98,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "forecast_peak_memory": memory.peak if memory else None,
     }
     if after:
-        summary |= {"eval_loss": after.summary["loss"], "eval_mean_token_accuracy": after.summary["token_accuracy"]}
+        summary |= after.log
         summary["evaluation"] = {"before": before.summary if before else None, "after": after.summary}
         if after.answers and settings.data.metric == "exact-match":
             summary["exact_match_before"] = before.summary["score"] if before else None
@@ -102,7 +111,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
-    return _finish(settings, trainer, data, exam.table(before, after) if exam and after else [], summary)
+    return _finish(out, exam.table(before, after) if exam and after else [], summary)
 
 
 def make_trainer(
@@ -223,6 +232,11 @@ class _Marks:
     answers: "list[Answer]"
     summary: dict[str, Any]
 
+    @property
+    def log(self) -> dict[str, float]:
+        """The figures by the names that the trainer logs them under."""
+        return {"eval_loss": self.summary["loss"], "eval_mean_token_accuracy": self.summary["token_accuracy"]}
+
 
 class _Exam:
     """Held-out rows: their loss by source, and questions (all but the last assistant turn) with references."""
@@ -292,8 +306,10 @@ def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
         return None
 
 
-def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None") -> None:
-    """Print what will be trained, before the first step."""
+def show_start(
+    settings: Settings, data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None"
+) -> list[tuple[str, str]]:
+    """Print what will be trained, before the first step; its (what, how much) lines."""
     from rich.console import Console
     from rich.table import Table
 
@@ -301,15 +317,15 @@ def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memo
     from ma_sft.prepare import counts_table
 
     table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
-    for key, value in counts_table(data.counts):
-        table.add_row(key, value)
-    for key, value in memory_table(settings, trainer.model, memory):
+    lines = counts_table(data.counts) + memory_table(settings, trainer.model, memory)
+    for key, value in lines:
         table.add_row(key, value)
     Console().print(table)
     if data.check is not None:
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+    return lines
 
 
 def _print_evaluation(console: "Console", evaluation: dict[str, Any] | None) -> None:
@@ -343,21 +359,13 @@ def _print_evaluation(console: "Console", evaluation: dict[str, Any] | None) -> 
         )
 
 
-def _finish(
-    settings: Settings,
-    trainer: "SFTTrainer",
-    data: "Prepared",
-    answers: list[tuple[str, str, str, str]],
-    summary: dict[str, Any],
-) -> dict[str, Any]:
-    """Write report and summary, print where everything is."""
+def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> dict[str, Any]:
+    """Write answers, summary and report; print where everything is."""
     from rich.console import Console
     from rich.table import Table
 
-    from ma_sft.prepare import counts_table
     from ma_sft.report import write_report
 
-    out = Path(settings.training.output_dir)
     console = Console()
     if answers:
         table = Table("message", "before", "after", title="held-out answers", show_lines=True)
@@ -365,8 +373,9 @@ def _finish(
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
     _print_evaluation(console, summary.get("evaluation"))
-    write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_whole(out / "answers.json", json.dumps(answers, ensure_ascii=False, indent=1))
+    write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
+    write_report([out], out / "report.html")
     for what in ("adapter", "merged", "model", "report.html"):
         if (out / what).exists():
             console.print(f"{what:>12}  {out / what}", highlight=False, soft_wrap=True)
