@@ -108,14 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--json", action="store_true", help="print them as JSON")
 
     train = add("train", _train, "fine-tune as a recipe says; any setting of the recipe is a flag")
-    train.add_argument("recipe", help="a recipe: .py or .yaml")
+    train.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
 
     check = add("check", _check, "prove the labels of a recipe's rows, without training; exit code 1 if any is wrong")
-    check.add_argument("recipe", help="a recipe: .py or .yaml")
+    check.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
 
     preview = add("preview", _preview, "show which tokens of a recipe's rows are trained")
-    preview.add_argument("recipe", help="a recipe: .py or .yaml")
+    preview.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     preview.add_argument("-n", type=int, default=3, help="rows to show (default: 3)")
     preview.add_argument("--html", type=Path, help="write a self-contained page instead")
     preview.add_argument("--borders", action="store_true", help="show the borders of tokens")
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)")
 
     plan = add("plan", _plan, "forecast a recipe's peak memory and pick the first launcher that fits")
-    plan.add_argument("recipe", help="a recipe: .py or .yaml")
+    plan.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     plan.add_argument("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: this machine's)")
     plan.add_argument("--gpu_memory", help="of each, e.g. 80GB (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")

@@ -91,6 +91,12 @@ class DataConfig:
         default=None,
         metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on with this adapter (a run's folder, or an adapter's); its own settings, no lora_* ones."
+        },
+    )
     lora_preset: str = field(
         default="all-linear",
         metadata={
@@ -162,7 +168,7 @@ class Recipe:
         path = Path(path)
         if not path.is_file():
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix in (".yaml", ".yml", ".json"):
             return cls(**{"name": path.stem, **read_yaml(path)})
         import runpy
 

@@ -133,6 +133,7 @@ def make_trainer(
         CHANGE_BASE,
         add_loraplus,
         check_targets,
+        continue_adapter,
         freeze,
         keep_initial,
         lora_config,
@@ -171,7 +172,17 @@ def make_trainer(
         raise RecipeError(
             f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
+    head = trainer.model.get_output_embeddings()
+    if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
+        head.bias = None
+    for module in trainer.model.modules():
+        # bitsandbytes lays 4-bit weights out anew for inference on some CPUs; training goes on after an evaluation, and
+        # no gradient passes through that layout
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     freeze(trainer.model, settings.data.freeze)
+    if settings.data.adapter_name_or_path:
+        continue_adapter(trainer.model, Path(settings.data.adapter_name_or_path), tokenizer)
     if settings.data.loraplus_lr_ratio is not None:
         add_loraplus(trainer, settings.data.loraplus_lr_ratio)
     if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
