@@ -66,7 +66,7 @@ types: $(STAMP)  ## mypy --strict on ma_sft
 bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
 	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; about five minutes on two cores
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
