@@ -37,9 +37,9 @@ def guard(command: Callable[[], Any]) -> int:
         return result if isinstance(result, int) else 0
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped by Ctrl-C")
+        return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
         full = os.strerror(errno.ENOSPC)
@@ -149,8 +149,14 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return 2
+
+
+def _say(line: str) -> None:
+    """Print to stderr, once per machine: an error that concerns a run is raised in each of its processes."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,27 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
     return Prepared(cut, labelled.conversations, counts, report, packing)
 
 
+def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
+    """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
+
+    Raises:
+        MaSftError: `prepare`'s, in every process alike.
+    """
+    from ma_sft.distributed import digest, once
+
+    def make() -> tuple[Prepared, Prepared | None]:
+        data = prepare(settings, tokenizer)
+        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+        if settings.training.world_size > 1:
+            for prepared in filter(None, (data, held_out)):
+                rows = prepared.dataset
+                prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
+            data.conversations = None  # nobody asks for them, and they need not be files
+        return data, held_out
+
+    return once(make, per_machine=True)
+
+
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
     """Load the recipe's rows and make their labels; the errors are `prepare`'s."""
     make = _label_text if settings.data.formatting_func else _label_conversations

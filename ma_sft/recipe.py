@@ -85,7 +85,14 @@ class DataConfig:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
     merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what a finished run left in the output folder."}
+        default=False, metadata={"help": "Delete what an earlier run left in the output folder."}
+    )
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "Go on with an unfinished run of the same recipe from its newest whole checkpoint, or start anew.",
+            "choices": ["auto", "never"],
+        },
     )
 
 
@@ -196,6 +203,8 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
         "output_dir": f"runs/{name}",
         "bf16": bool(bf16),
         "use_cpu": not torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": False,  # every parameter takes part, and looking for others costs a pass
+        "logging_nan_inf_filter": False,  # it would hide the steps that ruin a model
         # The frozen base of an adapter needs no float32 master weights.
         "dtype": "bfloat16" if bf16 and lora else "float32",
         "report_to": ["tensorboard"],

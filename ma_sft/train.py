@@ -1,9 +1,9 @@
 """Recipe -> `SFTTrainer`: the one place where the pieces meet."""
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ma_sft.evaluate import Answer
     from ma_sft.prepare import Prepared
+    from ma_sft.resume import Stop
 
 
 def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,28 +33,39 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
+    from ma_sft.resume import Stop, claimed
+
     settings = recipe.resolve(args)
-    training = settings.training
-    out = Path(training.output_dir)
-    if training.process_index == 0:
-        _claim(out, settings)
+    with Stop() as stop, claimed(settings) as checkpoint:
+        return _run(settings, stop, checkpoint)
 
-    from ma_sft.prepare import load_tokenizer, prepare
 
+def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
+    from ma_sft.distributed import agree, digest
+    from ma_sft.prepare import load_tokenizer, prepare_once
+    from ma_sft.resume import Survival, check_same_data
+
+    out = Path(settings.training.output_dir)
     tokenizer, added_tokens = load_tokenizer(settings)
-    with training.main_process_first(desc="preparing the data"):
-        data = prepare(settings, tokenizer)
-        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
+    data, held_out = prepare_once(settings, tokenizer)
+    content = digest(data.dataset, held_out.dataset if held_out else None)
+    agree(content)
+    if checkpoint:
+        check_same_data(checkpoint, content)
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
+    survival = Survival(trainer, stop, content)
+    trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer)
+        show_start(settings, data, trainer, checkpoint)
 
     exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
     before = exam.answer(trainer, "answers before training") if exam else []
     start = time.monotonic()
-    result = trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
+    if stop.signal:
+        stop.now()
     metrics = trainer.evaluate() if held_out else {}
     _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"))
     after = exam.answer(trainer, "answers after training") if exam else []
@@ -66,9 +78,9 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": mean_loss(trainer.state.log_history),
         "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
+        "tokens_per_second": round((trainer._total_train_tokens - survival.tokens_before) / seconds, 1),
         **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
     }
     if exam and after:
@@ -93,10 +105,12 @@ def make_trainer(
     document, from which transformers keeps attention inside the documents.
     """
     from transformers import ProgressCallback
-    from trl import SFTTrainer, get_quantization_config
+    from trl import get_quantization_config
 
     from ma_sft.adapters import lora_config, with_new_tokens
+    from ma_sft.distributed import fill_up
     from ma_sft.progress import TrainingBar
+    from ma_sft.resume import ResumableTrainer
 
     training, model = settings.training, settings.model
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
@@ -108,11 +122,12 @@ def make_trainer(
         **(training.model_init_kwargs or {}),
     }
     peft, quantization = lora_config(settings), get_quantization_config(model)
+    batch = training.world_size * training.per_device_train_batch_size
     try:
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
-            train_dataset=train,
+            train_dataset=fill_up(train, batch, tokenizer.pad_token_id) if training.world_size > 1 else train,
             eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,
@@ -141,29 +156,10 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
         scratch.rename(folder)
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the output folder this run's; never take a finished run's, or another recipe's, without being told to.
-
-    Raises:
-        RecipeError: the folder holds a finished run, another recipe's run, or something else.
-    """
-    recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
-    way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-    known = (out / "recipe.json").exists() or (out / "summary.json").exists()
-    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-    if known and settings.data.overwrite_output_dir:
-        shutil.rmtree(out)
-    elif (out / "summary.json").exists():
-        raise RecipeError(f"{out} holds a finished run; {way_out}")
-    elif known and json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
-        raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-# Settings that may differ between two starts of the same run.
-_NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean over all steps of the run, those before a resume among them."""
+    logs = [(0.0, 0.0)] + [(log["step"], log["loss"]) for log in log_history if "loss" in log]
+    return sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logs)) / max(logs[-1][0], 1)
 
 
 class _Exam:
@@ -183,12 +179,17 @@ class _Exam:
             self.references.append(messages[last]["content"])
 
     def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        """All answers. Every process generates its share, equally many: under ZeRO-3 and FSDP each needs the others."""
+        from ma_sft.distributed import gather
         from ma_sft.evaluate import generate_answers
 
-        if not self.questions or not trainer.is_world_process_zero():
+        if not self.questions:
             return []
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
+        model, args, count = trainer.accelerator.unwrap_model(trainer.model), trainer.args, len(self.questions)
+        turns = range(args.process_index, -(-count // args.world_size) * args.world_size, args.world_size)
+        mine = [self.questions[turn % count] for turn in turns]
+        shares = gather(generate_answers(model, self.encoder, mine, max_new_tokens=self.max_new_tokens, desc=desc))
+        return [shares[i % args.world_size][i // args.world_size] for i in range(count)]
 
     def grade(self, before: "list[Answer]", after: "list[Answer]") -> dict[str, float]:
         from ma_sft.evaluate import score
@@ -208,15 +209,16 @@ class _Exam:
         ]
 
 
-def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> None:
+def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", checkpoint: Path | None) -> None:
     """Print what will be trained, before the first step."""
     from rich.console import Console
     from rich.table import Table
+    from transformers.trainer_pt_utils import get_model_param_count
 
     from ma_sft.prepare import counts_table
 
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
+    trainable = get_model_param_count(trainer.model, trainable_only=True)
+    total = get_model_param_count(trainer.model)
     table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
     for key, value in counts_table(data.counts):
         table.add_row(key, value)
@@ -226,6 +228,8 @@ def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> N
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+    if checkpoint:
+        Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
 
 
 def _finish(

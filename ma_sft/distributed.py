@@ -1,0 +1,138 @@
+"""Several processes: does the launcher fit the machine, who prepares the data, and do all have the same.
+
+Objects travel between the processes of one run over gloo on the CPU, beside whatever the training uses: a group of
+its own may wait for hours of tokenising, which would be a dead rank to NCCL.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from ma_sft.errors import MaSftError, RunError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+T = TypeVar("T")
+
+
+def check_launch(use_cpu: bool) -> None:
+    """Compare what the launcher asks for with what this machine has, before any process can wait for another.
+
+    Raises:
+        RunError: a GPU launcher without a GPU, or more processes than GPUs.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    use_cpu = use_cpu or cpu_deepspeed() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    gpus = torch.accelerator.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if by_accelerate and not use_cpu and not gpus:
+        raise RunError(
+            "the launcher asks for a GPU and PyTorch finds none; take accelerate_configs/cpu.yaml (make: LAUNCH=cpu), "
+            "or pass --use_cpu true"
+        )
+    if not use_cpu and gpus and processes > gpus:
+        raise RunError(
+            f"{processes} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
+            f"pass --num_processes {gpus} (make: GPUS={gpus})"
+        )
+
+
+def cpu_deepspeed() -> bool:
+    """Whether DeepSpeed is to run on the CPU: by its own variable `DS_ACCELERATOR=cpu`."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+@functools.cache
+def _cpu_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every process, by rank; waits for the last one."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * state.num_processes
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all processes."""
+    if PartialState().num_processes == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(tensor)
+
+
+def once(make: Callable[[], T], *, per_machine: bool = False) -> T:
+    """Call `make` in the first process of the run (or of each machine) and give its result to the others.
+
+    Raises:
+        MaSftError: what `make` raised, in every process alike.
+    """
+    state = PartialState()
+    result: T | None = None
+    error: MaSftError | None = None
+    if state.is_local_main_process if per_machine else state.is_main_process:
+        try:
+            result = make()
+        except MaSftError as raised:
+            error = raised
+    everyone = gather((result, error))
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return everyone[state.process_index - state.local_process_index if per_machine else 0][0]  # type: ignore[return-value]
+
+
+def digest(*datasets: "Dataset | None") -> str:
+    """Hash of all token ids, labels and document borders in their order: of data, template and labels at once."""
+    content = hashlib.sha256()
+    for dataset in filter(None, datasets):
+        for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+            for column in sorted(batch.column_names):
+                values = batch[column].combine_chunks()
+                content.update(column.encode())
+                content.update(values.value_lengths().to_numpy().tobytes())
+                content.update(values.flatten().to_numpy().tobytes())
+    return content.hexdigest()
+
+
+def agree(mine: str) -> None:
+    """Compare the digest of all processes.
+
+    Raises:
+        RunError: they differ.
+    """
+    digests = gather(mine)
+    if other := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+        raise RunError(
+            f"the processes prepared different data: rank 0 has {digests[0][:12]}, rank {other[0]} has "
+            f"{digests[other[0]][:12]}; give every machine the same files, tokenizer, template and package versions"
+        )
+
+
+def fill_up(dataset: "Dataset", multiple: int, pad_token_id: int) -> "Dataset":
+    """Add rows of one padding token without a label until all processes get equally many batches.
+
+    Without them the sampler would repeat rows of the data set at the end of an epoch.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    missing = -len(dataset) % multiple
+    if not missing:
+        return dataset
+    row = {"input_ids": [pad_token_id], "labels": [-100], "seq_lengths": [1]}
+    rows = {name: [row[name]] * missing for name in dataset.column_names}
+    return concatenate_datasets([dataset, Dataset.from_dict(rows, features=dataset.features)])
