@@ -42,9 +42,12 @@ def guard(command: Callable[[], Any]) -> int:
         return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return _fail(f"the disk is full ({full}): free some space and start again; nothing half-written was kept")
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
+                return _fail(
+                    f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written "
+                    "was kept"
+                )
         raise
 
 

@@ -96,6 +96,14 @@ def once(make: Callable[[], T], *, per_machine: bool = False) -> T:
     return everyone[state.process_index - state.local_process_index if per_machine else 0][0]  # type: ignore[return-value]
 
 
+def leave_together() -> None:
+    """Wait for the last process and close the connections: what others still need does not vanish."""
+    gather(None)
+    if dist.is_initialized():
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
+
+
 def digest(*datasets: "Dataset | None") -> str:
     """Hash of all token ids, labels and document borders in their order: of data, template and labels at once."""
     content = hashlib.sha256()

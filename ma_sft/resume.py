@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 COMPLETE = "complete.json"
 
 # Settings that may differ between two starts of the same run.
-_NOT_THE_RUN = {
-    "overwrite_output_dir", "resume", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"
-}  # fmt: skip
+_NOT_THE_RUN = set(
+    "name output_dir overwrite_output_dir resume resume_from_checkpoint save_total_limit report_to disable_tqdm use_cpu "
+    "ddp_backend ddp_timeout dataset_num_proc dataloader_num_workers".split()
+)
 
 
 @contextmanager
@@ -237,10 +239,19 @@ class Survival(TrainerCallback):
 
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which takes no step more when it is resumed after its last one."""
+    """TRL's trainer, which takes no step more when resumed after its last one, and names a full disk as such."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError:  # torch.save loses what the system said; ask it again
+            with tempfile.TemporaryFile(dir=self.args.output_dir) as file:
+                file.write(bytes(1 << 20))
+                file.flush()
+            raise

@@ -33,11 +33,14 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
+    from ma_sft.distributed import leave_together
     from ma_sft.resume import Stop, claimed
 
     settings = recipe.resolve(args)
     with Stop() as stop, claimed(settings) as checkpoint:
-        return _run(settings, stop, checkpoint)
+        summary = _run(settings, stop, checkpoint)
+    leave_together()
+    return summary
 
 
 def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
@@ -60,7 +63,9 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
         show_start(settings, data, trainer, checkpoint)
 
     exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
-    before = exam.answer(trainer, "answers before training") if exam else []
+    # ZeRO and FSDP can run the model only once training has shared it out
+    whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    before = exam.answer(trainer, "answers before training") if exam and whole else []
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
@@ -86,8 +91,11 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     if exam and after:
         summary |= exam.grade(before, after)
     if settings.model.use_peft and settings.data.merge:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         from ma_sft.adapters import merge
 
+        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
         summary["merge_max_logit_difference"] = merge(out, out / "merged")
     return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
 
@@ -194,19 +202,15 @@ class _Exam:
     def grade(self, before: "list[Answer]", after: "list[Answer]") -> dict[str, float]:
         from ma_sft.evaluate import score
 
-        first, last = score(before, self.references), score(after, self.references)
-        return {
-            "exact_match_before": first.exact_match,
-            "exact_match_after": last.exact_match,
-            "eos_rate": last.eos_rate,
-        }
+        last = score(after, self.references)
+        graded = {"exact_match_after": last.exact_match, "eos_rate": last.eos_rate}
+        return ({"exact_match_before": score(before, self.references).exact_match} if before else {}) | graded
 
     def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
         """(question, before, after, reference) of each held-out row."""
         questions = [messages[-1]["content"] for messages in self.questions]
-        return [
-            (q, b.text, a.text, r) for q, b, a, r in zip(questions, before, after, self.references, strict=bool(after))
-        ]
+        first, last = [a.text for a in before] or [""] * len(after), [a.text for a in after]
+        return list(zip(questions, first, last, self.references, strict=True))
 
 
 def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", checkpoint: Path | None) -> None:
@@ -253,9 +257,10 @@ def _finish(
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
+        first = summary.get("exact_match_before")
         console.print(
-            f"held-out exact match: {summary['exact_match_before']:.1%} before, {summary['exact_match_after']:.1%} "
-            f"after; stopped by itself: {summary['eos_rate']:.1%}"
+            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
+            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
         )
     write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")

@@ -131,10 +131,8 @@ def test_cut_off_checkpoint_is_skipped(settings):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signal_saves_and_says_how_to_go_on(uncut, tmp_path, number, code):
-    settings, expected, _ = uncut
-    settings = {**settings, "save_strategy": "no", "output_dir": str(tmp_path / "run")}
-    run = Run(settings, "--max_steps", "1000")
+def test_signal_saves_and_says_how_to_go_on(settings, number, code):
+    run = Run({**settings, "save_strategy": "no"}, "--max_steps", "1000")
     run.wait_for("recipe.json")
     while "'loss'" not in run.text:
         time.sleep(0.01)
