@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ def guard(command: Callable[[], Any]) -> int:
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "stopped by Ctrl-C")
+        if _first_here():
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
@@ -48,6 +50,11 @@ def guard(command: Callable[[], Any]) -> int:
                     f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written "
                     "was kept"
                 )
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            return _fail(
+                "lost another process of the run; its own message is above, or in its machine's log. The same command "
+                f"goes on from the newest checkpoint ({' '.join(str(error).split())[:200]})"
+            )
         raise
 
 
@@ -152,14 +159,15 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _fail(message: str) -> int:
-    _say(f"error: {message}")
+    if not _first_here():
+        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
+    print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def _say(line: str) -> None:
-    """Print to stderr, once per machine: an error that concerns a run is raised in each of its processes."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr)
+def _first_here() -> bool:
+    """Whether this is the only or the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

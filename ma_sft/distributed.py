@@ -24,31 +24,36 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def wants_gpu() -> bool:
+    """Whether `accelerate launch` was told to use a GPU: every configuration but `use_cpu: true` does."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def cpu_deepspeed() -> bool:
+    """Whether DeepSpeed is to run on the CPU, which its own variable says: `DS_ACCELERATOR=cpu`."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def check_launch(use_cpu: bool) -> None:
     """Compare what the launcher asks for with what this machine has, before any process can wait for another.
 
     Raises:
         RunError: a GPU launcher without a GPU, or more processes than GPUs.
     """
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    use_cpu = use_cpu or cpu_deepspeed() or parse_flag_from_env("ACCELERATE_USE_CPU")
     gpus = torch.accelerator.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if by_accelerate and not use_cpu and not gpus:
+    if use_cpu or cpu_deepspeed():
+        return
+    if wants_gpu() and not gpus:
         raise RunError(
             "the launcher asks for a GPU and PyTorch finds none; take accelerate_configs/cpu.yaml (make: LAUNCH=cpu), "
             "or pass --use_cpu true"
         )
-    if not use_cpu and gpus and processes > gpus:
+    if gpus and processes > gpus:
         raise RunError(
             f"{processes} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
             f"pass --num_processes {gpus} (make: GPUS={gpus})"
         )
-
-
-def cpu_deepspeed() -> bool:
-    """Whether DeepSpeed is to run on the CPU: by its own variable `DS_ACCELERATOR=cpu`."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 @functools.cache
@@ -132,9 +137,10 @@ def agree(mine: str) -> None:
 
 
 def fill_up(dataset: "Dataset", multiple: int, pad_token_id: int) -> "Dataset":
-    """Add rows of one padding token without a label until all processes get equally many batches.
+    """Add rows of one padding token without a label until the last batch of all processes is full.
 
-    Without them the sampler would repeat rows of the data set at the end of an epoch.
+    Without them the sampler would repeat rows of the data set at the end of an epoch, and the order of the rows would
+    depend on how many processes share a batch.
     """
     from datasets import Dataset, concatenate_datasets
 

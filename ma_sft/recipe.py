@@ -144,6 +144,8 @@ class Recipe:
         """
         from trl import ModelConfig, SFTConfig, TrlParser
 
+        from ma_sft.distributed import check_launch
+
         args = [a for a in args if not a.startswith("--local_rank")]  # the DeepSpeed launcher adds it
         chosen = dict(self.settings)
         if "--config" in args:
@@ -164,10 +166,11 @@ class Recipe:
                 raise RecipeError(f"unknown setting {key!r}{_nearest(key, actions)}")
             _check_value(key, value, actions[key])
         parser.set_defaults_with_config(**{**_our_defaults(chosen, args), **chosen})
-        _, unknown = parser.parse_known_args(list(args))
+        values, unknown = parser.parse_known_args(list(args))
         if unknown:
             key = unknown[0].lstrip("-").split("=")[0]
             raise RecipeError(f"unknown setting {unknown[0]!r}{_nearest(key, actions)}")
+        check_launch(values.use_cpu)
         try:
             parsed = parser.parse_args_into_dataclasses(args=list(args))
         except (ValueError, TypeError) as error:
@@ -189,6 +192,8 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     """Defaults that depend on the machine or differ from TRL's."""
     import torch
 
+    from ma_sft.distributed import cpu_deepspeed, wants_gpu
+
     name = chosen.get("name") or "sft"
     for at, arg in enumerate(args):
         if arg == "--name" and at + 1 < len(args):
@@ -202,7 +207,8 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     return {
         "output_dir": f"runs/{name}",
         "bf16": bool(bf16),
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available() and not wants_gpu(),
+        "ddp_backend": "gloo" if cpu_deepspeed() else None,
         "ddp_find_unused_parameters": False,  # every parameter takes part, and looking for others costs a pass
         "logging_nan_inf_filter": False,  # it would hide the steps that ruin a model
         # The frozen base of an adapter needs no float32 master weights.

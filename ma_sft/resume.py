@@ -34,8 +34,8 @@ COMPLETE = "complete.json"
 
 # Settings that may differ between two starts of the same run.
 _NOT_THE_RUN = set(
-    "name output_dir overwrite_output_dir resume resume_from_checkpoint save_total_limit report_to disable_tqdm use_cpu "
-    "ddp_backend ddp_timeout dataset_num_proc dataloader_num_workers".split()
+    "name output_dir overwrite_output_dir resume resume_from_checkpoint save_total_limit report_to disable_tqdm "
+    "use_cpu ddp_backend ddp_timeout dataset_num_proc dataloader_num_workers".split()
 )
 
 

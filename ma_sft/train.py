@@ -135,7 +135,7 @@ def make_trainer(
         trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
-            train_dataset=fill_up(train, batch, tokenizer.pad_token_id) if training.world_size > 1 else train,
+            train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
             eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ma_sft.resume", "ma_sft.prepare", "ma_sft.report", "peft.tuners.lora"])
 
 
-def train(settings: dict, args: list[str], log: str) -> None:
+def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> None:
     """What `ma-sft train` does, with the terminal's output in the file `log`."""
     import torch
 
@@ -21,36 +22,81 @@ def train(settings: dict, args: list[str], log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    os.environ.update(env)
+    if "ACCELERATE_TORCH_DEVICE" in env:
+        fsdp_on_cpu()
     code = guard(lambda: run(Recipe(**settings), args) and 0)
     sys.stdout.flush()
     os._exit(code)
 
 
-class Run:
-    """A started run: its process, its folder, and what it printed."""
+def fsdp_on_cpu() -> None:
+    """Let accelerate use FSDP without a GPU: PyTorch can over gloo, accelerate only never tries."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
 
-    def __init__(self, settings: dict, *args: str) -> None:
-        self.settings = settings
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def launcher(config: str) -> dict[str, str]:
+    """The environment that `accelerate launch --config_file accelerate_configs/<config>.yaml` gives each process."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    path = Path(__file__).parents[1] / "accelerate_configs" / f"{config}.yaml"
+    args, defaults, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "--num_processes", "2", "recipe.py"])
+    )
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        env = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        env = prepare_multi_gpu_env(args)
+    return {key: value for key, value in env.items() if os.environ.get(key) != value}
+
+
+class Run:
+    """A started run: its processes, its folder, and what they printed."""
+
+    def __init__(self, settings: dict, *args: str, processes: int = 1, env: dict[str, str] | None = None) -> None:
+        self.settings, self.env = settings, env or {}
         self.out = Path(settings["output_dir"])
         self.log = self.out.with_name(f"{self.out.name}-{time.monotonic_ns()}.log")
-        self.process = CONTEXT.Process(target=train, args=(settings, list(args), str(self.log)))
-        self.process.start()
+        self.processes = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ranks} if processes > 1 else {}
+            own = {**{key: str(value) for key, value in where.items()}, **self.env}
+            self.processes.append(CONTEXT.Process(target=train, args=(settings, list(args), str(self.log), own)))
+        for process in self.processes:
+            process.start()
 
     def wait_for(self, path: str, seconds: float = 60) -> None:
         """Until something in the run's folder matches the glob `path`."""
         end = time.monotonic() + seconds
         while not any(self.out.glob(path)):
-            assert time.monotonic() < end and self.process.is_alive(), self.text
+            assert time.monotonic() < end and self.processes[0].is_alive(), self.text
             time.sleep(0.002)
 
     def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
     def finish(self, seconds: float = 60) -> int:
-        """The exit code."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f"still running after {seconds} s: {self.text}"
-        return self.process.exitcode
+        """The first process's exit code; all must have ended."""
+        for process in self.processes:
+            process.join(seconds)
+            if process.exitcode is None:
+                self.kill()
+                raise AssertionError(f"still running after {seconds} s: {self.text}")
+        return self.processes[0].exitcode
 
     @property
     def text(self) -> str:

@@ -85,7 +85,7 @@ def test_killed_at_random_points(uncut, tmp_path):
             if step := draw.randrange(reached + 3, 31, 3):
                 run.wait_for(f"checkpoint-{step}")
             time.sleep(draw.uniform(0, 0.05 if step else seconds))
-            run.process.kill()
+            run.kill()
             if run.finish() == 0:
                 break
             kills += 1
@@ -117,7 +117,7 @@ def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
 def test_cut_off_checkpoint_is_skipped(settings):
     run = Run(settings, "--max_steps", "1000", "--save_total_limit", "10")
     run.wait_for(f"checkpoint-9/{COMPLETE}")
-    run.process.kill()
+    run.kill()
     run.finish()
     whole = sorted(p.parent for p in run.out.glob(f"checkpoint-*/{COMPLETE}"))
     newest = max(whole, key=lambda p: int(p.name.split("-")[1]))
@@ -126,7 +126,7 @@ def test_cut_off_checkpoint_is_skipped(settings):
     run = Run(settings, "--max_steps", "1000", "--save_total_limit", "10")
     run.wait_for(f"{newest.name}/{COMPLETE}")  # made again
     assert f"going on from {whole[-2] if whole[-1] == newest else whole[-1]}" in run.text
-    run.process.kill()
+    run.kill()
     run.finish()
 
 
@@ -196,7 +196,7 @@ def test_changed_data_is_refused(settings, tmp_path):
     shutil.copy(settings["dataset_name"], rows)
     run = Run({**settings, "dataset_name": str(rows)})
     run.wait_for(f"checkpoint-3/{COMPLETE}")
-    run.process.kill()
+    run.kill()
     run.finish()
     rows.write_text(rows.read_text().replace("so", "no"))
     run = Run(run.settings)
@@ -213,7 +213,7 @@ def test_two_runs_in_one_folder(settings):
     second = Run(settings, "--max_steps", "100000")
     assert second.finish() == 2
     assert "another process is training in" in second.text
-    first.process.kill()
+    first.kill()
     first.finish()
 
 
