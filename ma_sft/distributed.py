@@ -7,6 +7,7 @@ its own may wait for hours of tokenising, which would be a dead rank to NCCL.
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,8 +39,13 @@ def check_launch(use_cpu: bool) -> None:
     """Compare what the launcher asks for with what this machine has, before any process can wait for another.
 
     Raises:
-        RunError: a GPU launcher without a GPU, or more processes than GPUs.
+        RunError: a GPU launcher without a GPU, more processes than GPUs, or one process where several were asked for.
     """
+    if "MASTER_ADDR" in os.environ and not {"RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(os.environ):
+        raise RunError(
+            "--num_processes asks for several processes, and this accelerate configuration starts one; take ddp.yaml "
+            "(make: LAUNCH=ddp), or on CPUs: torchrun --nproc_per_node N recipe.py"
+        )
     gpus = torch.accelerator.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if use_cpu or cpu_deepspeed():
@@ -54,6 +60,20 @@ def check_launch(use_cpu: bool) -> None:
             f"{processes} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
             f"pass --num_processes {gpus} (make: GPUS={gpus})"
         )
+
+
+def available_attention(wanted: str | None) -> str | None:
+    """The wanted attention, or SDPA, which gives the same, where a FlashAttention is wanted and missing."""
+    from transformers.utils import import_utils
+
+    found = True
+    if version := re.fullmatch(r"flash_attention_(\d)", wanted or ""):
+        found = getattr(import_utils, f"is_flash_attn_{version[1]}_available")(kernels_fallback_ok=True)
+    elif "/" in (wanted or ""):
+        found = import_utils.is_kernels_available()
+    if not found and PartialState().is_main_process:
+        print(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
+    return wanted if found else "sdpa"
 
 
 @functools.cache

@@ -6,8 +6,10 @@ who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the recipe
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -176,6 +178,7 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise RecipeError(" ".join(str(error).split())) from error
         data, training, model = parsed
+        _check_trackers(training.report_to)
         flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
         for key in flags & set(actions):
             chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
@@ -213,9 +216,23 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
         "logging_nan_inf_filter": False,  # it would hide the steps that ruin a model
         # The frozen base of an adapter needs no float32 master weights.
         "dtype": "bfloat16" if bf16 and lora else "float32",
-        "report_to": ["tensorboard"],
+        "run_name": name,
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
         "save_strategy": "steps",
     }
+
+
+def _check_trackers(report_to: Sequence[str]) -> None:
+    """Stop where a tracker is not installed; keep wandb on this machine where the hub is not to be asked either."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    for name in {"tensorboard", "trackio", "wandb"}.intersection(report_to):
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"report_to: {name} is not installed; pip install 'ma-sft[trackers]', or --report_to none"
+            )
+    if "wandb" in report_to and HF_HUB_OFFLINE:
+        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

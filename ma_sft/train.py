@@ -116,11 +116,12 @@ def make_trainer(
     from trl import get_quantization_config
 
     from ma_sft.adapters import lora_config, with_new_tokens
-    from ma_sft.distributed import fill_up
+    from ma_sft.distributed import available_attention, fill_up
     from ma_sft.progress import TrainingBar
     from ma_sft.resume import ResumableTrainer
 
     training, model = settings.training, settings.model
+    model.attn_implementation = available_attention(model.attn_implementation)
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.model_init_kwargs = {
