@@ -52,8 +52,8 @@ def guard(command: Callable[[], Any]) -> int:
                 )
         if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
             return _fail(
-                "lost another process of the run; its own message is above, or in its machine's log. The same command "
-                f"goes on from the newest checkpoint ({' '.join(str(error).split())[:200]})"
+                "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
+                "machine is out of reach; the same command goes on from the newest checkpoint"
             )
         raise
 

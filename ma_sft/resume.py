@@ -149,9 +149,11 @@ class Stop:
             self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # One dead process makes the launcher end all others: the first must still say what happened.
+        last_words = error is not None and os.environ.get("LOCAL_RANK") == "0"
         for number, handler in getattr(self, "_old", {}).items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last_words else handler)
 
     def _handle(self, number: int, _: object) -> None:
         if os.getpid() != self._process:  # a worker that was forked to tokenise or to load
