@@ -59,6 +59,12 @@ test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as
 test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
 	$(BIN)/python -m pytest tests/test_distributed.py tests/test_resume.py $(ARGS)
 
+fuzz: tokenizers  ## random conversations against each tokenizer's template; N=10000 of them
+	MA_SFT_FUZZ=$(or $(N),10000) $(BIN)/python -m pytest tests/test_template.py -k properties --timeout 0 $(ARGS)
+
+test-docs: tokenizers  ## run what README and docs show
+	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -71,10 +77,14 @@ bench: tokenizers  ## preparation and packing side by side with plain TRL, as ra
 gpu-check: $(STAMP)  ## speed and memory on a GPU side by side with plain TRL, kept in benchmarks/results
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+	$(BIN)/python benchmarks/data.py $(ARGS)
+
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/lora_rank.py $(ARGS)
 
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed lint types bench gpu-check lora-rank clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs \
+        lint types bench bench-data gpu-check lora-rank clean

@@ -1,6 +1,6 @@
 """Preparation and packing side by side with plain TRL, in one process and one run; ratios are ours to TRL.
 
-python benchmarks/bench.py [--lengths 200000] [--conversations 20000]
+python benchmarks/bench.py [--lengths 200000] [--conversations 20000] [--steps 8]
 """
 
 import argparse
@@ -92,10 +92,11 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
 
     from ma_sft import pack
     from ma_sft.mixture import load_mixture
+    from ma_sft.prepare import tokenize
     from ma_sft.template import ChatEncoder
 
     rng = random.Random()
-    words = Path(__file__).read_text(encoding="utf-8").split()
+    words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()  # English prose
     path = Path(SCRATCH.name) / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -107,10 +108,8 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
     def ours() -> Any:
-        encoder = ChatEncoder(tokenizer)
-        rows, _ = load_mixture([str(path)])
-        labelled = rows.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=rows.column_names)
-        return pack(labelled, 4096)
+        rows = load_mixture([str(path)]).train
+        return pack(tokenize(rows, ChatEncoder(tokenizer)), 4096)
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **small))
@@ -126,15 +125,65 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     return [(f"preparing {count:,} conversations: rows/s", count / our_seconds, count / their_seconds)]
 
 
+def training(steps: int) -> list[tuple[str, float, float]]:
+    """SmolLM2 on the demo's rows: step time on the same packs, and trained tokens/s against padded rows.
+
+    TRL's own loop trains both sides. Plain TRL gets the rows as prompt and completion, in batches of four, which hold
+    about as many tokens as one pack.
+    """
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from ma_sft.adapters import lora_config
+    from ma_sft.prepare import label, load_tokenizer, prepare
+    from ma_sft.recipe import Recipe
+    from ma_sft.train import make_trainer
+
+    recipe = Recipe.load(Path(__file__).parents[1] / "recipes" / "demo.py")
+    flags = ["--output_dir", f"{SCRATCH.name}/run", "--max_steps", "-1", "--num_train_epochs", "1"]
+    settings = recipe.resolve([*flags, "--report_to", "none", "--disable_tqdm", "true"])
+    tokenizer, _ = load_tokenizer(settings)
+    packs = prepare(settings, tokenizer).dataset.select(range(steps))
+    chats = label(settings, tokenizer).conversations.select(range(4 * steps))
+    pairs = [{"prompt": m[:-1], "completion": m[-1:]} for m in chats["messages"]]
+
+    def plain(rows: Dataset, **options: Any) -> SFTTrainer:
+        kept = ("learning_rate", "lr_scheduler_type", "bf16", "use_cpu", "logging_steps", "gradient_checkpointing")
+        same = {name: getattr(settings.training, name) for name in kept} | {
+            "num_train_epochs": 1,
+            "save_strategy": "no",
+        }
+        args = SFTConfig(f"{SCRATCH.name}/plain", report_to="none", disable_tqdm=True, **same, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model.model_name_or_path, dtype=settings.model.dtype, attn_implementation="eager"
+        )
+        return SFTTrainer(
+            model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config(settings)
+        )
+
+    ours = make_trainer(settings, tokenizer, [], packs, None)
+    theirs = plain(packs, per_device_train_batch_size=1, padding_free=True, max_length=None)
+    _, our_seconds, _, their_seconds = in_turn(ours.train, theirs.train)
+    padded = plain(Dataset.from_list(pairs), per_device_train_batch_size=4, completion_only_loss=True)
+    trained = {name: sum(t != -100 for row in rows["labels"] for t in row) for name, rows in
+               (("ours", packs), ("TRL", padded.train_dataset))}  # fmt: skip
+    _, packed_seconds, _, padded_seconds = in_turn(ours.train, padded.train)
+    return [
+        ("training on the same packs: steps/s", steps / our_seconds, steps / their_seconds),
+        ("training on the demo: trained tokens/s", trained["ours"] / packed_seconds, trained["TRL"] / padded_seconds),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, default=200_000)
     parser.add_argument("--conversations", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     table = Table("", "ours", "TRL", "ratio")
-    for name, ours, trl in packing(options.lengths) + preparation(options.conversations):
+    for name, ours, trl in packing(options.lengths) + preparation(options.conversations) + training(options.steps):
         table.add_row(name, f"{ours:,.4g}", f"{trl:,.4g}", f"{ours / trl:.2f}")
     Console().print(table)
 

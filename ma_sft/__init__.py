@@ -21,8 +21,9 @@ from ma_sft.errors import (
 if TYPE_CHECKING:
     from ma_sft.cli import launch
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.formats import to_messages
+    from ma_sft.formats import to_messages, to_messages_batch
     from ma_sft.packing import ConstantLengthDataset, pack
+    from ma_sft.preference import to_preference
     from ma_sft.recipe import Recipe
     from ma_sft.template import tokenize_conversation
     from ma_sft.train import run
@@ -36,8 +37,10 @@ _LAZY = {
     "DataCollatorForCompletionOnlyLM": "ma_sft.collator",
     "launch": "ma_sft.cli",
     "to_messages": "ma_sft.formats",
+    "to_messages_batch": "ma_sft.formats",
     "ConstantLengthDataset": "ma_sft.packing",
     "pack": "ma_sft.packing",
+    "to_preference": "ma_sft.preference",
     "Recipe": "ma_sft.recipe",
     "tokenize_conversation": "ma_sft.template",
     "run": "ma_sft.train",
@@ -58,6 +61,8 @@ __all__ = [
     "pack",
     "run",
     "to_messages",
+    "to_messages_batch",
+    "to_preference",
     "tokenize_conversation",
 ]
 

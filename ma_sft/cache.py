@@ -1,7 +1,9 @@
 """Where ma_sft keeps what is made once and used again: converted models, fetched tokenizers, tokenised data."""
 
+import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +17,30 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     The scratch folder lies beside `target`, so the last step is one rename: a reader sees nothing or the whole.
-    If another process made `target` meanwhile, theirs is kept.
+    If another process made `target` meanwhile, theirs is kept. What a killed process of this machine left is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    mine = f".{target.name}.{socket.gethostname()}."
+    for left in target.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine).split(".")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}.", dir=target.parent))
     try:
         yield scratch
         scratch.chmod(0o755)

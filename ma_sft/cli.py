@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (on
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--html", type=Path, help="write a self-contained page instead")
     preview.add_argument("--borders", action="store_true", help="show the borders of tokens")
 
+    data = add("data", lambda options, rest: options.data(options), "build a data set from a mixture, or show one")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="load, convert, filter, split and mix what a YAML file says; save it")
+    build.set_defaults(data=_data_build)
+    build.add_argument("mixture", type=Path, help="a YAML file; see docs/formats.md")
+    build.add_argument("-o", "--out", type=Path, required=True, help="folder of the data set; must not exist")
+    build.add_argument("--num_proc", type=int, help="processes (default: all cores if there are many rows)")
+    show = actions.add_parser("show", help="print counts, sources and first rows of a folder that `build` made")
+    show.set_defaults(data=_data_show)
+    show.add_argument("folder", type=Path)
+    show.add_argument("-n", type=int, default=3, help="rows to show (default: 3)")
+
     merge = add("merge", _merge, "merge a run's adapter into its base model")
     merge.add_argument("run", type=Path, help="a run's folder, or an adapter's")
     merge.add_argument("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist")
@@ -136,6 +149,24 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
     preview(label(settings, tokenizer).dataset, tokenizer, n=options.n, html=options.html, borders=options.borders)
     if options.html:
         print(f"preview: {options.html}")
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ma_sft.build import build
+
+    # A plain `kill` unwinds as Ctrl-C does, so that scratch folders go and other processes end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    overrides = {"num_proc": options.num_proc} if options.num_proc else {}
+    Console().print(build(options.mixture, options.out, **overrides))
+    print(f"data set: {options.out} (ma-sft data show {options.out})")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from ma_sft.build import show
+
+    show(options.folder, options.n)
 
 
 def _silence() -> None:

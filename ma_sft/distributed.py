@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from ma_sft.errors import MaSftError, RunError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 T = TypeVar("T")
 
@@ -129,10 +129,19 @@ def leave_together() -> None:
         dist.destroy_process_group()
 
 
-def digest(*datasets: "Dataset | None") -> str:
-    """Hash of all token ids, labels and document borders in their order: of data, template and labels at once."""
+def digest(*datasets: "Dataset | IterableDataset | None") -> str:
+    """Hash of all token ids, labels and document borders in their order: of data, template and labels at once.
+
+    Of a stream, the first hundred rows.
+    """
+    from datasets import Dataset, IterableDataset
+
     content = hashlib.sha256()
-    for dataset in filter(None, datasets):
+    for dataset in datasets:
+        if dataset is None:
+            continue
+        if isinstance(dataset, IterableDataset):
+            dataset = Dataset.from_list(list(dataset.take(100)))
         for batch in dataset.with_format("arrow").iter(batch_size=10_000):
             for column in sorted(batch.column_names):
                 values = batch[column].combine_chunks()
@@ -156,15 +165,15 @@ def agree(mine: str) -> None:
         )
 
 
-def fill_up(dataset: "Dataset", multiple: int, pad_token_id: int) -> "Dataset":
+def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: int) -> "Dataset | IterableDataset":
     """Add rows of one padding token without a label until the last batch of all processes is full.
 
     Without them the sampler would repeat rows of the data set at the end of an epoch, and the order of the rows would
-    depend on how many processes share a batch.
+    depend on how many processes share a batch. A stream has no end.
     """
     from datasets import Dataset, concatenate_datasets
 
-    missing = -len(dataset) % multiple
+    missing = -len(dataset) % multiple if isinstance(dataset, Dataset) else 0
     if not missing:
         return dataset
     row = {"input_ids": [pad_token_id], "labels": [-100], "seq_lengths": [1]}

@@ -4,6 +4,7 @@ Both look at rows of `input_ids` and `labels` alone, so they serve every way in 
 rows before they are cut and packed.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -142,7 +143,7 @@ def check_dataset(
     encoder: ChatEncoder | None = None,
     template_report: TemplateReport | None = None,
     max_length: int | None = None,
-    compare: int = 200,
+    compare: int = 20_000,
 ) -> CheckReport:
     """Check every row of a labelled dataset.
 
@@ -153,8 +154,8 @@ def check_dataset(
         encoder: the encoder that made the rows; needed for the comparison.
         template_report: what `DataCollatorForCompletionOnlyLM.check` found in the rows.
         max_length: where rows will be cut, in tokens.
-        compare: how many conversations, evenly spread, are compared with what `tokenizer.apply_chat_template`
-            gives for the messages before each turn.
+        compare: how many rows are compared with what `tokenizer.apply_chat_template` gives for the messages before
+            each turn: all of them, unless there are more; then they are evenly spread.
     """
     report = CheckReport(rows=len(dataset))
     found = _Findings()
@@ -164,6 +165,7 @@ def check_dataset(
     ends = np.fromiter({*control.values(), tokenizer.eos_token_id} - {None, bos}, dtype=np.int64)
     lengths: list[NDArray[Any]] = []
     seen: set[bytes] = set()
+    notes = dataset.select_columns([name for name in ("untrained", "special_text") if name in dataset.column_names])
     first_row = 0
     for ids, labels, starts in _columns(dataset):
         sizes = np.diff(starts)
@@ -181,8 +183,9 @@ def check_dataset(
         labelled[rows_of_turns] = True
         report.rows_without_label += int((~labelled).sum())
         excused = np.zeros(len(sizes), dtype=bool)
-        if "untrained" in dataset.column_names:
-            reasons = dataset[first_row : first_row + len(sizes)]["untrained"]
+        noted = notes[first_row : first_row + len(sizes)]
+        if "untrained" in noted:
+            reasons = noted["untrained"]
             excused = np.array([bool(r) for r in reasons])
             for row_reasons in reasons:
                 for reason in row_reasons:
@@ -214,13 +217,13 @@ def check_dataset(
             found.add("nothing left after cutting", first_row + np.flatnonzero(labelled & ~kept))
         duplicates = []
         for row in range(len(sizes)):
-            key = ids[starts[row] : starts[row + 1]].tobytes()
+            key = hashlib.blake2b(ids[starts[row] : starts[row + 1]].tobytes(), digest_size=16).digest()
             if key in seen:
                 duplicates.append(first_row + row)
             seen.add(key)
         found.add("duplicate rows", duplicates)
-        if "special_text" in dataset.column_names:
-            special = dataset[first_row : first_row + len(sizes)]["special_text"]
+        if "special_text" in noted:
+            special = noted["special_text"]
             for tokens in special:
                 for token in tokens:
                     report.special_text[token] = report.special_text.get(token, 0) + 1
@@ -351,7 +354,7 @@ def _compare(
         ids, trained = np.array(example["input_ids"]), np.array(example["labels"]) != IGNORE_INDEX
         begins, _ = _runs(trained, np.array([0, len(ids)]))
         prompts = [
-            _inference_ids(messages[:k], tools, encoder, control)
+            _inference_ids(messages[:k], tools, encoder, control) if k else list(tokenizer("")["input_ids"])
             for k, message in enumerate(messages)
             if message["role"] == "assistant"
         ]

@@ -6,24 +6,31 @@ tokenizer, the template and the settings; packing is quick and done each time.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, List, Value, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import __version__
 from ma_sft.cache import atomic_dir, cache_dir
-from ma_sft.errors import LabelError, RecipeError
+from ma_sft.errors import FormatError, LabelError, RecipeError
 from ma_sft.template import TEMPLATES, ChatEncoder, set_chat_template
 
 if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.inspect import CheckReport
+    from ma_sft.mixture import Mixture
     from ma_sft.packing import PackingReport
     from ma_sft.recipe import Settings
+
+logger = logging.getLogger(__name__)
+
+STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
+ENCODED = ["input_ids", "labels", "row", "turns", "untrained", "special_text"]  # ChatEncoder.tokenize_batch's columns
 
 
 @dataclass
@@ -37,8 +44,10 @@ class Counts:
     trained_tokens: int = 0
     cut_sequences: int = 0
     dropped_sequences: int = 0
+    filtered_rows: dict[str, int] = field(default_factory=dict)
     untrained_turns: dict[str, int] = field(default_factory=dict)
     special_text_rows: int = 0
+    checked_rows_of_the_stream: int = 0
 
 
 @dataclass
@@ -57,9 +66,12 @@ class Labelled:
 
 @dataclass
 class Prepared:
-    """The data set to train on, the conversations it came from, the counts, what the check and packing said."""
+    """The data set to train on, the conversations it came from, the counts, what the check and packing said.
 
-    dataset: Dataset
+    A stream knows its conversations and counts only when it was read.
+    """
+
+    dataset: Dataset | IterableDataset
     conversations: Dataset | None
     counts: Counts
     check: "CheckReport | None"
@@ -124,6 +136,8 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
         MaSftError: a source, row, template or label that is wrong; the message says which.
     """
     data, training = settings.data, settings.training
+    if data.dataset_streaming and not held_out:
+        return _prepare_stream(settings, tokenizer)
     labelled = label(settings, tokenizer, held_out=held_out)
     counts = labelled.counts
     report = None
@@ -149,6 +163,8 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
 def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
     """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
 
+    A stream is read by each process, which then keeps its share.
+
     Raises:
         MaSftError: `prepare`'s, in every process alike.
     """
@@ -156,19 +172,24 @@ def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tu
 
     def make() -> tuple[Prepared, Prepared | None]:
         data = prepare(settings, tokenizer)
-        held_out = prepare(settings, tokenizer, held_out=True) if settings.data.eval_dataset else None
-        if settings.training.world_size > 1:
-            for prepared in filter(None, (data, held_out)):
-                rows = prepared.dataset
-                prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
-            data.conversations = None  # nobody asks for them, and they need not be files
+        holds_out = settings.data.eval_dataset or settings.data.test_size
+        return data, prepare(settings, tokenizer, held_out=True) if holds_out else None
+
+    def make_files() -> tuple[Prepared, Prepared | None]:
+        data, held_out = make()
+        for prepared in filter(None, (data, held_out)):
+            rows: Any = prepared.dataset
+            prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
+        data.conversations = None  # nobody asks for them, and they need not be files
         return data, held_out
 
-    return once(make, per_machine=True)
+    if settings.training.world_size == 1 or settings.data.dataset_streaming:
+        return make()
+    return once(make_files, per_machine=True)
 
 
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
-    """Load the recipe's rows and make their labels; the errors are `prepare`'s."""
+    """Load the recipe's rows (the first `STREAM_SAMPLE` of a stream) and make their labels; errors as `prepare`'s."""
     make = _label_text if settings.data.formatting_func else _label_conversations
     return make(settings, tokenizer, held_out)
 
@@ -189,41 +210,42 @@ def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: La
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     data = settings.data
-    if held_out:
+    if held_out and data.eval_dataset:
         return [data.eval_dataset]
     return [data.dataset_name] if data.dataset_name else list(data.datasets)
 
 
-def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
+def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
     from ma_sft.mixture import load_mixture
 
     data, training = settings.data, settings.training
-    conversations, report = load_mixture(
+    own_file = held_out and data.eval_dataset is not None
+    shared = ("filters", "test_size", "test_near_duplicates", "stopping_strategy")
+    return load_mixture(
         _sources(settings, held_out),
         seed=training.seed,
         on_error=data.on_error,
         format=data.dataset_format,
         system_prompt=data.system_prompt,
-        split=data.dataset_train_split,
+        split=data.dataset_test_split if own_file else data.dataset_train_split,
+        streaming=data.dataset_streaming and not held_out,
         num_proc=training.dataset_num_proc,
+        tokenizer=settings.model.model_name_or_path,
+        **({} if own_file else {name: getattr(data, name) for name in shared}),
     )
+
+
+def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
+    mixture = _mixture(settings, held_out)
+    conversations: Any = mixture.train if mixture.test is None or not held_out else mixture.test
+    counts = Counts(skipped_rows=mixture.report.skipped, filtered_rows=mixture.report.filtered)
+    if isinstance(conversations, IterableDataset):
+        conversations = Dataset.from_list(list(conversations.take(STREAM_SAMPLE)), features=conversations.features)
+        counts.checked_rows_of_the_stream = len(conversations)
+    else:
+        counts.rows = len(conversations)
     encoder = make_encoder(settings, tokenizer)
-    key = _digest(
-        conversations._fingerprint, encoder.train_on, encoder.history, encoder.template_kwargs, _describe(tokenizer)
-    )
-    labelled = _cached(
-        key,
-        lambda: conversations.map(
-            encoder.tokenize_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=conversations.column_names,
-            num_proc=training.dataset_num_proc,
-            new_fingerprint=key,
-            desc="tokenising",
-        ),
-    )
-    counts = Counts(rows=len(conversations), skipped_rows=report.skipped)
+    labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
     for reasons in labelled["untrained"]:
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
@@ -231,20 +253,94 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     return Labelled(labelled, counts, conversations, encoder)
 
 
+def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
+    """`encoder.tokenize_batch` on all rows, kept in the cache folder by the content of rows, tokenizer and template."""
+    from ma_sft.mixture import processes
+
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    key = _digest(conversations._fingerprint, *settings, _describe(encoder.tokenizer))
+    return _cached(
+        key,
+        lambda: conversations.map(
+            encoder.tokenize_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=conversations.column_names,
+            num_proc=processes(num_proc, len(conversations)),
+            new_fingerprint=key,
+            desc="tokenising",
+        ),
+    )
+
+
+def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The recipe's rows as an `IterableDataset` that reads, labels, cuts and packs while it is read.
+
+    Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.
+    """
+    training = settings.training
+    if training.max_steps <= 0:
+        raise RecipeError("dataset_streaming: a stream's length is not known; set max_steps")
+    if settings.data.formatting_func:
+        raise RecipeError("dataset_streaming does not go with formatting_func; leave one of them out")
+    sample = label(settings, tokenizer)
+    report = check(settings, tokenizer, sample) if settings.data.check else None
+    if report is not None:
+        report.raise_errors()
+    encoder = make_encoder(settings, tokenizer)
+    stream: Any = _mixture(settings).train
+    names = stream.column_names
+    stream = stream.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=names)
+    splits = training.packing and training.packing_strategy != "bfd"
+    limit = None if splits else training.max_length
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [(ids[:limit], labels[:limit]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+        kept = [(ids, labels) for ids, labels in rows if any(label != -100 for label in labels)]
+        if len(kept) < len(rows):
+            logger.warning(
+                "%d of %d sequences have nothing to train on, or not before max_length",
+                len(rows) - len(kept),
+                len(rows),
+            )
+        return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
+    token = List(Value("int64"))
+    features = Features({"input_ids": token, "labels": token})
+    stream = stream.map(cut, batched=True, remove_columns=ENCODED, features=features)
+    if training.packing:
+        from ma_sft.packing import pack
+
+        if training.max_length is None:
+            raise RecipeError("packing needs max_length, the length of a pack in tokens")
+        stream = pack(stream, training.max_length, training.packing_strategy, seed=training.seed)
+    stream = stream.repeat(None)  # without an end: a resumed run finds its place by counting batches from the start
+    return Prepared(stream, None, sample.counts, report, None)
+
+
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
     from ma_sft.formats import load_function
-    from ma_sft.mixture import load_rows
+    from ma_sft.sources import Source, load_rows, rows_of
 
     data = settings.data
-    (source,) = _sources(settings, held_out)
-    rows = load_rows(source, split=data.dataset_train_split)
+    if data.filters or data.test_size or len(_sources(settings, held_out)) != 1:
+        raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
+    split = data.dataset_test_split if held_out else data.dataset_train_split
+    source = Source.of(_sources(settings, held_out)[0], split=split)
+    rows, numbers = load_rows(source, seed=settings.training.seed)
     function = load_function(str(data.formatting_func))
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-        texts = function(batch)
+        found: list[dict[str, Any]] = []
+        for where, _, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+            if not isinstance(row, dict):
+                raise FormatError(f"{where}: {row}")
+            found.append(row)
+        names = dict.fromkeys(name for row in found for name in row)
+        texts = function({name: [row.get(name) for row in found] for name in names})
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [[*bos, *row, tokenizer.eos_token_id] for row in encoded]
@@ -348,6 +444,6 @@ def _cached(key: str, make: Callable[[], Dataset]) -> Dataset:
 def counts_table(counts: Counts) -> list[tuple[str, str]]:
     """The counts as (what, how many) lines for the terminal and the report; what is zero is left out."""
     values = asdict(counts)
-    untrained = values.pop("untrained_turns")
+    groups = {"filtered by": values.pop("filtered_rows"), "untrained turns:": values.pop("untrained_turns")}
     lines = [(key.replace("_", " "), f"{value:,}") for key, value in values.items() if value]
-    return lines + [(f"untrained turns: {reason}", f"{n:,}") for reason, n in untrained.items()]
+    return lines + [(f"{what} {why}", f"{n:,}") for what, reasons in groups.items() for why, n in reasons.items()]

@@ -32,7 +32,25 @@ class DataConfig:
         metadata={"help": "Several sources: each a path or hub id, or a mapping with path, format, weight, ..."},
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: a hub id, a file, or a folder."})
+    test_size: float | None = field(
+        default=None, metadata={"help": "Hold out this share (below 1) or number of rows; duplicates stay together."}
+    )
+    test_near_duplicates: float | None = field(
+        default=None, metadata={"help": "Similarity from which near duplicates stay on one side of the split."}
+    )
+    filters: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Rows to leave out, e.g. '{\"exact_duplicates\": true}'. See docs/formats.md."}
+    )
+    stopping_strategy: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "For sources with weights: stop when one runs dry, or repeat rows until all were seen.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows while training; needs max_steps."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of eval_dataset, if it has several."})
     dataset_format: str | None = field(
         default=None, metadata={"help": "Format of the rows, where detection by columns is not wanted."}
     )
@@ -129,7 +147,7 @@ class Recipe:
         if not path.is_file():
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
         if path.suffix in (".yaml", ".yml"):
-            return cls(**{"name": path.stem, **_read_yaml(path)})
+            return cls(**{"name": path.stem, **read_yaml(path)})
         import runpy
 
         recipe = runpy.run_path(str(path)).get("recipe")
@@ -154,7 +172,7 @@ class Recipe:
             at = list(args).index("--config")
             if at + 1 == len(args):
                 raise RecipeError("--config needs a YAML file")
-            chosen |= _read_yaml(Path(args[at + 1]))
+            chosen |= read_yaml(Path(args[at + 1]))
             args = [*args[:at], *args[at + 2 :]]
 
         class Parser(TrlParser):  # type: ignore[misc]
@@ -165,13 +183,13 @@ class Recipe:
         actions = {action.dest: action for action in parser._actions}
         for key, value in chosen.items():
             if key not in actions:
-                raise RecipeError(f"unknown setting {key!r}{_nearest(key, actions)}")
+                raise RecipeError(f"unknown setting {key!r}{nearest(key, actions)}")
             _check_value(key, value, actions[key])
         parser.set_defaults_with_config(**{**_our_defaults(chosen, args), **chosen})
         values, unknown = parser.parse_known_args(list(args))
         if unknown:
             key = unknown[0].lstrip("-").split("=")[0]
-            raise RecipeError(f"unknown setting {unknown[0]!r}{_nearest(key, actions)}")
+            raise RecipeError(f"unknown setting {unknown[0]!r}{nearest(key, actions)}")
         check_launch(values.use_cpu)
         try:
             parsed = parser.parse_args_into_dataclasses(args=list(args))
@@ -235,7 +253,7 @@ def _check_trackers(report_to: Sequence[str]) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
@@ -249,7 +267,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _nearest(key: str, known: dict[str, Any]) -> str:
+def nearest(key: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all settings"
 

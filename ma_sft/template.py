@@ -16,20 +16,25 @@ get a sequence of their own (`history="split"`) or are masked (`history="mask"`)
 import json
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from jinja2 import TemplateError as JinjaError
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
+from ma_sft.render import Renderer
 
 Message = dict[str, Any]
+Ids = NDArray[np.int32]
 
 IGNORE_INDEX = -100
 
@@ -56,6 +61,7 @@ TEMPLATES = {
     ),
 }
 
+_CHUNK = 250  # conversations
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
@@ -79,12 +85,23 @@ class Turn:
 
 @dataclass
 class Example:
-    """One training sequence: `input_ids` and `labels` (`-100` where nothing is learned), both of length n_tokens."""
+    """One training sequence: `input_ids` and `labels` (`-100` where nothing is learned), both of length n_tokens.
 
-    input_ids: list[int]
-    labels: list[int]
+    `ids` and `label_ids` are the same as int32 arrays of shape (n_tokens,).
+    """
+
+    ids: Ids
+    label_ids: Ids
     turns: list[Turn]
     special_text: list[str] = field(default_factory=list)
+
+    @property
+    def input_ids(self) -> list[int]:
+        return cast(list[int], self.ids.tolist())
+
+    @property
+    def labels(self) -> list[int]:
+        return cast(list[int], self.label_ids.tolist())
 
 
 @dataclass
@@ -187,6 +204,7 @@ class ChatEncoder:
         self.train_on = train_on
         self.history = history
         self.template_kwargs = template_kwargs or {}
+        self._renderer = Renderer(tokenizer, self.template_kwargs)
         self.control = control_tokens(tokenizer)
         alternatives = sorted(map(re.escape, self.control), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(alternatives) or r"(?!)")
@@ -213,20 +231,26 @@ class ChatEncoder:
             TemplateError: a conversation that the template refuses or would lose part of; its position in
                 `conversations` is the exception's `index`.
         """
-        plans: list[_Plan] = []
-        owner: list[int] = []
-        for index, messages in enumerate(conversations):
-            try:
-                new = self._plan(messages, tools[index] if tools else None)
-            except TemplateError as error:
-                error.index = index  # type: ignore[attr-defined]
-                raise
-            plans += new
-            owner += [index] * len(new)
-        ids = self._encode_batch([(plan.text, plan.marker) for plan in plans])
         examples: list[list[Example]] = [[] for _ in conversations]
-        for plan, index, sequence in zip(plans, owner, ids, strict=True):
-            examples[index].append(self._label(plan, sequence))
+        # The tokenizer lets go of the interpreter, so one chunk is tokenised while the next is rendered.
+        with ThreadPoolExecutor(1) as pool:
+            chunks = []
+            for start in range(0, len(conversations), _CHUNK):
+                plans: list[_Plan] = []
+                owner: list[int] = []
+                for index in range(start, min(start + _CHUNK, len(conversations))):
+                    try:
+                        new = self._plan(conversations[index], tools[index] if tools else None)
+                    except TemplateError as error:
+                        error.index = index  # type: ignore[attr-defined]
+                        raise
+                    plans += new
+                    owner += [index] * len(new)
+                texts = [(plan.text, plan.marker) for plan in plans]
+                chunks.append((plans, owner, pool.submit(self._encode_batch, texts)))
+            for plans, owner, tokenised in chunks:
+                for plan, index, ids in zip(plans, owner, tokenised.result(), strict=True):
+                    examples[index].append(self._label(plan, ids))
         if self.history == "split":
             for index, found in enumerate(examples):
                 examples[index] = self._split_merged(conversations[index], tools[index] if tools else None, found)
@@ -240,22 +264,23 @@ class ChatEncoder:
         texts that stood in the content).
 
         Raises:
-            TemplateError: naming the row.
+            TemplateError: naming the row, by its `origin` if there is that column.
         """
         tools = [json.loads(t) if isinstance(t, str) else t for t in batch["tools"]] if "tools" in batch else None
         conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
             encoded = self.encode(conversations, tools)
         except TemplateError as error:
-            raise TemplateError(f"row {rows[error.index]}: {error}") from None  # type: ignore[attr-defined]
+            at: int = error.index  # type: ignore[attr-defined]
+            raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
         columns: dict[str, list[Any]] = {
             name: [] for name in ("input_ids", "labels", "row", "turns", "untrained", "special_text")
         }
         for row, examples in zip(rows, encoded, strict=True):
             trained = {turn.message for example in examples for turn in example.turns if turn.trained}
             for position, example in enumerate(examples):
-                columns["input_ids"].append(example.input_ids)
-                columns["labels"].append(example.labels)
+                columns["input_ids"].append(example.ids)
+                columns["labels"].append(example.label_ids)
                 columns["row"].append(row)
                 columns["turns"].append(sum(turn.trained for turn in example.turns))
                 columns["untrained"].append(
@@ -266,7 +291,7 @@ class ChatEncoder:
 
     def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
-        escaped, escaped_tools, marker, _ = self._escape_all(messages, tools)
+        escaped, escaped_tools, marker, _ = self._escape_all([_without_nulls(m) for m in messages], tools)
         return list(self._encode_marked(self._render(escaped, escaped_tools, prompt=True), marker))
 
     # -- text ---------------------------------------------------------------------------------------------------
@@ -279,15 +304,7 @@ class ChatEncoder:
         errors = []
         for form in forms:
             try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        form,
-                        tools=tools,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                        **self.template_kwargs,
-                    )
-                )
+                return self._renderer.render(form, tools, prompt=prompt)
             except (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
                 errors.append(error)
         roles = ", ".join(str(m.get("role")) for m in messages)
@@ -335,6 +352,8 @@ class ChatEncoder:
     def _plan(self, messages: list[Message], tools: list[Any] | None) -> list[_Plan]:
         _check_messages(messages)
         messages, tools, marker, special_text = self._escape_all(messages, tools)
+        if [m["role"] for m in messages] == ["assistant"]:
+            return [self._plain_text(messages[0]["content"], marker, special_text)]
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         full = self._render(messages, tools, prompt=False)
         self._check_nothing_lost(messages, tools, full)
@@ -361,6 +380,12 @@ class ChatEncoder:
                     plans.append(_Plan(solo, [(k, prompt, target, "")], marker, special_text))
         return plans
 
+    def _plain_text(self, text: str, marker: str, special_text: list[str]) -> _Plan:
+        """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
+        bos = self.tokenizer.bos_token if self.tokenizer("")["input_ids"] else ""
+        target = f"{text}{self.tokenizer.eos_token}"
+        return _Plan(f"{bos}{target}", [(0, bos or "", target, "")], marker, special_text)
+
     def _target(self, prompt: str, solo: str) -> tuple[str, str]:
         """What the model should write after `prompt`, up to the end-of-turn token; or why it cannot be trained."""
         if not solo.startswith(prompt):
@@ -385,6 +410,12 @@ class ChatEncoder:
                     raise TemplateError(
                         f"the chat template leaves out the tool call {name!r} of message {i}; use a template with tools"
                     )
+        reasoning = messages[-1].get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning.strip() not in text:
+            raise TemplateError(
+                "the chat template leaves out the last message's reasoning_content; use a template that knows it, "
+                "or data without it"
+            )
         if tools and not all(_tool_name(tool) in text for tool in tools):
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
 
@@ -411,19 +442,20 @@ class ChatEncoder:
             ids += self._ids_after(piece)
         return tuple(ids)
 
-    def _encode_batch(self, texts: list[tuple[str, str]]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[tuple[str, str]]) -> list[Ids]:
         """One call of the fast tokenizer for all texts without markers; marked ones are rare and go one by one."""
         if not texts:
             return []
-        batch = self.tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+        self.tokenizer("")  # leaves the fast tokenizer without padding, truncation or split special tokens
+        batch = self.tokenizer.backend_tokenizer.encode_batch_fast([t for t, _ in texts], add_special_tokens=False)
         return [
-            list(self._encode_marked(text, marker)) if marker and marker in text else ids
-            for (text, marker), ids in zip(texts, batch, strict=True)
+            np.array(self._encode_marked(text, marker) if marker and marker in text else encoding.ids, dtype=np.int32)
+            for (text, marker), encoding in zip(texts, batch, strict=True)
         ]
 
-    def _label(self, plan: _Plan, ids: list[int]) -> Example:
-        labels = [IGNORE_INDEX] * len(ids)
-        controls = np.flatnonzero(self._is_control[ids]).tolist()
+    def _label(self, plan: _Plan, ids: Ids) -> Example:
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        controls = self._is_control[ids].nonzero()[0].tolist()
         cuts = [m.start() for m in self._control_pattern.finditer(plan.text)]
         if len(controls) != len(cuts):
             raise TemplateError(
@@ -437,8 +469,8 @@ class ChatEncoder:
                 continue
             start, suffix = self._prompt_end(prompt, plan, controls, cuts)
             end_at = len(prompt) + len(target)
-            end = controls[_count_below(cuts, end_at) - 1] + 1
-            if tuple(ids[start - len(suffix) : start]) != suffix:
+            end = controls[bisect_left(cuts, end_at) - 1] + 1
+            if tuple(ids[start - len(suffix) : start].tolist()) != suffix:
                 # The turn's first characters merge with the prompt's last ones. Nothing follows the last turn but
                 # the template's own tail, so there the text can be cut where inference cuts it.
                 last = position == len(plan.turns) - 1 and not plan.text[end_at:].removeprefix(self._tail)
@@ -447,10 +479,11 @@ class ChatEncoder:
                     continue
                 rest = plan.text[len(prompt) :]
                 pieces = rest.split(plan.marker) if plan.marker else [rest]
-                ids = ids[: start - len(suffix)] + list(suffix) + [i for p in pieces for i in self._ids_after(p)]
-                labels = labels[:start] + [IGNORE_INDEX] * (len(ids) - start)
+                said = [i for p in pieces for i in self._ids_after(p)]
+                ids = np.array([*ids[: start - len(suffix)].tolist(), *suffix, *said], dtype=np.int32)
+                labels = np.concatenate([labels[:start], np.full(len(ids) - start, IGNORE_INDEX, dtype=np.int32)])
                 ends = np.flatnonzero(self._is_control[ids]).tolist()
-                end = ends[_count_below(cuts, end_at) - 1] + 1
+                end = ends[bisect_left(cuts, end_at) - 1] + 1
             labels[start:end] = ids[start:end]
             turns.append(Turn(k, start, end))
         return Example(ids, labels, turns, plan.special_text)
@@ -459,7 +492,7 @@ class ChatEncoder:
         self, prompt: str, plan: _Plan, controls: list[int], cuts: list[int]
     ) -> tuple[int, tuple[int, ...]]:
         """Token position at which `prompt` ends, and the ids of its last piece, which must stand just before it."""
-        n = _count_below(cuts, len(prompt))
+        n = bisect_left(cuts, len(prompt))
         if n == 0:
             suffix = self.encode_suffix(prompt, plan.marker)
             return len(suffix), suffix
@@ -544,7 +577,11 @@ def _check_messages(messages: list[Message]) -> None:
 
 def _without_nulls(message: Message) -> Message:
     """Arrow gives every row every key of the column; what a message does not have must not reach the template."""
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        message["tool_calls"] = [{key: value for key, value in call.items() if value is not None} for call in calls]
+    return message
 
 
 def _escaper(tokens: list[str]) -> Callable[[str, str], str]:
@@ -602,7 +639,3 @@ def _tool_call_form(messages: list[Message], *, as_text: bool) -> list[Message]:
 
 def _tool_name(tool: Any) -> str:
     return str(tool.get("function", tool).get("name", "")) if isinstance(tool, dict) else getattr(tool, "__name__", "")
-
-
-def _count_below(sorted_positions: list[int], limit: int) -> int:
-    return int(np.searchsorted(sorted_positions, limit, side="left"))

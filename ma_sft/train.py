@@ -11,7 +11,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
@@ -79,7 +79,7 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
 
     summary: dict[str, Any] = {
         "name": settings.data.name,
-        "rows": data.counts.rows,
+        "rows": data.counts.rows or None,  # a stream does not know
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
@@ -104,8 +104,8 @@ def make_trainer(
     settings: Settings,
     tokenizer: "PreTrainedTokenizerBase",
     added_tokens: list[str],
-    train: "Dataset",
-    held_out: "Dataset | None",
+    train: "Dataset | IterableDataset",
+    held_out: "Dataset | IterableDataset | None",
 ) -> "SFTTrainer":
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
 
@@ -184,6 +184,8 @@ class _Exam:
         self.questions, self.references = [], []
         for messages in rows["messages"]:
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            if last == 0:  # plain text asks nothing
+                continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
 

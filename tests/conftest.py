@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a line wherever it has to guess
 
 import copy
 import functools
@@ -14,11 +15,19 @@ from pathlib import Path
 
 import pytest
 from fetch_tokenizers import fetch
+from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from ma_sft.demo import demo_model
 
 ROOT = Path(__file__).parents[1]
+
+# `make fuzz` asks for many more examples, and other ones each time.
+FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
+settings.register_profile(
+    "ma_sft", max_examples=FUZZ or 60, derandomize=not FUZZ, deadline=None, suppress_health_check=HealthCheck
+)
+settings.load_profile("ma_sft")
 
 # The template that meta-llama/Llama-2-7b-chat-hf ships, which the tokenizer package leaves out.
 LLAMA2_TEMPLATE = (

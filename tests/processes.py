@@ -90,6 +90,15 @@ class Run:
             assert time.monotonic() < end and self.processes[0].is_alive(), self.text
             time.sleep(0.002)
 
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        """Until a checkpoint of this step or a later one begins, or the run is over."""
+        end = time.monotonic() + seconds
+        while self.processes[0].is_alive() and step > max(
+            (int(path.name.split("-")[1]) for path in self.out.glob("checkpoint-*")), default=0
+        ):
+            assert time.monotonic() < end, self.text
+            time.sleep(0.002)
+
     def signal(self, number: int) -> None:
         for process in self.processes:
             os.kill(process.pid, number)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from conftest import ROOT
-from datasets import Dataset
 
 from ma_sft import MaSftError, Recipe, run
 from ma_sft.cli import guard, main
@@ -44,13 +43,13 @@ def test_empty_data_set(tmp_path, content):
 def test_unknown_format(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"instruction": "x", "reply": "y"}])
     message = fails(recipe(tmp_path, dataset_name=path))
-    assert "a.jsonl, row 1: unknown format: columns ['instruction', 'reply']" in message
+    assert "a.jsonl, line 1: unknown format: columns ['instruction', 'reply']" in message
     assert "alpaca (misses output)" in message
 
 
 def test_row_without_a_response_names_the_row(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": ""}])
-    assert "a.jsonl, row 2: the response is empty" in fails(recipe(tmp_path, dataset_name=path))
+    assert "a.jsonl, line 2: the response is empty" in fails(recipe(tmp_path, dataset_name=path))
 
 
 def test_broken_json_names_the_line(tmp_path):
@@ -108,24 +107,6 @@ def test_adapter_on_lm_head_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD] * 4)
     message = fails(recipe(tmp_path, dataset_name=path, use_peft=True, lora_target_modules=["q_proj", "lm_head"]))
     assert "an adapter on lm_head would never be trained" in message
-
-
-def test_skipped_rows_are_counted(tmp_path):
-    from ma_sft.mixture import load_mixture
-
-    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": ""}, GOOD])
-    rows, report = load_mixture([path], on_error="skip")
-    assert len(rows) == 2
-    assert report.skipped == 1 and "row 2: the response is empty" in report.skips[0]
-
-
-def test_saved_folder_is_a_source(tmp_path):
-    from ma_sft.mixture import load_mixture
-
-    Dataset.from_list([GOOD] * 3).save_to_disk(str(tmp_path / "saved"))
-    rows, _ = load_mixture([{"path": str(tmp_path / "saved"), "limit": 2, "system_prompt": "Be kind."}])
-    assert [m["role"] for m in rows[0]["messages"]] == ["system", "user", "assistant"]
-    assert len(rows) == 2
 
 
 def test_full_disk_is_one_line(capsys):

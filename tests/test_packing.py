@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,7 +72,6 @@ def test_best_fit_on_the_histogram_equals_best_fit_item_by_item(lengths: list[in
     assert sorted((40 - filled).astype(int).tolist()) == one_by_one(lengths, 40)
 
 
-@settings(deadline=None, max_examples=40)
 @given(LENGTHS, st.sampled_from(["bfd", "bfd_split", "none"]), st.integers(0, 3))
 def test_every_document_comes_back_with_its_labels(lengths: list[int], strategy: Any, seed: int) -> None:
     rows = make_rows([*lengths, 0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import Run
 
-from ma_sft.resume import COMPLETE
+from ma_sft.resume import COMPLETE, newest
 
 ROWS = [
     {
@@ -26,6 +26,8 @@ KINDS = {
     "rows": {},
     "packed": {"packing": True, "max_length": 96},
     "lora": {"use_peft": True, "merge": False, "lora_dropout": 0.1},
+    "stream": {"dataset_streaming": True},
+    "packed stream": {"dataset_streaming": True, "packing": True, "max_length": 96},
 }
 
 
@@ -54,7 +56,7 @@ def base(tiny_bpe, tmp_path_factory):
 
 def outcome(out: Path) -> tuple[list, bytes, float]:
     """(the loss curve, the final weights, the mean loss) of a finished run."""
-    state = json.loads((out / "checkpoint-30" / "trainer_state.json").read_text())
+    state = json.loads((newest(out) / "trainer_state.json").read_text())
     curve = [{k: v for k, v in log.items() if "runtime" not in k and "second" not in k} for log in state["log_history"]]
     (weights,) = [*out.glob("model/model.safetensors"), *out.glob("adapter/adapter_model.safetensors")]
     return curve, weights.read_bytes(), json.loads((out / "summary.json").read_text())["train_loss"]
@@ -62,36 +64,32 @@ def outcome(out: Path) -> tuple[list, bytes, float]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def uncut(request, base, tmp_path_factory):
-    """(settings, outcome, seconds) of a run that nothing cut off."""
+    """(settings, outcome) of a run that nothing cut off."""
     settings = {**base, **KINDS[request.param], "output_dir": str(tmp_path_factory.mktemp("uncut") / "run")}
-    for _ in range(2):  # the first one waits for the imports as well
-        started = time.monotonic()
-        run = Run(settings, "--overwrite_output_dir", "true")
-        assert run.finish() == 0, run.text
-    return settings, outcome(run.out), time.monotonic() - started
+    run = Run(settings)
+    assert run.finish() == 0, run.text
+    return settings, outcome(run.out)
 
 
-def test_killed_at_random_points(uncut, tmp_path):
-    """20 kills over the three kinds, while starting, training and saving; some runs are killed more than once."""
-    settings, expected, seconds = uncut
+@pytest.mark.parametrize("least", [1, pytest.param(4, marks=pytest.mark.slow, id="20 kills over all kinds")])
+def test_killed_at_random_points(uncut, tmp_path, least):
+    """While starting, training and saving; some runs are killed more than once."""
+    settings, expected = uncut
     seed = random.randrange(10**6)
     draw = random.Random(seed)
     kills = 0
-    while kills < 7:
-        settings = {**settings, "output_dir": str(tmp_path / f"run-{kills}")}
+    while kills < least:
+        run = Run({**settings, "output_dir": str(tmp_path / f"run-{kills}")})
         for _ in range(draw.choice([1, 1, 2])):
-            run = Run(settings)
-            reached = max((int(p.name.split("-")[1]) for p in run.out.glob("checkpoint-*")), default=-3)
-            if step := draw.randrange(reached + 3, 31, 3):
-                run.wait_for(f"checkpoint-{step}")
-            time.sleep(draw.uniform(0, 0.05 if step else seconds))
+            step = draw.randrange(0, 30, 3)
+            run.wait_for_step(step)
+            time.sleep(draw.uniform(0, 0.05 if step else 2))
             run.kill()
             if run.finish() == 0:
                 break
             kills += 1
-        else:
-            run = Run(settings)
-            assert run.finish() == 0, f"seed {seed}: {run.text}"
+            run = Run(run.settings)
+        assert run.finish() == 0, f"seed {seed}: {run.text}"
         assert outcome(run.out) == expected, f"seed {seed}, kill {kills}"
 
 
@@ -100,8 +98,9 @@ def settings(base, tmp_path):
     return {**base, "output_dir": str(tmp_path / "run")}
 
 
+@pytest.mark.parametrize("uncut", ["rows", "stream"], indirect=True)
 def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
-    settings, expected, _ = uncut
+    settings, expected = uncut
     out = tmp_path / "run"
     shutil.copytree(settings["output_dir"], out)
     for path in (out / "summary.json", out / "report.html"):
@@ -156,18 +155,19 @@ def test_signal_before_training_ends_at_once(settings, number, code):
     assert "stopped before the first checkpoint" in run.text and "Traceback" not in run.text
 
 
-def test_stopped_run_goes_on_to_the_same_weights(uncut, tmp_path):
-    settings, (curve, weights, _), _ = uncut
+def test_stopped_run_goes_on_to_the_same_weights(base, tmp_path):
+    settings = {**base, "max_steps": 200, "save_steps": 50, "logging_steps": 10}
+    uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")})
     run = Run({**settings, "output_dir": str(tmp_path / "run")})
-    run.wait_for("checkpoint-6")
+    run.wait_for("checkpoint-50")
     run.signal(signal.SIGTERM)
-    run.finish()
+    assert run.finish() == uncut.finish() == 0
+    assert not (run.out / "summary.json").exists()
     run = Run(run.settings)
     assert run.finish() == 0, run.text
-    after = outcome(run.out)
-    assert after[1] == weights
-    assert {log["step"]: log for log in after[0]}[30] == {log["step"]: log for log in curve}[30]
-    assert {log["num_tokens"] for log in curve} <= {log["num_tokens"] for log in after[0]}
+    (curve, weights, _), (found, found_weights, _) = outcome(uncut.out), outcome(run.out)
+    assert found_weights == weights
+    assert {log["num_tokens"] for log in curve} <= {log["num_tokens"] for log in found}
 
 
 def test_full_disk_keeps_the_last_whole_checkpoint(settings, tmp_path):
@@ -184,9 +184,12 @@ def test_full_disk_keeps_the_last_whole_checkpoint(settings, tmp_path):
         kept = sorted(p.name for p in run.out.glob("checkpoint-*"))
         assert kept and all((run.out / name / COMPLETE).exists() for name in kept)
         last = max(int(name.split("-")[1]) for name in kept)
-        run = Run(run.settings, "--save_total_limit", "1")
-        run.finish()
-        assert f"checkpoint-{last}" in run.text
+        for name in kept:
+            if name != f"checkpoint-{last}":
+                shutil.rmtree(run.out / name)
+        run = Run({**run.settings, "save_total_limit": 1})
+        assert run.finish() == 0, run.text
+        assert f"going on from {run.out}/checkpoint-{last}" in run.text
     finally:
         subprocess.run(["umount", disk], check=True)
 
