@@ -221,9 +221,11 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
             name = args[at + 1]
         elif arg.startswith("--name="):
             name = arg.removeprefix("--name=")
-    bf16 = (
-        torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-    ) and not chosen.get("fp16")
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() and not wants_gpu()
+    bf16 = bf16 and not chosen.get("fp16")
     lora = chosen.get("use_peft") or "--use_peft" in args
     return {
         "output_dir": f"runs/{name}",

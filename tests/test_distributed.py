@@ -111,7 +111,9 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
         assert found_summary["merge_max_logit_difference"] < 1e-4
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
 def test_killed_and_resumed(base, tmp_path, name):
     settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
     args = ("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp"))
@@ -168,7 +170,7 @@ def test_error_in_the_rows_is_said_once(base, tmp_path, processes):
     settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": str(rows)}
     run = Run(settings, "--use_cpu", "true", processes=processes)
     assert run.finish() == 2
-    assert run.text.count("rows.jsonl, row 1: the response is empty") == 1
+    assert run.text.count("rows.jsonl, line 1: the response is empty") == 1
     assert "Traceback" not in run.text
 
 
