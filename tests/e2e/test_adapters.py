@@ -1,4 +1,4 @@
-"""One recipe, one flag: LoRA, QLoRA, DoRA and full fine-tuning all learn the demo task, and merging changes no answer."""
+"""One recipe, one flag: LoRA, QLoRA, DoRA and full fine-tuning learn the demo task, and merging changes no answer."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ma_sft import to_messages
 from ma_sft.adapters import load_adapter, merge
 from ma_sft.evaluate import exact_match, generate_answers
 from ma_sft.template import ChatEncoder
@@ -22,7 +23,7 @@ METHODS = {
 def answers(model, folder):
     """Answers to all held-out rows, and the share of exact matches."""
     rows = [json.loads(line) for line in (ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    conversations = [[{"role": "system", "content": "You write JSON."}, *row["messages"]] for row in rows]
+    conversations = [[{"role": "system", "content": "You write JSON."}, *to_messages(row)] for row in rows]
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
     found = generate_answers(model.eval(), encoder, [c[:-1] for c in conversations], max_new_tokens=80)
     texts = [answer.text for answer in found]
