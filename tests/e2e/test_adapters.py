@@ -35,10 +35,11 @@ def answers(model, folder):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_the_demo_task(method, tmp_path):
-    out = tmp_path / "run"
+    out, few = tmp_path / "run", tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines(True)[:8]))
     done = start(
         *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "recipes/demo.py"),
-        *("--output_dir", out, "--generate_eval", "20", "--eval_strategy", "no", *METHODS[method]),
+        *("--output_dir", out, "--eval_dataset", few, "--eval_strategy", "no", "--merge", "false", *METHODS[method]),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
