@@ -209,7 +209,10 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.prepare import load_tokenizer
     from ma_sft.recipe import Recipe
 
-    settings = Recipe.load(options.recipe).resolve(rest)
+    recipe = Recipe.load(options.recipe)
+    if options.gpus and not {"fp16", "--fp16"} & {*recipe.settings, *rest}:
+        recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
+    settings = recipe.resolve(rest)
     load_tokenizer(settings)
     found = plan(settings, options.gpus, options.gpu_memory)
     if options.json:

@@ -240,9 +240,12 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     def on(key: str) -> bool:
         return str(given(key)).lower() in ("true", "1", "yes", "y", "t")
 
-    bf16 = (
-        torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-    ) and not on("fp16")
+    if given("bf16") is not None:
+        bf16 = on("bf16")
+    elif torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported() and not on("fp16")
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() and not on("fp16")
     lora, quantised = on("use_peft"), on("load_in_4bit") or on("load_in_8bit")
     return {
         "output_dir": f"runs/{given('name') or 'sft'}",

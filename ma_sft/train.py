@@ -5,7 +5,6 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,10 @@ from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-    from ma_sft.evaluate import Answer
+    from ma_sft.evaluate import Answer, HeldOut
     from ma_sft.plan import Forecast
     from ma_sft.prepare import Prepared
 
@@ -43,8 +41,8 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     if training.process_index == 0:
         _claim(out, settings)
 
-    from ma_sft.evaluate import end_ids
-    from ma_sft.manifest import make_manifest
+    from ma_sft.evaluate import evaluation, headlines, held_out_loss
+    from ma_sft.manifest import make_manifest, write_manifest
     from ma_sft.plan import peak_memory
     from ma_sft.prepare import load_tokenizer, prepare
 
@@ -59,20 +57,20 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     if main:
         show_start(settings, data, trainer, memory)
 
-    exam = _Exam(settings, tokenizer, held_out) if held_out else None
+    exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
     # ZeRO and FSDP can run the model only once training has shared it out
     whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-    before = exam.take(trainer, "before training") if exam and whole else None
+    losses = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out and whole else {}
+    before = exam.answer(trainer, "answers before training") if exam and whole else []
     start = time.monotonic()
     result = trainer.train()
     seconds = time.monotonic() - start
     peak = peak_memory()
-    after = exam.take(trainer, "after training") if exam else None
-    manifest = (
-        make_manifest(settings, tokenizer, data, end_ids(trainer.model.generation_config, tokenizer)) if main else {}
-    )
-    manifest["metrics"] = after.summary if after else {}
-    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"), manifest)
+    manifest = make_manifest(settings, tokenizer, data)
+    saved = out / ("adapter" if settings.model.use_peft else "model")
+    _save(trainer, tokenizer, saved, manifest)
+    losses_after = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out else {}
+    after = exam.answer(trainer, "answers after training") if exam else []
     if not main:
         return {}
 
@@ -88,21 +86,17 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "peak_memory": peak,
         "forecast_peak_memory": memory.peak if memory else None,
     }
-    if after:
-        summary |= {"eval_loss": after.summary["loss"], "eval_mean_token_accuracy": after.summary["token_accuracy"]}
-        summary["evaluation"] = {"before": before.summary if before else None, "after": after.summary}
-        if after.answers and settings.data.metric == "exact-match":
-            summary["exact_match_before"] = before.summary["score"] if before else None
-            summary["exact_match_after"] = after.summary["score"]
-        if after.answers:
-            summary["eos_rate"] = after.summary["eos_rate"]
+    if held_out:
+        graded = exam.grade(before, after, losses, losses_after) if exam else evaluation(losses, losses_after)
+        summary |= {**headlines(graded), "evaluation": graded}
+        write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
         from ma_sft.adapters import merge
 
         merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
-    return _finish(settings, trainer, data, exam.table(before, after) if exam and after else [], summary)
+    return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
 
 
 def make_trainer(
@@ -180,7 +174,7 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
     from ma_sft.manifest import write_manifest
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
+    model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
     scratch = folder.with_name(f".{folder.name}")
     trainer.save_model(str(scratch))
     trainer.accelerator.wait_for_everyone()
@@ -216,65 +210,50 @@ def _claim(out: Path, settings: Settings) -> None:
 _NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
 
 
-@dataclass(frozen=True)
-class _Marks:
-    """What an exam gave: the answers, and the figures for `summary.json`."""
-
-    answers: "list[Answer]"
-    summary: dict[str, Any]
-
-
 class _Exam:
-    """Held-out rows: their loss by source, and questions (all but the last assistant turn) with references."""
+    """Held-out conversations as questions (all but the last assistant turn) and references (that turn)."""
 
-    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", held_out: "Prepared") -> None:
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", conversations: "Dataset") -> None:
         from ma_sft.prepare import make_encoder
 
-        self.data, self.held_out = settings.data, held_out
-        self.questions, self.references, self.origins = [], [], []
-        conversations = held_out.conversations
-        if conversations is None or settings.data.generate_eval == 0:
-            return
-        self.encoder = make_encoder(settings, tokenizer)
         count = settings.data.generate_eval
-        for row in conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations)))):
-            messages = row["messages"]
+        rows = conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations))))
+        self.encoder = make_encoder(settings, tokenizer)
+        self.max_new_tokens, self.metric = settings.data.max_new_tokens, settings.data.metric
+        self.questions, self.references, self.sources = [], [], []
+        for messages, source in zip(rows["messages"], rows["source"], strict=True):
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             if last == 0:  # plain text asks nothing
                 continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
-            self.origins.append(row["source"])
+            self.sources.append(source)
 
-    def take(self, trainer: "SFTTrainer", when: str) -> _Marks:
-        """Loss and token accuracy (every process takes part), and graded answers (the first process)."""
-        from ma_sft.evaluate import generate_answers, grade, held_out_loss
+    def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        from ma_sft.evaluate import generate_answers
 
-        losses = held_out_loss(trainer, self.held_out.dataset, self.held_out.sources)
-        parts = {name: {**asdict(found), "perplexity": found.perplexity} for name, found in losses.items()}
         if not self.questions or not trainer.is_world_process_zero():
-            return _Marks([], {**parts.pop("all"), "sources": parts})
+            return []
         model = trainer.accelerator.unwrap_model(trainer.model)
-        tokens = self.data.max_new_tokens
-        answers = generate_answers(model, self.encoder, self.questions, max_new_tokens=tokens, desc=f"answers {when}")
-        grades = grade(answers, self.references, self.data.metric)
-        for name, part in parts.items():
-            rows = [i for i, origin in enumerate(self.origins) if name in ("all", origin)]
-            if rows:
-                part |= {
-                    "answers": len(rows),
-                    "metric": self.data.metric,
-                    "score": sum(grades[i] for i in rows) / len(rows),
-                    "eos_rate": sum(answers[i].stopped for i in rows) / len(rows),
-                }
-        return _Marks(answers, {**parts.pop("all"), "sources": parts})
+        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
 
-    def table(self, before: _Marks | None, after: _Marks) -> list[tuple[str, str, str, str]]:
+    def grade(
+        self,
+        before: "list[Answer]",
+        after: "list[Answer]",
+        losses: "dict[str, HeldOut]",
+        losses_after: "dict[str, HeldOut]",
+    ) -> dict[str, Any]:
+        from ma_sft.evaluate import evaluation, marks
+
+        graded = [marks(answers, self.references, self.sources, self.metric) for answers in (before, after)]
+        return evaluation(losses, losses_after, *graded)
+
+    def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
         """(question, before, after, reference) of each held-out row."""
-        first = [a.text for a in before.answers] if before else [""] * len(after.answers)
-        last = [a.text for a in after.answers]
         questions = [messages[-1]["content"] for messages in self.questions]
-        return list(zip(questions, first, last, self.references, strict=True))
+        first, last = [a.text for a in before] or [""] * len(after), [a.text for a in after]
+        return list(zip(questions, first, last, self.references, strict=bool(after)))
 
 
 def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
@@ -312,37 +291,6 @@ def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memo
         Console().print(str(data.packing), highlight=False)
 
 
-def _print_evaluation(console: "Console", evaluation: dict[str, Any] | None) -> None:
-    """The held-out figures before and after training, by source where there are several."""
-    from rich.table import Table
-
-    if evaluation is None:
-        return
-    before, after = evaluation["before"], evaluation["after"]
-    several = {name: ((before or {}).get("sources", {}).get(name), part) for name, part in after["sources"].items()}
-    parts = {"all": (before, after), **(several if len(several) > 1 else {})}
-    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
-    columns = [key for key in shown if key in after]
-    names = {"score": after.get("metric"), "eos_rate": "stopped by itself"}
-    table = Table("held-out", *(str(names.get(key, key)).replace("_", " ") for key in columns))
-    for name, (first, last) in parts.items():
-        table.add_row(
-            name,
-            *(
-                f"{format(first[k], shown[k]) if first and k in first else '?'} -> {format(last[k], shown[k])}"
-                for k in columns
-                if k in last
-            ),
-        )
-    console.print(table)
-    if after.get("metric") == "exact-match":
-        was = f"{before['score']:.1%}" if before else "not measured"
-        console.print(
-            f"held-out exact match: {was} before, {after['score']:.1%} after; "
-            f"stopped by itself: {after['eos_rate']:.1%}"
-        )
-
-
 def _finish(
     settings: Settings,
     trainer: "SFTTrainer",
@@ -354,6 +302,7 @@ def _finish(
     from rich.console import Console
     from rich.table import Table
 
+    from ma_sft.evaluate import evaluation_table
     from ma_sft.prepare import counts_table
     from ma_sft.report import write_report
 
@@ -364,7 +313,14 @@ def _finish(
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
-    _print_evaluation(console, summary.get("evaluation"))
+    if found := summary.get("evaluation"):
+        console.print(evaluation_table(found))
+    if summary.get("exact_match_after") is not None:
+        first = summary["exact_match_before"]
+        console.print(
+            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
+            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
+        )
     write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     for what in ("adapter", "merged", "model", "report.html"):
