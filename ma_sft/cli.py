@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -53,14 +54,23 @@ def guard(command: Callable[[], Any]) -> int:
     except BrokenPipeError:  # `| head` had enough; what is left would fail again when Python flushes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if _first_here():
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return _fail(f"the disk is full ({full}): free some space and start again; nothing half-written was kept")
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
+                return _fail(
+                    f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written "
+                    "was kept"
+                )
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            return _fail(
+                "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
+                "machine is out of reach; the same command goes on from the newest checkpoint"
+            )
         raise
 
 
@@ -324,7 +334,10 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.prepare import load_tokenizer
     from ma_sft.recipe import Recipe
 
-    settings = Recipe.load(options.recipe).resolve(rest)
+    recipe = Recipe.load(options.recipe)
+    if options.gpus and not {"fp16", "--fp16"} & {*recipe.settings, *rest}:
+        recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
+    settings = recipe.resolve(rest)
     load_tokenizer(settings)
     found = plan(settings, options.gpus, options.gpu_memory)
     if options.json:
@@ -369,8 +382,15 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _fail(message: str) -> int:
+    if not _first_here():
+        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _first_here() -> bool:
+    """Whether this is the only or the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from ma_sft.formats import load_function
 from ma_sft.template import ChatEncoder, Message
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from trl import SFTTrainer
 
 
@@ -159,6 +160,66 @@ def grade(answers: Sequence[Answer], references: Sequence[str], metric: str = "e
         except Exception as error:
             raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(error).__name__}: {error}") from None
     return grades
+
+
+def marks(
+    answers: Sequence[Answer], references: Sequence[str], sources: Sequence[str], metric: str
+) -> dict[str, dict[str, Any]]:
+    """Number of answers, mean grade and end-of-turn rate of `"all"` answers and of each source's."""
+    if not answers:
+        return {}
+    grades = grade(answers, references, metric)
+    found = {}
+    for name in ("all", *dict.fromkeys(sources)):
+        rows = [i for i, source in enumerate(sources) if name in ("all", source)]
+        found[name] = {
+            "answers": len(rows),
+            "metric": metric,
+            "score": sum(grades[i] for i in rows) / len(rows),
+            "eos_rate": sum(answers[i].stopped for i in rows) / len(rows),
+        }
+    return found
+
+
+def evaluation(
+    losses: dict[str, HeldOut],
+    losses_after: dict[str, HeldOut],
+    marks_before: dict[str, dict[str, Any]] | None = None,
+    marks_after: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """All held-out figures as `summary.json` keeps them: `before` (None if not measured) and `after` training, each
+    over all rows, with the same for each source under `sources`."""
+
+    def joined(losses: dict[str, HeldOut], marks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        parts = {
+            name: {**asdict(loss), "perplexity": loss.perplexity, **marks.get(name, {})}
+            for name, loss in losses.items()
+        }
+        return {**parts.pop("all"), "sources": parts} if parts else None
+
+    return {"before": joined(losses, marks_before or {}), "after": joined(losses_after, marks_after or {})}
+
+
+def headlines(found: dict[str, Any]) -> dict[str, Any]:
+    """The few figures of an evaluation that stand at the top of `summary.json`."""
+    before, after = found["before"] or {}, found["after"]
+    top = {"eval_loss": after["loss"], "eval_mean_token_accuracy": after["token_accuracy"]}
+    if after.get("metric") == "exact-match":
+        top |= {"exact_match_before": before.get("score"), "exact_match_after": after["score"]}
+    return top | ({"eos_rate": after["eos_rate"]} if "eos_rate" in after else {})
+
+
+def evaluation_table(found: dict[str, Any]) -> "Table":
+    """The evaluation for the terminal: before -> after, by source where there are several."""
+    from rich.table import Table
+
+    from ma_sft.report import evaluation_rows
+
+    rows = evaluation_rows(found)
+    table = Table("held-out", *rows[0]["cells"])
+    for row in rows:
+        table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
+    return table
 
 
 def _as_json(text: str) -> Any:

@@ -35,10 +35,8 @@ class Finding:
     text: str
 
 
-def make_manifest(
-    settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared", end_ids: list[int]
-) -> dict[str, Any]:
-    """The manifest of a run, but for `kind` and `metrics`."""
+def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
+    """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
     model, training, config = settings.model, settings.training, settings.data
     quantization = None
     if model.load_in_4bit:
@@ -58,7 +56,6 @@ def make_manifest(
             "quantization": quantization,
         },
         **describe_tokenizer(tokenizer, config.template_kwargs),
-        "end_of_turn_ids": end_ids,
         "template_kwargs": config.template_kwargs,
         "system_prompt": config.system_prompt,
         "mask_policy": {
@@ -108,8 +105,10 @@ def digest_of(dataset: "Dataset") -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into a model's or adapter's folder."""
-    (folder / NAME).write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+    """Write the manifest into a model's or adapter's folder, whole or not at all."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+    (folder / f".{NAME}").write_text(text, encoding="utf-8")
+    (folder / f".{NAME}").rename(folder / NAME)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

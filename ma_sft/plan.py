@@ -40,7 +40,6 @@ class Forecast:
         overlap: how much less than `gradients + activations` is needed, as the one grows while the other shrinks.
         activations16: `activations` where the launcher trains in 16 bits: no 16-bit copies of float32 weights.
         layer: bytes of the largest block of layers in 16 bits: what a sharded model has to gather at a time.
-        master: bytes that DeepSpeed's 16-bit training adds to the trainable parameters' optimiser: a float32 copy.
         reserve: on the CPU, what the process holds before there is a model and what its allocator keeps.
         lines: the arithmetic in words.
     """
@@ -55,7 +54,6 @@ class Forecast:
     activations16: int
     overlap: int
     layer: int
-    master: int
     reserve: int
     lines: list[str]
 
@@ -136,15 +134,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         count, size = by_kind.get(stored, (0, 0.0))
         by_kind[stored] = count + parameter.numel(), size + nbytes
     trained = [p for p in model.parameters() if p.requires_grad]
-    layer = max(
-        (
-            sum(p.numel() for p in block.parameters()) * 2
-            for m in model.modules()
-            if isinstance(m, nn.ModuleList)
-            for block in m
-        ),
-        default=0,
-    )
+    blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
+    layer = max((2 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
     weights, gradients = round(sum(size for _, size in by_kind.values())), sum(p.nbytes for p in trained)
     optimizer = round(sum(_optimizer_bytes(str(training.optim), p) for p in trained))
     trainable = sum(p.numel() for p in trained)
@@ -185,7 +176,6 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         activations16,
         overlap,
         layer,
-        4 * trainable,
         reserve,
         lines,
     )
@@ -216,11 +206,8 @@ def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: 
         own = _fake(model, dtype if half else None)
         shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
         ids = torch.zeros(shape, dtype=torch.long)
-        more = (
-            {"position_ids": torch.arange(ids.numel())[None]}
-            if shape[0] == 1
-            else {"attention_mask": torch.ones_like(ids)}
-        )
+        positions, mask = torch.arange(ids.numel())[None], torch.ones_like(ids)
+        more = {"position_ids": positions} if shape[0] == 1 else {"attention_mask": mask}
         with _tracked(own) as events:
             with torch.autocast("cpu", dtype, enabled=training.bf16 or training.fp16):
                 out = causal(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **more)
@@ -294,13 +281,11 @@ def _quantised(settings: "Settings", parameter: "nn.Parameter") -> tuple[str, fl
     """How bitsandbytes stores a linear layer's weight: its name, and its bytes with the scales."""
     count = parameter.numel()
     if settings.model.load_in_8bit:
-        return "8-bit, float32 scale a row", count + 4 * parameter.shape[0]
+        return "8-bit, scales in float32", count + 4 * parameter.shape[0]
     blocks = count / 64
     if settings.model.use_bnb_nested_quant:
-        return f"4-bit {settings.model.bnb_4bit_quant_type}, 8-bit scale a block of 64", count / 2 + blocks * (
-            1 + 4 / 256
-        )
-    return f"4-bit {settings.model.bnb_4bit_quant_type}, float32 scale a block of 64", count / 2 + 4 * blocks
+        return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in 8 bits", count / 2 + blocks * (1 + 4 / 256)
+    return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in float32", count / 2 + 4 * blocks
 
 
 def _optimizer_bytes(name: str, parameter: "nn.Parameter") -> float:
@@ -342,33 +327,26 @@ def weight_bytes(model: "nn.Module") -> int:
 
 def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | None) -> list[tuple[str, str]]:
     """What a run prints of its memory before the first step, as (what, how much) lines."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
     weights = weight_bytes(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    count, total = sum(p.numel() for p in trained), found.total if found else sum(p.numel() for p in model.parameters())
+    count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
+    total = found.total if found else get_model_param_count(model)
     quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
+    states = sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)
     lines = [
         ("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})"),
         ("weights", f"{_gb(2 * total)} in 16 bits before, {_gb(weights)} quantised" if quantised else _gb(weights)),
         ("gradients", _gb(sum(p.nbytes for p in trained))),
-        (
-            f"states of {settings.training.optim.value}",
-            _gb(sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)),
-        ),
+        (f"states of {settings.training.optim.value}", _gb(states)),
     ]
     if found:
         lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
     if quantised and settings.training.use_cpu:
-        lines.append(
-            (
-                "bitsandbytes on the CPU",
-                "nothing is paged out, 8-bit optimiser states stay in memory; "
-                + (
-                    "each product unpacks its 4-bit weights first"
-                    if settings.model.load_in_4bit
-                    else "activations run in float16"
-                ),
-            )
-        )
+        unpacked = "each product unpacks its 4-bit weights first"
+        how = unpacked if settings.model.load_in_4bit else "products take their input in float16"
+        lines.append(("bitsandbytes on the CPU", f"nothing is paged, optimiser states stay in memory; {how}"))
     return lines
 
 
@@ -384,7 +362,7 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     if launcher.deepspeed:
         frozen = found.weights - found.gradients  # the trainable weights have their gradients' dtype
         weights, gradients = frozen + 2 * found.trainable, 2.0 * found.trainable
-        optimizer = max(optimizer, 8.0 * found.trainable) + found.master
+        optimizer = max(optimizer, 8.0 * found.trainable) + 4 * found.trainable
     elif launcher.name == "ddp":
         gradients *= 2
     gathered = 2 * found.layer if launcher.weights else 0
@@ -398,13 +376,9 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     if launcher.offload:
         host = weights + gradients + optimizer  # of all GPUs of the machine
         parts |= {"weights": gathered, "gradients": 0.0, "optimizer": 0.0}
-    total = sum(parts.values())
-    return {
-        **parts,
-        "reserve": CUDA_BYTES + CUDA_SHARE * total,
-        "total": CUDA_BYTES + (1 + CUDA_SHARE) * total,
-        "host": host,
-    }
+    used = sum(parts.values())
+    reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
+    return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
 
 
 def bytes_of(text: str) -> float:
@@ -413,11 +387,10 @@ def bytes_of(text: str) -> float:
     Raises:
         RecipeError: not such a text.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", text.lower())
-    try:
-        return float(match[1]) * UNITS[match[2] or ""] if match else float("nan") / 0
-    except (ValueError, ZeroDivisionError):
-        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}") from None
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None:
+        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
+    return float(match[1]) * UNITS[match[2] or ""]
 
 
 def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
@@ -441,30 +414,19 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
     settings.training.use_cpu = gpus == 0
     found = forecast(settings)
-    launchers: dict[str, dict[str, float]] = {}
-    if gpus == 0:
-        memory = bytes_of(gpu_memory) if gpu_memory else float(psutil.virtual_memory().total)
-        parts = {key: float(getattr(found, key)) for key in ("weights", "gradients", "optimizer")}
-        launchers["cpu"] = {
-            **parts,
-            "activations": float(found.activations - found.overlap),
-            "reserve": float(found.reserve),
-            "total": float(found.peak),
-            "host": 0.0,
-        }
+    if gpu_memory:
+        memory = bytes_of(gpu_memory)
     else:
-        memory = bytes_of(gpu_memory) if gpu_memory else float(torch.cuda.get_device_properties(0).total_memory)
-        quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
-        for launcher in LAUNCHERS:
-            if launcher.many == (gpus > 1) or launcher.offload:
-                # bitsandbytes' weights cannot be shared out by ZeRO-3, and by FSDP only with a storage dtype
-                if (
-                    quantised
-                    and launcher.weights
-                    and not (launcher.name == "fsdp2" and settings.model.bnb_4bit_quant_storage)
-                ):
-                    continue
-                launchers[launcher.name] = on_device(found, launcher, gpus)
+        memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().total
+    if gpus:
+        candidates = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
+    else:
+        candidates = [Launcher("cpu", many=False)]
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        # ZeRO-3 cannot share out bitsandbytes' weights, FSDP can with a storage dtype
+        stored = settings.model.bnb_4bit_quant_storage is not None
+        candidates = [one for one in candidates if not one.weights or (one.name == "fsdp2" and stored)]
+    launchers = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
     choice = next((name for name, parts in launchers.items() if parts["total"] <= memory), None)
     return {
         "forecast": {**asdict(found), "peak": found.peak},

@@ -3,9 +3,12 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from ma_sft.evaluate import HeldOut
 
 
 class TrainingBar(ProgressCallback):
@@ -47,6 +50,10 @@ class Journal(TrainerCallback):
     def write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry | {"time": time.time()}) + "\n")
+
+    def held_out(self, step: int, found: "HeldOut") -> None:
+        """What was measured before or after training, by the names of the trainer's own evaluations."""
+        self.write({"step": step, "eval_loss": found.loss, "eval_mean_token_accuracy": found.token_accuracy})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -153,7 +153,8 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
     for run in runs:
         run |= {"state": _state(run), "figures": _figures(run), "yaml": _yaml(run["settings"])}
         run["again"] = shlex.join(["ma-sft", "train", f"{run['folder']}/recipe.json", "--name", f"{run['name']}-again"])
-        run["evaluation"] = _evaluation((run["summary"] or {}).get("evaluation"))
+        evaluation = (run["summary"] or {}).get("evaluation")
+        run["evaluation"] = evaluation_rows(evaluation) if evaluation else []
     page = environment().get_template("report.html.jinja").render(
         runs=runs,
         charts=[chart for spec in CHARTS if (chart := _chart(spec, [run["log"] for run in runs]))],
@@ -203,28 +204,25 @@ def _figures(run: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _evaluation(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Rows (all, then each source) of held-out figures before and after."""
-    if not evaluation:
-        return []
-    before, after = evaluation["before"] or {}, evaluation["after"]
-    formats = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
+def evaluation_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of an evaluation as text: `name` (all, then each of several sources) and `cells`, title -> (before,
+    after) training, empty where not measured."""
+    before, after = found["before"] or {"sources": {}}, found["after"]
     parts = {"all": (before, after)}
     if len(after["sources"]) > 1:
-        parts |= {name: (before.get("sources", {}).get(name, {}), part) for name, part in after["sources"].items()}
-    names = {"score": after.get("metric", "score"), "eos_rate": "stopped by itself"}
+        parts |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
+    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
+    titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
+    columns = {str(titles.get(key, key)): key for key in shown if key in after}
     return [
         {
             "name": name,
             "cells": {
-                names.get(key, key).replace("_", " "): tuple(
-                    format(part[key], how) if key in part else "" for part in (first, last)
-                )
-                for key, how in formats.items()
-                if key in after
+                title: tuple(format(side[key], shown[key]) if key in side else "" for side in sides)
+                for title, key in columns.items()
             },
         }
-        for name, (first, last) in parts.items()
+        for name, sides in parts.items()
     ]
 
 

@@ -5,8 +5,8 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-    from ma_sft.evaluate import Answer
+    from ma_sft.evaluate import Answer, HeldOut
     from ma_sft.plan import Forecast
     from ma_sft.prepare import Prepared
+    from ma_sft.resume import Stop
 
 
 def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,80 +38,92 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
-    settings = recipe.resolve(args)
-    training = settings.training
-    out = Path(training.output_dir)
-    if training.process_index == 0:
-        _claim(out, settings)
+    from ma_sft.distributed import leave_together
+    from ma_sft.resume import Stop, claimed
 
-    from ma_sft.evaluate import end_ids
-    from ma_sft.manifest import make_manifest
+    settings = recipe.resolve(args)
+    with Stop() as stop, claimed(settings) as checkpoint:
+        summary = _run(settings, stop, checkpoint)
+    leave_together()
+    return summary
+
+
+def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
+    from ma_sft.distributed import agree, digest
+    from ma_sft.evaluate import evaluation, headlines, held_out_loss
+    from ma_sft.manifest import make_manifest, write_manifest
     from ma_sft.plan import peak_memory
-    from ma_sft.prepare import load_tokenizer, prepare
+    from ma_sft.prepare import load_tokenizer, prepare_once
     from ma_sft.progress import Journal
     from ma_sft.report import write_start
+    from ma_sft.resume import Survival, check_same_data
 
+    out = Path(settings.training.output_dir)
     tokenizer, added_tokens = load_tokenizer(settings)
-    with training.main_process_first(desc="preparing the data"):
-        data = prepare(settings, tokenizer)
-        holds_out = settings.data.eval_dataset or settings.data.test_size
-        held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
-    memory = _forecast(settings, data) if training.process_index == 0 else None
+    data, held_out = prepare_once(settings, tokenizer)
+    content = digest(data.dataset, held_out.dataset if held_out else None)
+    agree(content)
+    if checkpoint:
+        check_same_data(checkpoint, content)
+    memory = _forecast(settings, data) if settings.training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
-    journal = Journal(out / "log.jsonl")
-    trainer.add_callback(journal)
+    journal, survival = Journal(out / "log.jsonl"), Survival(trainer, stop, content)
+    trainer.add_callback(journal)  # first: survival stops at a loss that is no number
+    trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
-        write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory))
+        write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory, checkpoint))
 
-    exam = _Exam(settings, tokenizer, held_out) if held_out else None
+    exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
     # ZeRO and FSDP can run the model only once training has shared it out
     whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-    before = exam.take(trainer, "before training") if exam and whole else None
-    if main and before:
-        journal.write({"step": 0, **before.log})
+    losses = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out and whole else {}
+    before = exam.answer(trainer, "answers before training") if exam and whole else []
+    if main and losses:
+        journal.held_out(0, losses["all"])
     start = time.monotonic()
-    result = trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
+    if stop.signal:
+        stop.now()
     peak = peak_memory()
-    after = exam.take(trainer, "after training") if exam else None
-    if main and after:
-        journal.write({"step": trainer.state.global_step, **after.log})
-    manifest = (
-        make_manifest(settings, tokenizer, data, end_ids(trainer.model.generation_config, tokenizer)) if main else {}
-    )
-    manifest["metrics"] = after.summary if after else {}
-    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"), manifest)
+    manifest = make_manifest(settings, tokenizer, data)
+    saved = out / ("adapter" if settings.model.use_peft else "model")
+    _save(trainer, tokenizer, saved, manifest)
+    losses_after = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out else {}
+    after = exam.answer(trainer, "answers after training") if exam else []
     if not main:
         return {}
 
+    if losses_after:
+        journal.held_out(trainer.state.global_step, losses_after["all"])
     summary: dict[str, Any] = {
         "name": settings.data.name,
         "rows": data.counts.rows or None,  # a stream does not know
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": mean_loss(trainer.state.log_history),
         "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
+        "tokens_per_second": round((trainer._total_train_tokens - survival.tokens_before) / seconds, 1),
         "peak_memory": peak,
         "forecast_peak_memory": memory.peak if memory else None,
     }
-    if after:
-        summary |= after.log
-        summary["evaluation"] = {"before": before.summary if before else None, "after": after.summary}
-        if after.answers and settings.data.metric == "exact-match":
-            summary["exact_match_before"] = before.summary["score"] if before else None
-            summary["exact_match_after"] = after.summary["score"]
-        if after.answers:
-            summary["eos_rate"] = after.summary["eos_rate"]
+    if held_out:
+        graded = exam.grade(before, after, losses, losses_after) if exam else evaluation(losses, losses_after)
+        summary |= {**headlines(graded), "evaluation": graded}
+        write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         from ma_sft.adapters import merge
 
+        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
+        shutil.rmtree(out / "merged", ignore_errors=True)
         merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
-    return _finish(out, exam.table(before, after) if exam and after else [], summary)
+    return _finish(out, exam.table(before, after) if exam else [], summary)
 
 
 def make_trainer(
@@ -127,7 +139,7 @@ def make_trainer(
     document, from which transformers keeps attention inside the documents.
     """
     from transformers import ProgressCallback
-    from trl import SFTTrainer, get_quantization_config
+    from trl import get_quantization_config
 
     from ma_sft.adapters import (
         CHANGE_BASE,
@@ -140,9 +152,12 @@ def make_trainer(
         model_skeleton,
         with_new_tokens,
     )
+    from ma_sft.distributed import available_attention, fill_up
     from ma_sft.progress import TrainingBar
+    from ma_sft.resume import ResumableTrainer
 
     training, model = settings.training, settings.model
+    model.attn_implementation = available_attention(model.attn_implementation)
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.model_init_kwargs = {
@@ -158,11 +173,12 @@ def make_trainer(
         raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
     if model.load_in_8bit:  # one line a layer and step on how its input is cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    batch = training.world_size * training.per_device_train_batch_size
     try:
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
-            train_dataset=train,
+            train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
             eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,
@@ -200,7 +216,7 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
     from ma_sft.manifest import write_manifest
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
+    model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
     scratch = folder.with_name(f".{folder.name}")
     trainer.save_model(str(scratch))
     trainer.accelerator.wait_for_everyone()
@@ -208,97 +224,65 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
         save_converted(model, scratch, folder.with_name("initial_adapter"))
         (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
         write_manifest(scratch, {**manifest, "kind": folder.name})
+        if folder.exists():  # the run was stopped between saving this and its end
+            shutil.rmtree(folder)
         scratch.rename(folder)
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the output folder this run's; never take a finished run's, or another recipe's, without being told to.
-
-    Raises:
-        RecipeError: the folder holds a finished run, another recipe's run, or something else.
-    """
-    recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
-    way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-    known = (out / "recipe.json").exists() or (out / "summary.json").exists()
-    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-    if known and settings.data.overwrite_output_dir:
-        shutil.rmtree(out)
-    elif (out / "summary.json").exists():
-        raise RecipeError(f"{out} holds a finished run; {way_out}")
-    elif known and json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
-        raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-# Settings that may differ between two starts of the same run.
-_NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """What an exam gave: the answers, and the figures for `summary.json`."""
-
-    answers: "list[Answer]"
-    summary: dict[str, Any]
-
-    @property
-    def log(self) -> dict[str, float]:
-        """The figures by the names that the trainer logs them under."""
-        return {"eval_loss": self.summary["loss"], "eval_mean_token_accuracy": self.summary["token_accuracy"]}
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean over all steps of the run, those before a resume among them."""
+    logs = [(0.0, 0.0)] + [(log["step"], log["loss"]) for log in log_history if "loss" in log]
+    return sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logs)) / max(logs[-1][0], 1)
 
 
 class _Exam:
-    """Held-out rows: their loss by source, and questions (all but the last assistant turn) with references."""
+    """Held-out conversations as questions (all but the last assistant turn) and references (that turn)."""
 
-    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", held_out: "Prepared") -> None:
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", conversations: "Dataset") -> None:
         from ma_sft.prepare import make_encoder
 
-        self.data, self.held_out = settings.data, held_out
-        self.questions, self.references, self.origins = [], [], []
-        conversations = held_out.conversations
-        if conversations is None or settings.data.generate_eval == 0:
-            return
-        self.encoder = make_encoder(settings, tokenizer)
         count = settings.data.generate_eval
-        for row in conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations)))):
-            messages = row["messages"]
+        rows = conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations))))
+        self.encoder = make_encoder(settings, tokenizer)
+        self.max_new_tokens, self.metric = settings.data.max_new_tokens, settings.data.metric
+        self.questions, self.references, self.sources = [], [], []
+        for messages, source in zip(rows["messages"], rows["source"], strict=True):
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             if last == 0:  # plain text asks nothing
                 continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
-            self.origins.append(row["source"])
+            self.sources.append(source)
 
-    def take(self, trainer: "SFTTrainer", when: str) -> _Marks:
-        """Loss and token accuracy (every process takes part), and graded answers (the first process)."""
-        from ma_sft.evaluate import generate_answers, grade, held_out_loss
+    def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        """All answers. Every process generates its share, equally many: under ZeRO-3 and FSDP each needs the others."""
+        from ma_sft.distributed import gather
+        from ma_sft.evaluate import generate_answers
 
-        losses = held_out_loss(trainer, self.held_out.dataset, self.held_out.sources)
-        parts = {name: {**asdict(found), "perplexity": found.perplexity} for name, found in losses.items()}
-        if not self.questions or not trainer.is_world_process_zero():
-            return _Marks([], {**parts.pop("all"), "sources": parts})
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        tokens = self.data.max_new_tokens
-        answers = generate_answers(model, self.encoder, self.questions, max_new_tokens=tokens, desc=f"answers {when}")
-        grades = grade(answers, self.references, self.data.metric)
-        for name, part in parts.items():
-            rows = [i for i, origin in enumerate(self.origins) if name in ("all", origin)]
-            if rows:
-                part |= {
-                    "answers": len(rows),
-                    "metric": self.data.metric,
-                    "score": sum(grades[i] for i in rows) / len(rows),
-                    "eos_rate": sum(answers[i].stopped for i in rows) / len(rows),
-                }
-        return _Marks(answers, {**parts.pop("all"), "sources": parts})
+        if not self.questions:
+            return []
+        model, args, count = trainer.accelerator.unwrap_model(trainer.model), trainer.args, len(self.questions)
+        turns = range(args.process_index, -(-count // args.world_size) * args.world_size, args.world_size)
+        mine = [self.questions[turn % count] for turn in turns]
+        shares = gather(generate_answers(model, self.encoder, mine, max_new_tokens=self.max_new_tokens, desc=desc))
+        return [shares[i % args.world_size][i // args.world_size] for i in range(count)]
 
-    def table(self, before: _Marks | None, after: _Marks) -> list[tuple[str, str, str, str]]:
+    def grade(
+        self,
+        before: "list[Answer]",
+        after: "list[Answer]",
+        losses: "dict[str, HeldOut]",
+        losses_after: "dict[str, HeldOut]",
+    ) -> dict[str, Any]:
+        from ma_sft.evaluate import evaluation, marks
+
+        graded = [marks(answers, self.references, self.sources, self.metric) for answers in (before, after)]
+        return evaluation(losses, losses_after, *graded)
+
+    def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
         """(question, before, after, reference) of each held-out row."""
-        first = [a.text for a in before.answers] if before else [""] * len(after.answers)
-        last = [a.text for a in after.answers]
         questions = [messages[-1]["content"] for messages in self.questions]
+        first, last = [a.text for a in before] or [""] * len(after), [a.text for a in after]
         return list(zip(questions, first, last, self.references, strict=True))
 
 
@@ -318,9 +302,13 @@ def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
 
 
 def show_start(
-    settings: Settings, data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None"
+    settings: Settings,
+    data: "Prepared",
+    trainer: "SFTTrainer",
+    memory: "Forecast | None",
+    checkpoint: Path | None,
 ) -> list[tuple[str, str]]:
-    """Print what will be trained, before the first step; its (what, how much) lines."""
+    """Print what will be trained, before the first step; the (what, how much) lines of it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -336,38 +324,9 @@ def show_start(
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+    if checkpoint:
+        Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
     return lines
-
-
-def _print_evaluation(console: "Console", evaluation: dict[str, Any] | None) -> None:
-    """The held-out figures before and after training, by source where there are several."""
-    from rich.table import Table
-
-    if evaluation is None:
-        return
-    before, after = evaluation["before"], evaluation["after"]
-    several = {name: ((before or {}).get("sources", {}).get(name), part) for name, part in after["sources"].items()}
-    parts = {"all": (before, after), **(several if len(several) > 1 else {})}
-    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
-    columns = [key for key in shown if key in after]
-    names = {"score": after.get("metric"), "eos_rate": "stopped by itself"}
-    table = Table("held-out", *(str(names.get(key, key)).replace("_", " ") for key in columns))
-    for name, (first, last) in parts.items():
-        table.add_row(
-            name,
-            *(
-                f"{format(first[k], shown[k]) if first and k in first else '?'} -> {format(last[k], shown[k])}"
-                for k in columns
-                if k in last
-            ),
-        )
-    console.print(table)
-    if after.get("metric") == "exact-match":
-        was = f"{before['score']:.1%}" if before else "not measured"
-        console.print(
-            f"held-out exact match: {was} before, {after['score']:.1%} after; "
-            f"stopped by itself: {after['eos_rate']:.1%}"
-        )
 
 
 def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> dict[str, Any]:
@@ -375,6 +334,7 @@ def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[s
     from rich.console import Console
     from rich.table import Table
 
+    from ma_sft.evaluate import evaluation_table
     from ma_sft.report import write_report
 
     console = Console()
@@ -383,7 +343,14 @@ def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[s
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
-    _print_evaluation(console, summary.get("evaluation"))
+    if found := summary.get("evaluation"):
+        console.print(evaluation_table(found))
+    if summary.get("exact_match_after") is not None:
+        first = summary["exact_match_before"]
+        console.print(
+            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
+            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
+        )
     write_whole(out / "answers.json", json.dumps(answers, ensure_ascii=False, indent=1))
     write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
     write_report([out], out / "report.html")

@@ -302,23 +302,27 @@ def test_dpo(sft, tmp_path):
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
 def test_online_method(sft, tmp_path, method):
+    """The merged model as policy, judged by a reward model on the same backbone, or by a function."""
     import trl
 
     out, _ = sft
     folder, manifest = out / "merged", read_manifest(out / "merged")
-    seen = []
+    tokenizer, seen = AutoTokenizer.from_pretrained(folder), []
 
-    def reward(completions, **kwargs):
+    def length(completions, **kwargs):
         seen.extend(completions)
         return [float(len(completion[0]["content"])) for completion in completions]
 
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    judge.config.pad_token_id = tokenizer.pad_token_id
+    judged = {"reward_funcs": [length, judge], "reward_processing_classes": [None, tokenizer]}
     config = getattr(trl, f"{method}Config")
     trainer = getattr(trl, f"{method}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=config(output_dir=str(tmp_path), num_generations=2, max_completion_length=8, **COMMON),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        reward_funcs=reward,
+        processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+        **(judged if method == "GRPO" else {"reward_funcs": length}),
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()

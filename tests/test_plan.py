@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -113,9 +114,17 @@ def test_nothing_fits_says_what_to_try(tmp_path, capsys):
     assert "nothing fits; try load_in_4bit=true with use_peft, use_peft=true, gradient_checkpointing=true" in out
 
 
-def test_launchers_are_the_files_that_there_are():
-    assert {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} >= {"cpu"}
-    assert len({launcher.name for launcher in LAUNCHERS}) == len(LAUNCHERS)
+def test_launchers_are_what_their_files_say():
+    known = {launcher.name: launcher for launcher in LAUNCHERS}
+    for path in (ROOT / "accelerate_configs").glob("*.yaml"):
+        if path.stem in ("cpu", "multi_node"):
+            continue
+        launcher, config = known[path.stem], yaml.safe_load(path.read_text())
+        deepspeed, kind = config.get("deepspeed_config", {}), config["distributed_type"]
+        stage = 3 if kind == "FSDP" else deepspeed.get("zero_stage", 0)
+        assert launcher.deepspeed == (kind == "DEEPSPEED") and launcher.many == (kind != "NO"), path
+        assert (launcher.weights, launcher.states) == (stage == 3, stage >= 2), path
+        assert launcher.offload == (deepspeed.get("offload_optimizer_device", "none") != "none"), path
 
 
 def test_sizes():
