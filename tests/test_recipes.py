@@ -97,7 +97,7 @@ ROWS = {
 }
 # What every run here is given beside the recipe: less of everything.
 SMALL = [
-    *("--max_steps", "1", "--generate_eval", "2", "--max_new_tokens", "4", "--gradient_accumulation_steps", "1"),
+    *("--max_steps", "1", "--generate_eval", "0", "--merge", "false", "--gradient_accumulation_steps", "1"),
     *("--test_size", "4", "--per_device_train_batch_size", "1", "--save_strategy", "no", "--report_to", "none"),
     *("--max_length", "256", "--warmup_steps", "0"),
 ]
@@ -179,7 +179,7 @@ def test_alpaca_zh_trains_what_a_chat_without_thinking_sees(train):
 
 def test_sharegpt_counts_broken_rows_and_trains_every_turn(train):
     broken = {"conversations": [{"from": "human", "value": "Nobody answers"}]}
-    out, summary = train("sharegpt", rows=[*SHAREGPT, broken])
+    out, summary = train("sharegpt", "--generate_eval", "2", "--max_new_tokens", "4", rows=[*SHAREGPT, broken])
     assert summary["rows"] == 36
     manifest = json.loads((out / "adapter" / "sft_manifest.json").read_text())
     assert manifest["base_model"]["quantization"].startswith("4-bit") and manifest["data"]["skipped_rows"] == 1
@@ -208,11 +208,11 @@ def test_csv_qa_maps_columns_and_keeps_the_system_message(train):
     out, summary = train("csv_qa")
     assert summary["rows"] == 36
     assert all(text.startswith("Yes, article ") and text.endswith("<end_of_turn>") for text in trained_text(out))
-    assert json.loads((out / "merged" / "sft_manifest.json").read_text())["system_prompt"].startswith("You answer")
+    assert json.loads((out / "adapter" / "sft_manifest.json").read_text())["system_prompt"].startswith("You answer")
 
 
 def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
-    out, _ = train("base_chatml", "--learning_rate", "0.1")
+    out, _ = train("base_chatml", "--learning_rate", "0.1", "--merge", "true")
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     before = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
@@ -228,7 +228,7 @@ def test_continue_adapter_begins_where_the_adapter_ended(train):
     first, _ = train("alpaca_zh", "--learning_rate", "0.05")
     adapter = load_file(first / "adapter" / "adapter_model.safetensors")
     again = {"adapter_name_or_path": str(first)}
-    still, _ = train("continue_adapter", "--learning_rate", "0", "--name", "still", **again)
+    still, _ = train("continue_adapter", "--learning_rate", "0", **again)
     same = load_file(still / "adapter" / "adapter_model.safetensors")
     assert same.keys() == adapter.keys() and all(torch.equal(same[key], adapter[key]) for key in adapter)
     on, _ = train("continue_adapter", "--learning_rate", "0.05", "--overwrite_output_dir", "true", **again)
