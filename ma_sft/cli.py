@@ -71,6 +71,10 @@ def guard(command: Callable[[], Any]) -> int:
                 "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
                 "machine is out of reach; the same command goes on from the newest checkpoint"
             )
+        from ma_sft.report import versions
+
+        known = ", ".join(f"{name} {version}" for name, version in versions().items())
+        error.add_note(f"This was not foreseen: please open an issue with the lines above and these versions: {known}")
         raise
 
 
@@ -103,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--data", help="a hub id, a file, a glob, or a folder")
     init.add_argument("--hardware", help="cpu, or GPUs as 1x24GB")
     init.add_argument("--task", help="chat, exact, reasoning, tools or text")
-    init.add_argument("-o", "--out", type=Path, default=Path("mine.py"), help="the recipe (default: mine.py)")
+    init.add_argument("-o", "--out", type=Path, help="the recipe (default: named after the data, here)")
 
     recipes = add("recipes", _recipes, "list the recipes and launcher configurations that ship, or copy one to edit")
     recipes.add_argument("--json", action="store_true", help="print the list as JSON")
@@ -193,9 +197,9 @@ def _parser() -> argparse.ArgumentParser:
 def _init(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.init import init
 
-    command = init(options.model, options.data, options.hardware, options.task, options.out)
-    print(f"recipe: {options.out}; next:")
-    for line in (f"ma-sft check {options.out}", command, f"ma-sft chat runs/{options.out.stem}"):
+    recipe, command = init(options.model, options.data, options.hardware, options.task, options.out)
+    print(f"recipe: {recipe}; next:")
+    for line in (f"ma-sft check {recipe}", command, f"ma-sft chat runs/{recipe.stem}"):
         print(f"  {line}")
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,23 +55,27 @@ class Rows:
         )
 
 
-def init(model: str | None, data: str | None, hardware: str | None, task: str | None, out: Path) -> str:
-    """Write a recipe to `out`, asking for what is None; the command that trains it.
+def init(
+    model: str | None, data: str | None, hardware: str | None, task: str | None, out: Path | None
+) -> tuple[Path, str]:
+    """Write a recipe, asking for what is None; its path and the command that trains it.
 
     Args:
         model: a hub id, a folder, or `"demo"`.
         data: a hub id, a file, a glob, or a folder.
         hardware: `"cpu"`, or GPUs as `"1x24GB"`.
         task: one of `TASKS`.
+        out: the recipe; by default it is named after the data, here.
 
     Raises:
         MaSftError: `out` exists, nobody can be asked, or model or data cannot be had or used.
     """
-    if out.exists():
-        raise RecipeError(f"{out} exists already; pass another file with -o")
     if task is not None and task not in TASKS:
         raise RecipeError(f"--task: one of {', '.join(TASKS)} expected, found {task!r}")
     data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet), a folder or a hub id")
+    out = out or Path(_module(data) + ".py")
+    if out.exists():
+        raise RecipeError(f"{out} exists already; pass another file with -o")
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     rows = look(model, data)
     print(f"{data}: {rows}")
@@ -83,7 +88,7 @@ def init(model: str | None, data: str | None, hardware: str | None, task: str | 
     if gpus:
         lines, command = _fit(lines, gpus, memory, out)
     out.write_text(_write(lines, task, rows, hardware, command), encoding="utf-8")
-    return command
+    return out, command
 
 
 def look(model: str, data: str) -> Rows:
@@ -277,6 +282,12 @@ def _ask(flag: str, question: str, default: str | None = None) -> str:
     while not answer:
         answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default or ""
     return answer
+
+
+def _module(data: str) -> str:
+    """A name for the recipe of `data` that hides no installed module from a script beside it."""
+    name = re.sub(r"\W+", "_", Path(data).name.split(".")[0]).strip("_") or "recipe"
+    return f"{name}_recipe" if find_spec(name) else name
 
 
 def _here() -> str:

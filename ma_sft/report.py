@@ -85,7 +85,7 @@ def write_start(
         else None,
         "findings": None if data.check is None else [{"level": f.level, "text": str(f)} for f in data.check.findings],
         "hardware": _hardware(settings),
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_whole(out / "run.json", json.dumps(facts, ensure_ascii=False, indent=1))
 
@@ -290,7 +290,8 @@ def _yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that make a run what it is, where they are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
