@@ -194,7 +194,8 @@ def detect_format(columns: Iterable[str]) -> str:
     raise FormatError(
         f"unknown format: columns {sorted(columns)}; "
         + (f"nearest: {'; '.join(near)}" if near else f"known formats: {', '.join(FORMATS)}")
-        + "; rename columns, or pass format (dataset_format in a recipe)"
+        + "; map columns to these names (datasets: [{path: ..., columns: {theirs: ours}}]), or pass format "
+        "(dataset_format in a recipe)"
     )
 
 

@@ -170,10 +170,11 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Lin
     good = round(rows.total * (1 - len(rows.broken) / max(len(rows.lengths), 1)))
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
     limit = min(rows.context, 8192 if gpus else 2048)
-    length = min(max(256, 1 << (min(longest, 2 * most) - 1).bit_length()), limit)
+    many = good >= 500  # enough to fill packs with
+    length = min(max(1024 if many else 256, 1 << (min(longest, 2 * most) - 1).bit_length()), limit)
     cut = int((rows.lengths > length).sum())
     held_out = min(200, good // 10)
-    packing = good >= 500 and np.median(rows.lengths) * 2 <= length
+    packing = bool(many and np.median(rows.lengths) * 2 <= length)
     units = max(1, round(rows.lengths.mean() * good / length) if packing else good - held_out)
     batch = 16 if units >= 1600 else 8 if units >= 400 else 4
     epochs = max(1 if good >= 50_000 else 2 if good >= 10_000 else 3, min(8, -(-60 * batch // units)))

@@ -179,6 +179,8 @@ class Recipe:
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
         if path.suffix in (".yaml", ".yml", ".json"):
             return cls(**{"name": path.stem, **read_yaml(path)})
+        if path.suffix != ".py":
+            raise RecipeError(f"{path} is no recipe; give a .py or .yaml file (ma-sft init --data {path} writes one)")
         import runpy
 
         recipe = runpy.run_path(str(path)).get("recipe")

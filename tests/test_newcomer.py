@@ -1,0 +1,288 @@
+"""A newcomer with fifty rows and the README: five commands to a chat, and every wrong turn ends in one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+
+import pytest
+import torch
+from conftest import ROOT, load_tokenizer, start
+
+from ma_sft import Recipe
+from ma_sft.cli import main
+from ma_sft.gallery import shipped
+
+ROWS = [{"instruction": f"Say number {i}", "input": "", "output": f"Number {i}, aye aye!"} for i in range(50)]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A fresh folder with fifty rows, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", ROWS)
+    return tmp_path
+
+
+def test_five_commands_to_a_chat(here, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## From your rows to a chat.*?```bash\n(.*?)```", readme, re.DOTALL)[1]
+    (_, *commands) = [line.split("#")[0].split() for line in block.splitlines()]
+    assert [command[:2] for command in commands] == [["ma-sft", name] for name in ("init", "check", "train", "chat")]
+    more = {
+        "init": ["--model", "demo", "--hardware", "cpu", "--task", "exact"],
+        "train": ["--max_steps", "12", "--generate_eval", "1", "--max_new_tokens", "4", "--learning_rate", "0.002"],
+        "chat": ["--prompt", "Say number 7", "--max_new_tokens", "12"],
+    }
+    for command in commands:
+        assert main([*command[1:], *more.get(command[1], [])]) == 0
+    said = capsys.readouterr().out
+    assert "every label is right" in said and "ma-sft chat runs/rows" in said
+    assert said.splitlines()[-1].startswith("Number 7, aye")  # the answer alone, and in the tone of the rows
+    assert (here / "runs/rows/report.html").exists() and (here / "runs/rows/merged/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "task", "expected"),
+    [
+        ("jsonl", ROWS, "exact", {"on_error": None, "packing": False, "test_size": 5}),
+        ("jsonl", [*ROWS, {"instruction": "?", "output": ""}], "exact", {"on_error": "skip"}),
+        ("jsonl", [{"text": "Once upon a time there was a table. " * 20}] * 60, "text", {"generate_eval": None}),
+        ("jsonl", [{"prompt": f"{i}?", "completion": "<think>Hm.</think>Yes."} for i in range(20)], "reasoning", {}),
+        (
+            "jsonl",
+            [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "tools": [TOOL]}]
+            * 9,
+            "tools",
+            {"test_size": None},
+        ),
+        (
+            "jsonl",
+            [{"prompt": f"Number {i}?", "completion": f"It is {i}. " * 20} for i in range(900)],
+            "chat",
+            {"packing": True, "generate_eval": 10},
+        ),
+        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n" * 1, "exact", {"dataset_name": None}),
+    ],
+    ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv"],
+)
+def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
+    here, kind, rows, task, expected, tiny_bpe, tiny_qwen3, capsys
+):
+    model = str(tiny_qwen3 if task == "tools" else tiny_bpe)
+    data = here / f"mine.{kind}"
+    data.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write(data, rows)
+    assert main(["init", "--data", data.name, "--model", model, "--hardware", "cpu", "--task", task]) == 0
+    settings = Recipe.load("mine.py").settings
+    assert {key: settings.get(key) for key in expected} == expected
+    source = (here / "mine.py").read_text(encoding="utf-8")
+    assert all("#" in line for line in source.splitlines() if "max_length=" in line or "learning_rate=" in line)
+    assert max(map(len, source.splitlines())) <= 120 or kind == "csv"
+    capsys.readouterr()
+    assert main(["check", "mine.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
+
+
+def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "")
+    assert main(["init", "--data", "rows.jsonl", "--model", str(tiny_bpe)]) == 0
+    assert [text.split(":")[0].split()[-1] for text in asked if "Hardware" in text] == ["Hardware"]
+    assert any(text.strip().endswith("[exact]:") for text in asked)  # short answers
+    assert "50 rows in the format alpaca" in capsys.readouterr().out
+
+
+def test_init_chooses_what_fits_the_gpus(here, tiny_bpe, capsys):
+    flags = ["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "--task", "chat"]
+    assert main([*flags, "--hardware", "4x80GB", "-o", "big.py"]) == 0
+    assert (
+        "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 4 big.py"
+        in capsys.readouterr().out
+    )
+    assert main([*flags, "--hardware", "1x0.1GB", "-o", "small.py"]) == 2
+    assert "nothing fits 1 GPU(s) of 0.1gb, not even 4-bit QLoRA" in capsys.readouterr().err
+
+
+BASE = {"model_name_or_path": "demo", "dataset_name": "rows.jsonl"}
+WRONG = {
+    "wrong path of the data": ({"dataset_name": "row.jsonl"}, [], "the file 'row.jsonl' does not exist"),
+    "wrong path without an ending": ({"dataset_name": "rows"}, [], "pass a file or folder: --dataset_name PATH"),
+    "wrong model": ({"model_name_or_path": "my/modle"}, [], "pass a folder: --model_name_or_path PATH"),
+    "wrong column": ({"dataset_name": "columns.jsonl"}, [], "map columns to these names"),
+    "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2"),
+    "wrong format": ({"dataset_format": "sharegtp"}, [], "sharegtp"),
+    "wrong template": ({"template": "chatlm"}, [], "unknown template 'chatlm'; known: "),
+    "missing template file": ({"template": "my.jinja"}, [], "the chat template 'my.jinja' does not exist"),
+    "no chat template": ({"model_name_or_path": "base"}, [], "choose one with template="),
+    "tiny max_length": ({"max_length": 8}, [], "raise max_length"),
+    "misspelt setting": ({}, ["--learning_rat", "1"], "did you mean 'learning_rate'?"),
+    "misspelt key": ({"max_step": 3}, [], "did you mean 'max_steps'?"),
+    "wrong value": ({}, ["--max_steps", "many"], "max_steps"),
+    "wrong choice": ({"lora_preset": "all"}, [], "lora_preset"),
+    "wrong layer": ({"use_peft": True, "lora_target_modules": ["query"]}, [], "q_proj"),
+    "empty file": ({"dataset_name": "empty.jsonl"}, [], "the file is empty"),
+    "broken row": ({"dataset_name": "broken.jsonl"}, [], "broken.jsonl, line 2: not valid JSON"),
+    "empty answer": ({"dataset_name": "silent.jsonl"}, [], "silent.jsonl, line 1: the response is empty"),
+    "missing config": ({}, ["--config", "none.yaml"], "'none.yaml' does not exist"),
+}
+
+
+@pytest.mark.parametrize("turn", WRONG)
+def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
+    changed, flags, says = WRONG[turn]
+    write(here / "columns.jsonl", [{"Frage": "Why?", "Antwort": "So."}])
+    write(here / "two.jsonl", [ROWS[0], {"question": "Why?", "answer": "So."}])
+    write(here / "silent.jsonl", [{"instruction": "Why?", "output": " "}])
+    (here / "empty.jsonl").touch()
+    (here / "broken.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"instruction": \n')
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(here / "base")
+    (here / "mine.yaml").write_text(json.dumps({**BASE, "max_steps": 1, **changed}), encoding="utf-8")
+    assert main(["train", "mine.yaml", *flags]) == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert says.replace("rows.jsonl", "two.jsonl") in line and "Traceback" not in error
+    assert not list(here.glob("runs/*/adapter")) and not list(here.glob("runs/*/model"))
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["train", "mine.py"], "the recipe 'mine.py' does not exist"),
+        (["check", "rows.jsonl"], "is no recipe; give a .py or .yaml file"),
+        (["chat", "runs/none"], "runs/none"),
+        (["report", "runs/none"], "give one that `ma-sft train` made"),
+        (["merge", "runs/none", "-o", "out"], "runs/none"),
+        (["init", "--data", "rows.jsonl"], "pass --model demo"),
+        (["init"], "pass --data"),
+        (["init", "--data", "nothing.jsonl", "--model", "demo"], "the file 'nothing.jsonl' does not exist"),
+        (["init", "--data", "rows.jsonl", "--model", "demo", "--hardware", "a GPU"], "cpu, or GPUs as 1x24GB"),
+        (
+            ["init", "--data", "rows.jsonl", "--model", "demo", "--hardware", "cpu", "--task", "talk"],
+            "one of chat, exact",
+        ),
+        (["recipes", "copy", "alpacca"], "there are alpaca, "),
+    ],
+    ids=str,
+)
+def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, capsys):
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert says in line and "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_gpu_launcher_without_a_gpu_says_which_to_take(here):
+    (here / "mine.yaml").write_text(json.dumps(BASE))
+    flags = ["--model_name_or_path", "demo", "--dataset_name", here / "rows.jsonl", "--output_dir", here / "run"]
+    config = "accelerate_configs/single_gpu.yaml"
+    done = start("accelerate", "launch", "--quiet", "--config_file", config, "recipes/qwen3.py", *flags)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "finds none; take accelerate_configs/cpu.yaml" in line
+
+
+def test_recipes_are_listed_and_copied(here, capsys):
+    assert main(["recipes", "--json"]) == 0
+    listed = {item["name"]: item for item in json.loads(capsys.readouterr().out)}
+    assert {"demo", "tools", "csv_qa", "demo_data", "fsdp2", "cpu"} <= set(listed)
+    assert listed["tools"]["model"] == "Qwen/Qwen3-1.7B" and listed["fsdp2"]["kind"] == "launcher"
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(listed) + 1 and "copy one to edit" in lines[-1]
+    assert main(["recipes", "copy", "csv_qa"]) == 0
+    assert (here / "csv_qa.py").read_text() == (ROOT / "recipes" / "csv_qa.py").read_text()
+    assert main(["recipes", "copy", "csv_qa"]) == 2
+    assert "csv_qa.py exists already; pass another file with -o" in capsys.readouterr().err
+    assert main(["recipes", "copy", "fsdp2", "-o", "mine.yaml"]) == 0
+    assert (here / "mine.yaml").exists()
+    assert all(item.about for item in shipped().values())
+
+
+def test_settings_are_found_by_word(capsys):
+    assert main(["settings", "max_length", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "max_length" in found and found["max_length"]["help"] and "lora_r" not in found
+    assert main(["settings", "adapter_name"]) == 0
+    assert capsys.readouterr().out.startswith("adapter_name_or_path = None\n    Go on with this adapter")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_settings(shell, tmp_path, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--learning_rate" in script and "handoff-check" in script
+    if shell == "bash":
+        (tmp_path / "completion.sh").write_text(script)
+        ask = "source completion.sh; COMP_WORDS=({}); COMP_CWORD={}; _shtab_ma_sft; echo ${{COMPREPLY[@]}}"
+        for words, at, answer in (
+            ("ma-sft hand", 1, "handoff-check"),
+            ("ma-sft train x.py --max_st", 3, "--max_steps"),
+        ):
+            done = subprocess.run(["bash", "-c", ask.format(words, at)], cwd=tmp_path, capture_output=True, text=True)
+            assert done.stdout.strip() == answer, done.stderr
+
+
+def test_no_color_is_respected(here, monkeypatch, capfd):
+    (here / "mine.yaml").write_text(json.dumps(BASE))
+    for no_color, colours in (("", True), ("1", False)):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert main(["preview", "mine.yaml", "-n", "1"]) == 0
+        shown = capfd.readouterr().out
+        assert "\x1b[" in shown  # bold and dim stay: they tell what is trained
+        assert bool(re.search(r"\x1b\[(?:\d+;)*3[0-7]m", shown)) == colours
+
+
+def test_unforeseen_error_names_versions():
+    code = "from ma_sft.cli import guard\nguard(lambda: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert re.search(r"please open an issue with .* python 3\.\d+\.\d+, ma-sft \S+, torch ", done.stderr)
+
+
+def test_pipe_that_closes_early_is_no_error(here):
+    done = subprocess.run(
+        f"{sys.executable} -m ma_sft.cli settings | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("ma_sft", "recipes", "accelerate_configs", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("ma_sft-*.whl")
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def ma_sft(*words):
+        command = [tmp_path / "venv" / "bin" / "ma-sft", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    listed = ma_sft("recipes")
+    assert "csv_qa" in listed and "zero3_offload" in listed
+    ma_sft("recipes", "copy", "reasoning")
+    assert (tmp_path / "reasoning.py").read_text() == (ROOT / "recipes" / "reasoning.py").read_text()
+    assert "init" in ma_sft("--help")  # no dependency is installed: nothing of them is imported for this
