@@ -34,13 +34,15 @@ class Rows:
     """What the rows look like, from up to `LOOKED_AT` of them.
 
     `total` counts all, `lengths` and `answers` are tokens of each row and of what is trained in it, `columns` maps
-    names that differ from a format's in case only, `context` is the model's in tokens.
+    names that differ from a format's in case only, `broken` counts rows that are no conversation, `example` is what
+    is wrong with the first, `context` is the model's in tokens.
     """
 
     total: int
     format: str
     columns: dict[str, str]
-    broken: list[str]
+    broken: int
+    example: str
     lengths: "np.ndarray[Any, Any]"
     answers: "np.ndarray[Any, Any]"
     task: str
@@ -51,7 +53,7 @@ class Rows:
         half, most = np.percentile(self.lengths, [50, 99]).astype(int)
         return (
             f"{self.total:,} rows in the format {self.format}: half have up to {half:,} tokens, 99% up to {most:,}, "
-            f"the longest {self.lengths.max():,}"
+            f"the longest {self.lengths.max():,}" + (f"; {self.broken:,} broken rows" if self.broken else "")
         )
 
 
@@ -126,7 +128,8 @@ def look(model: str, data: str) -> Rows:
         total=total,
         format=form,
         columns=columns,
-        broken=[text for stage in mixture.report.stages for text in stage.examples.get("broken rows", [])],
+        broken=sum(stage.removed.get("broken rows", 0) for stage in mixture.report.stages),
+        example=next((t for stage in mixture.report.stages for t in stage.examples.get("broken rows", [])), ""),
         lengths=np.array(lengths),
         answers=np.array(answers),
         task=_task(form, conversations, np.array(answers)),
@@ -167,7 +170,7 @@ def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") 
 
 def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Line]:
     """The settings that fit rows, task and hardware."""
-    good = round(rows.total * (1 - len(rows.broken) / max(len(rows.lengths), 1)))
+    good = round(rows.total * len(rows.lengths) / (len(rows.lengths) + rows.broken))
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
     limit = min(rows.context, 8192 if gpus else 2048)
     many = good >= 500  # enough to fill packs with
@@ -188,7 +191,7 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Lin
     else:
         lines.append(("dataset_name", data, f"{rows.total:,} rows in the format {rows.format}"))
     if rows.broken:
-        lines.append(("on_error", "skip", f"counts and leaves out broken rows: {rows.broken[0]}"))
+        lines.append(("on_error", "skip", f"counts and leaves out broken rows: {rows.example}"))
     if rows.template:
         lines.append(
             ("template", rows.template, "the model has no chat template; its two tokens are added and trained")
@@ -212,7 +215,7 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Lin
         (
             "packing",
             packing,
-            "several short rows share one sequence and do not see each other" if packing else "few rows",
+            "several short rows share one sequence and do not see each other" if packing else "few or long rows",
         ),
         ("per_device_train_batch_size", device, ""),
         (
