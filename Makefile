@@ -49,6 +49,7 @@ sft-alpaca-pack: $(STAMP)  ## MA-RLHF's sft_pack.py: the same with constant-leng
 
 tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_tokenizers.py
+	$(BIN)/python scripts/fetch_converter.py
 
 test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-chat run among them
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
@@ -77,7 +78,13 @@ bench: tokenizers  ## preparation and packing side by side with plain TRL, as ra
 gpu-check: $(STAMP)  ## speed and memory on a GPU side by side with plain TRL, kept in benchmarks/results
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
-bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+bench-memory: $(STAMP)  ## forecast of peak memory against the measured peak, twelve ways to train
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py $(ARGS)
+
+handoff-check: $(STAMP)  ## compare a saved model with its manifest before the next stage: DIR=runs/demo
+	$(BIN)/ma-sft handoff-check $(DIR) $(ARGS)
+
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; about five minutes on two cores
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
@@ -87,4 +94,4 @@ clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs \
-        lint types bench bench-data gpu-check lora-rank clean
+        lint types bench bench-data bench-memory gpu-check handoff-check lora-rank clean

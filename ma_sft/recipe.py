@@ -31,7 +31,9 @@ class DataConfig:
         default_factory=list,
         metadata={"help": "Several sources: each a path or hub id, or a mapping with path, format, weight, ..."},
     )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows: a hub id, a file, or a folder."})
+    eval_dataset: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out rows: sources like those of datasets, measured one by one."}
+    )
     test_size: float | None = field(
         default=None, metadata={"help": "Hold out this share (below 1) or number of rows; duplicates stay together."}
     )
@@ -98,9 +100,32 @@ class DataConfig:
             "choices": ["mini", "attention", "all-linear"],
         },
     )
+    lora_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Any field of peft.LoraConfig by name, e.g. \'{"init_lora_weights": "pissa"}\'.'},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: the learning rate of every B is this many times that of A."}
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Full fine-tuning: parameters whose name one of these regular expressions finds stay as is."},
+    )
+    full_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate for full fine-tuning, where the recipe's learning_rate is meant for adapters."
+        },
+    )
     check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
     generate_eval: int = field(
         default=0, metadata={"help": "Held-out answers to generate before and after training (-1: all)."}
+    )
+    metric: str = field(
+        default="exact-match",
+        metadata={
+            "help": "How answers are graded: exact-match, or module:function, (answer, reference) -> a number or bool."
+        },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
     merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
@@ -200,6 +225,8 @@ class Recipe:
         flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
         for key in flags & set(actions):
             chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
+        if data.full_learning_rate is not None and not model.use_peft and "learning_rate" not in flags:
+            training.learning_rate = data.full_learning_rate
         if not model.model_name_or_path:
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
         if not (data.dataset_name or data.datasets):
@@ -215,18 +242,27 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
 
     from ma_sft.distributed import cpu_deepspeed, wants_gpu
 
-    name = chosen.get("name") or "sft"
-    for at, arg in enumerate(args):
-        if arg == "--name" and at + 1 < len(args):
-            name = args[at + 1]
-        elif arg.startswith("--name="):
-            name = arg.removeprefix("--name=")
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported()
+    def given(key: str) -> Any:
+        """What the recipe or, before it, a flag says; flags are still text here."""
+        for at, arg in enumerate(args):
+            if arg == f"--{key}":
+                value = args[at + 1] if at + 1 < len(args) else ""
+                return value if value and not value.startswith("--") else "true"
+            if arg.startswith(f"--{key}="):
+                return arg.partition("=")[2]
+        return chosen.get(key)
+
+    def on(key: str) -> bool:
+        return str(given(key)).lower() in ("true", "1", "yes", "y", "t")
+
+    name = given("name") or "sft"
+    if given("bf16") is not None:
+        bf16 = on("bf16")
+    elif torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported() and not on("fp16")
     else:
-        bf16 = torch.cpu._is_avx512_bf16_supported() and not wants_gpu()
-    bf16 = bf16 and not chosen.get("fp16")
-    lora = chosen.get("use_peft") or "--use_peft" in args
+        bf16 = torch.cpu._is_avx512_bf16_supported() and not on("fp16") and not wants_gpu()
+    lora, quantised = on("use_peft"), on("load_in_4bit") or on("load_in_8bit")
     return {
         "output_dir": f"runs/{name}",
         "bf16": bool(bf16),
@@ -239,6 +275,10 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
         "run_name": name,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
         "save_strategy": "steps",
+        # A tenth for full fine-tuning: https://thinkingmachines.ai/blog/lora
+        "learning_rate": 2e-4 if lora else 2e-5,
+        # QLoRA, https://arxiv.org/abs/2305.14314: double quantisation, 8-bit optimiser states that can leave the GPU
+        **({"use_bnb_nested_quant": on("load_in_4bit"), "optim": "paged_adamw_8bit"} if quantised else {}),
     }
 
 

@@ -256,7 +256,7 @@ def test_configuration_is_what_its_engine_reads(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["ddp", "zero2"])
 def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
-    env = launcher(name) | {"CUDA_VISIBLE_DEVICES": ""}
+    env = launcher(name) | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cuda"}
     run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
     assert run.finish() == 2
     assert "error: the launcher asks for a GPU and PyTorch finds none" in run.text
