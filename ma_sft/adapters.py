@@ -1,14 +1,27 @@
-"""LoRA presets and merging: what TRL and PEFT do, with the targets chosen and the outcome checked."""
+"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen; and merging adapters.
 
+The configuration is checked against the model's skeleton, before its weights are loaded.
+"""
+
+import copy
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ma_sft.cache import atomic_dir
 from ma_sft.errors import RecipeError
+from ma_sft.weights import Weights, find_weights, read_tensors, write_shards
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
 
     from ma_sft.recipe import Settings
 
@@ -20,26 +33,226 @@ PRESETS: dict[str, dict[str, Any]] = {
     "all-linear": {"lora_target_modules": "all-linear"},
 }
 
+# Initialisations that PEFT computes from activations or gradients on data, with calls of its own before training.
+NEED_DATA = ("eva", "corda", "lora_ga")
+# Initialisations that take a part of the base's weights into the adapter.
+CHANGE_BASE = ("pissa", "olora")
+
 
 def lora_config(settings: "Settings") -> "PeftConfig | None":
-    """The `peft.LoraConfig` of a recipe, None without `use_peft`. Fields that the recipe sets win over the preset's.
+    """The `peft.LoraConfig` of a recipe, None without `use_peft`; a field of `lora_config` wins, then the recipe's
+    own keys, then the preset's.
 
     Raises:
-        RecipeError: an adapter on `lm_head`, whose loss TRL computes from the weight alone.
+        RecipeError: quantisation or LoRA+ without an adapter, frozen layers with one, an unknown or wrong PEFT field.
     """
+    from peft import LoraConfig
     from trl import get_peft_config
 
-    model = settings.model
-    for key, value in PRESETS[settings.data.lora_preset].items():
+    model, data = settings.model, settings.data
+    quantised = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    if not model.use_peft:
+        for key, value in ((quantised, quantised), ("loraplus_lr_ratio", data.loraplus_lr_ratio)):
+            if value:
+                raise RecipeError(f"{key} trains an adapter and use_peft is false; set use_peft, or remove {key}")
+        return None
+    if data.freeze:
+        raise RecipeError(
+            "freeze is for full fine-tuning: an adapter freezes the whole model; choose its layers with "
+            'lora_target_modules and lora_config={"layers_to_transform": [...]}'
+        )
+    for key, value in PRESETS[data.lora_preset].items():
         if settings.chosen.get(key) is None:
             setattr(model, key, value)
-    targets = model.lora_target_modules
-    if model.use_peft and "lm_head" in ([targets] if isinstance(targets, str) else targets or []):
+    config = get_peft_config(model)
+    # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
+    if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+        config.target_modules = {config.target_modules}
+    more = data.lora_config or {}
+    if isinstance(more, str):
+        try:
+            more = json.loads(more)
+        except ValueError:
+            raise RecipeError(f"lora_config: a JSON object expected, found {more!r}") from None
+    hints = get_type_hints(LoraConfig)
+    for key, value in more.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            raise RecipeError(
+                f"lora_config: peft.LoraConfig has no field {key!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        try:
+            more[key] = nested(**value) if nested and isinstance(value, dict) else value  # type: ignore[operator]
+        except TypeError as error:
+            raise RecipeError(f"lora_config: {key}: {error}") from None
+    if (init := more.get("init_lora_weights")) in NEED_DATA:
         raise RecipeError(
-            "lora_target_modules: an adapter on lm_head would never be trained, because the loss is computed from "
-            "lm_head's weight directly; remove it"
+            f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training, which a "
+            "recipe cannot describe; use true, gaussian, pissa, pissa_niter_4, olora, orthogonal"
         )
-    return get_peft_config(model)
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    try:
+        found = LoraConfig(**{**given, **more})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lora_config: {' '.join(str(error).split())}") from None
+    if str(init).startswith(CHANGE_BASE):
+        if quantised:
+            raise RecipeError(
+                f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}"
+            )
+        if found.use_rslora and (found.rank_pattern or found.alpha_pattern):
+            raise RecipeError(
+                f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
+                "rank_pattern or alpha_pattern; drop one of them"
+            )
+    return found
+
+
+def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None) -> Any:
+    """The model of a configuration on the meta device: names, shapes and dtypes without a byte of weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model.tie_weights()
+    return model
+
+
+def model_skeleton(settings: "Settings") -> Any:
+    """The skeleton of the recipe's model.
+
+    Raises:
+        RecipeError: no configuration there, or one that transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.integrations import deepspeed
+
+    model, zero = settings.model, deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would share out what has no bytes
+    try:
+        config = AutoConfig.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=settings.training.trust_remote_code,
+        )
+        dtype = config.dtype if model.dtype == "auto" else model.dtype
+        # Other attention comes from packages that this machine may lack; without weights it makes no difference.
+        attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
+        return skeleton(config, dtype, attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(model.model_name_or_path, error) from None
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+
+
+def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
+    """Check that every target of an adapter is a layer of the model that PEFT can adapt and TRL will train.
+
+    Raises:
+        RecipeError: a name that matches nothing, with what would match; `lm_head`, whose loss TRL computes from the
+            weight alone; a module that is no layer.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }
+    one: Any = copy.copy(config)
+    one.modules_to_save = None
+    targets = one.target_modules or []
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        if target == "all-linear":
+            continue
+        one.target_modules = target if isinstance(targets, str) else [target]
+        found = [name for name in modules if check_target_module_exists(one, name)]
+        if not found:
+            raise RecipeError(
+                f"lora_target_modules: {target!r} matches no module of {type(model).__name__}; the linear layers are "
+                f"{', '.join(sorted(linear))}; or set lora_target_modules=all-linear"
+            )
+        for name in found:
+            if modules[name] is head:
+                raise RecipeError(
+                    f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
+                    f"from {name}'s weight directly; remove it"
+                )
+            if modules[name] is model.get_input_embeddings() and model.config.tie_word_embeddings:
+                raise RecipeError(
+                    f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
+                    'train rows of it with lora_config={"trainable_token_indices": [...]}'
+                )
+            if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                raise RecipeError(
+                    f"lora_target_modules: {target!r} is a {type(modules[name]).__name__}, a block of layers; "
+                    f"name layers: {', '.join(sorted(linear))}"
+                )
+    for name in one.exclude_modules or [] if not isinstance(one.exclude_modules, str) else []:
+        if not any(m == name or m.endswith(f".{name}") for m in modules):
+            raise RecipeError(f"exclude_modules: {name!r} matches no module of {type(model).__name__}")
+    for name in config.modules_to_save or []:
+        if not any(m.rsplit(".", 1)[-1] == name or m.endswith(f".{name}") for m in modules):
+            raise RecipeError(f"lora_modules_to_save: {name!r} matches no module of {type(model).__name__}")
+
+
+def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
+    """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
+
+    Raises:
+        RecipeError: a pattern that is none or finds nothing, or nothing left to train.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise RecipeError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            shown = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
+            raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(p.requires_grad for p in names.values()):
+        raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
+
+
+def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
+    """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    trainer.optimizer = create_loraplus_optimizer(
+        trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
+    )
+
+
+def keep_initial(model: Any, folder: Path) -> None:
+    """Save the fresh adapter of an initialisation that also changed the base (PiSSA, OLoRA), for `save_converted`."""
+    model.peft_config["default"].init_lora_weights = True  # so that what is saved loads as the plain adapter it is
+    model.save_pretrained(folder)
+
+
+def save_converted(model: Any, folder: Path, initial: Path) -> None:
+    """Save again what was trained from `initial`, as a plain adapter for the unchanged base; then `initial` goes.
+
+    Its rank is twice the trained one's: the trained update less the initial one. Does nothing without `initial`.
+
+    Raises:
+        RecipeError: PEFT cannot convert this configuration.
+    """
+    if not initial.is_dir():
+        return
+    try:
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
+    except ValueError as error:
+        raise RecipeError(f"the adapter cannot be saved for the unchanged base: {_first_line(error)}") from None
+    shutil.rmtree(initial)
 
 
 def with_new_tokens(
@@ -71,7 +284,11 @@ def with_new_tokens(
         model.resize_token_embeddings(len(tokenizer))
     if peft is not None:
         targets: Any = peft
-        targets.trainable_token_indices = {"embed_tokens": tokenizer.convert_tokens_to_ids(added)}
+        name = next(name for name, module in model.named_modules() if module is embedding)
+        targets.trainable_token_indices = {
+            **(targets.trainable_token_indices or {}),
+            name.rsplit(".", 1)[-1]: tokenizer.convert_tokens_to_ids(added),
+        }
         if not model.config.tie_word_embeddings:
             targets.modules_to_save = [*(targets.modules_to_save or []), "lm_head"]
     return model
@@ -89,50 +306,310 @@ def adapter_dir(folder: Path) -> Path:
     raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
 
 
-def merge(run: Path, out: Path) -> float:
-    """Merge the adapter of `run` into its base model, in the base's dtype, and save the whole model to `out`.
-
-    The tokenizer, its chat template and a generation config with the right end-of-turn ids go along. `out` appears
-    whole or not at all.
-
-    Returns:
-        The largest difference between a logit of the merged and of the adapter model on a short text.
+def read_adapter_config(adapter: Path) -> "PeftConfig":
+    """The configuration of a saved adapter.
 
     Raises:
-        RecipeError: no adapter in `run`, `out` exists already, or the base model cannot be loaded.
+        RecipeError: broken, or with fields that the installed PEFT does not know and would ignore.
+    """
+    import peft
+
+    path = adapter / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]]
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{path} is no adapter's configuration: {error!r}") from None
+    if unknown := sorted(set(saved) - {f.name for f in fields(kind)}):
+        raise RecipeError(
+            f"{adapter} was made by PEFT {saved.get('peft_version') or '(newer)'} and sets {', '.join(unknown)}, which "
+            f"the installed PEFT {peft.__version__} does not know; pip install -U peft"
+        )
+    return peft.PeftConfig.from_pretrained(adapter)
+
+
+def find_base(adapter: Path, base: str | None = None) -> tuple[Weights, "PreTrainedConfig", "PreTrainedTokenizerBase"]:
+    """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
+
+    Raises:
+        RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
+            tokenizer has tokens without an embedding row.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ma_sft.manifest import read_manifest
+
+    peft = read_adapter_config(adapter)
+    weights = find_weights(base or str(peft.base_model_name_or_path), None if base else peft.revision)
+    try:
+        config = AutoConfig.from_pretrained(weights.folder)
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(weights.folder, error) from None
+    if quantised := getattr(config, "quantization_config", None):
+        raise RecipeError(
+            f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
+            "be merged into it without loss; pass the 16-bit model that it was made from with --base"
+        )
+    manifest = read_manifest(adapter)
+    if manifest and manifest["base_model"]["weights"] not in (None, weights.digest):
+        raise RecipeError(
+            f"{adapter} was trained on {manifest['base_model']['name_or_path']}, and {weights.folder} holds other "
+            "weights; pass the right base model with --base"
+        )
+    if (more := len(tokenizer) - config.get_text_config().vocab_size) > 0:
+        trained = getattr(peft, "trainable_token_indices", None) or getattr(peft, "modules_to_save", None)
+        if not trained:
+            raise RecipeError(
+                f"the tokenizer of {adapter} has {more} tokens more than the embedding of {weights.folder} has rows, "
+                "and the adapter did not train them; this is another model's tokenizer"
+            )
+        config.get_text_config().vocab_size = len(tokenizer)
+    return weights, config, tokenizer
+
+
+def load_adapter(adapter: Path, base: str | None = None, *, dtype: Any = "auto", device_map: Any = None) -> Any:
+    """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    weights, config, _ = find_base(adapter, base)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=dtype, device_map=device_map)
+        rows = config.get_text_config().vocab_size
+        if rows > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(rows)
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{adapter} does not fit {weights.folder}: {_first_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gave.
+
+    Args:
+        difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
+        largest: largest absolute logit of the adapter model, to judge the difference by.
+        agreement: share of positions at which both models choose the same token.
+        how: the dtype in which both ran, or why they were not compared.
+        note: what else the user should know, or "".
+    """
+
+    difference: float | None
+    largest: float
+    agreement: float
+    how: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            text = f"not compared with the adapter model: {self.how}"
+        else:
+            text = (
+                f"its logits differ from the adapter model's by at most {self.difference:.2g} of {self.largest:.3g}, "
+                f"with the same first choice at {self.agreement:.1%} of positions, both in {self.how}"
+            )
+        return f"{text}; {self.note}" if self.note else text
+
+
+def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = None) -> Merged:
+    """Merge the adapter of `run` into its base model and save the whole model to `out`, without ever holding it whole.
+
+    PEFT merges each layer by itself, in float32, on its way from the base's shards to the new ones. The tokenizer, its
+    chat template, a generation config with the right end-of-turn ids and the manifest go along. An adapter that was
+    trained on a quantised base is merged into the 16-bit base that it came from.
+
+    Args:
+        run: a run's folder, or an adapter's.
+        out: appears whole or not at all.
+        base: folder or hub id of the base model; None takes the one that the adapter names.
+        dtype: of the merged weights (float32, bfloat16, float16); None keeps each of the base's.
+
+    Raises:
+        RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
     """
     import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ma_sft.manifest import read_manifest, write_manifest
 
     if out.exists():
         raise RecipeError(f"{out} exists already; choose another folder or remove it")
     adapter = adapter_dir(run)
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except OSError as error:
-        raise RecipeError(f"the adapter's base model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    embedding: Any = model.get_input_embeddings()
-    if len(tokenizer) > embedding.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    adapted = PeftModel.from_pretrained(model, adapter).eval()
-    ids = torch.tensor([tokenizer("The merged model must say the same.")["input_ids"]])
-    with torch.no_grad():
-        before = adapted(ids).logits.float()
-        merged = adapted.merge_and_unload(safe_merge=True)
-        difference = (merged(ids).logits.float() - before).abs().max().item()
-    save_model(merged, tokenizer, out)
-    return float(difference)
-
-
-def save_model(model: Any, tokenizer: Any, out: Path) -> None:
-    """Save a whole model with its tokenizer, chat template and end-of-turn ids, atomically."""
-    from ma_sft.evaluate import end_token_ids
-
-    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    weights, config, tokenizer = find_base(adapter, base)
+    kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    check_space(out, sum(weights.sizes.values()) * kind.itemsize if kind else weights.nbytes)
+    manifest = read_manifest(adapter)
+    notes = []
+    if manifest and manifest["base_model"]["quantization"]:
+        notes.append(
+            f"trained on the base in {manifest['base_model']['quantization']}, merged into it as it was before"
+        )
+    peft: Any = read_adapter_config(adapter)
+    # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
+    by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
+    updates = _layer_updates(adapter, config) if by_layer else {}
     with atomic_dir(out) as target:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        if updates and set(updates) <= set(weights.files):
+            write_shards(merged_tensors(weights, updates, kind), target)
+        else:
+            notes.append("merged with the whole model in memory, not layer by layer")
+            whole = load_adapter(adapter, base, dtype=kind or "auto").merge_and_unload(safe_merge=True)
+            whole.save_pretrained(target)
+        config.dtype = kind or config.dtype
+        save_configs(config, weights.folder, tokenizer, target)
+        if manifest:
+            write_manifest(target, {**manifest, "kind": "model"})
+        return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes))
+
+
+def _layer_updates(adapter: Path, config: "PreTrainedConfig") -> "dict[str, Callable[[Tensor], Tensor]]":
+    """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
+
+    Raises:
+        RecipeError: the adapter has layers that the model has not, or of other shapes.
+    """
+    import torch
+    from accelerate.utils import set_module_tensor_to_device
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, load_peft_weights
+
+    saved = load_peft_weights(str(adapter), device="cpu")
+    updates: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def fill(module: Any, name: str) -> None:
+        """Give the layer its part of the saved adapter; the base's weight stays on the meta device."""
+        for parameter, empty in [*module.named_parameters()]:
+            key = f"base_model.model.{name}.{parameter}".replace(".default", "").replace(".modules_to_save", "")
+            value = saved.get(key, saved.get(key.removesuffix(".weight")))
+            if value is None:
+                continue
+            if value.shape != empty.shape:
+                raise RecipeError(
+                    f"{adapter} was trained on another model: {key} is {list(value.shape)}, this base needs "
+                    f"{list(empty.shape)}; pass the right base model with --base"
+                )
+            used.update((key, key.removesuffix(".weight")))
+            set_module_tensor_to_device(module, parameter, "cpu", value=value.float())
+
+    def merged_layer(module: Any) -> "Callable[[Tensor], Tensor]":
+        def update(weight: "Tensor") -> "Tensor":
+            layer = module.get_base_layer()
+            set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:
+                raise RecipeError(f"{adapter} cannot be merged: {_first_line(error)}") from None
+            merged: Tensor = layer.weight.data
+            layer.weight = torch.nn.Parameter(merged.to("meta"))
+            return merged
+
+        return update
+
+    def new_rows(module: Any) -> "Callable[[Tensor], Tensor]":
+        def update(weight: "Tensor") -> "Tensor":
+            rows = module.token_adapter.base_layer.weight.shape[0] - len(weight)
+            weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(rows, 0), -1)])
+            weight[module.token_adapter.token_indices["default"]] = module.token_adapter.trainable_tokens_delta[
+                "default"
+            ]
+            return weight
+
+        return update
+
+    used: set[str] = set()
+    try:
+        model: Any = PeftModel(skeleton(config), read_adapter_config(adapter), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise RecipeError(f"{adapter} was trained on another model: {_first_line(error)}") from None
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            fill(module, name)
+            for part, value in module.modules_to_save["default"].named_parameters():
+                updates[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
+        elif isinstance(module, TrainableTokensWrapper):
+            fill(module, name)
+            if module.token_adapter.tied_adapter is None:
+                updates[f"{name}.weight"] = new_rows(module)
+        elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
+            fill(module, name)
+            updates[f"{name}.weight"] = merged_layer(module)
+    if left := sorted(set(saved) - used):
+        raise RecipeError(f"{adapter} was trained on another model: {left[0]} has no place in {config.model_type}")
+    return updates
+
+
+def merged_tensors(
+    weights: Weights, updates: "dict[str, Callable[[Tensor], Tensor]]", dtype: Any
+) -> "Iterator[tuple[str, Tensor]]":
+    """The base's tensors one after the other, merged where the adapter changes them, in their own dtype or `dtype`."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in read_tensors(weights):
+            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            yield name, (updates[name](tensor.float()) if name in updates else tensor).to(kind)
+
+
+def _compare(
+    adapter: Path, base: str | None, merged: Path, tokenizer: "PreTrainedTokenizerBase", size: int, note: str
+) -> Merged:
+    """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    free = psutil.virtual_memory().available
+    kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
+    if kind is None:
+        return Merged(None, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
+    ids = torch.tensor([tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]])
+    with torch.no_grad():
+        ours = load_adapter(adapter, base, dtype=kind)(ids).logits.float()
+        theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=kind)(ids).logits.float()
+    return Merged(
+        (theirs - ours).abs().max().item(),
+        ours.abs().max().item(),
+        (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
+        str(kind).removeprefix("torch."),
+        note,
+    )
+
+
+def save_configs(config: "PreTrainedConfig", source: Path, tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
+    """Save what belongs to a model beside its weights: configuration, tokenizer with chat template, end-of-turn ids."""
+    from transformers import GenerationConfig
+
+    from ma_sft.evaluate import end_ids
+
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = end_ids(generation, tokenizer)
+    generation.pad_token_id = tokenizer.pad_token_id
+    config.save_pretrained(target)
+    generation.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        RecipeError: fewer than `nbytes` free bytes where `out` will be.
+    """
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise RecipeError(
+            f"{out} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; nothing written"
+        )
+
+
+def _cannot_load(name: object, error: Exception) -> RecipeError:
+    return RecipeError(f"the model {str(name)!r} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

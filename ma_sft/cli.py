@@ -5,10 +5,14 @@ Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (on
 
 import argparse
 import errno
+import json
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,8 @@ from ma_sft.errors import MaSftError
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Recipe
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def launch(recipe: "Recipe") -> None:
@@ -33,19 +39,30 @@ def launch(recipe: "Recipe") -> None:
 
 def guard(command: Callable[[], Any]) -> int:
     """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
+    # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         result = command()
         return result if isinstance(result, int) else 0
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if _first_here():
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return _fail(f"the disk is full ({full}): free some space and start again; nothing half-written was kept")
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
+                return _fail(
+                    f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written "
+                    "was kept"
+                )
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            return _fail(
+                "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
+                "machine is out of reach; the same command goes on from the newest checkpoint"
+            )
         raise
 
 
@@ -53,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
     parser = _parser()
     options, rest = parser.parse_known_args(args)
-    if rest and options.command not in ("train", "check", "preview"):
+    if rest and options.command not in ("train", "check", "preview", "plan"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return guard(lambda: options.function(options, rest))
 
@@ -95,11 +112,36 @@ def _parser() -> argparse.ArgumentParser:
     merge = add("merge", _merge, "merge a run's adapter into its base model")
     merge.add_argument("run", type=Path, help="a run's folder, or an adapter's")
     merge.add_argument("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist")
+    merge.add_argument("--base", help="the base model's folder or hub id (default: the one that the adapter names)")
+    merge.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)")
+
+    plan = add("plan", _plan, "forecast a recipe's peak memory and pick the first launcher that fits")
+    plan.add_argument("recipe", help="a recipe: .py or .yaml")
+    plan.add_argument("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: this machine's)")
+    plan.add_argument("--gpu_memory", help="of each, e.g. 80GB (default: this machine's)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    export = add("export", _export, "write a run's whole model for vLLM and transformers serve, or as GGUF")
+    export.add_argument("run", type=Path, help="a run's folder, or a model's")
+    export.add_argument(
+        "-o", "--out", type=Path, required=True, help="a new folder, or a new file that ends with .gguf"
+    )
+    export.add_argument("--dtype", choices=DTYPES, help="dtype of a folder's weights (default: the model's)")
+    export.add_argument("--outtype", default="auto", help="type of a GGUF file's weights: f32, f16, bf16, q8_0, auto")
+    export.add_argument(
+        "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py (default: $LLAMA_CPP, the PATH)"
+    )
+
+    handoff = add("handoff-check", _handoff, "compare a saved model with its manifest; exit code 1 if they disagree")
+    handoff.add_argument("folder", type=Path, help="a run's folder, a model's or an adapter's")
+    handoff.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     chat = add("chat", _chat, "talk to a run's model or to any model folder")
     chat.add_argument("folder", type=Path, help="a run's folder, or a model's")
     chat.add_argument("--prompt", help="ask this one question and print the answer alone")
-    chat.add_argument("--system", help="system message")
+    chat.add_argument("--system", help="system message (default: the one of training; '' for none)")
+    chat.add_argument("--base", help="the base model of an adapter (default: the one that the adapter names)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     chat.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)")
     return parser
 
@@ -169,19 +211,71 @@ def _silence() -> None:
 def _merge(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.adapters import merge
 
-    difference = merge(options.run, options.out)
-    print(f"merged model: {options.out} (largest difference of a logit to the adapter model: {difference:.2g})")
+    print(f"merged model: {options.out}: {merge(options.run, options.out, base=options.base, dtype=options.dtype)}")
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.plan import plan, show_plan
+    from ma_sft.prepare import load_tokenizer
+    from ma_sft.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe)
+    if options.gpus and not {"fp16", "--fp16"} & {*recipe.settings, *rest}:
+        recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
+    settings = recipe.resolve(rest)
+    load_tokenizer(settings)
+    found = plan(settings, options.gpus, options.gpu_memory)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_plan(settings, found, options.recipe)
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.export import export_folder, export_gguf
+
+    if options.out.suffix == ".gguf":
+        commands = export_gguf(options.run, options.out, options.outtype, options.converter)
+    else:
+        commands = export_folder(options.run, options.out, options.dtype)
+    print("\n".join(commands))
+
+
+def _handoff(options: argparse.Namespace, rest: list[str]) -> int:
+    from ma_sft.manifest import check_handoff
+
+    findings = check_handoff(options.folder)
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{'ok' if finding.ok else 'WRONG':>6}  {finding.what}: {finding.text}")
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 def _chat(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.chat import chat
 
-    chat(options.folder, prompt=options.prompt, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat(
+        options.folder,
+        prompt=options.prompt,
+        system=options.system,
+        base=options.base,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+    )
 
 
 def _fail(message: str) -> int:
+    if not _first_here():
+        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _first_here() -> bool:
+    """Whether this is the only or the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

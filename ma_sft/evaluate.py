@@ -1,15 +1,23 @@
-"""Held-out answers: generate them in batches, see whether they stop by themselves, compare them."""
+"""Held-out rows: how well their labels are predicted, what is answered to them, and whether answers stop."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset, concatenate_datasets
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ma_sft.errors import RecipeError
+from ma_sft.formats import load_function
 from ma_sft.template import ChatEncoder, Message
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from trl import SFTTrainer
 
 
 @dataclass(frozen=True)
@@ -21,16 +29,71 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Shares of a set of answers, each in [0, 1]."""
+class HeldOut:
+    """How well a model predicts held-out labels: mean loss in nats and share of first choices, over `tokens` labels."""
 
-    exact_match: float
-    eos_rate: float
+    loss: float
+    token_accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str]) -> dict[str, HeldOut]:
+    """Loss and token accuracy on labelled rows, of `"all"` and of each source; every process must call it.
+
+    The trainer's own evaluation runs, but every label weighs the same whatever batch it is in (`eval_loss` averages
+    batches), and rows that fill up the last batch of several processes count nothing.
+
+    Args:
+        trainer: its model, collator, batch size and processes are used.
+        dataset: columns `input_ids` and `labels`.
+        sources: the source of each row.
+    """
+    sums: list[torch.Tensor] = []
+    accelerator, fresh = trainer.accelerator, not trainer.accelerator._models
+
+    def count(model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+        out = model(**inputs, use_cache=False, fused_lm_head=True)
+        parts = torch.stack([p.double().sum() for p in (-out.log_probs, out.is_top1, out.label_mask)])
+        sums.append(trainer.accelerator.gather(parts[None]).sum(0))
+        return parts[0] / parts[2].clamp(min=1)
+
+    found: dict[str, torch.Tensor] = {}
+    world = trainer.args.world_size
+    trainer.compute_loss = count
+    try:
+        for source in dict.fromkeys(sources):
+            rows = dataset.select([i for i, name in enumerate(sources) if name == source])
+            if world > 1 and (fill := -len(rows) % (world * trainer.args.per_device_eval_batch_size)):
+                unlabelled = {
+                    "input_ids": [rows[0]["input_ids"]] * fill,
+                    "labels": [[-100] * len(rows[0]["labels"])] * fill,
+                }
+                rows = concatenate_datasets([rows, Dataset.from_dict(unlabelled, features=rows.features)])
+            sums.clear()
+            trainer.evaluate(rows, metric_key_prefix=f"eval_{source}")
+            found[source] = torch.stack(sums).sum(0)
+    finally:
+        del trainer.compute_loss
+        if fresh:
+            # Prepared for evaluation, the model would pass for prepared: training would not put DDP around it, and
+            # each process would train alone.
+            accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+            trainer.model._is_accelerate_prepared = False
+    found = {"all": torch.stack([*found.values()]).sum(0), **found}
+    counted = {name: tuple(values.tolist()) for name, values in found.items()}
+    return {
+        name: HeldOut(loss / tokens, right / tokens, int(tokens)) for name, (loss, right, tokens) in counted.items()
+    }
+
+
+def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a turn: the chat template's end-of-turn token (EOS without a template) and the model's own."""
-    own = model.generation_config.eos_token_id
+    own = generation.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     end = ChatEncoder(tokenizer).end_token_id if tokenizer.chat_template else tokenizer.eos_token_id
     return list(dict.fromkeys([end, *own]))
@@ -50,7 +113,7 @@ def generate_answers(
 
     Prompts are encoded as training encodes them, sorted by length and padded on the left.
     """
-    ends = end_token_ids(model, encoder.tokenizer)
+    ends = end_ids(model.generation_config, encoder.tokenizer)
     ids = [encoder.encode_prompt(messages) for messages in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers: dict[int, Answer] = {}
@@ -85,10 +148,90 @@ def exact_match(answer: str, reference: str) -> bool:
     return bool(expected == found if expected is not None else answer.strip() == reference.strip())
 
 
-def score(answers: Sequence[Answer], references: Sequence[str]) -> Score:
-    """Share of exact matches and of answers that stopped by themselves."""
-    matches = [exact_match(a.text, r) for a, r in zip(answers, references, strict=True)]
-    return Score(sum(matches) / len(matches), sum(a.stopped for a in answers) / len(answers))
+def grade(answers: Sequence[Answer], references: Sequence[str], metric: str = "exact-match") -> list[float]:
+    """The grade of each answer: 1 or 0 for an exact match, or what the user's function gives.
+
+    Args:
+        answers: generated answers.
+        references: what they should be.
+        metric: `"exact-match"`, or `module:function` or `file.py:function` of (answer, reference) -> number or bool.
+
+    Raises:
+        RecipeError: no such function, or one that fails or gives no number.
+    """
+    function = exact_match if metric == "exact-match" else load_function(metric)
+    grades = []
+    for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
+        try:
+            grades.append(float(function(answer.text, reference)))
+        except Exception as error:
+            raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(error).__name__}: {error}") from None
+    return grades
+
+
+def marks(
+    answers: Sequence[Answer], references: Sequence[str], sources: Sequence[str], metric: str
+) -> dict[str, dict[str, Any]]:
+    """Number of answers, mean grade and end-of-turn rate of `"all"` answers and of each source's."""
+    if not answers:
+        return {}
+    grades = grade(answers, references, metric)
+    found = {}
+    for name in ("all", *dict.fromkeys(sources)):
+        rows = [i for i, source in enumerate(sources) if name in ("all", source)]
+        found[name] = {
+            "answers": len(rows),
+            "metric": metric,
+            "score": sum(grades[i] for i in rows) / len(rows),
+            "eos_rate": sum(answers[i].stopped for i in rows) / len(rows),
+        }
+    return found
+
+
+def evaluation(
+    losses: dict[str, HeldOut],
+    losses_after: dict[str, HeldOut],
+    marks_before: dict[str, dict[str, Any]] | None = None,
+    marks_after: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """All held-out figures as `summary.json` keeps them: `before` (None if not measured) and `after` training, each
+    over all rows, with the same for each source under `sources`."""
+
+    def joined(losses: dict[str, HeldOut], marks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        parts = {
+            name: {**asdict(loss), "perplexity": loss.perplexity, **marks.get(name, {})}
+            for name, loss in losses.items()
+        }
+        return {**parts.pop("all"), "sources": parts} if parts else None
+
+    return {"before": joined(losses, marks_before or {}), "after": joined(losses_after, marks_after or {})}
+
+
+def headlines(found: dict[str, Any]) -> dict[str, Any]:
+    """The few figures of an evaluation that stand at the top of `summary.json`."""
+    before, after = found["before"] or {}, found["after"]
+    top = {"eval_loss": after["loss"], "eval_mean_token_accuracy": after["token_accuracy"]}
+    if after.get("metric") == "exact-match":
+        top |= {"exact_match_before": before.get("score"), "exact_match_after": after["score"]}
+    return top | ({"eos_rate": after["eos_rate"]} if "eos_rate" in after else {})
+
+
+def evaluation_table(found: dict[str, Any]) -> "Table":
+    """The evaluation for the terminal: before -> after, by source where there are several."""
+    from rich.table import Table
+
+    before, after = found["before"] or {"sources": {}}, found["after"]
+    rows = {"all": (before, after)}
+    if len(after["sources"]) > 1:
+        rows |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
+    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
+    columns = [key for key in shown if key in after]
+    titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
+    table = Table("held-out", *(titles.get(key, key) for key in columns))
+    for name, parts in rows.items():
+        cells = [[format(part[key], shown[key]) if key in part else "?" for part in parts] for key in columns]
+        table.add_row(name, *(" -> ".join(cell) for cell in cells))
+    return table
 
 
 def _as_json(text: str) -> Any:

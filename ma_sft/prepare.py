@@ -76,6 +76,7 @@ class Prepared:
     counts: Counts
     check: "CheckReport | None"
     packing: "PackingReport | None"
+    sources: list[str]  # of each held-out row; empty for training rows
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -146,7 +147,14 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
         report.raise_errors()
     pack_rows = training.packing and not held_out
     splits = pack_rows and training.packing_strategy != "bfd"  # these keep all of a long sequence, in pieces
-    cut = _cut(labelled.dataset, None if splits else training.max_length, counts)
+    dataset = labelled.dataset
+    if held_out:
+        origin = labelled.conversations["source"] if labelled.conversations is not None else None
+        names = [origin[row] for row in dataset["row"]] if origin is not None else ["held-out"] * len(dataset)
+        dataset = dataset.add_column("source", names)
+    cut = _cut(dataset, None if splits else training.max_length, counts)
+    sources = list(cut["source"]) if held_out else []
+    cut = cut.select_columns(["input_ids", "labels"])
     counts.sequences = len(cut)
     counts.tokens, counts.trained_tokens = _count_tokens(cut)
     packing = None
@@ -157,7 +165,35 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         batch_size = training.per_device_train_batch_size
         cut, packing = pack_with_report(cut, training.max_length, training.packing_strategy, batch_size=batch_size)
-    return Prepared(cut, labelled.conversations, counts, report, packing)
+    return Prepared(cut, labelled.conversations, counts, report, packing, sources)
+
+
+def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
+    """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
+
+    A stream is read by each process, which then keeps its share.
+
+    Raises:
+        MaSftError: `prepare`'s, in every process alike.
+    """
+    from ma_sft.distributed import digest, once
+
+    def make() -> tuple[Prepared, Prepared | None]:
+        data = prepare(settings, tokenizer)
+        holds_out = settings.data.eval_dataset or settings.data.test_size
+        return data, prepare(settings, tokenizer, held_out=True) if holds_out else None
+
+    def make_files() -> tuple[Prepared, Prepared | None]:
+        data, held_out = make()
+        for prepared in filter(None, (data, held_out)):
+            rows: Any = prepared.dataset
+            prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
+        data.conversations = None  # nobody asks for them, and they need not be files
+        return data, held_out
+
+    if settings.training.world_size == 1 or settings.data.dataset_streaming:
+        return make()
+    return once(make_files, per_machine=True)
 
 
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
@@ -183,7 +219,7 @@ def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: La
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     data = settings.data
     if held_out and data.eval_dataset:
-        return [data.eval_dataset]
+        return [data.eval_dataset] if isinstance(data.eval_dataset, str) else list(data.eval_dataset)
     return [data.dataset_name] if data.dataset_name else list(data.datasets)
 
 
@@ -191,7 +227,7 @@ def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
     from ma_sft.mixture import load_mixture
 
     data, training = settings.data, settings.training
-    own_file = held_out and data.eval_dataset is not None
+    own_file = held_out and bool(data.eval_dataset)
     shared = ("filters", "test_size", "test_near_duplicates", "stopping_strategy")
     return load_mixture(
         _sources(settings, held_out),
@@ -286,7 +322,8 @@ def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) ->
         if training.max_length is None:
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         stream = pack(stream, training.max_length, training.packing_strategy, seed=training.seed)
-    return Prepared(stream, None, sample.counts, report, None)
+    stream = stream.repeat(None)  # without an end: a resumed run finds its place by counting batches from the start
+    return Prepared(stream, None, sample.counts, report, None, [])
 
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
@@ -350,7 +387,7 @@ def _cut(dataset: Dataset, max_length: int | None, counts: Counts) -> Dataset:
     """
     if len(dataset) == 0:
         raise LabelError("the data set is empty: no rows to train on")
-    dataset = dataset.select_columns(["input_ids", "labels"])
+    dataset = dataset.select_columns([c for c in ("input_ids", "labels", "source") if c in dataset.column_names])
     lengths, first, last = _label_spans(dataset)
     limit = max_length if max_length is not None else int(lengths.max())
     counts.cut_sequences = int((lengths > limit).sum())

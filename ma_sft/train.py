@@ -1,13 +1,16 @@
 """Recipe -> `SFTTrainer`: the one place where the pieces meet."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import RecipeError
+from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.recipe import Recipe, Settings
 
 if TYPE_CHECKING:
@@ -15,8 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-    from ma_sft.evaluate import Answer
+    from ma_sft.evaluate import Answer, HeldOut
+    from ma_sft.plan import Forecast
     from ma_sft.prepare import Prepared
+    from ma_sft.resume import Stop
 
 
 def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,31 +37,54 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
+    from ma_sft.distributed import leave_together
+    from ma_sft.resume import Stop, claimed
+
     settings = recipe.resolve(args)
-    training = settings.training
-    out = Path(training.output_dir)
-    if training.process_index == 0:
-        _claim(out, settings)
+    with Stop() as stop, claimed(settings) as checkpoint:
+        summary = _run(settings, stop, checkpoint)
+    leave_together()
+    return summary
 
-    from ma_sft.prepare import load_tokenizer, prepare
 
+def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
+    from ma_sft.distributed import agree, digest
+    from ma_sft.evaluate import evaluation, headlines, held_out_loss
+    from ma_sft.manifest import make_manifest, write_manifest
+    from ma_sft.plan import peak_memory
+    from ma_sft.prepare import load_tokenizer, prepare_once
+    from ma_sft.resume import Survival, check_same_data
+
+    out = Path(settings.training.output_dir)
     tokenizer, added_tokens = load_tokenizer(settings)
-    with training.main_process_first(desc="preparing the data"):
-        data = prepare(settings, tokenizer)
-        holds_out = settings.data.eval_dataset or settings.data.test_size
-        held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
+    data, held_out = prepare_once(settings, tokenizer)
+    content = digest(data.dataset, held_out.dataset if held_out else None)
+    agree(content)
+    if checkpoint:
+        check_same_data(checkpoint, content)
+    memory = _forecast(settings, data) if settings.training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
+    survival = Survival(trainer, stop, content)
+    trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer)
+        show_start(settings, data, trainer, memory, checkpoint)
 
     exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
-    before = exam.answer(trainer, "answers before training") if exam else []
+    # ZeRO and FSDP can run the model only once training has shared it out
+    whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    losses = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out and whole else {}
+    before = exam.answer(trainer, "answers before training") if exam and whole else []
     start = time.monotonic()
-    result = trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
-    metrics = trainer.evaluate() if held_out else {}
-    _save(trainer, tokenizer, out / ("adapter" if settings.model.use_peft else "model"))
+    if stop.signal:
+        stop.now()
+    peak = peak_memory()
+    manifest = make_manifest(settings, tokenizer, data)
+    saved = out / ("adapter" if settings.model.use_peft else "model")
+    _save(trainer, tokenizer, saved, manifest)
+    losses_after = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out else {}
     after = exam.answer(trainer, "answers after training") if exam else []
     if not main:
         return {}
@@ -67,17 +95,26 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": mean_loss(trainer.state.log_history),
         "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
-        **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        "tokens_per_second": round((trainer._total_train_tokens - survival.tokens_before) / seconds, 1),
+        "peak_memory": peak,
+        "forecast_peak_memory": memory.peak if memory else None,
     }
-    if exam and after:
-        summary |= exam.grade(before, after)
+    if held_out:
+        graded = exam.grade(before, after, losses, losses_after) if exam else evaluation(losses, losses_after)
+        summary |= {**headlines(graded), "evaluation": graded}
+        write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         from ma_sft.adapters import merge
 
-        summary["merge_max_logit_difference"] = merge(out, out / "merged")
+        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
+        shutil.rmtree(out / "merged", ignore_errors=True)
+        merged = merge(out, out / "merged")
+        print(f"merged model: {merged}")
+        summary["merge_max_logit_difference"] = merged.difference
     return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
 
 
@@ -94,12 +131,24 @@ def make_trainer(
     document, from which transformers keeps attention inside the documents.
     """
     from transformers import ProgressCallback
-    from trl import SFTTrainer, get_quantization_config
+    from trl import get_quantization_config
 
-    from ma_sft.adapters import lora_config, with_new_tokens
+    from ma_sft.adapters import (
+        CHANGE_BASE,
+        add_loraplus,
+        check_targets,
+        freeze,
+        keep_initial,
+        lora_config,
+        model_skeleton,
+        with_new_tokens,
+    )
+    from ma_sft.distributed import available_attention, fill_up
     from ma_sft.progress import TrainingBar
+    from ma_sft.resume import ResumableTrainer
 
     training, model = settings.training, settings.model
+    model.attn_implementation = available_attention(model.attn_implementation)
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.model_init_kwargs = {
@@ -109,11 +158,18 @@ def make_trainer(
         **(training.model_init_kwargs or {}),
     }
     peft, quantization = lora_config(settings), get_quantization_config(model)
+    if peft is not None:
+        check_targets(model_skeleton(settings), peft)
+    if quantization is not None and find_spec("bitsandbytes") is None:
+        raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
+    if model.load_in_8bit:  # one line a layer and step on how its input is cast
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    batch = training.world_size * training.per_device_train_batch_size
     try:
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
-            train_dataset=train,
+            train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
             eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,
@@ -123,48 +179,41 @@ def make_trainer(
         raise RecipeError(
             f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
+    freeze(trainer.model, settings.data.freeze)
+    if settings.data.loraplus_lr_ratio is not None:
+        add_loraplus(trainer, settings.data.loraplus_lr_ratio)
+    if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
+        keep_initial(trainer.model, Path(training.output_dir) / "initial_adapter")
     if not training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
     return trainer
 
 
-def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model under another name first, so that `folder` is whole or not there."""
-    from ma_sft.evaluate import end_token_ids
+    from ma_sft.adapters import save_converted
+    from ma_sft.evaluate import end_ids
+    from ma_sft.manifest import write_manifest
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
+    model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
     scratch = folder.with_name(f".{folder.name}")
     trainer.save_model(str(scratch))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        save_converted(model, scratch, folder.with_name("initial_adapter"))
+        (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
+        write_manifest(scratch, {**manifest, "kind": folder.name})
+        if folder.exists():  # the run was stopped between saving this and its end
+            shutil.rmtree(folder)
         scratch.rename(folder)
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the output folder this run's; never take a finished run's, or another recipe's, without being told to.
-
-    Raises:
-        RecipeError: the folder holds a finished run, another recipe's run, or something else.
-    """
-    recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
-    way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-    known = (out / "recipe.json").exists() or (out / "summary.json").exists()
-    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-    if known and settings.data.overwrite_output_dir:
-        shutil.rmtree(out)
-    elif (out / "summary.json").exists():
-        raise RecipeError(f"{out} holds a finished run; {way_out}")
-    elif known and json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
-        raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-# Settings that may differ between two starts of the same run.
-_NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean over all steps of the run, those before a resume among them."""
+    logs = [(0.0, 0.0)] + [(log["step"], log["loss"]) for log in log_history if "loss" in log]
+    return sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logs)) / max(logs[-1][0], 1)
 
 
 class _Exam:
@@ -176,59 +225,89 @@ class _Exam:
         count = settings.data.generate_eval
         rows = conversations.select(range(len(conversations) if count < 0 else min(count, len(conversations))))
         self.encoder = make_encoder(settings, tokenizer)
-        self.max_new_tokens = settings.data.max_new_tokens
-        self.questions, self.references = [], []
-        for messages in rows["messages"]:
+        self.max_new_tokens, self.metric = settings.data.max_new_tokens, settings.data.metric
+        self.questions, self.references, self.sources = [], [], []
+        for messages, source in zip(rows["messages"], rows["source"], strict=True):
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             if last == 0:  # plain text asks nothing
                 continue
             self.questions.append(messages[:last])
             self.references.append(messages[last]["content"])
+            self.sources.append(source)
 
     def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        """All answers. Every process generates its share, equally many: under ZeRO-3 and FSDP each needs the others."""
+        from ma_sft.distributed import gather
         from ma_sft.evaluate import generate_answers
 
-        if not self.questions or not trainer.is_world_process_zero():
+        if not self.questions:
             return []
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
+        model, args, count = trainer.accelerator.unwrap_model(trainer.model), trainer.args, len(self.questions)
+        turns = range(args.process_index, -(-count // args.world_size) * args.world_size, args.world_size)
+        mine = [self.questions[turn % count] for turn in turns]
+        shares = gather(generate_answers(model, self.encoder, mine, max_new_tokens=self.max_new_tokens, desc=desc))
+        return [shares[i % args.world_size][i // args.world_size] for i in range(count)]
 
-    def grade(self, before: "list[Answer]", after: "list[Answer]") -> dict[str, float]:
-        from ma_sft.evaluate import score
+    def grade(
+        self,
+        before: "list[Answer]",
+        after: "list[Answer]",
+        losses: "dict[str, HeldOut]",
+        losses_after: "dict[str, HeldOut]",
+    ) -> dict[str, Any]:
+        from ma_sft.evaluate import evaluation, marks
 
-        first, last = score(before, self.references), score(after, self.references)
-        return {
-            "exact_match_before": first.exact_match,
-            "exact_match_after": last.exact_match,
-            "eos_rate": last.eos_rate,
-        }
+        graded = [marks(answers, self.references, self.sources, self.metric) for answers in (before, after)]
+        return evaluation(losses, losses_after, *graded)
 
     def table(self, before: "list[Answer]", after: "list[Answer]") -> list[tuple[str, str, str, str]]:
         """(question, before, after, reference) of each held-out row."""
         questions = [messages[-1]["content"] for messages in self.questions]
-        return [
-            (q, b.text, a.text, r) for q, b, a, r in zip(questions, before, after, self.references, strict=bool(after))
-        ]
+        first, last = [a.text for a in before] or [""] * len(after), [a.text for a in after]
+        return list(zip(questions, first, last, self.references, strict=True))
 
 
-def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer") -> None:
+def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
+    """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
+    from ma_sft.plan import forecast
+
+    rows: Any = data.dataset
+    try:
+        arrow = rows.with_format("arrow")["input_ids"].combine_chunks() if hasattr(rows, "num_rows") else None
+        return forecast(settings, None if arrow is None else max(arrow.value_lengths().to_pylist()))
+    except MaSftError:
+        raise
+    except Exception as error:
+        print(f"no forecast of memory: one step on fake tensors failed with {type(error).__name__}: {error}")
+        return None
+
+
+def show_start(
+    settings: Settings,
+    data: "Prepared",
+    trainer: "SFTTrainer",
+    memory: "Forecast | None",
+    checkpoint: Path | None,
+) -> None:
     """Print what will be trained, before the first step."""
     from rich.console import Console
     from rich.table import Table
 
+    from ma_sft.plan import memory_table
     from ma_sft.prepare import counts_table
 
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
     table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
     for key, value in counts_table(data.counts):
         table.add_row(key, value)
-    table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")
+    for key, value in memory_table(settings, trainer.model, memory):
+        table.add_row(key, value)
     Console().print(table)
     if data.check is not None:
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+    if checkpoint:
+        Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
 
 
 def _finish(
@@ -242,6 +321,7 @@ def _finish(
     from rich.console import Console
     from rich.table import Table
 
+    from ma_sft.evaluate import evaluation_table
     from ma_sft.prepare import counts_table
     from ma_sft.report import write_report
 
@@ -252,9 +332,13 @@ def _finish(
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
         console.print(table)
+    if found := summary.get("evaluation"):
+        console.print(evaluation_table(found))
+    if summary.get("exact_match_after") is not None:
+        first = summary["exact_match_before"]
         console.print(
-            f"held-out exact match: {summary['exact_match_before']:.1%} before, {summary['exact_match_after']:.1%} "
-            f"after; stopped by itself: {summary['eos_rate']:.1%}"
+            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
+            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
         )
     write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")

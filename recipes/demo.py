@@ -14,6 +14,7 @@ recipe = Recipe(
     max_steps=175,
     per_device_train_batch_size=1,
     learning_rate=8e-4,
+    full_learning_rate=1e-4,
     lr_scheduler_type="cosine",
     warmup_steps=8,
     logging_steps=5,

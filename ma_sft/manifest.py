@@ -1,0 +1,204 @@
+"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; checking a folder against it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.weights import find_weights, read_weights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from ma_sft.prepare import Prepared
+    from ma_sft.recipe import Settings
+
+NAME = "sft_manifest.json"
+# Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
+PROBE = [
+    {"role": "user", "content": "Hi 你好,  what is 12*34? <|im_end|>"},
+    {"role": "assistant", "content": "It is 408.\n"},
+    {"role": "user", "content": "Danke!"},
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One point of the check: what was compared, whether it agrees, and what was found."""
+
+    what: str
+    ok: bool
+    text: str
+
+
+def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
+    """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
+    model, training, config = settings.model, settings.training, settings.data
+    quantization = None
+    if model.load_in_4bit:
+        quantization = f"4-bit {model.bnb_4bit_quant_type}" + (", double" if model.use_bnb_nested_quant else "")
+    elif model.load_in_8bit:
+        quantization = "8-bit"
+    try:
+        weights = find_weights(str(model.model_name_or_path), model.model_revision).digest
+    except RecipeError:  # a base that has no safetensors
+        weights = None
+    return {
+        "format": 1,
+        "base_model": {
+            "name_or_path": model.model_name_or_path,
+            "revision": model.model_revision,
+            "weights": weights,
+            "quantization": quantization,
+        },
+        **describe_tokenizer(tokenizer, config.template_kwargs),
+        "template_kwargs": config.template_kwargs,
+        "system_prompt": config.system_prompt,
+        "mask_policy": {
+            key: getattr(config, key) for key in ("train_on", "history", "response_template", "instruction_template")
+        },
+        "data": {
+            "digest": digest_of(data.dataset) if hasattr(data.dataset, "num_rows") else None,  # a stream has none
+            "sources": [config.dataset_name] if config.dataset_name else config.datasets,
+            "packing": data.packing is not None,
+            **asdict(data.counts),
+        },
+        "seed": training.seed,
+        "versions": {
+            name: version(name) for name in ("ma-sft", "torch", "transformers", "trl", "peft", "datasets", "tokenizers")
+        },
+    }
+
+
+def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Any = None) -> dict[str, Any]:
+    """What makes two tokenizers with their templates the same, in a few lines of JSON."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
+    template = tokenizer.chat_template
+    described: dict[str, Any] = {
+        "tokenizer": {"digest": _digest(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
+        "chat_template": _digest(str(template)) if template else None,
+        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "probe": None,
+    }
+    if template:
+        from ma_sft.template import ChatEncoder
+
+        kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs
+        described["probe"] = ChatEncoder(tokenizer, template_kwargs=kwargs).encode_prompt(PROBE)
+    return described
+
+
+def digest_of(dataset: "Dataset") -> str:
+    """SHA-256 of all `input_ids` and `labels` in their order, 32 hex digits."""
+    found = hashlib.sha256()
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            column = batch[name].combine_chunks()
+            found.update(column.value_lengths().to_numpy().tobytes())
+            found.update(column.flatten().to_numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest into a model's or adapter's folder, whole or not at all."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+    (folder / f".{NAME}").write_text(text, encoding="utf-8")
+    (folder / f".{NAME}").rename(folder / NAME)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if it has none.
+
+    Raises:
+        RecipeError: a manifest that is broken or of a later format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == 1:
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{path} is broken; train or merge again") from None
+    raise RecipeError(f"{path} has format {manifest['format']}, written by a newer ma_sft; pip install -U ma-sft")
+
+
+def model_folder(folder: Path) -> Path:
+    """The saved model or adapter that a run's folder or a model's own folder stands for.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"the folder {str(folder)!r} does not exist")
+    for candidate in (folder / "merged", folder / "model", folder, folder / "adapter"):
+        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise RecipeError(f"{folder} holds no model (config.json) and no adapter (adapter_config.json)")
+
+
+def check_handoff(folder: Path) -> list[Finding]:
+    """Compare a saved model or adapter with its manifest, point by point; no weights are loaded.
+
+    Raises:
+        RecipeError: no model, or one without a manifest.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from ma_sft.adapters import find_base
+    from ma_sft.evaluate import end_ids
+
+    folder = model_folder(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")
+    findings: list[Finding] = []
+
+    def compare(what: str, found: Any, expected: Any) -> None:
+        ok = found == expected
+        findings.append(Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}"))
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for what, found in describe_tokenizer(tokenizer, manifest["template_kwargs"]).items():
+            if what != "probe":
+                compare(what.replace("_", " "), found, manifest[what])
+            elif found == manifest[what]:
+                findings.append(
+                    Finding("ids of a test conversation", True, f"{len(found or [])} as when it was trained")
+                )
+            else:
+                at = next((i for i, (a, b) in enumerate(zip(found, manifest[what], strict=False)) if a != b), "the end")
+                findings.append(Finding("ids of a test conversation", False, f"not those of training from id {at} on"))
+    except (OSError, ValueError) as error:
+        findings.append(Finding("tokenizer", False, f"cannot be loaded: {str(error).splitlines()[0]}"))
+        return findings
+    rows = None
+    try:
+        if manifest["kind"] == "adapter":
+            weights, config, _ = find_base(folder)
+            findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
+        else:
+            read = read_weights(folder)
+            findings.append(Finding("weights", True, f"{len(read.files)} tensors, {read.nbytes / 1e9:.2f} GB"))
+            config = AutoConfig.from_pretrained(folder)
+        rows = config.get_text_config().vocab_size
+    except (MaSftError, OSError) as error:
+        findings.append(Finding("weights", False, str(error).splitlines()[0]))
+    if rows is not None:
+        enough = rows >= len(tokenizer)
+        findings.append(Finding("embedding rows", enough, f"{rows} for {len(tokenizer)} tokens"))
+    if manifest["kind"] == "model":
+        stops = end_ids(GenerationConfig.from_pretrained(folder), tokenizer)
+        compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"]))
+    return findings
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
