@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH ?= cpu
 ACCELERATE = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(LAUNCH).yaml $(if $(GPUS),--num_processes $(GPUS))
+ifeq ($(LAUNCH),cpu)
+ifneq ($(GPUS),)  # accelerate starts several processes on CPUs by MPI alone
+ACCELERATE = ACCELERATE_USE_CPU=true $(BIN)/torchrun --standalone --nproc_per_node $(GPUS)
+endif
+endif
 FLAGS = $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset_name $(DATA)) \
         $(if $(MAX_STEPS),--max_steps $(MAX_STEPS)) $(ARGS)
 
@@ -13,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | sort | awk -F'|' '{printf "  make %-18s %s\n", $$1, $$2}'
-	@echo "  Variables: MODEL=path or hub id, DATA=path or hub id, MAX_STEPS=n, LAUNCH=cpu|..., GPUS=n, ARGS='--flag value'"
+	@echo "  Variables: MODEL=path or hub id, DATA=path or hub id, MAX_STEPS=n, LAUNCH=cpu|ddp|..., GPUS=n, ARGS='--flag value'"
 
 # One stamp file per content of the two files that say what is installed: changed pins reinstall, nothing else does.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
@@ -52,6 +57,9 @@ test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-c
 test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
+test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
+	$(BIN)/python -m pytest tests/test_distributed.py tests/test_resume.py $(ARGS)
+
 fuzz: tokenizers  ## random conversations against each tokenizer's template; N=10000 of them
 	MA_SFT_FUZZ=$(or $(N),10000) $(BIN)/python -m pytest tests/test_template.py -k properties --timeout 0 $(ARGS)
 
@@ -67,13 +75,16 @@ types: $(STAMP)  ## mypy --strict on ma_sft
 bench: tokenizers  ## preparation and packing side by side with plain TRL, as ratios
 	PYTHONPATH=scripts $(BIN)/python benchmarks/bench.py $(ARGS)
 
+gpu-check: $(STAMP)  ## speed and memory on a GPU side by side with plain TRL, kept in benchmarks/results
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
 bench-memory: $(STAMP)  ## forecast of peak memory against the measured peak, twelve ways to train
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py $(ARGS)
 
 handoff-check: $(STAMP)  ## compare a saved model with its manifest before the next stage: DIR=runs/demo
 	$(BIN)/ma-sft handoff-check $(DIR) $(ARGS)
 
-bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; some ten minutes on two cores
+bench-data: $(STAMP)  ## build a data set of a million rows: rows/s of each stage, memory; about five minutes on two cores
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
 lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update needs, about 10 minutes on two cores
@@ -82,4 +93,5 @@ lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update nee
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow fuzz test-docs lint types bench bench-data bench-memory handoff-check lora-rank clean
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs \
+        lint types bench bench-data bench-memory gpu-check handoff-check lora-rank clean

@@ -5,6 +5,7 @@ The names below are the public API. They are imported when first used, so that `
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import (
@@ -13,6 +14,7 @@ from ma_sft.errors import (
     MaSftError,
     RecipeError,
     ResponseTemplateError,
+    RunError,
     TemplateError,
 )
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from ma_sft.train import run
 
 __version__ = "0.1.0"
+
+# TRL and PEFT import DeepSpeed where it is installed; on a machine without a GPU it says so on stdout.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 _LAZY = {
     "DataCollatorForCompletionOnlyLM": "ma_sft.collator",
@@ -50,6 +55,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ResponseTemplateError",
+    "RunError",
     "TemplateError",
     "launch",
     "pack",

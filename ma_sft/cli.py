@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,14 +46,23 @@ def guard(command: Callable[[], Any]) -> int:
         return result if isinstance(result, int) else 0
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if _first_here():
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except Exception as error:
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return _fail(f"the disk is full ({full}): free some space and start again; nothing half-written was kept")
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
+                return _fail(
+                    f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written "
+                    "was kept"
+                )
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            return _fail(
+                "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
+                "machine is out of reach; the same command goes on from the newest checkpoint"
+            )
         raise
 
 
@@ -257,8 +267,15 @@ def _chat(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _fail(message: str) -> int:
+    if not _first_here():
+        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _first_here() -> bool:
+    """Whether this is the only or the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

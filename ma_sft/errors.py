@@ -23,3 +23,15 @@ class RecipeError(MaSftError):
 
 class LabelError(MaSftError):
     """Training data whose labels are wrong or missing; found before the first step."""
+
+
+class RunError(MaSftError):
+    """A run that cannot start or go on: launcher and machine do not fit, processes disagree, the loss is no number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop, with the exit code that the one who asked expects."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,7 +1,7 @@
 """Which conversations stay: filters that count what they remove and keep examples, and the train/held-out split.
 
 Row filters look at one conversation and run in one pass, over all cores or on a stream. Duplicates and the split look
-at all rows: they hold some 50 bytes for each row in memory, never its text; MinHash signatures lie in an Arrow file.
+at all rows: they hold some 150 bytes for each row in memory, never its text; MinHash signatures lie in an Arrow file.
 """
 
 import itertools

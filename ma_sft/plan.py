@@ -327,9 +327,12 @@ def weight_bytes(model: "nn.Module") -> int:
 
 def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | None) -> list[tuple[str, str]]:
     """What a run prints of its memory before the first step, as (what, how much) lines."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
     weights = weight_bytes(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    count, total = sum(p.numel() for p in trained), found.total if found else sum(p.numel() for p in model.parameters())
+    count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
+    total = found.total if found else get_model_param_count(model)
     quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
     states = sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)
     lines = [

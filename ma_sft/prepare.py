@@ -168,6 +168,34 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
     return Prepared(cut, labelled.conversations, counts, report, packing, sources)
 
 
+def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
+    """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
+
+    A stream is read by each process, which then keeps its share.
+
+    Raises:
+        MaSftError: `prepare`'s, in every process alike.
+    """
+    from ma_sft.distributed import digest, once
+
+    def make() -> tuple[Prepared, Prepared | None]:
+        data = prepare(settings, tokenizer)
+        holds_out = settings.data.eval_dataset or settings.data.test_size
+        return data, prepare(settings, tokenizer, held_out=True) if holds_out else None
+
+    def make_files() -> tuple[Prepared, Prepared | None]:
+        data, held_out = make()
+        for prepared in filter(None, (data, held_out)):
+            rows: Any = prepared.dataset
+            prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
+        data.conversations = None  # nobody asks for them, and they need not be files
+        return data, held_out
+
+    if settings.training.world_size == 1 or settings.data.dataset_streaming:
+        return make()
+    return once(make_files, per_machine=True)
+
+
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
     """Load the recipe's rows (the first `STREAM_SAMPLE` of a stream) and make their labels; errors as `prepare`'s."""
     make = _label_text if settings.data.formatting_func else _label_conversations
@@ -294,6 +322,7 @@ def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) ->
         if training.max_length is None:
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         stream = pack(stream, training.max_length, training.packing_strategy, seed=training.seed)
+    stream = stream.repeat(None)  # without an end: a resumed run finds its place by counting batches from the start
     return Prepared(stream, None, sample.counts, report, None, [])
 
 

@@ -80,8 +80,6 @@ def _read(file: str) -> Iterator[Batch]:
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except Exception as error:  # each compression library and Arrow have their own
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
         raise FormatError(f"{where}: cannot be read as {kind[1:]}: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -6,8 +6,10 @@ who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the recipe
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -128,7 +130,14 @@ class DataConfig:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
     merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what a finished run left in the output folder."}
+        default=False, metadata={"help": "Delete what an earlier run left in the output folder."}
+    )
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "Go on with an unfinished run of the same recipe from its newest whole checkpoint, or start anew.",
+            "choices": ["auto", "never"],
+        },
     )
 
 
@@ -180,6 +189,8 @@ class Recipe:
         """
         from trl import ModelConfig, SFTConfig, TrlParser
 
+        from ma_sft.distributed import check_launch
+
         args = [a for a in args if not a.startswith("--local_rank")]  # the DeepSpeed launcher adds it
         chosen = dict(self.settings)
         if "--config" in args:
@@ -200,15 +211,17 @@ class Recipe:
                 raise RecipeError(f"unknown setting {key!r}{nearest(key, actions)}")
             _check_value(key, value, actions[key])
         parser.set_defaults_with_config(**{**_our_defaults(chosen, args), **chosen})
-        _, unknown = parser.parse_known_args(list(args))
+        values, unknown = parser.parse_known_args(list(args))
         if unknown:
             key = unknown[0].lstrip("-").split("=")[0]
             raise RecipeError(f"unknown setting {unknown[0]!r}{nearest(key, actions)}")
+        check_launch(values.use_cpu)
         try:
             parsed = parser.parse_args_into_dataclasses(args=list(args))
         except (ValueError, TypeError) as error:
             raise RecipeError(" ".join(str(error).split())) from error
         data, training, model = parsed
+        _check_trackers(training.report_to)
         flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
         for key in flags & set(actions):
             chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
@@ -227,6 +240,8 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     """Defaults that depend on the machine or differ from TRL's."""
     import torch
 
+    from ma_sft.distributed import cpu_deepspeed, wants_gpu
+
     def given(key: str) -> Any:
         """What the recipe or, before it, a flag says; flags are still text here."""
         for at, arg in enumerate(args):
@@ -240,26 +255,44 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     def on(key: str) -> bool:
         return str(given(key)).lower() in ("true", "1", "yes", "y", "t")
 
+    name = given("name") or "sft"
     if given("bf16") is not None:
         bf16 = on("bf16")
     elif torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported() and not on("fp16")
     else:
-        bf16 = torch.cpu._is_avx512_bf16_supported() and not on("fp16")
+        bf16 = torch.cpu._is_avx512_bf16_supported() and not on("fp16") and not wants_gpu()
     lora, quantised = on("use_peft"), on("load_in_4bit") or on("load_in_8bit")
     return {
-        "output_dir": f"runs/{given('name') or 'sft'}",
+        "output_dir": f"runs/{name}",
         "bf16": bool(bf16),
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available() and not wants_gpu(),
+        "ddp_backend": "gloo" if cpu_deepspeed() else None,
+        "ddp_find_unused_parameters": False,  # every parameter takes part, and looking for others costs a pass
+        "logging_nan_inf_filter": False,  # it would hide the steps that ruin a model
         # The frozen base of an adapter needs no float32 master weights.
         "dtype": "bfloat16" if bf16 and lora else "float32",
-        "report_to": ["tensorboard"],
+        "run_name": name,
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
         "save_strategy": "steps",
         # A tenth for full fine-tuning: https://thinkingmachines.ai/blog/lora
         "learning_rate": 2e-4 if lora else 2e-5,
         # QLoRA, https://arxiv.org/abs/2305.14314: double quantisation, 8-bit optimiser states that can leave the GPU
         **({"use_bnb_nested_quant": on("load_in_4bit"), "optim": "paged_adamw_8bit"} if quantised else {}),
     }
+
+
+def _check_trackers(report_to: Sequence[str]) -> None:
+    """Stop where a tracker is not installed; keep wandb on this machine where the hub is not to be asked either."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    for name in {"tensorboard", "trackio", "wandb"}.intersection(report_to):
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"report_to: {name} is not installed; pip install 'ma-sft[trackers]', or --report_to none"
+            )
+    if "wandb" in report_to and HF_HUB_OFFLINE:
+        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
         saved = load_from_disk(path)
         if isinstance(saved, DatasetDict):
             if source.split not in saved:
-                raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(saved)}; set split")
+                known = ", ".join(saved)
+                raise RecipeError(f"{path} has no split {source.split!r}, it has {known}; set split")
             saved = saved[source.split]
         return saved.to_iterable_dataset() if streaming else saved
     if kind_of(path) in KINDS:

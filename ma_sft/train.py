@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ma_sft.evaluate import Answer, HeldOut
     from ma_sft.plan import Forecast
     from ma_sft.prepare import Prepared
+    from ma_sft.resume import Stop
 
 
 def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,27 +37,38 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
-    settings = recipe.resolve(args)
-    training = settings.training
-    out = Path(training.output_dir)
-    if training.process_index == 0:
-        _claim(out, settings)
+    from ma_sft.distributed import leave_together
+    from ma_sft.resume import Stop, claimed
 
+    settings = recipe.resolve(args)
+    with Stop() as stop, claimed(settings) as checkpoint:
+        summary = _run(settings, stop, checkpoint)
+    leave_together()
+    return summary
+
+
+def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
+    from ma_sft.distributed import agree, digest
     from ma_sft.evaluate import evaluation, headlines, held_out_loss
     from ma_sft.manifest import make_manifest, write_manifest
     from ma_sft.plan import peak_memory
-    from ma_sft.prepare import load_tokenizer, prepare
+    from ma_sft.prepare import load_tokenizer, prepare_once
+    from ma_sft.resume import Survival, check_same_data
 
+    out = Path(settings.training.output_dir)
     tokenizer, added_tokens = load_tokenizer(settings)
-    with training.main_process_first(desc="preparing the data"):
-        data = prepare(settings, tokenizer)
-        holds_out = settings.data.eval_dataset or settings.data.test_size
-        held_out = prepare(settings, tokenizer, held_out=True) if holds_out else None
-    memory = _forecast(settings, data) if training.process_index == 0 else None
+    data, held_out = prepare_once(settings, tokenizer)
+    content = digest(data.dataset, held_out.dataset if held_out else None)
+    agree(content)
+    if checkpoint:
+        check_same_data(checkpoint, content)
+    memory = _forecast(settings, data) if settings.training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
+    survival = Survival(trainer, stop, content)
+    trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer, memory)
+        show_start(settings, data, trainer, memory, checkpoint)
 
     exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
     # ZeRO and FSDP can run the model only once training has shared it out
@@ -63,8 +76,10 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     losses = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out and whole else {}
     before = exam.answer(trainer, "answers before training") if exam and whole else []
     start = time.monotonic()
-    result = trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
+    if stop.signal:
+        stop.now()
     peak = peak_memory()
     manifest = make_manifest(settings, tokenizer, data)
     saved = out / ("adapter" if settings.model.use_peft else "model")
@@ -80,9 +95,9 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         "trained_tokens": data.counts.trained_tokens,
         "tokens": trainer._total_train_tokens,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": mean_loss(trainer.state.log_history),
         "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(trainer._total_train_tokens / seconds, 1),
+        "tokens_per_second": round((trainer._total_train_tokens - survival.tokens_before) / seconds, 1),
         "peak_memory": peak,
         "forecast_peak_memory": memory.peak if memory else None,
     }
@@ -91,8 +106,12 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
         summary |= {**headlines(graded), "evaluation": graded}
         write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         from ma_sft.adapters import merge
 
+        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
+        shutil.rmtree(out / "merged", ignore_errors=True)
         merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
@@ -112,7 +131,7 @@ def make_trainer(
     document, from which transformers keeps attention inside the documents.
     """
     from transformers import ProgressCallback
-    from trl import SFTTrainer, get_quantization_config
+    from trl import get_quantization_config
 
     from ma_sft.adapters import (
         CHANGE_BASE,
@@ -124,9 +143,12 @@ def make_trainer(
         model_skeleton,
         with_new_tokens,
     )
+    from ma_sft.distributed import available_attention, fill_up
     from ma_sft.progress import TrainingBar
+    from ma_sft.resume import ResumableTrainer
 
     training, model = settings.training, settings.model
+    model.attn_implementation = available_attention(model.attn_implementation)
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.model_init_kwargs = {
@@ -142,11 +164,12 @@ def make_trainer(
         raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
     if model.load_in_8bit:  # one line a layer and step on how its input is cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    batch = training.world_size * training.per_device_train_batch_size
     try:
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
             args=training,
-            train_dataset=train,
+            train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
             eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,
@@ -182,32 +205,15 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
         save_converted(model, scratch, folder.with_name("initial_adapter"))
         (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
         write_manifest(scratch, {**manifest, "kind": folder.name})
+        if folder.exists():  # the run was stopped between saving this and its end
+            shutil.rmtree(folder)
         scratch.rename(folder)
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Make the output folder this run's; never take a finished run's, or another recipe's, without being told to.
-
-    Raises:
-        RecipeError: the folder holds a finished run, another recipe's run, or something else.
-    """
-    recipe = json.loads(json.dumps({k: v for k, v in settings.chosen.items() if k not in _NOT_THE_RUN}, default=str))
-    way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-    known = (out / "recipe.json").exists() or (out / "summary.json").exists()
-    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-    if known and settings.data.overwrite_output_dir:
-        shutil.rmtree(out)
-    elif (out / "summary.json").exists():
-        raise RecipeError(f"{out} holds a finished run; {way_out}")
-    elif known and json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe:
-        raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-# Settings that may differ between two starts of the same run.
-_NOT_THE_RUN = {"overwrite_output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "output_dir", "name"}
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean over all steps of the run, those before a resume among them."""
+    logs = [(0.0, 0.0)] + [(log["step"], log["loss"]) for log in log_history if "loss" in log]
+    return sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logs)) / max(logs[-1][0], 1)
 
 
 class _Exam:
@@ -230,12 +236,17 @@ class _Exam:
             self.sources.append(source)
 
     def answer(self, trainer: "SFTTrainer", desc: str) -> "list[Answer]":
+        """All answers. Every process generates its share, equally many: under ZeRO-3 and FSDP each needs the others."""
+        from ma_sft.distributed import gather
         from ma_sft.evaluate import generate_answers
 
-        if not self.questions or not trainer.is_world_process_zero():
+        if not self.questions:
             return []
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        return generate_answers(model, self.encoder, self.questions, max_new_tokens=self.max_new_tokens, desc=desc)
+        model, args, count = trainer.accelerator.unwrap_model(trainer.model), trainer.args, len(self.questions)
+        turns = range(args.process_index, -(-count // args.world_size) * args.world_size, args.world_size)
+        mine = [self.questions[turn % count] for turn in turns]
+        shares = gather(generate_answers(model, self.encoder, mine, max_new_tokens=self.max_new_tokens, desc=desc))
+        return [shares[i % args.world_size][i // args.world_size] for i in range(count)]
 
     def grade(
         self,
@@ -253,7 +264,7 @@ class _Exam:
         """(question, before, after, reference) of each held-out row."""
         questions = [messages[-1]["content"] for messages in self.questions]
         first, last = [a.text for a in before] or [""] * len(after), [a.text for a in after]
-        return list(zip(questions, first, last, self.references, strict=bool(after)))
+        return list(zip(questions, first, last, self.references, strict=True))
 
 
 def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
@@ -271,7 +282,13 @@ def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
         return None
 
 
-def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None") -> None:
+def show_start(
+    settings: Settings,
+    data: "Prepared",
+    trainer: "SFTTrainer",
+    memory: "Forecast | None",
+    checkpoint: Path | None,
+) -> None:
     """Print what will be trained, before the first step."""
     from rich.console import Console
     from rich.table import Table
@@ -289,6 +306,8 @@ def show_start(settings: Settings, data: "Prepared", trainer: "SFTTrainer", memo
         Console().print(data.check)
     if data.packing is not None:
         Console().print(str(data.packing), highlight=False)
+    if checkpoint:
+        Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
 
 
 def _finish(

@@ -97,6 +97,43 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Qwen3 of random weights with a BPE tokenizer of 300 tokens and ChatML: a step takes 10 ms."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from ma_sft.template import set_chat_template
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bpe"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["What is so user assistant system"],
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    set_chat_template(tokenizer, "chatml")
+    set_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def start(*command: object) -> subprocess.CompletedProcess[str]:
     """Run a command from the project's root as a user would."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -89,3 +89,18 @@ def test_python_file_without_a_recipe(tmp_path):
     path.write_text("x = 1\n")
     with pytest.raises(RecipeError, match="has no variable `recipe"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_missing_tracker(monkeypatch, tracker):
+    monkeypatch.setattr("ma_sft.recipe.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=rf"{tracker} is not installed; pip install 'ma-sft\[trackers\]'"):
+        Recipe(**BASE).resolve(["--report_to", tracker])
+    assert Recipe(**BASE).resolve().training.report_to == []
+
+
+def test_bf16_without_the_hardware_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match="bf16") as error:
+        Recipe(**BASE, bf16=True, use_cpu=False).resolve()
+    assert "\n" not in str(error.value)
