@@ -137,7 +137,8 @@ def model_skeleton(settings: "Settings") -> Any:
             trust_remote_code=settings.training.trust_remote_code,
         )
         dtype = config.dtype if model.dtype == "auto" else model.dtype
-        return skeleton(config, dtype, model.attn_implementation)
+        # Whether a FlashAttention is installed here does not matter: it keeps what SDPA keeps
+        return skeleton(config, dtype, "eager" if model.attn_implementation == "eager" else None)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(model.model_name_or_path, error) from None
 
