@@ -128,8 +128,10 @@ def model_skeleton(settings: "Settings") -> Any:
         RecipeError: no configuration there, or one that transformers does not know.
     """
     from transformers import AutoConfig
+    from transformers.integrations import deepspeed
 
-    model = settings.model
+    model, zero = settings.model, deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would share out what has no bytes
     try:
         config = AutoConfig.from_pretrained(
             model.model_name_or_path,
@@ -137,10 +139,13 @@ def model_skeleton(settings: "Settings") -> Any:
             trust_remote_code=settings.training.trust_remote_code,
         )
         dtype = config.dtype if model.dtype == "auto" else model.dtype
-        # Whether a FlashAttention is installed here does not matter: it keeps what SDPA keeps
-        return skeleton(config, dtype, "eager" if model.attn_implementation == "eager" else None)
+        # Other attention comes from packages that this machine may lack; without weights it makes no difference.
+        attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
+        return skeleton(config, dtype, attention)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(model.model_name_or_path, error) from None
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:

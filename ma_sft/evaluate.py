@@ -53,6 +53,7 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
         sources: the source of each row.
     """
     sums: list[torch.Tensor] = []
+    accelerator, fresh = trainer.accelerator, not trainer.accelerator._models
 
     def count(model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         out = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -77,6 +78,12 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
             found[source] = torch.stack(sums).sum(0)
     finally:
         del trainer.compute_loss
+        if fresh:
+            # Prepared for evaluation, the model would pass for prepared: training would not put DDP around it, and
+            # each process would train alone.
+            accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+            trainer.model._is_accelerate_prepared = False
     found = {"all": torch.stack([*found.values()]).sum(0), **found}
     counted = {name: tuple(values.tolist()) for name, values in found.items()}
     return {
