@@ -222,6 +222,17 @@ def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
 
 
+def keep_gradients(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    With AVX-512 BF16, the first forward pass in evaluation mode repacks them for a kernel without a backward pass, and
+    they stay so when training goes on: after any evaluation, no gradient would go through a layer (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
     """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
     from peft.optimizers import create_loraplus_optimizer

@@ -138,6 +138,7 @@ def make_trainer(
         add_loraplus,
         check_targets,
         freeze,
+        keep_gradients,
         keep_initial,
         lora_config,
         model_skeleton,
@@ -180,6 +181,7 @@ def make_trainer(
             f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
     freeze(trainer.model, settings.data.freeze)
+    keep_gradients(trainer.model)
     if settings.data.loraplus_lr_ratio is not None:
         add_loraplus(trainer, settings.data.loraplus_lr_ratio)
     if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
