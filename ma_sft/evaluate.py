@@ -53,6 +53,7 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
         sources: the source of each row.
     """
     sums: list[torch.Tensor] = []
+    accelerator, fresh = trainer.accelerator, not trainer.accelerator._models
 
     def count(model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         out = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -77,9 +78,11 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
             found[source] = torch.stack(sums).sum(0)
     finally:
         del trainer.compute_loss
-        if trainer.model_wrapped is trainer.model:
-            # accelerate took the model for prepared, and training would never put DDP around it: no gradient shared
-            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        if fresh:
+            # Prepared for evaluation, the model would pass for prepared: training would not put DDP around it, and
+            # each process would train alone.
+            accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
             trainer.model._is_accelerate_prepared = False
     found = {"all": torch.stack([*found.values()]).sum(0), **found}
     counted = {name: tuple(values.tolist()) for name, values in found.items()}
@@ -217,17 +220,12 @@ def evaluation_table(found: dict[str, Any]) -> "Table":
     """The evaluation for the terminal: before -> after, by source where there are several."""
     from rich.table import Table
 
-    before, after = found["before"] or {"sources": {}}, found["after"]
-    rows = {"all": (before, after)}
-    if len(after["sources"]) > 1:
-        rows |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
-    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
-    columns = [key for key in shown if key in after]
-    titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
-    table = Table("held-out", *(titles.get(key, key) for key in columns))
-    for name, parts in rows.items():
-        cells = [[format(part[key], shown[key]) if key in part else "?" for part in parts] for key in columns]
-        table.add_row(name, *(" -> ".join(cell) for cell in cells))
+    from ma_sft.report import evaluation_rows
+
+    rows = evaluation_rows(found)
+    table = Table("held-out", *rows[0]["cells"])
+    for row in rows:
+        table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
     return table
 
 
