@@ -126,7 +126,9 @@ def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
+    from ma_sft.distributed import outside_zero3
+
+    with outside_zero3(), init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
     return model
@@ -139,10 +141,8 @@ def model_skeleton(settings: "Settings") -> Any:
         RecipeError: no configuration there, or one that transformers does not know.
     """
     from transformers import AutoConfig
-    from transformers.integrations import deepspeed
 
-    model, zero = settings.model, deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would share out what has no bytes
+    model = settings.model
     try:
         config = AutoConfig.from_pretrained(
             model.model_name_or_path,
@@ -155,8 +155,6 @@ def model_skeleton(settings: "Settings") -> Any:
         return skeleton(config, dtype, attention)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(model.model_name_or_path, error) from None
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
@@ -231,6 +229,17 @@ def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
             names[name].requires_grad_(False)
     if not any(p.requires_grad for p in names.values()):
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
+
+
+def keep_gradients(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    With AVX-512 BF16, the first forward pass in evaluation mode repacks them for a kernel without a backward pass, and
+    they stay so when training goes on: after any evaluation, no gradient would go through a layer (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:

@@ -114,13 +114,12 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
         summary |= {**headlines(graded), "evaluation": graded}
         write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
         from ma_sft.adapters import merge
+        from ma_sft.distributed import outside_zero3
 
-        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
         shutil.rmtree(out / "merged", ignore_errors=True)
-        merged = merge(out, out / "merged")
+        with outside_zero3():
+            merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
     return _finish(out, exam.table(before, after) if exam else [], summary)
@@ -147,6 +146,7 @@ def make_trainer(
         check_targets,
         continue_adapter,
         freeze,
+        keep_gradients,
         keep_initial,
         lora_config,
         model_skeleton,
@@ -191,12 +191,8 @@ def make_trainer(
     head = trainer.model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None
-    for module in trainer.model.modules():
-        # bitsandbytes lays 4-bit weights out anew for inference on some CPUs; training goes on after an evaluation, and
-        # no gradient passes through that layout
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     freeze(trainer.model, settings.data.freeze)
+    keep_gradients(trainer.model)
     if settings.data.adapter_name_or_path:
         continue_adapter(trainer.model, Path(settings.data.adapter_name_or_path), tokenizer)
     if settings.data.loraplus_lr_ratio is not None:

@@ -259,3 +259,25 @@ def test_tokenizer_without_a_template_says_what_to_choose():
     tokenizer.chat_template = None
     with pytest.raises(TemplateError, match=r"has no chat template; choose one with template=chatml"):
         tokenize_conversation(TURNS, tokenizer)
+
+
+def test_plain_text_has_no_template(tokenizer):
+    """A lone assistant turn is a text: trained whole, ended by EOS, and no text in it becomes a token of structure."""
+    for text in ("It rained all night.", f"Say {tokenizer.eos_token} twice."):
+        ((example,),) = ChatEncoder(tokenizer).encode([[{"role": "assistant", "content": text}]])
+        start = tokenizer("")["input_ids"]
+        assert example.input_ids[: len(start)] == start and example.labels[: len(start)] == [-100] * len(start)
+        assert example.labels[len(start) :] == example.input_ids[len(start) :]
+        assert example.input_ids.count(tokenizer.eos_token_id) == 1 and example.input_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(example.input_ids[len(start) : -1]).strip() == text
+
+
+def test_reasoning_that_a_template_leaves_out_is_an_error():
+    turns = [
+        {"role": "user", "content": "7 * 8?"},
+        {"role": "assistant", "content": "56", "reasoning_content": "Seven eights make fifty-six."},
+    ]
+    ((example,),) = ChatEncoder(load_tokenizer("qwen3")).encode([turns])
+    assert "fifty-six" in load_tokenizer("qwen3").decode([i for i in example.labels if i != -100])
+    with pytest.raises(TemplateError, match="leaves out the last message's reasoning_content"):
+        ChatEncoder(load_tokenizer("smollm2")).encode([turns])
