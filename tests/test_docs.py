@@ -74,9 +74,13 @@ SHORT = [
 def commands(page: Path) -> list[tuple[int, str]]:
     """(line, command) of all bash blocks of a page; lines that go on with a backslash are one command."""
     found, block, held = [], False, ""
+    script = False  # a block that is a script of its own is one command
     for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
-            block = line == "```bash"
+            found += [(number, held)] if script else []
+            block, script, held = line == "```bash", False, ""
+        elif block and (script or line.startswith("#!")):
+            script, held = True, f"{held}{line}\n"
         elif block:
             held += re.sub(r"(^|\s)#.*", "", line).removesuffix("\\")
             quotes = held.count("'") % 2  # a quoted argument over several lines
@@ -95,6 +99,10 @@ class Shell:
         self.folder, self.places = folder, places
 
     def __call__(self, line: str) -> None:
+        if line.startswith("#!"):
+            subprocess.run(["bash", "-n"], input=line, text=True, check=True)
+            assert all((ROOT / path).is_file() for path in re.findall(r"(?:accelerate_configs|recipes)/[\w.]+", line))
+            return
         for part in line.split(" && "):
             words = shlex.split(part, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
