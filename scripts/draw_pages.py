@@ -11,7 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ma_sft.cli import main
+from ma_sft.inspect import preview_html
+from ma_sft.prepare import label, load_tokenizer
+from ma_sft.recipe import Recipe
+from ma_sft.report import write_report
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -34,9 +37,10 @@ def draw(page: Path, picture: Path, width: int, height: int) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         preview, report = Path(scratch) / "preview.html", Path(scratch) / "report.html"
-        failed = main(["preview", "recipes/demo.py", "-n", "4", "--html", str(preview)])
-        failed = failed or main(["report", "runs/demo", "-o", str(report)])
-        if failed:
-            sys.exit(failed)
-        draw(preview, IMAGES / "preview.png", 1000, 1000)
+        settings = Recipe.load("recipes/demo.py").resolve()
+        tokenizer, _ = load_tokenizer(settings)
+        rows = label(settings, tokenizer).dataset
+        preview.write_text(preview_html([rows[0], rows[3]], tokenizer), encoding="utf-8")
+        draw(preview, IMAGES / "preview.png", 1000, 760)
+        write_report([Path("runs/demo")], report)
         draw(report, IMAGES / "report.png", 1100, 1250)

@@ -53,22 +53,10 @@ def test_python_on_the_page_prints_what_it_says(page, tmp_path, monkeypatch):
 
 
 ROWS = [{"instruction": f"What is {i} and {i}?", "input": "", "output": f"So it is {2 * i}."} for i in range(50)]
-SHORT = [
-    *(
-        "--max_steps",
-        "1",
-        "--max_length",
-        "128",
-        "--generate_eval",
-        "2",
-        "--max_new_tokens",
-        "2",
-        "--report_to",
-        "none",
-    ),
-    *("--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "1", "--save_strategy", "no"),
-    *("--eval_strategy", "no", "--logging_steps", "1"),
-]
+SHORT = (
+    "--max_steps 1 --max_length 128 --generate_eval 2 --max_new_tokens 2 --gradient_accumulation_steps 1 "
+    "--per_device_train_batch_size 1 --save_strategy no --eval_strategy no --logging_steps 1 --report_to none"
+).split()
 
 
 def commands(page: Path) -> list[tuple[int, str]]:

@@ -96,11 +96,10 @@ ROWS = {
     "continue_adapter": ALPACA_ZH,
 }
 # What every run here is given beside the recipe: less of everything.
-SMALL = [
-    *("--max_steps", "1", "--generate_eval", "0", "--merge", "false", "--gradient_accumulation_steps", "1"),
-    *("--test_size", "4", "--per_device_train_batch_size", "1", "--save_strategy", "no", "--report_to", "none"),
-    *("--max_length", "256", "--warmup_steps", "0"),
-]
+SMALL = (
+    "--max_steps 1 --warmup_steps 0 --max_length 256 --generate_eval 0 --merge false --gradient_accumulation_steps 1 "
+    "--test_size 4 --per_device_train_batch_size 1 --save_strategy no --report_to none"
+).split()
 
 
 def make_model(folder, family, *, base=False):
