@@ -16,8 +16,6 @@ from ma_sft.recipe import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# A setting of the recipe: name, value, comment.
-Line = tuple[str, Any, str]
 
 LOOKED_AT = 5000  # rows, drawn at random
 TASKS = {
@@ -26,6 +24,21 @@ TASKS = {
     "reasoning": "thoughts between <think> and </think>, then the answer",
     "tools": "calls of functions",
     "text": "plain text, no conversation",
+}
+COMMENTS = {
+    "model_name_or_path": "a hub id, a folder, or 'demo'",
+    "template": "the model has no chat template; its two tokens are added and trained",
+    "history": "where the template drops earlier thoughts, each turn is trained as it is seen",
+    "test_size": "rows held out: their loss is measured before, while and after training",
+    "generate_eval": "held-out answers to compare before and after",
+    "max_new_tokens": "longest of these answers, in tokens",
+    "gradient_accumulation_steps": "raise it and lower the one above if memory runs out",
+    "learning_rate": "for LoRA; a tenth of it without use_peft",
+    "warmup_steps": "a share of all steps",
+    "save_total_limit": "checkpoints to keep",
+    "use_peft": "train an adapter (LoRA); False trains all weights",
+    "lora_preset": "or attention, or mini (q and v)",
+    "load_in_4bit": "the frozen base in 4 bits (QLoRA): in 16 it would not fit",
 }
 
 
@@ -85,11 +98,10 @@ def init(
     gpus, memory = _parse_hardware(hardware)
     while task not in TASKS:
         task = _ask("task", "\n".join(f"  {name}: {text}" for name, text in TASKS.items()) + "\nTask", rows.task)
-    lines = _choose(model, data, task, rows, gpus)
-    command = f"ma-sft train {out}"
-    if gpus:
-        lines, command = _fit(lines, gpus, memory, out)
-    out.write_text(_write(lines, task, rows, hardware, command), encoding="utf-8")
+    settings, comments = _choose(model, data, task, rows, gpus)
+    command = _fit(settings, gpus, memory, out) if gpus else f"ma-sft train {out}"
+    head = f"{TASKS[task].capitalize()}, on {hardware}.\n\n{str(rows).capitalize()}.\n\n    {command}"
+    out.write_text(_write(settings, comments, head), encoding="utf-8")
     return out, command
 
 
@@ -168,14 +180,13 @@ def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") 
     return "exact" if len(turns) == len(first["messages"]) and np.percentile(answers, 90) <= 48 else "chat"
 
 
-def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Line]:
-    """The settings that fit rows, task and hardware."""
+def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that fit rows, task and hardware, and a comment on some of them."""
     good = round(rows.total * len(rows.lengths) / (len(rows.lengths) + rows.broken))
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
-    limit = min(rows.context, 8192 if gpus else 2048)
     many = good >= 500  # enough to fill packs with
+    limit = min(rows.context, 8192 if gpus else 2048)
     length = min(max(1024 if many else 256, 1 << (min(longest, 2 * most) - 1).bit_length()), limit)
-    cut = int((rows.lengths > length).sum())
     held_out = min(200, good // 10)
     packing = bool(many and np.median(rows.lengths) * 2 <= length)
     units = max(1, round(rows.lengths.mean() * good / length) if packing else good - held_out)
@@ -185,95 +196,66 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> list[Lin
     steps = -(-units // batch) * epochs
     answer = {"exact": int(rows.answers.max() * 1.5) // 16 * 16 + 16, "reasoning": 2048}.get(task, 256)
     shown = {"exact": min(50, held_out), "chat": min(10, held_out), "reasoning": min(5, held_out)}.get(task, 0)
-    lines: list[Line] = [("model_name_or_path", model, "a hub id, a folder, or 'demo'")]
+    source: dict[str, Any] = {"dataset_name": data}
     if rows.columns:
-        lines.append(("datasets", [{"path": data, "columns": rows.columns}], f"{rows.total:,} rows"))
-    else:
-        lines.append(("dataset_name", data, f"{rows.total:,} rows in the format {rows.format}"))
-    if rows.broken:
-        lines.append(("on_error", "skip", f"counts and leaves out broken rows: {rows.example}"))
-    if rows.template:
-        lines.append(
-            ("template", rows.template, "the model has no chat template; its two tokens are added and trained")
-        )
-    if task == "reasoning":
-        lines.append(
-            ("history", "split", "where the template drops earlier thoughts, each turn is trained as it is seen")
-        )
-    if held_out:
-        lines.append(("test_size", held_out, "rows held out: their loss is measured before, while and after training"))
-        lines.append(("eval_strategy", "epoch", ""))
-    if shown:
-        lines.append(("generate_eval", shown, "held-out answers to compare before and after"))
-        lines.append(("max_new_tokens", answer, "longest of these answers, in tokens"))
-    lines += [
-        (
-            "max_length",
-            length,
-            f"tokens; {cut:,} of the {len(rows.lengths):,} rows looked at are longer and lose their end",
-        ),
-        (
-            "packing",
-            packing,
-            "several short rows share one sequence and do not see each other" if packing else "few or long rows",
-        ),
-        ("per_device_train_batch_size", device, ""),
-        (
-            "gradient_accumulation_steps",
-            max(1, batch // (device * max(gpus, 1))),
-            "raise it and lower the one above if memory runs out",
-        ),
-        ("num_train_epochs", epochs, f"about {steps:,} steps"),
-        ("learning_rate", 5e-4 if units < 400 else 2e-4, "for LoRA; a tenth of it without use_peft"),
-        ("lr_scheduler_type", "cosine", ""),
-        ("warmup_steps", 0.05, "a share of all steps"),
-        ("logging_steps", max(1, min(10, steps // 40)), ""),
-        ("save_total_limit", 2, "checkpoints to keep"),
-        ("use_peft", True, "train an adapter (LoRA); False trains all weights"),
-        ("lora_preset", "all-linear", "or attention, or mini (q and v)"),
-    ]
-    return lines
+        source = {"datasets": [{"path": data, "columns": rows.columns}]}
+    settings = {
+        "model_name_or_path": model,
+        **source,
+        **({"on_error": "skip"} if rows.broken else {}),
+        **({"template": rows.template} if rows.template else {}),
+        **({"history": "split"} if task == "reasoning" else {}),
+        **({"test_size": held_out, "eval_strategy": "epoch"} if held_out else {}),
+        **({"generate_eval": shown, "max_new_tokens": answer} if shown else {}),
+        "max_length": length,
+        "packing": packing,
+        "per_device_train_batch_size": device,
+        "gradient_accumulation_steps": max(1, batch // (device * max(gpus, 1))),
+        "num_train_epochs": epochs,
+        "learning_rate": 5e-4 if units < 400 else 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "logging_steps": max(1, min(10, steps // 40)),
+        "save_total_limit": 2,
+        "use_peft": True,
+        "lora_preset": "all-linear",
+    }
+    cut = f"{int((rows.lengths > length).sum()):,} of the {len(rows.lengths):,} rows looked at are longer, and cut"
+    return settings, COMMENTS | {
+        "on_error": f"counts and leaves out {rows.broken:,} broken rows: {rows.example}",
+        "max_length": f"tokens; {cut}",
+        "packing": "short rows share a sequence and do not see each other" if packing else "few or long rows",
+        "num_train_epochs": f"about {steps:,} steps",
+    }
 
 
-def _fit(lines: list[Line], gpus: int, memory: str, out: Path) -> tuple[list[Line], str]:
-    """The settings with a 4-bit base if nothing else fits the GPUs, and the command of the first launcher that fits."""
+def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
+    """The command of the first launcher that fits the GPUs; takes a 4-bit base if nothing else does."""
     from ma_sft.plan import plan
     from ma_sft.prepare import load_tokenizer
 
-    quantised: Line = ("load_in_4bit", True, "the frozen base in 4 bits (QLoRA): in 16 it would not fit")
-    for tried in (lines, [*lines, quantised]):
-        settings = Recipe(**{name: value for name, value, _ in tried}).resolve()
-        load_tokenizer(settings)
-        choice = plan(settings, gpus, memory)["choice"]
+    for quantised in ({}, {"load_in_4bit": True}):
+        settings |= quantised
+        resolved = Recipe(**settings).resolve()
+        load_tokenizer(resolved)
+        choice = plan(resolved, gpus, memory)["choice"]
         if choice == "single_gpu":
-            return tried, f"ma-sft train {out}"
+            return f"ma-sft train {out}"
         if choice:
             many = f" --num_processes {gpus}" if gpus > 1 else ""
-            return tried, f"accelerate launch --config_file accelerate_configs/{choice}.yaml{many} {out}"
+            return f"accelerate launch --config_file accelerate_configs/{choice}.yaml{many} {out}"
     raise RecipeError(
         f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
     )
 
 
-def _write(lines: list[Line], task: str, rows: Rows, hardware: str, command: str) -> str:
-    text = [
-        f'"""{TASKS[task].capitalize()}, on {hardware}.',
-        "",
-        f"{str(rows).capitalize()}.",
-        "",
-        f"    {command}",
-        '"""',
-        "",
-        "from ma_sft import Recipe, launch",
-        "",
-        "recipe = Recipe(",
-    ]
-    for name, value, comment in lines:
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-        line = f"    {name}={shown},"
-        comment = " ".join(comment.split())
-        if comment and len(line) + len(comment) > 114:
-            text.append(f"    # {comment[:200]}")
+def _write(settings: dict[str, Any], comments: dict[str, str], head: str) -> str:
+    text = [f'"""{head}\n"""', "", "from ma_sft import Recipe, launch", "", "recipe = Recipe("]
+    for name, value in settings.items():
+        line = f"    {name}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)},"
+        comment = " ".join(comments.get(name, "").split())[:200]
+        if len(line) + len(comment) > 114:
+            text.append(f"    # {comment}")
             comment = ""
         text.append(line + (f"  # {comment}" if comment else ""))
     return "\n".join([*text, ")", "", 'if __name__ == "__main__":', "    launch(recipe)", ""])
