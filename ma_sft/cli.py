@@ -321,10 +321,12 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
         return
     one = len(options.runs) == 1
     page = options.out or (options.runs[0] / "report.html" if one else Path("comparison.html"))
-    write_report(options.runs, page)
-    print(f"report: {page}" + (" (reloads itself; Ctrl-C ends the watch)" if options.watch else ""))
     if options.watch:
+        print(f"report: {page} (reloads itself; Ctrl-C ends the watch)", flush=True)
         watch(options.runs, page)
+    else:
+        write_report(options.runs, page)
+        print(f"report: {page}")
 
 
 def _merge(options: argparse.Namespace, rest: list[str]) -> None:

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
         started = (folder / "recipe.json").is_file()
         raise RecipeError(
-            f"{folder} is a run that stopped before its first step, so there is nothing to report; start it again"
+            f"{folder} is a run that has not come to its first step; wait with --watch, or start it again if it stopped"
             if started
             else f"{folder} is not a run's folder; give one that `ma-sft train` made, such as runs/NAME"
         )
@@ -170,11 +170,16 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
 
 def watch(folders: Sequence[Path], path: Path, seconds: int = 5) -> None:
     """Write the page again and again until all runs are finished; a browser that shows it keeps up."""
+
+    def preparing() -> bool:
+        return any((run / "recipe.json").is_file() and not (run / "run.json").is_file() for run in folders)
+
     try:
-        while not write_report(folders, path, refresh=seconds):
+        while preparing() or not write_report(folders, path, refresh=seconds):
             time.sleep(seconds)
     finally:
-        write_report(folders, path)
+        if not preparing():
+            write_report(folders, path)
 
 
 def environment() -> Any:

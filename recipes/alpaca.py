@@ -1,4 +1,4 @@
-"""English instructions in Alpaca's columns: SmolLM2-360M, all of its weights, an afternoon on one GPU."""
+"""English instructions in Alpaca's columns: SmolLM2-360M, all of its weights are trained."""
 
 from ma_sft import Recipe, launch
 

@@ -1,4 +1,4 @@
-"""Questions and answers of your field from a CSV file: Gemma-3-1B, LoRA, in minutes; exact columns are mapped."""
+"""Questions and answers of your field from a CSV file: Gemma-3-1B, LoRA; its columns get the names that are known."""
 
 from ma_sft import Recipe, launch
 

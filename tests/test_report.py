@@ -17,7 +17,7 @@ EVIL = "</pre></p><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u20
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_qwen3, tmp_path_factory):
+def finished(tiny_bpe, tmp_path_factory):
     """A run of four steps with held-out rows, a filter that removes one, and markup in questions and answers."""
     folder = tmp_path_factory.mktemp("report")
     rows = [{"prompt": f"{i} {EVIL}", "completion": f"It is {i}. {EVIL}"} for i in range(20)]
@@ -25,14 +25,14 @@ def finished(tiny_qwen3, tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
     recipe = Recipe(
         name="first <b>",
-        model_name_or_path=str(tiny_qwen3),
+        model_name_or_path=str(tiny_bpe),
         dataset_name=str(data),
         filters={"exact_duplicates": True},
         test_size=6,
         generate_eval=6,
         max_new_tokens=4,
         packing=True,
-        max_length=256,
+        max_length=512,
         per_device_train_batch_size=1,
         max_steps=4,
         eval_strategy="steps",
@@ -112,9 +112,7 @@ def test_shows_the_mask_token_by_token(finished):
     source = (finished / "report.html").read_text(encoding="utf-8")
     row = re.search(r'<pre class="mask">\n(.*?)</pre>', source, re.DOTALL)[1]
     trained = "".join(re.findall(r'<span class="t(?: c)?" title="[\d, ]+">([^<]*)</span>', row))
-    assert re.match(r"&lt;think&gt;↵\n↵\n&lt;/think&gt;↵\n↵\nIt is \d+\. &lt;/pre&gt;", trained) and trained.endswith(
-        "&lt;|im_end|&gt;"
-    )
+    assert re.match(r"It is \d+\. &lt;/pre&gt;", trained) and trained.endswith("&lt;|im_end|&gt;")
     assert re.search(r'<span class="c" title="\d+">&lt;\|im_start\|&gt;</span>', row)
 
 
@@ -158,16 +156,20 @@ def test_compares_runs(finished, copy, tmp_path, monkeypatch, capsys):
     page = Page(tmp_path / "comparison.html")
     text = " ".join(page.text.split())
     assert "2 runs" in text and "second" in text and "learning_rate 0.001 0.5" in text
-    assert "max_length 256 256" not in text  # what does not differ is not in the table
+    assert "max_length 512 512" not in text  # what does not differ is not in the table
     assert page.tags.count("polyline") == 14 and page.tags.count("details") >= 2
 
 
 def test_watch_reloads_until_the_run_is_finished(copy, tmp_path):
     summary = (copy / "summary.json").read_text()
     (copy / "summary.json").unlink()
+    facts = (copy / "run.json").rename(tmp_path / "run.json")  # as while rows are tokenised
     page = tmp_path / "live.html"
     watching = threading.Thread(target=watch, args=([copy], page, 1))
     watching.start()
+    time.sleep(1.5)
+    assert watching.is_alive() and not page.exists()
+    facts.rename(copy / "run.json")
     until = time.monotonic() + 60
     while not page.exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -185,7 +187,7 @@ def test_folders_without_a_run_are_one_line(tmp_path, capsys):
     )
     (tmp_path / "recipe.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 2
-    assert "stopped before its first step" in capsys.readouterr().err
+    assert "has not come to its first step; wait with --watch" in capsys.readouterr().err
 
 
 def test_json_for_scripts(finished, capsys):
