@@ -66,6 +66,9 @@ fuzz: tokenizers  ## random conversations against each tokenizer's template; N=1
 test-docs: tokenizers  ## run what README and docs show
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
+docs-images: $(STAMP)  ## the pictures of the README, from runs/demo, with Chromium
+	$(BIN)/python scripts/draw_pages.py
+
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -93,5 +96,5 @@ lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update nee
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs \
+.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs docs-images \
         lint types bench bench-data bench-memory gpu-check handoff-check lora-rank clean

@@ -52,7 +52,11 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     model, data = settings.model, settings.data
     quantised = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
     if not model.use_peft:
-        for key, value in ((quantised, quantised), ("loraplus_lr_ratio", data.loraplus_lr_ratio)):
+        for key, value in (
+            (quantised, quantised),
+            ("loraplus_lr_ratio", data.loraplus_lr_ratio),
+            ("adapter_name_or_path", data.adapter_name_or_path),
+        ):
             if value:
                 raise RecipeError(f"{key} trains an adapter and use_peft is false; set use_peft, or remove {key}")
         return None
@@ -61,6 +65,13 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
             "freeze is for full fine-tuning: an adapter freezes the whole model; choose its layers with "
             'lora_target_modules and lora_config={"layers_to_transform": [...]}'
         )
+    if data.adapter_name_or_path:
+        own = next((key for key in settings.chosen if key.startswith("lora_")), None)
+        if own:
+            raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
+        saved = read_adapter_config(adapter_dir(Path(data.adapter_name_or_path)))
+        saved.inference_mode = False
+        return saved
     for key, value in PRESETS[data.lora_preset].items():
         if settings.chosen.get(key) is None:
             setattr(model, key, value)
@@ -115,7 +126,9 @@ def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
+    from ma_sft.distributed import outside_zero3
+
+    with outside_zero3(), init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
     return model
@@ -128,10 +141,8 @@ def model_skeleton(settings: "Settings") -> Any:
         RecipeError: no configuration there, or one that transformers does not know.
     """
     from transformers import AutoConfig
-    from transformers.integrations import deepspeed
 
-    model, zero = settings.model, deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would share out what has no bytes
+    model = settings.model
     try:
         config = AutoConfig.from_pretrained(
             model.model_name_or_path,
@@ -144,8 +155,6 @@ def model_skeleton(settings: "Settings") -> Any:
         return skeleton(config, dtype, attention)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(model.model_name_or_path, error) from None
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
@@ -222,6 +231,17 @@ def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
 
 
+def keep_gradients(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    With AVX-512 BF16, the first forward pass in evaluation mode repacks them for a kernel without a backward pass, and
+    they stay so when training goes on: after any evaluation, no gradient would go through a layer (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
     """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
     from peft.optimizers import create_loraplus_optimizer
@@ -230,6 +250,34 @@ def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
     trainer.optimizer = create_loraplus_optimizer(
         trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
     )
+
+
+def continue_adapter(model: Any, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Put a saved adapter's weights into the fresh one of the same configuration.
+
+    Raises:
+        RecipeError: the adapter does not fit the model, or was trained with another chat template.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    from ma_sft.manifest import describe_tokenizer, read_manifest
+
+    adapter = adapter_dir(folder)
+    template = (read_manifest(adapter) or {}).get("chat_template")
+    if template and template != describe_tokenizer(tokenizer)["chat_template"]:
+        raise RecipeError(
+            f"adapter_name_or_path: {adapter} was trained with another chat template; "
+            f"set template: {adapter / 'chat_template.jinja'}"
+        )
+    weights = load_peft_weights(str(adapter), device="cpu")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {_first_line(error)}") from None
+    if result.unexpected_keys:
+        raise RecipeError(
+            f"adapter_name_or_path: {adapter} was made for another model, which has {result.unexpected_keys[0]}"
+        )
 
 
 def keep_initial(model: Any, folder: Path) -> None:

@@ -17,6 +17,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name first, so that a reader sees the old or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)

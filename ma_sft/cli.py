@@ -11,17 +11,20 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ma_sft import __version__
 from ma_sft.errors import MaSftError
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
+TAKE_SETTINGS = ("train", "check", "preview", "plan")  # commands whose flags are a recipe's settings too
 
 
 def launch(recipe: "Recipe") -> None:
@@ -41,11 +44,16 @@ def guard(command: Callable[[], Any]) -> int:
     """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
     # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # TRL sets it by itself under the name that transformers is about to drop
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
     try:
         result = command()
         return result if isinstance(result, int) else 0
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))
+    except BrokenPipeError:  # `| head` had enough; what is left would fail again when Python flushes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as stop:
         if _first_here():
             print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
@@ -66,6 +74,10 @@ def guard(command: Callable[[], Any]) -> int:
                 "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
                 "machine is out of reach; the same command goes on from the newest checkpoint"
             )
+        from ma_sft.report import versions
+
+        known = ", ".join(f"{name} {version}" for name, version in versions().items())
+        error.add_note(f"This was not foreseen: please open an issue with the lines above and these versions: {known}")
         raise
 
 
@@ -73,13 +85,19 @@ def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
     parser = _parser()
     options, rest = parser.parse_known_args(args)
-    if rest and options.command not in ("train", "check", "preview", "plan"):
+    if rest and options.command not in TAKE_SETTINGS:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return guard(lambda: options.function(options, rest))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ma-sft", description="Supervised fine-tuning with proven labels.")
+    parser = argparse.ArgumentParser(
+        prog="ma-sft",
+        description="Supervised fine-tuning with proven labels.",
+        epilog="Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), "
+        "130 Ctrl-C. NO_COLOR=1 turns colours off.",
+    )
+    parser.add_argument("--version", action="version", version=f"ma-sft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
@@ -87,15 +105,34 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
+    init = add("init", _init, "look at your data and write a recipe for it; asks for what no flag says")
+    init.add_argument("--model", help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)")
+    init.add_argument("--data", help="a hub id, a file, a glob, or a folder")
+    init.add_argument("--hardware", help="cpu, or GPUs as 1x24GB")
+    init.add_argument("--task", help="chat, exact, reasoning, tools or text")
+    init.add_argument("-o", "--out", type=Path, help="the recipe (default: named after the data, here)")
+
+    recipes = add("recipes", _recipes, "list the recipes and launcher configurations that ship, or copy one to edit")
+    recipes.add_argument("--json", action="store_true", help="print the list as JSON")
+    shelf = recipes.add_subparsers(metavar="ACTION")
+    copy = shelf.add_parser("copy", help="copy one into this folder")
+    copy.add_argument("name")
+    copy.add_argument("-o", "--out", type=Path, help="file or folder (default: its own name, here)")
+    copy.set_defaults(function=_copy)
+
+    settings = add("settings", _settings, "list all settings of a recipe: each is a keyword, a YAML key and a flag")
+    settings.add_argument("word", nargs="?", default="", help="only those whose name or help has this word")
+    settings.add_argument("--json", action="store_true", help="print them as JSON")
+
     train = add("train", _train, "fine-tune as a recipe says; any setting of the recipe is a flag")
-    train.add_argument("recipe", help="a recipe: .py or .yaml")
+    train.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
 
     check = add("check", _check, "prove the labels of a recipe's rows, without training; exit code 1 if any is wrong")
-    check.add_argument("recipe", help="a recipe: .py or .yaml")
+    check.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
 
     preview = add("preview", _preview, "show which tokens of a recipe's rows are trained")
-    preview.add_argument("recipe", help="a recipe: .py or .yaml")
+    preview.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     preview.add_argument("-n", type=int, default=3, help="rows to show (default: 3)")
     preview.add_argument("--html", type=Path, help="write a self-contained page instead")
     preview.add_argument("--borders", action="store_true", help="show the borders of tokens")
@@ -112,6 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("folder", type=Path)
     show.add_argument("-n", type=int, default=3, help="rows to show (default: 3)")
 
+    report = add("report", _report, "write the page of one or several runs, finished or not; compare runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "-o", "--out", type=Path, help="the page (default: RUN/report.html, comparison.html for several)"
+    )
+    report.add_argument("--watch", action="store_true", help="write it every few seconds until the runs are finished")
+    report.add_argument("--json", action="store_true", help="print what the page is made of as JSON instead")
+
     merge = add("merge", _merge, "merge a run's adapter into its base model")
     merge.add_argument("run", type=Path, help="a run's folder, or an adapter's")
     merge.add_argument("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist")
@@ -119,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)")
 
     plan = add("plan", _plan, "forecast a recipe's peak memory and pick the first launcher that fits")
-    plan.add_argument("recipe", help="a recipe: .py or .yaml")
+    plan.add_argument("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
     plan.add_argument("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: this machine's)")
     plan.add_argument("--gpu_memory", help="of each, e.g. 80GB (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -146,7 +191,67 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--base", help="the base model of an adapter (default: the one that the adapter names)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     chat.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)")
+
+    completion = add("completion", _completion, "print a script that completes commands and settings in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh"])
     return parser
+
+
+def _init(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.init import init
+
+    recipe, command = init(options.model, options.data, options.hardware, options.task, options.out)
+    print(f"recipe: {recipe}; next:")
+    for line in (f"ma-sft check {recipe}", command, f"ma-sft chat runs/{recipe.stem}"):
+        print(f"  {line}")
+
+
+def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.gallery import shipped
+
+    found = shipped().values()
+    if options.json:
+        print(json.dumps([asdict(item) | {"path": str(item.path)} for item in found], ensure_ascii=False, indent=2))
+        return
+    for item in found:
+        print(f"{item.name:<17} {item.kind:<9} {item.model:<37} {item.about}".rstrip())
+    print("copy one to edit: ma-sft recipes copy NAME")
+
+
+def _copy(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.gallery import copy
+
+    print(f"copied: {copy(options.name, options.out)}")
+
+
+def _settings(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.recipe import all_settings
+
+    word = options.word.lower()
+    found = {n: s for n, s in all_settings().items() if word in n or word in s["help"].lower()}
+    if options.json:
+        print(json.dumps(found, indent=2, default=str))
+        return
+    for name, setting in found.items():
+        print(f"{name} = {setting['default']}\n    {setting['help']}")
+
+
+def _completion(options: argparse.Namespace, rest: list[str]) -> None:
+    import shtab
+
+    from ma_sft.recipe import all_settings
+
+    parser = _parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    for action in (action for command in commands.values() for action in command._actions):
+        if action.type is Path or action.dest in ("recipe", "data"):
+            action.complete = shtab.FILE
+    for name in TAKE_SETTINGS:
+        known = {flag for action in commands[name]._actions for flag in action.option_strings}
+        for setting, about in all_settings().items():
+            if f"--{setting}" not in known:
+                commands[name].add_argument(f"--{setting}", help=about["help"].split(". ")[0], choices=about["choices"])
+    print(shtab.complete(parser, options.shell))
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
@@ -218,6 +323,20 @@ def _silence() -> None:
     import datasets
 
     datasets.disable_progress_bars()
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.report import read_run, watch, write_report
+
+    if options.json:
+        print(json.dumps([read_run(run) for run in options.runs], ensure_ascii=False, indent=2))
+        return
+    one = len(options.runs) == 1
+    page = options.out or (options.runs[0] / "report.html" if one else Path("comparison.html"))
+    write_report(options.runs, page)
+    print(f"report: {page}" + (" (reloads itself; Ctrl-C ends the watch)" if options.watch else ""))
+    if options.watch:
+        watch(options.runs, page)
 
 
 def _merge(options: argparse.Namespace, rest: list[str]) -> None:

@@ -8,7 +8,8 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,6 +120,18 @@ def once(make: Callable[[], T], *, per_machine: bool = False) -> T:
         if error is not None:
             raise error
     return everyone[state.process_index - state.local_process_index if per_machine else 0][0]  # type: ignore[return-value]
+
+
+@contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Models that are made inside are whole and where they are asked to be, also while ZeRO-3 splits all others."""
+    from transformers.integrations import deepspeed
+
+    reference, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def leave_together() -> None:

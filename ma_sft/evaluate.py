@@ -220,17 +220,12 @@ def evaluation_table(found: dict[str, Any]) -> "Table":
     """The evaluation for the terminal: before -> after, by source where there are several."""
     from rich.table import Table
 
-    before, after = found["before"] or {"sources": {}}, found["after"]
-    rows = {"all": (before, after)}
-    if len(after["sources"]) > 1:
-        rows |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
-    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
-    columns = [key for key in shown if key in after]
-    titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
-    table = Table("held-out", *(titles.get(key, key) for key in columns))
-    for name, parts in rows.items():
-        cells = [[format(part[key], shown[key]) if key in part else "?" for part in parts] for key in columns]
-        table.add_row(name, *(" -> ".join(cell) for cell in cells))
+    from ma_sft.report import evaluation_rows
+
+    rows = evaluation_rows(found)
+    table = Table("held-out", *rows[0]["cells"])
+    for row in rows:
+        table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
     return table
 
 

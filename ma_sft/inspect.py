@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -471,57 +470,28 @@ def preview_text(
             text.append(visible.replace("\n", "↵\n") if piece.trained else visible, style + " reverse" * piece.control)
             if borders:
                 text.append("│", "blue")
-        parts += [Rule(_heading(row, number), align="left"), text]
+        parts += [Rule(heading(row, number), align="left"), text]
     return Group(*parts)
 
 
-def _heading(row: dict[str, Any], number: int) -> str:
+def heading(row: dict[str, Any], number: int) -> str:
+    """Which row it is, and how much of it is trained."""
     total = len(row["labels"])
     trained = sum(label != IGNORE_INDEX for label in row["labels"])
     return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%})"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --dim: #8b929b; --on: #0b5d2a; --fill: #c9f2d3;
-  --line: #d0d7de; --edge: #2f6feb; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --bg: #0d1117; --fg: #e6edf3; --dim: #77808b; --on: #b4f5c5;
-  --fill: #14522b; --line: #30363d; --edge: #79a8ff; }} }}
-body {{ background: var(--bg); color: var(--fg); font: 16px/1.6 system-ui, sans-serif; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; color: var(--dim);
-  border: 1px solid var(--line); border-radius: 6px; padding: 1rem; margin: 0; }}
-.t {{ color: var(--on); background: var(--fill); font-weight: 600; }}
-.c {{ border: 1.5px solid currentColor; border-radius: 4px; padding: 0 .25em; }}
-body:has(#borders:checked) pre span {{ box-shadow: inset -1.5px 0 var(--edge); }}
-body:has(#borders:checked) pre {{ letter-spacing: .03em; }}
-</style></head><body>
-<h1>{title}</h1>
-<p><span class="t">trained</span> &ensp; <span style="color:var(--dim)">masked</span> &ensp;
-<span class="c">control token</span> &ensp; <label><input type="checkbox" id="borders"> token borders</label></p>
-{rows}
-</body></html>
-"""
 
 
 def preview_html(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, title: str = "What is trained"
 ) -> str:
     """The rows as one page that needs nothing else: no script, no network; the ids show under the pointer."""
-    parts = []
-    for number, row in enumerate(rows):
-        spans = []
-        for piece in pieces(row["input_ids"], row["labels"], tokenizer):
-            kind = " ".join(name for name, on in (("t", piece.trained), ("c", piece.control)) if on)
-            ids = ", ".join(map(str, piece.ids))
-            text = escape(piece.text).replace("\n", "↵\n" if piece.trained else "\n")
-            spans.append(f'<span{f" class={chr(34)}{kind}{chr(34)}" if kind else ""} title="{ids}">{text}</span>')
-        # a newline right after <pre> would be swallowed
-        parts.append(f"<h2>{escape(_heading(row, number))}</h2>\n<pre>\n{''.join(spans)}</pre>")
-    return _PAGE.format(title=escape(title), rows="\n".join(parts))
+    from ma_sft.report import environment
+
+    shown = [
+        {"heading": heading(row, number), "pieces": pieces(row["input_ids"], row["labels"], tokenizer)}
+        for number, row in enumerate(rows)
+    ]
+    return str(environment().get_template("preview.html.jinja").render(title=title, rows=shown))
 
 
 def preview(

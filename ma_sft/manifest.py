@@ -11,7 +11,6 @@ from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.weights import find_weights, read_weights
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from ma_sft.prepare import Prepared
@@ -37,6 +36,8 @@ class Finding:
 
 def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
     """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
+    from ma_sft.distributed import digest
+
     model, training, config = settings.model, settings.training, settings.data
     quantization = None
     if model.load_in_4bit:
@@ -62,7 +63,7 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
             key: getattr(config, key) for key in ("train_on", "history", "response_template", "instruction_template")
         },
         "data": {
-            "digest": digest_of(data.dataset) if hasattr(data.dataset, "num_rows") else None,  # a stream has none
+            "digest": digest(data.dataset),
             "sources": [config.dataset_name] if config.dataset_name else config.datasets,
             "packing": data.packing is not None,
             **asdict(data.counts),
@@ -91,17 +92,6 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", template_kwargs: An
         kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs
         described["probe"] = ChatEncoder(tokenizer, template_kwargs=kwargs).encode_prompt(PROBE)
     return described
-
-
-def digest_of(dataset: "Dataset") -> str:
-    """SHA-256 of all `input_ids` and `labels` in their order, 32 hex digits."""
-    found = hashlib.sha256()
-    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
-        for name in ("input_ids", "labels"):
-            column = batch[name].combine_chunks()
-            found.update(column.value_lengths().to_numpy().tobytes())
-            found.update(column.flatten().to_numpy().tobytes())
-    return found.hexdigest()[:32]
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -344,9 +344,8 @@ def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | Non
     if found:
         lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
     if quantised and settings.training.use_cpu:
-        unpacked = "each product unpacks its 4-bit weights first"
-        how = unpacked if settings.model.load_in_4bit else "products take their input in float16"
-        lines.append(("bitsandbytes on the CPU", f"nothing is paged, optimiser states stay in memory; {how}"))
+        how = "nothing is paged, optimiser states stay in memory; each product unpacks its weights first"
+        lines.append(("bitsandbytes on the CPU", how))
     return lines
 
 

@@ -22,6 +22,7 @@ from ma_sft.template import TEMPLATES, ChatEncoder, set_chat_template
 
 if TYPE_CHECKING:
     from ma_sft.collator import DataCollatorForCompletionOnlyLM
+    from ma_sft.filters import Stage
     from ma_sft.inspect import CheckReport
     from ma_sft.mixture import Mixture
     from ma_sft.packing import PackingReport
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN_ROWS = 4  # in the report
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
 ENCODED = ["input_ids", "labels", "row", "turns", "untrained", "special_text"]  # ChatEncoder.tokenize_batch's columns
 
@@ -62,6 +64,7 @@ class Labelled:
     conversations: Dataset | None = None
     encoder: ChatEncoder | None = None
     collator: "DataCollatorForCompletionOnlyLM | None" = None
+    stages: "list[Stage]" = field(default_factory=list)
 
 
 @dataclass
@@ -77,6 +80,9 @@ class Prepared:
     check: "CheckReport | None"
     packing: "PackingReport | None"
     sources: list[str]  # of each held-out row; empty for training rows
+    stages: "list[Stage]"  # conversion and filters, with what each removed
+    sample: list[dict[str, Any]]  # the first rows before they are cut: input_ids, labels, row
+    lengths: dict[str, Any]  # a histogram of all rows' lengths before they are cut, in tokens
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -165,7 +171,7 @@ def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_ou
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         batch_size = training.per_device_train_batch_size
         cut, packing = pack_with_report(cut, training.max_length, training.packing_strategy, batch_size=batch_size)
-    return Prepared(cut, labelled.conversations, counts, report, packing, sources)
+    return Prepared(cut, labelled.conversations, counts, report, packing, sources, labelled.stages, *_look(labelled))
 
 
 def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
@@ -258,7 +264,7 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
     counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
-    return Labelled(labelled, counts, conversations, encoder)
+    return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
 
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
@@ -323,7 +329,25 @@ def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) ->
             raise RecipeError("packing needs max_length, the length of a pack in tokens")
         stream = pack(stream, training.max_length, training.packing_strategy, seed=training.seed)
     stream = stream.repeat(None)  # without an end: a resumed run finds its place by counting batches from the start
-    return Prepared(stream, None, sample.counts, report, None, [])
+    return Prepared(stream, None, sample.counts, report, None, [], sample.stages, *_look(sample))
+
+
+def _look(labelled: Labelled) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the report shows of the rows: the first ones, and a histogram of lengths in tokens."""
+    dataset = labelled.dataset
+    lengths = np.concatenate(
+        [batch["input_ids"].combine_chunks().value_lengths() for batch in dataset.with_format("arrow").iter(10_000)]
+    )
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 25).astype(int))
+    rows, _ = np.histogram(lengths, edges)
+    median, p99 = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 99))
+    return [dataset[row] for row in range(min(SHOWN_ROWS, len(dataset)))], {
+        "rows": rows.tolist(),
+        "edges": edges.tolist(),
+        "median": median,
+        "p99": p99,
+        "longest": int(lengths.max()),
+    }
 
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:

@@ -93,6 +93,12 @@ class DataConfig:
         default=None,
         metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on with this adapter (a run's folder, or an adapter's); its own settings, no lora_* ones."
+        },
+    )
     lora_preset: str = field(
         default="all-linear",
         metadata={
@@ -171,7 +177,7 @@ class Recipe:
         path = Path(path)
         if not path.is_file():
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix in (".yaml", ".yml", ".json"):
             return cls(**{"name": path.stem, **read_yaml(path)})
         import runpy
 
@@ -234,6 +240,23 @@ class Recipe:
         if data.dataset_name and data.datasets and "dataset_name" in flags:
             data.datasets = []  # a flag replaces the recipe's sources
         return Settings(data, training, model, chosen)
+
+
+def all_settings() -> dict[str, dict[str, Any]]:
+    """Every setting of a recipe: name -> `help`, `default` and `choices` (None if it is free)."""
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    parser = TrlParser((DataConfig, SFTConfig, ModelConfig), allow_abbrev=False)
+    parser.set_defaults_with_config(**_our_defaults({}, []))
+    return {
+        action.dest: {
+            "help": " ".join((action.help or "").split()),
+            "default": action.default,
+            "choices": list(action.choices) if action.choices else None,
+        }
+        for action in parser._actions
+        if action.dest not in ("help", "config")
+    }
 
 
 def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
@@ -311,7 +334,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def nearest(key: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all settings"
+    return f"; did you mean {close[0]!r}?" if close else "; `ma-sft settings` lists them all"
 
 
 def _check_value(key: str, value: Any, action: argparse.Action) -> None:

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
+from ma_sft.cache import write_whole
 from ma_sft.distributed import largest, once
 from ma_sft.errors import Interrupted, RecipeError, RunError
 
@@ -92,7 +93,7 @@ def _claim(out: Path, settings: "Settings", lock: FileLock) -> Path | None:
         raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
     elif settings.data.resume == "never":
         _empty(out)
-    _write(out / "recipe.json", recipe)
+    write_whole(out / "recipe.json", json.dumps(recipe, indent=2, ensure_ascii=False))
     _remove_cut_off(out)
     if chosen := settings.training.resume_from_checkpoint:
         if not Path(chosen).is_dir():
@@ -107,13 +108,6 @@ def _empty(out: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-
-
-def _write(path: Path, content: Any) -> None:
-    """Write JSON under another name first, so that the file is whole or not there."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    scratch.replace(path)
 
 
 def check_same_data(checkpoint: Path, digest: str) -> None:
@@ -231,7 +225,7 @@ class Survival(TrainerCallback):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        _write(folder / COMPLETE, {"step": state.global_step, "data": self.digest})
+        write_whole(folder / COMPLETE, json.dumps({"step": state.global_step, "data": self.digest}))
         rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)
 
     def on_train_end(

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ma_sft.cache import write_whole
 from ma_sft.errors import MaSftError, RecipeError
 from ma_sft.recipe import Recipe, Settings
 
@@ -53,6 +54,8 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     from ma_sft.manifest import make_manifest, write_manifest
     from ma_sft.plan import peak_memory
     from ma_sft.prepare import load_tokenizer, prepare_once
+    from ma_sft.progress import Journal
+    from ma_sft.report import write_start
     from ma_sft.resume import Survival, check_same_data
 
     out = Path(settings.training.output_dir)
@@ -64,17 +67,20 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
         check_same_data(checkpoint, content)
     memory = _forecast(settings, data) if settings.training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
-    survival = Survival(trainer, stop, content)
+    journal, survival = Journal(out / "log.jsonl"), Survival(trainer, stop, content)
+    trainer.add_callback(journal)  # first: survival stops at a loss that is no number
     trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
-        show_start(settings, data, trainer, memory, checkpoint)
+        write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory, checkpoint))
 
     exam = _Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
     # ZeRO and FSDP can run the model only once training has shared it out
     whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
     losses = held_out_loss(trainer, held_out.dataset, held_out.sources) if held_out and whole else {}
     before = exam.answer(trainer, "answers before training") if exam and whole else []
+    if main and losses:
+        journal.held_out(0, losses["all"])
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
@@ -89,6 +95,8 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     if not main:
         return {}
 
+    if losses_after:
+        journal.held_out(trainer.state.global_step, losses_after["all"])
     summary: dict[str, Any] = {
         "name": settings.data.name,
         "rows": data.counts.rows or None,  # a stream does not know
@@ -106,16 +114,15 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
         summary |= {**headlines(graded), "evaluation": graded}
         write_manifest(saved, {**manifest, "kind": saved.name, "metrics": graded["after"]})
     if settings.model.use_peft and settings.data.merge:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
         from ma_sft.adapters import merge
+        from ma_sft.distributed import outside_zero3
 
-        unset_hf_deepspeed_config()  # ZeRO-3 would share out the model that is merged
         shutil.rmtree(out / "merged", ignore_errors=True)
-        merged = merge(out, out / "merged")
+        with outside_zero3():
+            merged = merge(out, out / "merged")
         print(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
-    return _finish(settings, trainer, data, exam.table(before, after) if exam else [], summary)
+    return _finish(out, exam.table(before, after) if exam else [], summary)
 
 
 def make_trainer(
@@ -137,7 +144,9 @@ def make_trainer(
         CHANGE_BASE,
         add_loraplus,
         check_targets,
+        continue_adapter,
         freeze,
+        keep_gradients,
         keep_initial,
         lora_config,
         model_skeleton,
@@ -179,7 +188,13 @@ def make_trainer(
         raise RecipeError(
             f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
+    head = trainer.model.get_output_embeddings()
+    if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
+        head.bias = None
     freeze(trainer.model, settings.data.freeze)
+    keep_gradients(trainer.model)
+    if settings.data.adapter_name_or_path:
+        continue_adapter(trainer.model, Path(settings.data.adapter_name_or_path), tokenizer)
     if settings.data.loraplus_lr_ratio is not None:
         add_loraplus(trainer, settings.data.loraplus_lr_ratio)
     if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
@@ -288,8 +303,8 @@ def show_start(
     trainer: "SFTTrainer",
     memory: "Forecast | None",
     checkpoint: Path | None,
-) -> None:
-    """Print what will be trained, before the first step."""
+) -> list[tuple[str, str]]:
+    """Print what will be trained, before the first step; the (what, how much) lines of it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -297,9 +312,8 @@ def show_start(
     from ma_sft.prepare import counts_table
 
     table = Table(title=f"{settings.data.name}: what will be trained", show_header=False)
-    for key, value in counts_table(data.counts):
-        table.add_row(key, value)
-    for key, value in memory_table(settings, trainer.model, memory):
+    lines = counts_table(data.counts) + memory_table(settings, trainer.model, memory)
+    for key, value in lines:
         table.add_row(key, value)
     Console().print(table)
     if data.check is not None:
@@ -308,24 +322,17 @@ def show_start(
         Console().print(str(data.packing), highlight=False)
     if checkpoint:
         Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
+    return lines
 
 
-def _finish(
-    settings: Settings,
-    trainer: "SFTTrainer",
-    data: "Prepared",
-    answers: list[tuple[str, str, str, str]],
-    summary: dict[str, Any],
-) -> dict[str, Any]:
-    """Write report and summary, print where everything is."""
+def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> dict[str, Any]:
+    """Write answers, summary and report; print where everything is."""
     from rich.console import Console
     from rich.table import Table
 
     from ma_sft.evaluate import evaluation_table
-    from ma_sft.prepare import counts_table
     from ma_sft.report import write_report
 
-    out = Path(settings.training.output_dir)
     console = Console()
     if answers:
         table = Table("message", "before", "after", title="held-out answers", show_lines=True)
@@ -340,8 +347,9 @@ def _finish(
             f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
             f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
         )
-    write_report(out / "report.html", summary, trainer.state.log_history, counts_table(data.counts), answers)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_whole(out / "answers.json", json.dumps(answers, ensure_ascii=False, indent=1))
+    write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
+    write_report([out], out / "report.html")
     for what in ("adapter", "merged", "model", "report.html"):
         if (out / what).exists():
             console.print(f"{what:>12}  {out / what}", highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> Non
     os.environ.update(env)
     if "ACCELERATE_TORCH_DEVICE" in env:
         fsdp_on_cpu()
-    if "DS_ACCELERATOR" in env:
+    if env.get("DS_ACCELERATOR") == "cpu":
         import deepspeed.ops
 
         # a faster way between processes on CPUs, which DeepSpeed would compile for minutes

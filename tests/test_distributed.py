@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import start
+from conftest import ROOT, start
 from datasets import Dataset
 from processes import Run, free_port, launcher
 from safetensors.torch import load_file
@@ -254,7 +256,7 @@ def test_configuration_is_what_its_engine_reads(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["ddp", "zero2"])
 def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
-    env = launcher(name) | {"CUDA_VISIBLE_DEVICES": ""}
+    env = launcher(name) | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cuda"}
     run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
     assert run.finish() == 2
     assert "error: the launcher asks for a GPU and PyTorch finds none" in run.text
@@ -307,3 +309,59 @@ def test_several_processes_of_a_configuration_that_starts_one(base, tmp_path):
     )
     assert done.returncode != 0
     assert "error: --num_processes asks for several processes" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_machines(base, tmp_path):
+    """The configuration for several machines, started twice on this one."""
+    out, port = tmp_path / "run", free_port()
+    machines = [
+        subprocess.Popen(
+            [
+                *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/multi_node.yaml"),
+                *("--num_processes", "2", "--machine_rank", str(rank), "--main_process_port", str(port)),
+                *("recipes/qwen3.py", "--model_name_or_path", base["model_name_or_path"]),
+                *("--dataset_name", base["dataset_name"], "--output_dir", str(out), "--use_cpu", "true"),
+                *("--max_steps", "2", "--gradient_accumulation_steps", "1"),
+            ],
+            cwd=ROOT,
+        )
+        for rank in (1, 0)
+    ]
+    assert [machine.wait(240) for machine in machines] == [0, 0]
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_zero3_offload(base, tmp_path):
+    """Apart, because DeepSpeed first compiles its optimizer for this CPU."""
+    settings = {**base, "output_dir": str(tmp_path / "run"), "generate_eval": 0}
+    env = launcher("zero3_offload") | {"DS_ACCELERATOR": "cpu"}
+    run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env)
+    assert run.finish(600) == 0, run.text
+    single = Run({**settings, "output_dir": str(tmp_path / "one")}, "--per_device_train_batch_size", "2")
+    assert single.finish() == 0, single.text
+    assert outcome(run.out)[0] == pytest.approx(outcome(single.out)[0], abs=1e-4)
+
+
+def test_gpu_check_says_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = start(sys.executable, "benchmarks/gpu_check.py")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("no GPU on this machine: nothing was measured")
+
+
+@pytest.mark.slow
+def test_gpu_check_on_a_cpu(tiny_bpe, tmp_path):
+    done = start(
+        *(sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--model", tiny_bpe, "--steps", "4"),
+        *("--max_length", "128", "--out", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (kept,) = tmp_path.glob("gpu-check-cpu-*.json")
+    content = json.loads(kept.read_text())
+    assert content["versions"]["trl"] and content["settings"]["steps"] == 4
+    assert content["cases"].keys() >= {"full", "LoRA", "QLoRA", "LoRA, packed, SDPA"}
+    for case in content["cases"].values():
+        assert case["ours"]["tokens_per_second"] > 0 and case["trl"]["tokens_per_second"] > 0
+    assert "packed to unpacked, ours:" in done.stdout and f"kept as {kept}" in done.stdout.replace("\n", "")

@@ -1,13 +1,27 @@
-"""The documentation's Python is run, page by page, and what it prints is what the page says."""
+"""What README and docs show is run: Python blocks print what the page says, and every command ends with exit code 0.
+
+Commands run in a folder with what the pages take for granted: rows, recipes, a finished run. Models and data of a hub
+are replaced by local ones, and training is cut to one step. Commands for GPUs and of make are only held against what
+there is: configuration, script, settings, target.
+"""
 
 import contextlib
 import io
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_tokenizer
+from fetch_converter import fetch_converter
+
+from ma_sft import Recipe, run
+from ma_sft.cli import main
 
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -36,3 +50,176 @@ def test_python_on_the_page_prints_what_it_says(page, tmp_path, monkeypatch):
             warnings.simplefilter("ignore")
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
         assert printed.getvalue() == expected, f"{page}, line {line}"
+
+
+ROWS = [{"instruction": f"What is {i} and {i}?", "input": "", "output": f"So it is {2 * i}."} for i in range(50)]
+SHORT = [
+    *(
+        "--max_steps",
+        "1",
+        "--max_length",
+        "128",
+        "--generate_eval",
+        "2",
+        "--max_new_tokens",
+        "2",
+        "--report_to",
+        "none",
+    ),
+    *("--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "1", "--save_strategy", "no"),
+    *("--eval_strategy", "no", "--logging_steps", "1"),
+]
+
+
+def commands(page: Path) -> list[tuple[int, str]]:
+    """(line, command) of all bash blocks of a page; lines that go on with a backslash are one command."""
+    found, block, held = [], False, ""
+    for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            block = line == "```bash"
+        elif block:
+            held += re.sub(r"(^|\s)#.*", "", line).removesuffix("\\")
+            quotes = held.count("'") % 2  # a quoted argument over several lines
+            if not line.endswith("\\") and not quotes:
+                found += [(number, held)] if shlex.split(held, comments=True) else []
+                held = ""
+            elif quotes:
+                held += "\n"
+    return found
+
+
+class Shell:
+    """Runs the commands of one page."""
+
+    def __init__(self, folder: Path, places: dict[str, str]) -> None:
+        self.folder, self.places = folder, places
+
+    def __call__(self, line: str) -> None:
+        for part in line.split(" && "):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if ">" in words:
+                words = words[: words.index(">")]
+            words = [self.places.get(word, word) for word in words]
+            if words:
+                getattr(self, words[0].replace("-", "_"))(words[1:])
+
+    def ma_sft(self, words: list[str]) -> None:
+        if words[0] == "train":
+            words = [*words, *SHORT]
+        if words[-1].endswith(".gguf") or "--outtype" in words:
+            words = ["export", "gguf-model", *words[2:]]
+        assert main(words) == 0
+
+    def accelerate(self, words: list[str]) -> None:
+        config = Path(words[words.index("--config_file") + 1])
+        assert words[0] == "launch" and (ROOT / config).is_file()
+        script, flags = self.script(words)
+        if config.stem == "cpu":
+            run(Recipe.load(script), [*flags, *SHORT])
+
+    def torchrun(self, words: list[str]) -> None:
+        self.script(words)
+
+    deepspeed = torchrun
+
+    def script(self, words: list[str]) -> tuple[str, list[str]]:
+        """The recipe among a launcher's words, and its flags, which must be settings."""
+        at = next(at for at, word in enumerate(words) if word.endswith(".py"))
+        Recipe.load(words[at]).resolve([*words[at + 1 :], "--bf16", "false"])
+        return words[at], words[at + 1 :]
+
+    def make(self, words: list[str]) -> None:
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+    def source(self, words: list[str]) -> None:
+        assert words == [".venv/bin/activate"]  # where `make env` puts it
+
+    def pip(self, words: list[str]) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        (extra,) = re.findall(r"ma-sft\[(\w+)\]", " ".join(words))
+        assert extra in project["optional-dependencies"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bpe, tmp_path_factory):
+    """A finished run of a tiny model."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {"model_name_or_path": str(tiny_bpe), "dataset_name": str(folder / "rows.jsonl"), "test_size": 5}
+    run(Recipe(name="demo", output_dir=str(folder / "run"), use_peft=True, **settings), SHORT)
+    return folder / "run"
+
+
+@pytest.fixture
+def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
+    """A folder as the pages assume it."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    (tmp_path / "mixture.yaml").write_text(
+        "datasets: [rows.jsonl]\nfilters: {exact_duplicates: true}\ntest_size: 0.1\n"
+    )
+    (tmp_path / "overrides.yaml").write_text("learning_rate: 0.001\n")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    (readme,) = (code for _, code, _ in blocks(Path("README.md")) if code.startswith("# recipes/mine.py"))
+    (tmp_path / "recipes" / "mine.py").write_text(readme)
+    for path in (tmp_path / "recipes").glob("*.py"):
+        text = path.read_text(encoding="utf-8").replace('"trl-lib/Capybara"', '"rows.jsonl"')
+        for hub in ("demo", *HUB):
+            text = text.replace(f'model_name_or_path="{hub}"', f"model_name_or_path={str(tiny_bpe)!r}")
+        path.write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "data" / "demo", tmp_path / "data" / "demo")
+    for name in ("demo", "other"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    (tmp_path / "gguf-model").symlink_to(tiny_qwen3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAMA_CPP", str(fetch_converter()))
+    # Who is asked says: the tiny model, what is offered twice, one question, nothing more.
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    answers = {"Model": str(tiny_bpe), "> ": iter(["Hello", *[""] * 99])}
+    monkeypatch.setattr(
+        "builtins.input",
+        lambda text: next((next(a) if text == "> " else a for key, a in answers.items() if text.startswith(key)), ""),
+    )
+    return Shell(tmp_path, {"/models/x": str(tiny_bpe)})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p) and p.name != "README.zh.md"], ids=str)
+def test_commands_on_the_page_run(page, shell):
+    if page.name not in ("README.md",):
+        shutil.copytree(shell.folder / "runs" / "demo", shell.folder / "runs" / "mine")
+    for line, command in commands(page):
+        try:
+            shell(command)
+        except Exception as error:
+            raise AssertionError(f"{page}, line {line}: {command}") from error
+
+
+def test_chinese_readme_shows_the_same():
+    def shown(page):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        code = [[part.strip() for part in re.sub(r"(?m)\s*#.*$", "", code).splitlines()] for _, code, _ in blocks(page)]
+        links = re.findall(r"\]\(((?!README)[^)]+)\)", text)
+        return [shlex.split(command, comments=True) for _, command in commands(page)], code[0], sorted(set(links))
+
+    english, chinese = shown(Path("README.md")), shown(Path("README.zh.md"))
+    assert chinese == english
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", text):
+            assert not target or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_recipes_and_settings_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| recipe | what for |") : text.index("## A recipe")]
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if "`" in line)))
+    shipped = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"demo_data"}
+    assert named == shipped
+    launchers = set(re.findall(r"`(\w+)\.yaml`", text))
+    assert launchers == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}

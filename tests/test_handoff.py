@@ -118,7 +118,7 @@ def test_manifest_says_what_the_next_stage_needs(sft):
         assert manifest["end_of_turn_ids"][0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert manifest["special_ids"]["pad"] == tokenizer.pad_token_id
         assert manifest["system_prompt"] == "You add." and manifest["template_kwargs"] == {"enable_thinking": False}
-        assert manifest["data"]["rows"] == 24 and len(manifest["data"]["digest"]) == 32
+        assert manifest["data"]["rows"] == 24 and len(manifest["data"]["digest"]) == 64
         assert manifest["metrics"]["loss"] == summary["eval_loss"]
         assert manifest["mask_policy"]["train_on"] == "all" and manifest["versions"]["trl"]
         assert not [*folder.glob("*.bin")], "no pickles"

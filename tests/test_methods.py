@@ -82,6 +82,38 @@ def test_loraplus_gives_b_the_higher_rate(train):
     assert rates == {(False, 0.05), (True, 0.4)}
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train, bits):
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs, and then has no backward pass."""
+    from ma_sft.prepare import load_tokenizer, prepare
+    from ma_sft.train import make_trainer
+
+    out, _ = train(merge=False)
+    chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), f"load_in_{bits}bit": True}
+    settings = Recipe(**chosen).resolve()
+    tokenizer, added = load_tokenizer(settings)
+    model = make_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
+    ids = torch.arange(1000, 1064)[None]
+
+    def gradient():
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    torch.manual_seed(0)
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    torch.manual_seed(0)
+    assert before.norm() > 0
+    torch.testing.assert_close(gradient(), before, atol=0.02 * before.abs().max().item(), rtol=0.02)
+
+
 def test_full_fine_tuning_with_frozen_layers(train, tiny_qwen3):
     out, _ = train(use_peft=False, freeze=["embed_tokens", r"layers\.0\."], learning_rate=1e-3)
     before, after = (

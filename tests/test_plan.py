@@ -49,6 +49,8 @@ def test_what_saves_memory_is_forecast_to_save_it():
     assert again.kept < 0.2 * lora.kept
     longer = forecast(settings(use_peft=True, max_length=512))
     assert 1.8 < longer.kept / lora.kept < 3
+    flash = forecast(settings(use_peft=True, attn_implementation="flash_attention_2"))
+    assert flash.kept == lora.kept, "a plan for GPUs is made where no FlashAttention is installed"
     frozen = forecast(settings(use_peft=False, freeze=["embed_tokens"]))
     assert frozen.trainable == 134_515_008 - 49_152 * 576
     eight = forecast(settings(use_peft=False, optim="adamw_8bit"))

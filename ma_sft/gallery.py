@@ -1,0 +1,68 @@
+"""The recipes and launcher configurations that ship with ma_sft: list them, copy one to edit.
+
+In a clone they are the folders `recipes/` and `accelerate_configs/`; a wheel carries both inside the package.
+"""
+
+import ast
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ma_sft.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A file to copy: a `recipe`, a `script` that makes data, or a `launcher` (a configuration of accelerate)."""
+
+    name: str
+    kind: str
+    model: str
+    about: str
+    path: Path
+
+
+def shipped() -> dict[str, Shipped]:
+    """Everything that ships, by name: recipes first. Nothing is imported, so nothing heavy is either."""
+    found = [_read(path) for path in sorted(_folder("recipes").glob("[!_]*.py"))]
+    for path in sorted(_folder("accelerate_configs").glob("*.yaml")):
+        comment = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        found.append(Shipped(path.stem, "launcher", "", " ".join(comment), path))
+    return {item.name: item for item in sorted(found, key=lambda item: "recipe script launcher".index(item.kind))}
+
+
+def copy(name: str, out: Path | None = None) -> Path:
+    """Copy what ships under `name` to `out` (by default its own name, here).
+
+    Raises:
+        RecipeError: no such name, or `out` exists.
+    """
+    known = shipped()
+    if name not in known:
+        raise RecipeError(f"no recipe {name!r} ships with ma_sft; there are {', '.join(known)}")
+    source = known[name].path
+    target = out / source.name if out is not None and out.is_dir() else out or Path(source.name)
+    if target.exists():
+        raise RecipeError(f"{target} exists already; pass another file with -o")
+    shutil.copyfile(source, target)
+    return target
+
+
+def _folder(name: str) -> Path:
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def _read(path: Path) -> Shipped:
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    about = (ast.get_docstring(module) or "").splitlines()[0]
+    settings = [
+        keyword
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.targets[0]) == "recipe"
+        for keyword in node.value.keywords
+    ]
+    models = [ast.literal_eval(keyword.value) for keyword in settings if keyword.arg == "model_name_or_path"]
+    return Shipped(path.stem, "recipe" if settings else "script", "".join(models), about, path)

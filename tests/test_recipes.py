@@ -1,0 +1,255 @@
+"""Every shipped recipe trains a step: a tiny model of its architecture, its real tokenizer, rows of its kind."""
+
+import ast
+import json
+
+import pytest
+import torch
+from conftest import ROOT, load_tokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
+
+from ma_sft import Recipe, RecipeError, run
+from ma_sft.gallery import shipped
+
+KINDS = {
+    "smollm2": (LlamaConfig, LlamaForCausalLM),
+    "llama3": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+FAMILIES = {
+    "HuggingFaceTB/SmolLM2": "smollm2",
+    "meta-llama/Llama-3": "llama3",
+    "Qwen/Qwen3": "qwen3",
+    "google/gemma-3": "gemma3",
+}
+
+ALPACA = [{"instruction": f"Double {i}", "input": "", "output": f"That makes {2 * i}."} for i in range(40)]
+ALPACA_ZH = [{"instruction": f"把数字{i}翻倍", "input": "", "output": f"结果是{2 * i}。"} for i in range(40)]
+SHAREGPT = [
+    {
+        "conversations": [
+            {"from": "human", "value": f"Is {i} even?"},
+            {"from": "gpt", "value": "Yes." if i % 2 == 0 else "No."},
+            {"from": "human", "value": f"And what is word number {i} of your favourite poem?"},
+            {"from": "gpt", "value": f"I would say word {i}."},
+        ]
+    }
+    for i in range(40)
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+TOOLS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"How is the weather in city {i}?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "weather", "arguments": {"city": f"city {i}"}}}
+                ],
+            },
+            {"role": "tool", "name": "weather", "content": "sunny"},
+            {"role": "assistant", "content": f"It is sunny in city {i}."},
+        ],
+        "tools": [TOOL],
+    }
+    for i in range(40)
+]
+REASONING = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i} + {i}?"},
+            {"role": "assistant", "content": f"<think>\nTwice {i} is {2 * i}.\n</think>\n\n{2 * i}"},
+        ]
+    }
+    for i in range(120)
+]
+CSV = "Question,Answer\n" + "".join(
+    f'"Does article {i} fit, and how?","Yes, article {i}: see page {i * 7}."\n' for i in range(40)
+)
+ROWS = {
+    "alpaca": ALPACA,
+    "alpaca_zh": ALPACA_ZH,
+    "sharegpt": SHAREGPT,
+    "tools": TOOLS,
+    "reasoning": REASONING,
+    "csv_qa": CSV,
+    "base_chatml": REASONING,
+    "continue_adapter": ALPACA_ZH,
+}
+# What every run here is given beside the recipe: less of everything.
+SMALL = [
+    *("--max_steps", "1", "--generate_eval", "0", "--merge", "false", "--gradient_accumulation_steps", "1"),
+    *("--test_size", "4", "--per_device_train_batch_size", "1", "--save_strategy", "no", "--report_to", "none"),
+    *("--max_length", "256", "--warmup_steps", "0"),
+]
+
+
+def make_model(folder, family, *, base=False):
+    """A two-layer random model of a family, with the family's real tokenizer (without chat template if `base`)."""
+    tokenizer = load_tokenizer(family)
+    config, kind = KINDS[family]
+    set_seed(0)
+    model = kind(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+    )
+    if base:
+        tokenizer.chat_template = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path):
+    def start(name, *args, rows=None, **changed):
+        recipe = Recipe.load(ROOT / "recipes" / f"{name}.py")
+        rows = ROWS[name] if rows is None else rows
+        data = tmp_path / ("faq.csv" if isinstance(rows, str) else "rows.jsonl")
+        data.write_text(
+            rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+            encoding="utf-8",
+        )
+        settings = recipe.settings
+        if "datasets" in settings:  # keep what the recipe says of its sources, but for where they are
+            settings["datasets"] = [
+                {**({} if isinstance(s, str) else s), "path": str(data)} for s in settings["datasets"]
+            ]
+        else:
+            settings["dataset_name"] = str(data)
+        family = next(family for start, family in FAMILIES.items() if settings["model_name_or_path"].startswith(start))
+        model = tmp_path / "model"
+        if not model.exists():
+            make_model(model, family, base=name == "base_chatml")
+        settings |= {"model_name_or_path": str(model), "output_dir": str(tmp_path / name), **changed}
+        return tmp_path / name, run(recipe, [*SMALL, *args])
+
+    return start
+
+
+def trained_text(out):
+    """What the run's own page shows as trained, row by row."""
+    rows = json.loads((out / "run.json").read_text(encoding="utf-8"))["rows"]
+    return ["".join(piece["text"] for piece in row["pieces"] if piece["trained"]) for row in rows]
+
+
+def test_alpaca(train):
+    out, summary = train("alpaca")
+    assert summary["steps"] == 1 and summary["rows"] == 36
+    assert (out / "model" / "model.safetensors").exists() and not (out / "adapter").exists()
+    assert all(text.startswith("That makes ") and text.endswith(".<|im_end|>") for text in trained_text(out))
+
+
+def test_alpaca_zh_trains_what_a_chat_without_thinking_sees(train):
+    out, _ = train("alpaca_zh")
+    assert all(text.startswith("结果是") and text.endswith("。<|im_end|>") for text in trained_text(out))
+    rows = json.loads((out / "run.json").read_text(encoding="utf-8"))["rows"]
+    assert "<think>\n\n</think>\n\n结果是" in "".join(piece["text"] for piece in rows[0]["pieces"])
+
+
+def test_sharegpt_counts_broken_rows_and_trains_every_turn(train):
+    broken = {"conversations": [{"from": "human", "value": "Nobody answers"}]}
+    out, summary = train("sharegpt", "--generate_eval", "2", "--max_new_tokens", "4", rows=[*SHAREGPT, broken])
+    assert summary["rows"] == 36
+    manifest = json.loads((out / "adapter" / "sft_manifest.json").read_text())
+    assert manifest["base_model"]["quantization"].startswith("4-bit") and manifest["data"]["skipped_rows"] == 1
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    still = [key for key, value in adapter.items() if "lora_B" in key and not value.any()]
+    assert not still, "the gradient has to reach every layer, also after the answers before training"
+    for text in trained_text(out):
+        assert text.count("<|eot_id|>") == 2 and "I would say word" in text and "Is" not in text
+
+
+def test_tools_trains_calls_and_answers_but_not_results(train):
+    out, _ = train("tools")  # the template drops the empty thoughts of the first turn, so each is a sequence of its own
+    texts = trained_text(out)
+    calls = [text for text in texts if text.startswith('<tool_call>\n{"name": "weather", "arguments": {"city": "city ')]
+    assert calls and all(text.startswith("It is sunny in city") for text in texts if text not in calls)
+    assert all(text.endswith("<|im_end|>") for text in texts)
+
+
+def test_reasoning_trains_thoughts_and_answer(train):
+    out, _ = train("reasoning")
+    for text in trained_text(out):
+        assert text.startswith("<think>\nTwice ") and "</think>" in text and text.endswith("<|im_end|>")
+
+
+def test_csv_qa_maps_columns_and_keeps_the_system_message(train):
+    out, summary = train("csv_qa")
+    assert summary["rows"] == 36
+    assert all(text.startswith("Yes, article ") and text.endswith("<end_of_turn>") for text in trained_text(out))
+    assert json.loads((out / "adapter" / "sft_manifest.json").read_text())["system_prompt"].startswith("You answer")
+
+
+def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
+    out, _ = train("base_chatml", "--learning_rate", "0.1", "--merge", "true")
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    before = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(out / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    assert sorted(ids) == [len(before), len(before) + 1] and tokenizer.eos_token == "<|im_end|>"
+    assert torch.equal(after[: len(before)], before.to(after.dtype))  # no other row moved
+    assert (after[ids[1]] - before.float().mean(0)).abs().max() > 0.01
+    assert "<|im_start|>assistant" in tokenizer.chat_template
+    assert all(text.endswith("<|im_end|>") for text in trained_text(out))
+
+
+def test_continue_adapter_begins_where_the_adapter_ended(train):
+    first, _ = train("alpaca_zh", "--learning_rate", "0.05")
+    adapter = load_file(first / "adapter" / "adapter_model.safetensors")
+    again = {"adapter_name_or_path": str(first)}
+    still, _ = train("continue_adapter", "--learning_rate", "0", **again)
+    same = load_file(still / "adapter" / "adapter_model.safetensors")
+    assert same.keys() == adapter.keys() and all(torch.equal(same[key], adapter[key]) for key in adapter)
+    on, _ = train("continue_adapter", "--learning_rate", "0.05", "--overwrite_output_dir", "true", **again)
+    further = load_file(on / "adapter" / "adapter_model.safetensors")
+    moved = [key for key in adapter if not torch.equal(further[key], adapter[key])]
+    assert len(moved) == len(adapter)
+    config = json.loads((on / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == json.loads((first / "adapter" / "adapter_config.json").read_text())["r"]
+    with pytest.raises(RecipeError, match=r"another chat template; set template: .*chat_template\.jinja"):
+        train("continue_adapter", "--template", "role-tags", "--overwrite_output_dir", "true", **again)
+    with pytest.raises(RecipeError, match="lora_r: an adapter that is trained further has its own settings"):
+        train("continue_adapter", "--lora_r", "4", "--overwrite_output_dir", "true", **again)
+
+
+def test_all_recipes_are_tested_short_and_tell_what_they_are():
+    recipes = [item for item in shipped().values() if item.kind == "recipe"]
+    tested_elsewhere = {"demo", "qwen3", "alpaca_qlora", "alpaca_pack"}  # tests/e2e
+    assert {item.name for item in recipes} == set(ROWS) | tested_elsewhere
+    for item in recipes:
+        source = item.path.read_text(encoding="utf-8")
+        lines = [line for line in source.splitlines() if line.strip()]
+        assert len(lines) <= 30, item.name
+        assert 20 < len(item.about) < 120 and item.model, item.name
+        assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For | ast.FunctionDef)]
