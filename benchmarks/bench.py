@@ -108,8 +108,8 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
     def ours() -> Any:
-        rows = load_mixture([str(path)]).train
-        return pack(tokenize(rows, ChatEncoder(tokenizer)), 4096)
+        rows = load_mixture([str(path)], num_proc=1).train
+        return pack(tokenize(rows, ChatEncoder(tokenizer), num_proc=1), 4096)
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **small))

@@ -3,7 +3,8 @@
 python benchmarks/gpu_check.py [--model demo] [--steps 30] [--max_length 1024] [--device cpu]
 
 Each case trains the same rows with the same settings twice: by a recipe, and by `trl.SFTTrainer` alone. Ratios are ours
-to TRL. The result is kept as JSON, with the device's name and the date. `--device cpu` is for a look at the logic.
+to TRL; the peak of allocated memory is held against the forecast that a run prints before its first step, too. The
+result is kept as JSON, with the device's name and the date. `--device cpu` is for a look at the logic.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from ma_sft import Recipe
 from ma_sft.distributed import available_attention
+from ma_sft.plan import forecast
 from ma_sft.prepare import load_tokenizer, prepare
 from ma_sft.train import make_trainer
 
@@ -80,7 +82,10 @@ def ours(settings: dict[str, Any], warm_up: int) -> dict[str, float]:
     fresh()
     resolved = Recipe(name="gpu-check", check=False, **settings).resolve()
     tokenizer, added = load_tokenizer(resolved)
-    return train(make_trainer(resolved, tokenizer, added, prepare(resolved, tokenizer).dataset, None), warm_up)
+    data: Any = prepare(resolved, tokenizer).dataset
+    expected = forecast(resolved, max(map(len, data["input_ids"]))).peak
+    found = train(make_trainer(resolved, tokenizer, added, data, None), warm_up)
+    return {**found, "forecast_peak_bytes": expected}
 
 
 def theirs(settings: dict[str, Any], warm_up: int) -> dict[str, float]:
@@ -133,7 +138,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     results: dict[str, Any] = {}
-    table = Table("", "ours: tokens/s", "TRL: tokens/s", "ratio", "peak, ours : TRL", title=device)
+    table = Table(
+        *("", "ours: tokens/s", "TRL: tokens/s", "ratio", "peak memory, ours to TRL", "forecast to measured peak"),
+        title=device,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(rows, options.batch_size * options.steps * 8, options.max_length)
@@ -167,6 +175,7 @@ def main() -> None:
                 *(f"{speed:,.0f}" for speed in speeds),
                 f"{speeds[0] / speeds[1]:.2f}",
                 f"{peaks[0] / peaks[1]:.2f}" if peaks[1] else "not measured",
+                f"{found['ours']['forecast_peak_bytes'] / peaks[0]:.2f}" if peaks[0] else "not measured",
             )
     Console().print(table)
     for side in ("ours", "trl"):

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -240,6 +241,36 @@ def keep_gradients(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def repacked(model: Any) -> Iterator[None]:
+    """Let bitsandbytes repack 4-bit weights on a CPU while answers are generated, many times as fast.
+
+    Afterwards the layers have the very weights and scales that they had: bitsandbytes' own way back rounds the scales.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "support_avx512bf16_for_cpu")
+        and module.weight.device.type == "cpu"
+        and getattr(module.weight, "quant_state", None) is not None
+        and module.weight.quant_state.shape[0] % 32 == 0
+        and module.weight.quant_state.shape[1] % 64 == 0  # the kernel's blocks; other layers stay as they are
+    ]
+    kept = [
+        (layer.weight.data, copy.copy(layer.weight.quant_state), layer.support_avx512bf16_for_cpu) for layer in layers
+    ]
+    if layers:
+        from bitsandbytes.functional import has_avx512bf16
+
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = has_avx512bf16()
+    try:
+        yield
+    finally:
+        for layer, (data, state, fast) in zip(layers, kept, strict=True):
+            layer.weight.data, layer.weight.quant_state, layer.support_avx512bf16_for_cpu = data, state, fast
 
 
 def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:

@@ -59,6 +59,9 @@ def guard(command: Callable[[], Any]) -> int:
             print(str(stop) or "stopped by Ctrl-C", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # `datasets` lets a timeout of its workers cover it
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
         # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
         for full in (errno.ENOSPC, errno.EDQUOT):
             if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
@@ -293,10 +296,19 @@ def _data_build(options: argparse.Namespace) -> None:
 
     from ma_sft.build import build
 
-    # A plain `kill` unwinds as Ctrl-C does, so that scratch folders go and other processes end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    overrides = {"num_proc": options.num_proc} if options.num_proc else {}
-    Console().print(build(options.mixture, options.out, **overrides))
+    main_process = os.getpid()
+
+    def stop(number: int, _: Any) -> None:
+        """A plain `kill` unwinds as Ctrl-C does, so that scratch folders go; a worker ends, as its pool expects."""
+        if os.getpid() != main_process:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        Console().print(build(options.mixture, options.out, **({"num_proc": n} if (n := options.num_proc) else {})))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"data set: {options.out} (ma-sft data show {options.out})")
 
 

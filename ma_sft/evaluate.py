@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ma_sft.adapters import repacked
 from ma_sft.errors import RecipeError
 from ma_sft.formats import load_function
 from ma_sft.template import ChatEncoder, Message
@@ -119,7 +120,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
-    with tqdm(total=len(ids), desc=desc) as bar:
+    with repacked(model), tqdm(total=len(ids), desc=desc) as bar:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             width = len(ids[chunk[0]])

@@ -217,9 +217,10 @@ def read_mixture(path: str | Path) -> dict[str, Any]:
 
 
 def processes(num_proc: int | None, rows: int) -> int | None:
-    """`num_proc`, or by default all cores for many rows and this process alone for few."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return num_proc if num_proc or rows < MANY_ROWS or cores == 1 else cores
+    """`num_proc`, or by default all cores for many rows and this process alone for few; None is this process alone."""
+    if num_proc is None and rows >= MANY_ROWS:
+        num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return None if num_proc == 1 else num_proc  # `datasets` would start a process for one
 
 
 def _read(

@@ -16,6 +16,8 @@ from ma_sft.errors import FormatError, RecipeError
 from ma_sft.formats import Row
 from ma_sft.reader import FILE, KINDS, LINE, ROW, RowReader, kind_of
 
+MANY_BYTES = 64 << 20  # of several files; from here on, other processes are worth their start
+
 
 @dataclass(frozen=True)
 class Source:
@@ -111,7 +113,8 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
         files = [path] if local.is_file() else sorted(f for f in glob.glob(path, recursive=True) if Path(f).is_file())
         if not files:
             raise RecipeError(f"the file {path!r} does not exist")
-        if all(Path(file).stat().st_size == 0 for file in files):
+        size = sum(Path(file).stat().st_size for file in files)
+        if size == 0:
             raise FormatError(f"{path}: the file is empty")
         builder = RowReader(
             data_files={"train": [glob.escape(str(Path(f).resolve())) for f in files]}, hash=__version__
@@ -119,7 +122,7 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
         if streaming:
             return builder.as_streaming_dataset(split="train")
         try:
-            builder.download_and_prepare(num_proc=num_proc if len(files) > 1 else None)
+            builder.download_and_prepare(num_proc=num_proc if len(files) > 1 and size > MANY_BYTES else None)
         except DatasetGenerationError as error:
             cause = error.__cause__
             raise cause if isinstance(cause, FormatError | RecipeError | OSError) else error from None

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that a test can kill; started by a fork of one that has imported everything."""
+"""Runs on CPUs in processes of their own that a test can kill; forked from one that has imported everything."""
 
 import multiprocessing
 import os
@@ -78,7 +78,7 @@ class Run:
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ranks} if processes > 1 else {}
-            own = {**{key: str(value) for key, value in where.items()}, **self.env}
+            own = {"CUDA_VISIBLE_DEVICES": "", **{key: str(value) for key, value in where.items()}, **self.env}
             self.processes.append(CONTEXT.Process(target=train, args=(settings, list(args), str(self.log), own)))
         for process in self.processes:
             process.start()

@@ -87,8 +87,17 @@ def test_bad_mixture_is_one_line_and_nothing_stays(mixture, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_killed_in_the_middle(mixture, tmp_path, stop):
+def test_build_with_workers_leaves_signals_as_they_were(mixture, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out"), "--num_proc", "2"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 55
+
+
+@pytest.mark.parametrize(
+    ("stop", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
+)
+def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     """A filter of the user's says when the build is under way, and then waits to be killed."""
     code = tmp_path / "slow.py"
     code.write_text(
@@ -98,6 +107,7 @@ def test_killed_in_the_middle(mixture, tmp_path, stop):
     text = mixture.read_text()
     mixture.write_text(text.replace("exact_duplicates: true", f"function: '{code}:slow'"))
     command = [sys.executable, "-m", "ma_sft.cli", "data", "build", str(mixture), "-o", str(tmp_path / "out")]
+    command += ["--num_proc", "2"] if workers == 2 else []
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "started").exists():
         assert process.poll() is None, process.stderr.read()

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from ma_sft import Recipe, RecipeError, run
-from ma_sft.adapters import load_adapter
+from ma_sft.adapters import keep_gradients, load_adapter, repacked
 from ma_sft.manifest import read_manifest
 
 
@@ -112,6 +112,32 @@ def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train,
     torch.manual_seed(0)
     assert before.norm() > 0
     torch.testing.assert_close(gradient(), before, atol=0.02 * before.abs().max().item(), rtol=0.02)
+
+
+def test_answers_leave_4_bit_weights_as_they_were(tmp_path):
+    """Layers that bitsandbytes can repack for inference on this CPU are repacked for it alone."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    config = LlamaConfig(
+        **{"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.2},
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
+    keep_gradients(model)
+    layer = model.model.layers[0].mlp.up_proj
+    ids = torch.arange(100, 150)[None]
+    before = model.train()(ids).logits
+    with torch.no_grad(), repacked(model.eval()):
+        inside = model(ids).logits
+        if layer.weight.device.type == "cpu":
+            assert getattr(layer.weight.quant_state, "packing_format_for_cpu", False) == has_avx512bf16()
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    torch.testing.assert_close(inside, before, atol=0.1 * before.abs().max().item(), rtol=0.1)
+    assert model.train()(ids).logits.equal(before)
 
 
 def test_full_fine_tuning_with_frozen_layers(train, tiny_qwen3):

@@ -295,6 +295,15 @@ def test_stream(tmp_path, caplog):
         load_mixture([one, two], streaming=True)
 
 
+def test_files_read_by_many_processes(files, monkeypatch):
+    monkeypatch.setattr("ma_sft.sources.MANY_BYTES", 0)
+    rows = load_mixture([str(files / "part*.jsonl")], num_proc=2).train
+    assert sorted(questions(rows)) == sorted(row["instruction"] for row in ROWS)
+    (files / "part[2].jsonl").write_bytes(b"\xff" * 10)
+    with pytest.raises(FormatError, match=r"part\[2\]\.jsonl, line 1: not valid JSON"):
+        load_mixture([str(files / "part*.jsonl")], num_proc=2)
+
+
 def test_many_processes_give_the_same_rows(tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS[:5]])
     filters = {"exact_duplicates": True, "near_duplicates": 0.95, "trivial": True}
