@@ -55,6 +55,7 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
     """
     sums: list[torch.Tensor] = []
     accelerator, fresh = trainer.accelerator, not trainer.accelerator._models
+    forward = trainer.model.__dict__.get("forward")  # TRL's, if the model is no PeftModel around it
 
     def count(model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         out = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -85,6 +86,8 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
             accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             accelerator.free_memory()
             trainer.model._is_accelerate_prepared = False
+            if forward is not None:  # taking mixed precision off takes TRL's with it
+                trainer.model.forward = forward
     found = {"all": torch.stack([*found.values()]).sum(0), **found}
     counted = {name: tuple(values.tolist()) for name, values in found.items()}
     return {
