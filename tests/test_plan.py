@@ -57,6 +57,13 @@ def test_what_saves_memory_is_forecast_to_save_it():
     assert 2 < eight.optimizer / eight.trainable < 2.2
 
 
+def test_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    code = "from ma_sft.plan import peak_memory; print(peak_memory())"
+    ballast = torch.ones(3 << 28)  # 3 GB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < ballast.nbytes / 2
+
+
 def test_forecast_agrees_with_the_measured_peak(tmp_path):
     """A run in a process of its own; benchmarks/memory.py does the same for twelve ways to train."""
     rows = tmp_path / "rows.jsonl"
