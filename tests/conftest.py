@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 from fetch_tokenizers import fetch
 from hypothesis import HealthCheck, settings
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
 from ma_sft.demo import demo_model
 
@@ -73,27 +81,38 @@ def smollm2() -> Path:
     return demo_model()
 
 
+def save_tiny(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: type[PreTrainedConfig] = Qwen3Config,
+    model: type[PreTrainedModel] = Qwen3ForCausalLM,
+    hidden_size: int = 32,
+) -> Path:
+    """Save a two-layer model of random weights with its tokenizer."""
+    set_seed(0)
+    model(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=hidden_size // 2,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised two-layer Qwen3 with the real Qwen3 tokenizer and chat template."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen3"
-    tokenizer = load_tokenizer("qwen3")
-    set_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-qwen3", load_tokenizer("qwen3"))
 
 
 @pytest.fixture(scope="session")
@@ -115,22 +134,7 @@ def tiny_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     set_chat_template(tokenizer, "chatml")
-    set_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tokenizer)
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:

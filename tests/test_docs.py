@@ -38,7 +38,6 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize("page", [p for p in PAGES if any(output for _, _, output in blocks(p))], ids=str)
 def test_python_on_the_page_prints_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed, if installed, prints a line where it has to guess
     names: dict = {}
     for line, code, expected in blocks(page):
         for hub, local in HUB.items():

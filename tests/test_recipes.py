@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, load_tokenizer
+from conftest import ROOT, load_tokenizer, save_tiny
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
@@ -15,7 +15,6 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    set_seed,
 )
 
 from ma_sft import Recipe, RecipeError, run
@@ -105,28 +104,9 @@ SMALL = (
 def make_model(folder, family, *, base=False):
     """A two-layer random model of a family, with the family's real tokenizer (without chat template if `base`)."""
     tokenizer = load_tokenizer(family)
-    config, kind = KINDS[family]
-    set_seed(0)
-    model = kind(
-        config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-    )
     if base:
         tokenizer.chat_template = None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tokenizer, *KINDS[family], hidden_size=64)
 
 
 @pytest.fixture
