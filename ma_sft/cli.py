@@ -48,6 +48,7 @@ def guard(command: Callable[[], Any]) -> int:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
     try:
         result = command()
+        sys.stdout.flush()  # while a reader that has gone is still caught below
         return result if isinstance(result, int) else 0
     except MaSftError as error:
         return _fail(" ".join(str(error).split()))

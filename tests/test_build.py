@@ -108,7 +108,14 @@ def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     mixture.write_text(text.replace("exact_duplicates: true", f"function: '{code}:slow'"))
     command = [sys.executable, "-m", "ma_sft.cli", "data", "build", str(mixture), "-o", str(tmp_path / "out")]
     command += ["--num_proc", "2"] if workers == 2 else []
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts these tests in the background has them ignore Ctrl-C, and what they start as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "started").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
