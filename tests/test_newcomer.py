@@ -234,15 +234,14 @@ def test_completion_knows_commands_and_settings(shell, tmp_path, capsys):
             assert done.stdout.strip() == answer, done.stderr
 
 
-def test_no_color_is_respected(here, monkeypatch, capfd):
+@pytest.mark.parametrize(("no_color", "colours"), [("", True), ("1", False)])
+def test_no_color_is_respected(no_color, colours, here):
     (here / "mine.yaml").write_text(json.dumps(BASE))
-    for no_color, colours in (("", True), ("1", False)):
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("NO_COLOR", no_color)
-        assert main(["preview", "mine.yaml", "-n", "1"]) == 0
-        shown = capfd.readouterr().out
-        assert "\x1b[" in shown  # bold and dim stay: they tell what is trained
-        assert bool(re.search(r"\x1b\[(?:\d+;)*3[0-7]m", shown)) == colours
+    environment = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": no_color}
+    command = [sys.executable, "-m", "ma_sft.cli", "preview", "mine.yaml", "-n", "1"]
+    shown = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "\x1b[" in shown  # bold and dim stay: they tell what is trained
+    assert bool(re.search(r"\x1b\[(?:\d+;)*3[0-7]m", shown)) == colours
 
 
 def test_unforeseen_error_names_versions():
