@@ -163,7 +163,7 @@ def training(steps: int) -> list[tuple[str, float, float]]:
 
     ours = make_trainer(settings, tokenizer, [], packs, None)
     theirs = plain(packs, per_device_train_batch_size=1, padding_free=True, max_length=None)
-    _, our_seconds, _, their_seconds = in_turn(ours.train, theirs.train)
+    _, our_seconds, _, their_seconds = in_turn(ours.train, theirs.train, rounds=5)
     padded = plain(Dataset.from_list(pairs), per_device_train_batch_size=4, completion_only_loss=True)
     trained = {name: sum(t != -100 for row in rows["labels"] for t in row) for name, rows in
                (("ours", packs), ("TRL", padded.train_dataset))}  # fmt: skip
