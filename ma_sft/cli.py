@@ -305,9 +305,10 @@ def _data_build(options: argparse.Namespace) -> None:
             os._exit(128 + number)
         raise KeyboardInterrupt
 
+    overrides = {"num_proc": options.num_proc} if options.num_proc else {}
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        Console().print(build(options.mixture, options.out, **({"num_proc": n} if (n := options.num_proc) else {})))
+        Console().print(build(options.mixture, options.out, **overrides))
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"data set: {options.out} (ma-sft data show {options.out})")
