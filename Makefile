@@ -58,10 +58,10 @@ test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as
 	$(BIN)/python -m pytest $(ARGS)
 
 test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
-	$(BIN)/python -m pytest tests/test_distributed.py tests/test_resume.py $(ARGS)
+	$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_checkpoints.py $(ARGS)
 
 fuzz: tokenizers  ## random conversations against each tokenizer's template; N=10000 of them
-	MA_SFT_FUZZ=$(or $(N),10000) $(BIN)/python -m pytest tests/test_template.py -k properties --timeout 0 $(ARGS)
+	MA_SFT_FUZZ=$(or $(N),10000) $(BIN)/python -m pytest tests/labels/test_encoder.py -k properties --timeout 0 $(ARGS)
 
 test-docs: tokenizers  ## run what README and docs show
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
@@ -69,8 +69,8 @@ test-docs: tokenizers  ## run what README and docs show
 docs-images: $(STAMP)  ## the pictures of the README, from runs/demo, with Chromium
 	$(BIN)/python scripts/draw_pages.py
 
-lint: $(STAMP)  ## ruff: style and format
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(STAMP)  ## ruff: style and format; import-linter: imports go one way
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 types: $(STAMP)  ## mypy --strict on ma_sft
 	$(BIN)/mypy

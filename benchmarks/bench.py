@@ -91,9 +91,9 @@ def preparation(count: int) -> list[tuple[str, float, float]]:
     from trl import SFTConfig, SFTTrainer
 
     from ma_sft import pack
-    from ma_sft.mixture import load_mixture
-    from ma_sft.prepare import tokenize
-    from ma_sft.template import ChatEncoder
+    from ma_sft.data.mixture import load_mixture
+    from ma_sft.labels.encoder import ChatEncoder
+    from ma_sft.labels.tokenize import tokenize
 
     rng = random.Random()
     words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()  # English prose
@@ -134,10 +134,12 @@ def training(steps: int) -> list[tuple[str, float, float]]:
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from ma_sft.adapters import lora_config
-    from ma_sft.prepare import label, load_tokenizer, prepare
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import label
     from ma_sft.recipe import Recipe
-    from ma_sft.train import make_trainer
+    from ma_sft.training.adapters import lora_config
+    from ma_sft.training.prepare import prepare
+    from ma_sft.training.trainer import make_trainer
 
     recipe = Recipe.load(Path(__file__).parents[1] / "recipes" / "demo.py")
     flags = ["--output_dir", f"{SCRATCH.name}/run", "--max_steps", "-1", "--num_train_epochs", "1"]

@@ -28,10 +28,11 @@ from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ma_sft import Recipe
-from ma_sft.distributed import available_attention
-from ma_sft.plan import forecast
-from ma_sft.prepare import load_tokenizer, prepare
-from ma_sft.train import make_trainer
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.tools.memory import forecast
+from ma_sft.training.prepare import prepare
+from ma_sft.training.processes import available_attention
+from ma_sft.training.trainer import make_trainer
 
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 16}
 CASES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ma_sft.demo import demo_model
-from ma_sft.scratch import lora, model, template, train
+from ma_sft.reference import lora, model, template, train
 
 PATTERN = r"\.(q|k|v|o|gate|up|down)_proj$"
 

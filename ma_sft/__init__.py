@@ -17,33 +17,33 @@ from ma_sft.errors import (
     RunError,
     TemplateError,
 )
+from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.cli import launch
-    from ma_sft.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.formats import to_messages, to_messages_batch
-    from ma_sft.packing import ConstantLengthDataset, pack
-    from ma_sft.preference import to_preference
+    from ma_sft.data.formats import to_messages, to_messages_batch
+    from ma_sft.data.preference import to_preference
+    from ma_sft.labels.encoder import tokenize_conversation
+    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.packing.constant_length import ConstantLengthDataset
+    from ma_sft.packing.view import pack
     from ma_sft.recipe import Recipe
-    from ma_sft.template import tokenize_conversation
-    from ma_sft.train import run
-
-__version__ = "0.1.0"
+    from ma_sft.sft import run
 
 # TRL and PEFT import DeepSpeed where it is installed; on a machine without a GPU it says so on stdout.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 _LAZY = {
-    "DataCollatorForCompletionOnlyLM": "ma_sft.collator",
+    "DataCollatorForCompletionOnlyLM": "ma_sft.labels.response",
     "launch": "ma_sft.cli",
-    "to_messages": "ma_sft.formats",
-    "to_messages_batch": "ma_sft.formats",
-    "ConstantLengthDataset": "ma_sft.packing",
-    "pack": "ma_sft.packing",
-    "to_preference": "ma_sft.preference",
+    "to_messages": "ma_sft.data.formats",
+    "to_messages_batch": "ma_sft.data.formats",
+    "ConstantLengthDataset": "ma_sft.packing.constant_length",
+    "pack": "ma_sft.packing.view",
+    "to_preference": "ma_sft.data.preference",
     "Recipe": "ma_sft.recipe",
-    "tokenize_conversation": "ma_sft.template",
-    "run": "ma_sft.train",
+    "tokenize_conversation": "ma_sft.labels.encoder",
+    "run": "ma_sft.sft",
 }
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "ResponseTemplateError",
     "RunError",
     "TemplateError",
+    "__version__",
     "launch",
     "pack",
     "run",

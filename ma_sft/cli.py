@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft import __version__
 from ma_sft.errors import MaSftError
+from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Recipe
@@ -32,7 +32,7 @@ def launch(recipe: "Recipe") -> None:
 
     This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
     """
-    from ma_sft.train import run
+    from ma_sft.sft import run
 
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     if main_file:
@@ -75,7 +75,7 @@ def guard(command: Callable[[], Any]) -> int:
                 "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
                 "machine is out of reach; the same command goes on from the newest checkpoint"
             )
-        from ma_sft.report import versions
+        from ma_sft.pages.report import versions
 
         known = ", ".join(f"{name} {version}" for name, version in versions().items())
         error.add_note(f"This was not foreseen: please open an issue with the lines above and these versions: {known}")
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _init(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.init import init
+    from ma_sft.tools.init import init
 
     recipe, command = init(options.model, options.data, options.hardware, options.task, options.out)
     print(f"recipe: {recipe}; next:")
@@ -208,7 +208,7 @@ def _init(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.gallery import shipped
+    from ma_sft.tools.gallery import shipped
 
     found = shipped().values()
     if options.json:
@@ -220,7 +220,7 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _copy(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.gallery import copy
+    from ma_sft.tools.gallery import copy
 
     print(f"copied: {copy(options.name, options.out)}")
 
@@ -257,7 +257,7 @@ def _completion(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from ma_sft.recipe import Recipe
-    from ma_sft.train import run
+    from ma_sft.sft import run
 
     run(Recipe.load(options.recipe), rest)
 
@@ -265,7 +265,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
 
-    from ma_sft.prepare import check, label, load_tokenizer
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import check, label
     from ma_sft.recipe import Recipe
 
     if options.json:
@@ -281,8 +282,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _preview(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.inspect import preview
-    from ma_sft.prepare import label, load_tokenizer
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import label
+    from ma_sft.pages.preview import preview
     from ma_sft.recipe import Recipe
 
     settings = Recipe.load(options.recipe).resolve(rest)
@@ -295,7 +297,7 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 def _data_build(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ma_sft.build import build
+    from ma_sft.data.card import build
 
     main_process = os.getpid()
 
@@ -315,7 +317,7 @@ def _data_build(options: argparse.Namespace) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from ma_sft.build import show
+    from ma_sft.data.card import show
 
     show(options.folder, options.n)
 
@@ -328,7 +330,7 @@ def _silence() -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.report import read_run, watch, write_report
+    from ma_sft.pages.report import read_run, watch, write_report
 
     if options.json:
         print(json.dumps([read_run(run) for run in options.runs], ensure_ascii=False, indent=2))
@@ -344,15 +346,15 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _merge(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.adapters import merge
+    from ma_sft.release.merge import merge
 
     print(f"merged model: {options.out}: {merge(options.run, options.out, base=options.base, dtype=options.dtype)}")
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.plan import plan, show_plan
-    from ma_sft.prepare import load_tokenizer
+    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.recipe import Recipe
+    from ma_sft.tools.memory import plan, show_plan
 
     recipe = Recipe.load(options.recipe)
     if options.gpus and not {"fp16", "--fp16"} & {*recipe.settings, *rest}:
@@ -367,7 +369,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.export import export_folder, export_gguf
+    from ma_sft.release.export import export_folder, export_gguf
 
     if options.out.suffix == ".gguf":
         commands = export_gguf(options.run, options.out, options.outtype, options.converter)
@@ -377,7 +379,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _handoff(options: argparse.Namespace, rest: list[str]) -> int:
-    from ma_sft.manifest import check_handoff
+    from ma_sft.release.handoff import check_handoff
 
     findings = check_handoff(options.folder)
     if options.json:
@@ -389,7 +391,7 @@ def _handoff(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _chat(options: argparse.Namespace, rest: list[str]) -> None:
-    from ma_sft.chat import chat
+    from ma_sft.release.chat import chat
 
     chat(
         options.folder,

@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from ma_sft.cache import atomic_dir, cache_dir
 from ma_sft.errors import RecipeError
+from ma_sft.files import atomic_dir, cache_dir
 
 
 def demo_model() -> Path:
@@ -37,3 +37,7 @@ def demo_model() -> Path:
         model.bfloat16().save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
     return folder
+
+
+if __name__ == "__main__":
+    print(demo_model())

@@ -1,7 +1,8 @@
 """What a fine-tune is made of: data and settings. Every setting is a keyword, a flag and a YAML key alike.
 
-The settings are those of TRL's `SFTConfig` and `ModelConfig` plus `DataConfig` below, parsed by TRL's `TrlParser`:
-who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the recipe, `--config file.yaml`, flags.
+The settings are those of TRL's `SFTConfig` and `ModelConfig` plus the dataclasses below, one a stage,
+parsed by TRL's `TrlParser`: who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the
+recipe, `--config file.yaml`, flags.
 """
 
 import argparse
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DataConfig:
-    """The settings that TRL does not have: where the rows come from, how they become labels, what is measured."""
+class RowsConfig:
+    """Where the rows come from, and which of them are used."""
 
-    name: str | None = field(default=None, metadata={"help": "Name of the run; its folder is runs/<name>."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "One source: a hub id, a file, a glob, or a folder. See docs/formats.md."}
     )
@@ -63,6 +63,12 @@ class DataConfig:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for conversations that have none."}
     )
+
+
+@dataclass
+class LabelsConfig:
+    """How rows become token ids and labels, and that these are proven."""
+
     template: str | None = field(
         default=None,
         metadata={
@@ -93,6 +99,13 @@ class DataConfig:
         default=None,
         metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
     )
+    check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
+
+
+@dataclass
+class AdapterConfig:
+    """What of the model is trained, beside the `lora_*` settings of TRL's `ModelConfig`."""
+
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -123,7 +136,13 @@ class DataConfig:
             "help": "Learning rate for full fine-tuning, where the recipe's learning_rate is meant for adapters."
         },
     )
-    check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
+    merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
+
+
+@dataclass
+class ExamConfig:
+    """What held-out rows are asked before and after training."""
+
     generate_eval: int = field(
         default=0, metadata={"help": "Held-out answers to generate before and after training (-1: all)."}
     )
@@ -134,7 +153,13 @@ class DataConfig:
         },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
-    merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
+
+
+@dataclass
+class RunConfig:
+    """The run and its folder."""
+
+    name: str | None = field(default=None, metadata={"help": "Name of the run; its folder is runs/<name>."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete what an earlier run left in the output folder."}
     )
@@ -147,11 +172,18 @@ class DataConfig:
     )
 
 
+STAGES = (RowsConfig, LabelsConfig, AdapterConfig, ExamConfig, RunConfig)
+
+
 @dataclass
 class Settings:
-    """A resolved recipe: three parsed dataclasses and the values that were set by hand."""
+    """A resolved recipe: the settings of each stage, TRL's own, and the values that were set by hand."""
 
-    data: DataConfig
+    rows: RowsConfig
+    labels: LabelsConfig
+    adapter: AdapterConfig
+    exam: ExamConfig
+    run: RunConfig
     training: "SFTConfig"
     model: "ModelConfig"
     chosen: dict[str, Any]
@@ -160,8 +192,8 @@ class Settings:
 class Recipe:
     """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.
 
-    Any field of `DataConfig`, TRL's `SFTConfig` or TRL's `ModelConfig` is a keyword. Nothing heavy is imported and
-    nothing is checked until `resolve`.
+    Any field of the dataclasses above, TRL's `SFTConfig` or TRL's `ModelConfig` is a keyword. Nothing heavy is
+    imported and nothing is checked until `resolve`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -197,7 +229,7 @@ class Recipe:
         """
         from trl import ModelConfig, SFTConfig, TrlParser
 
-        from ma_sft.distributed import check_launch
+        from ma_sft.launcher import check_launch
 
         args = [a for a in args if not a.startswith("--local_rank")]  # the DeepSpeed launcher adds it
         chosen = dict(self.settings)
@@ -212,7 +244,7 @@ class Recipe:
             def error(self, message: str) -> NoReturn:
                 raise RecipeError(message.removeprefix("argument "))
 
-        parser = Parser((DataConfig, SFTConfig, ModelConfig), allow_abbrev=False)
+        parser = Parser((*STAGES, SFTConfig, ModelConfig), allow_abbrev=False)
         actions = {action.dest: action for action in parser._actions}
         for key, value in chosen.items():
             if key not in actions:
@@ -228,27 +260,27 @@ class Recipe:
             parsed = parser.parse_args_into_dataclasses(args=list(args))
         except (ValueError, TypeError) as error:
             raise RecipeError(" ".join(str(error).split())) from error
-        data, training, model = parsed
+        rows, labels, adapter, exam, run, training, model = parsed
         _check_trackers(training.report_to)
         flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
         for key in flags & set(actions):
             chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
-        if data.full_learning_rate is not None and not model.use_peft and "learning_rate" not in flags:
-            training.learning_rate = data.full_learning_rate
+        if adapter.full_learning_rate is not None and not model.use_peft and "learning_rate" not in flags:
+            training.learning_rate = adapter.full_learning_rate
         if not model.model_name_or_path:
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
-        if not (data.dataset_name or data.datasets):
+        if not (rows.dataset_name or rows.datasets):
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
-        if data.dataset_name and data.datasets and "dataset_name" in flags:
-            data.datasets = []  # a flag replaces the recipe's sources
-        return Settings(data, training, model, chosen)
+        if rows.dataset_name and rows.datasets and "dataset_name" in flags:
+            rows.datasets = []  # a flag replaces the recipe's sources
+        return Settings(rows, labels, adapter, exam, run, training, model, chosen)
 
 
 def all_settings() -> dict[str, dict[str, Any]]:
     """Every setting of a recipe: name -> `help`, `default` and `choices` (None if it is free)."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
-    parser = TrlParser((DataConfig, SFTConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((*STAGES, SFTConfig, ModelConfig), allow_abbrev=False)
     parser.set_defaults_with_config(**_our_defaults({}, []))
     return {
         action.dest: {
@@ -265,7 +297,7 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
     """Defaults that depend on the machine or differ from TRL's."""
     import torch
 
-    from ma_sft.distributed import cpu_deepspeed, wants_gpu
+    from ma_sft.launcher import cpu_deepspeed, wants_gpu
 
     def given(key: str) -> Any:
         """What the recipe or, before it, a flag says; flags are still text here."""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ma_sft.inspect import preview_html
-from ma_sft.prepare import label, load_tokenizer
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.labels.tokenize import label
+from ma_sft.pages.preview import preview_html
+from ma_sft.pages.report import write_report
 from ma_sft.recipe import Recipe
-from ma_sft.report import write_report
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 

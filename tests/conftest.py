@@ -121,7 +121,7 @@ def tiny_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from ma_sft.template import set_chat_template
+    from ma_sft.labels.templates import set_chat_template
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bpe"
     bpe = Tokenizer(models.BPE())

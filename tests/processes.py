@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ma_sft.resume", "ma_sft.prepare", "ma_sft.report", "peft.tuners.lora"])
+CONTEXT.set_forkserver_preload(
+    ["ma_sft.training.checkpoints", "ma_sft.training.prepare", "ma_sft.pages.report", "peft.tuners.lora"]
+)
 
 
 def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> None:

@@ -13,11 +13,11 @@ from conftest import ROOT, load_tokenizer
 from datasets import Dataset
 
 from ma_sft import FormatError, MaSftError, to_messages, to_preference
-from ma_sft.mixture import load_mixture
-from ma_sft.template import ChatEncoder
+from ma_sft.data.mixture import load_mixture
+from ma_sft.labels.encoder import ChatEncoder
 
-FORMATS = sorted((ROOT / "tests/data/formats").glob("*.jsonl"))
-PREFERENCES = sorted((ROOT / "tests/data/preference").glob("*.jsonl"))
+FORMATS = sorted((ROOT / "tests/files/formats").glob("*.jsonl"))
+PREFERENCES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
 JUNK = [None, 0, -1, 7.5, True, "", " ", "x", "\0", "a\0b", "\ud800", "\udfff tail", [], {}, [[]], [None], {"a": None}]
 JUNK += [["x", "y"], [{"role": "user"}], [{"role": "user", "content": "x"}], {"text": ["x"], "label": []}, 10**400]
 JUNK += [

@@ -13,7 +13,7 @@ from conftest import ROOT, load_tokenizer, start
 
 from ma_sft import Recipe
 from ma_sft.cli import main
-from ma_sft.gallery import shipped
+from ma_sft.tools.gallery import shipped
 
 ROWS = [{"instruction": f"Say number {i}", "input": "", "output": f"Number {i}, aye aye!"} for i in range(50)]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

@@ -23,7 +23,7 @@ def test_flag_names_the_run():
 
 def test_dataset_flag_replaces_the_recipes_sources():
     recipe = Recipe(name="x", model_name_or_path="demo", datasets=["a.jsonl", "b.jsonl"])
-    assert recipe.resolve(["--dataset_name", "c.jsonl"]).data.datasets == []
+    assert recipe.resolve(["--dataset_name", "c.jsonl"]).rows.datasets == []
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_yaml_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model_name_or_path: demo\ndatasets:\n- path: a.jsonl\n  limit: 5\n- b.jsonl\nuse_peft: true\n")
     settings = Recipe.load(path).resolve()
-    assert settings.data.datasets == [{"path": "a.jsonl", "limit": 5}, "b.jsonl"]
+    assert settings.rows.datasets == [{"path": "a.jsonl", "limit": 5}, "b.jsonl"]
     assert settings.training.output_dir == "runs/mine"
     assert settings.model.use_peft
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ma_sft import Recipe, RecipeError, run
-from ma_sft.gallery import shipped
+from ma_sft.tools.gallery import shipped
 
 KINDS = {
     "smollm2": (LlamaConfig, LlamaForCausalLM),

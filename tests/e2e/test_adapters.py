@@ -9,10 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ma_sft import to_messages
-from ma_sft.adapters import load_adapter, merge
 from ma_sft.demo import demo_model
-from ma_sft.evaluate import exact_match, generate_answers
-from ma_sft.template import ChatEncoder
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.release.merge import load_adapter, merge
+from ma_sft.training.exam import exact_match, generate_answers
 
 METHODS = {
     "lora": (),

@@ -1,0 +1,95 @@
+"""What is trained, token by token, for the terminal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft.errors import LabelError
+from ma_sft.labels.encoder import IGNORE_INDEX
+from ma_sft.labels.response import TokenBytes
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is shown as one token: usually one, several where only together they make a character."""
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+    control: bool
+
+
+def pieces(input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """The row cut into readable pieces; joined, their `ids` are `input_ids`.
+
+    Raises:
+        LabelError: labels and ids differ in length.
+    """
+    if len(input_ids) != len(labels):
+        raise LabelError(f"{len(labels)} labels for {len(input_ids)} tokens")
+    token_bytes = TokenBytes(tokenizer)
+    shown: list[Piece] = []
+    held: list[int] = []
+    raw = b""
+    trained = False
+
+    def flush() -> None:
+        nonlocal raw
+        if held:
+            shown.append(Piece(raw.decode(errors="replace"), tuple(held), trained, False))
+            held.clear()
+            raw = b""
+
+    for token, label in zip(input_ids, labels, strict=True):
+        is_control = token in token_bytes.control
+        if held and (is_control or (label != IGNORE_INDEX) != trained):
+            flush()
+        trained = label != IGNORE_INDEX
+        if is_control:
+            shown.append(Piece(token_bytes.control[token], (token,), trained, True))
+            continue
+        held.append(token)
+        raw += token_bytes[token]
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                continue
+        flush()
+    flush()
+    return shown
+
+
+def preview_text(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, borders: bool = False
+) -> RenderableType:
+    """Rows for the terminal: trained tokens green, masked ones dim, control tokens reversed; `borders` shows `│`."""
+    parts: list[RenderableType] = [
+        Text.assemble(("trained", "bold green"), "  ", ("masked", "dim"), "  ", ("control token", "reverse"))
+    ]
+    for number, row in enumerate(rows):
+        text = Text()
+        for piece in pieces(row["input_ids"], row["labels"], tokenizer):
+            style = "bold green" if piece.trained else "dim"
+            # Terminal escapes in data must not reach the terminal.
+            visible = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in piece.text)
+            text.append(visible.replace("\n", "↵\n") if piece.trained else visible, style + " reverse" * piece.control)
+            if borders:
+                text.append("│", "blue")
+        parts += [Rule(heading(row, number), align="left"), text]
+    return Group(*parts)
+
+
+def heading(row: dict[str, Any], number: int) -> str:
+    """Which row it is, and how much of it is trained."""
+    total = len(row["labels"])
+    trained = sum(label != IGNORE_INDEX for label in row["labels"])
+    return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%})"

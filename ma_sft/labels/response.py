@@ -1,0 +1,445 @@
+"""Labels from ids alone: train on what follows the response template, for data that is text rather than messages.
+
+The template is looked for in the row's *text*, byte by byte through the tokens, and not as one fixed list of ids:
+the same `### Answer:` has other ids at the start of a line, after a space, or when its first or last character
+merges with a neighbour. Control tokens (`<|im_start|>`) count as one symbol that no text can spell, so a template
+with control tokens never matches text that only looks like it.
+"""
+
+import difflib
+import functools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from ma_sft.errors import ResponseTemplateError
+from ma_sft.labels.templates import control_tokens
+
+SURROUNDINGS = 32  # bytes of text shown on each side of the nearest place
+
+
+Status = Literal["found", "missing", "nothing left"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """One occurrence of a template: it touches tokens `start:end`, and what it introduces begins at `body`.
+
+    `body` is `end`, except where the template's trailing spaces went into the first token of what follows: that
+    token belongs to the response. `merged` says that the last token holds text from both sides of the border.
+    """
+
+    start: int
+    end: int
+    body: int
+    merged: bool
+    exact: bool
+    line_start: bool
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """A row of `TemplateReport` that is not plainly found, with what a person needs to mend it."""
+
+    row: int
+    status: str
+    template: str
+    looked_for: list[int]
+    nearest_ids: list[int]
+    nearest_text: str
+    surroundings: str
+    suggestion: str
+
+
+@dataclass
+class TemplateReport:
+    """What `DataCollatorForCompletionOnlyLM.check` found; `rows == found + missing + nothing_left`.
+
+    Of the found rows, `merged` have a border inside a token, and `ambiguous` hold the response template more than
+    once where one is expected, so that the last one counts. `problems` has the first few rows of each kind.
+    """
+
+    rows: int = 0
+    found: int = 0
+    missing: int = 0
+    nothing_left: int = 0
+    merged: int = 0
+    ambiguous: int = 0
+    problems: list[RowProblem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.missing == 0 and self.nothing_left == 0
+
+
+class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
+    """TRL 0.x's collator with its constructor: labels only after `response_template`.
+
+    Args:
+        response_template: text (or ids) after which the response begins. A text is found however it is encoded in
+            context; ids are found only as they are.
+        instruction_template: text (or ids) that begins an instruction, for rows with several turns: everything from
+            it to the end of the next response template is masked. Without it, the last response template counts.
+        *args: `tokenizer` may stand here, as in TRL 0.x.
+        mlm: must be False.
+        ignore_index: label of what is not trained.
+        padding_free: join the batch into one row of shape (1, n_tokens) with `position_ids` and `cu_seq_lens`.
+        on_missing: `"raise"`, or `"mask"` the row, warn once, and count it in `missing_rows` as TRL 0.x did.
+        **kwargs: `tokenizer`, `pad_to_multiple_of`, and what `DataCollatorForLanguageModeling` takes.
+
+    A batch is `input_ids`, `attention_mask` and `labels`, int64 tensors of shape (n_rows, longest row).
+
+    What differs from TRL 0.x: a row without a match is an error and not silently lost; an end token that is also
+    the pad token is trained; two instructions in a row do not shift the mask; a row whose `labels` already mask
+    something keeps them (a packed row has several responses).
+
+    Raises:
+        ResponseTemplateError: an empty template, no tokenizer, `mlm=True`; later, a row without a match.
+    """
+
+    def __init__(
+        self,
+        response_template: str | Sequence[int],
+        instruction_template: str | Sequence[int] | None = None,
+        *args: PreTrainedTokenizerBase,
+        mlm: bool = False,
+        ignore_index: int = -100,
+        padding_free: bool = False,
+        on_missing: Literal["raise", "mask"] = "raise",
+        **kwargs: Any,
+    ) -> None:
+        if mlm:
+            raise ResponseTemplateError("mlm=True trains random tokens instead of the response; leave it False")
+        if on_missing not in ("raise", "mask"):
+            raise ResponseTemplateError(f"on_missing must be 'raise' or 'mask', not {on_missing!r}")
+        if not args and kwargs.get("tokenizer") is None:
+            raise ResponseTemplateError("DataCollatorForCompletionOnlyLM needs tokenizer=...")
+        if args:
+            kwargs["tokenizer"] = args[0]
+        super().__init__(mlm=False, **kwargs)
+        self.response_template = response_template
+        self.instruction_template = instruction_template
+        self.ignore_index = ignore_index
+        self.padding_free = padding_free
+        self.on_missing = on_missing
+        self.missing_rows = 0
+        self._bytes = TokenBytes(self.tokenizer)
+        self._response = _Template("response_template", response_template, self.tokenizer, self._bytes)
+        self._instruction = (
+            None
+            if instruction_template is None
+            else _Template("instruction_template", instruction_template, self.tokenizer, self._bytes)
+        )
+        self.response_token_ids = self._response.ids
+        self.instruction_token_ids = self._instruction.ids if self._instruction else None
+
+    def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
+        """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
+
+        Args:
+            input_ids: ids of the row, without padding.
+            index: row number for the error message.
+
+        Raises:
+            ResponseTemplateError: a template does not occur (unless `on_missing="mask"`).
+        """
+        ids = np.asarray(input_ids, dtype=np.int64)
+        labels, absent, _ = self._label(ids)
+        if absent is not None:
+            self._missing(absent, ids, index)
+        row: list[int] = labels.tolist()
+        return row
+
+    def check(self, dataset: Iterable[Mapping[str, Any]], *, max_problems: int = 20) -> TemplateReport:
+        """Look at every row of a dataset with `input_ids` without raising.
+
+        Args:
+            dataset: rows, each a mapping with `input_ids` (and perhaps `attention_mask`).
+            max_problems: how many rows of each kind of problem are described; all are counted.
+        """
+        report = TemplateReport()
+        described: Counter[str] = Counter()
+
+        def describe(row: int, status: str, template: _Template, ids: np.ndarray) -> None:
+            described[status] += 1
+            if described[status] <= max_problems:
+                report.problems.append(RowProblem(row, status, template.source, template.ids, *template.nearest(ids)))
+
+        for row, example in enumerate(dataset):
+            ids, attended = self._read(example)
+            labels, absent, responses = self._label(ids)
+            report.rows += 1
+            if absent is not None:
+                report.missing += 1
+                describe(row, "missing", absent, ids)
+            elif not (attended & (labels != self.ignore_index)).any():
+                report.nothing_left += 1
+                describe(row, "nothing left", self._response, ids)
+            else:
+                report.found += 1
+                if any(match.merged for match in responses):
+                    report.merged += 1
+                    describe(row, "merged", self._response, ids)
+                if self._instruction is None and len(responses) > 1:
+                    report.ambiguous += 1
+                    describe(row, "ambiguous", self._response, ids)
+        return report
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
+        rows = [e if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        labels = [self._row_labels(row, number) for number, row in enumerate(rows)]
+        features = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+        batch: dict[str, Any] = dict(
+            self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
+        )
+        batch["labels"] = torch.full_like(batch["input_ids"], self.ignore_index)
+        left = self.tokenizer.padding_side == "left"
+        for target, own in zip(batch["labels"], labels, strict=True):
+            target[len(target) - len(own) if left else 0 :][: len(own)] = torch.from_numpy(own)
+        return self._flatten(batch) if self.padding_free else batch
+
+    def numpy_call(self, examples: list[Any]) -> dict[str, Any]:
+        """As `torch_call`, in numpy arrays."""
+        batch = self.torch_call(examples)
+        return {key: value.numpy() if torch.is_tensor(value) else value for key, value in batch.items()}
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a row, and which of them are no padding."""
+        ids = np.asarray(row["input_ids"], dtype=np.int64)
+        if "attention_mask" in row:
+            return ids, np.asarray(row["attention_mask"], dtype=bool)
+        attended = np.ones(len(ids), dtype=bool)
+        # Rows that were padded beforehand and lost their mask: only a run at the end can be padding, and where the
+        # pad token ends turns as well, the first of that run is the end token.
+        other = np.flatnonzero(ids != self.tokenizer.pad_token_id)
+        if len(other) and len(ids) - other[-1] > 1:
+            attended[other[-1] + 1 + (self.tokenizer.pad_token_id == self.tokenizer.eos_token_id) :] = False
+        return ids, attended
+
+    def _row_labels(self, row: Mapping[str, Any], number: int) -> np.ndarray:
+        ids, attended = self._read(row)
+        if "labels" in row:
+            given = np.asarray(row["labels"], dtype=np.int64)
+            if not np.array_equal(given[attended], ids[attended]):
+                return np.where(given == -100, self.ignore_index, given)
+        labels, absent, _ = self._label(ids)
+        if absent is not None:
+            self._missing(absent, ids, number)
+        return np.where(attended, labels, self.ignore_index)
+
+    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", list[Match]]:
+        """Labels, the template that does not occur (then all labels are masked), and the response's matches."""
+        labels = np.full(len(ids), self.ignore_index, dtype=np.int64)
+        text = self._bytes.join(ids)
+        responses = self._response.find(ids, text)
+        if not responses:
+            return labels, self._response, responses
+        if self._instruction is None:
+            body = _last(responses).body
+            labels[body:] = ids[body:]
+            return labels, None, responses
+        instructions = self._instruction.find(ids, text)
+        if not instructions:
+            return labels, self._instruction, responses
+        borders = [(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses]
+        borders.sort(key=lambda border: border[0])
+        for at, (_, is_response, match) in enumerate(borders):
+            if is_response:
+                stop = borders[at + 1][0] if at + 1 < len(borders) else len(ids)
+                labels[match.body : stop] = ids[match.body : stop]
+        return labels, None, responses
+
+    def _missing(self, template: "_Template", ids: np.ndarray, index: int | None) -> None:
+        nearest_ids, _, surroundings, suggestion = template.nearest(ids)
+        message = (
+            f"{'row' if index is None else f'row {index}'}: {template.name} {template.source!r} (ids {template.ids}) "
+            f"does not occur; nearest: ids {nearest_ids} in {surroundings!r}; {suggestion}"
+        )
+        if self.on_missing == "raise":
+            raise ResponseTemplateError(message)
+        if self.missing_rows == 0:
+            warnings.warn(f"{message}; such rows are masked and counted in missing_rows", stacklevel=3)
+        self.missing_rows += 1
+
+    def _flatten(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's padding-free form: one row, positions that restart at each document, and flash attention's bounds."""
+        mask = batch.pop("attention_mask").bool()
+        positions = (mask.cumsum(1)[mask] - 1).unsqueeze(0)
+        batch["input_ids"] = batch["input_ids"][mask].unsqueeze(0)
+        batch["labels"] = batch["labels"][mask].unsqueeze(0)
+        # The first token of a document would be predicted from the document before it.
+        batch["labels"][positions == 0] = self.ignore_index
+        batch["position_ids"] = positions
+        starts = torch.nonzero(positions[0] == 0).flatten()
+        bounds = torch.cat([starts, torch.tensor([positions.shape[1]])]).to(torch.int32)
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
+        batch["max_length_q"] = batch["max_length_k"] = int(positions.max()) + 1
+        return batch
+
+
+def _last(responses: list[Match]) -> Match:
+    """The response template that counts in a row of one turn.
+
+    TRL 0.x took the last one with the bare ids. A later one with other ids is a quotation in the response, unless
+    it begins a line and the one with the bare ids does not: then that one is the quotation, in the question.
+    """
+    exact = [match for match in responses if match.exact]
+    if not exact:
+        return responses[-1]
+    later = [m for m in responses if m.start > exact[-1].start and m.line_start and not exact[-1].line_start]
+    return later[-1] if later else exact[-1]
+
+
+class TokenBytes:
+    """Id -> the bytes that the token stands for; a control token is a symbol that is no UTF-8."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.control = {index: text for text, index in control_tokens(tokenizer).items()}
+        added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+        self.known: dict[int, bytes] = added | {i: b"\xff%d\xfe" % i for i in self.control}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = str(getattr(backend, "decoder", "")) if backend is not None else ""
+        self.byte_level = "ByteLevel" in decoder
+        self.pieces = "▁" in decoder or "Metaspace" in decoder
+
+    def __getitem__(self, index: int) -> bytes:
+        if index not in self.known:
+            self.known[index] = self._make(index)
+        return self.known[index]
+
+    def _make(self, index: int) -> bytes:
+        token = self.tokenizer.convert_ids_to_tokens(index)
+        if not isinstance(token, str):
+            raise ResponseTemplateError(f"token id {index} is not in the tokenizer's vocabulary")
+        if self.byte_level:
+            alphabet = _byte_alphabet()
+            return bytes(alphabet[char] for char in token)
+        if self.pieces:
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+            return bytes.fromhex(byte.group(1)) if byte else token.replace("▁", " ").encode()
+        return str(self.tokenizer.decode([index])).encode()
+
+    def join(self, ids: np.ndarray) -> list[bytes]:
+        known = self.known
+        try:
+            return [known[i] for i in ids.tolist()]
+        except KeyError:
+            return [self[i] for i in ids.tolist()]
+
+    def readable(self, raw: bytes) -> str:
+        """Text of joined token bytes, with control tokens as they are written."""
+        parts = re.split(rb"\xff(\d+)\xfe", raw)
+        return "".join(
+            part.decode(errors="replace") if at % 2 == 0 else self.control[int(part)] for at, part in enumerate(parts)
+        )
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character of each byte, which byte-level tokenizers write their tokens in."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+class _Template:
+    """A response or instruction template, and where it stands in a row."""
+
+    def __init__(
+        self, name: str, source: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes
+    ) -> None:
+        self.name = name
+        self.is_text = isinstance(source, str)
+        self.bytes = token_bytes
+        if isinstance(source, str):
+            self.ids = list(tokenizer(source, add_special_tokens=False)["input_ids"])
+            self.source = source
+        else:
+            self.ids = [int(i) for i in source]
+            self.source = str(self.ids)
+        if not self.ids:
+            raise ResponseTemplateError(f"{name} is empty: there is nothing to look for")
+        raw = b"".join(token_bytes.join(np.array(self.ids)))
+        if isinstance(source, str) and not source.startswith(" "):
+            raw = raw.removeprefix(b" ")  # sentencepiece puts a space before a text
+        self.raw = raw
+
+    def find(self, ids: np.ndarray, text: list[bytes]) -> list[Match]:
+        """All occurrences in a row, in order, not overlapping."""
+        exact = self._find_ids(ids)
+        found = {m.end: m for m in (self._find_text(text) if self.is_text else [])}
+        for start in exact:
+            end = start + len(self.ids)
+            line = start == 0 or text[start - 1].endswith(b"\n") or self.raw.startswith(b"\n")
+            found[end] = Match(start, end, end, merged=False, exact=True, line_start=line)
+        matches: list[Match] = []
+        for match in sorted(found.values(), key=lambda m: (m.start, m.end)):
+            if not matches or match.start >= matches[-1].end:
+                matches.append(match)
+            elif match.exact and not matches[-1].exact:
+                matches[-1] = match
+        return matches
+
+    def _find_ids(self, ids: np.ndarray) -> list[int]:
+        n = len(self.ids)
+        if len(ids) < n:
+            return []
+        starts = np.flatnonzero(ids[: len(ids) - n + 1] == self.ids[0])
+        return [int(s) for s in starts if ids[s : s + n].tolist() == self.ids]
+
+    def _find_text(self, text: list[bytes]) -> list[Match]:
+        raw = b"".join(text)
+        at = raw.find(self.raw)
+        if at < 0:
+            return []
+        ends = np.cumsum([len(piece) for piece in text])
+        matches = []
+        while at >= 0:
+            stop = at + len(self.raw)
+            # `####Answer:` is another heading than `###Answer:`, not the template with something in front
+            if not (at and raw[at - 1 : at] == self.raw[:1] and not self.raw[:1].isspace()):
+                start, last = np.searchsorted(ends, [at, stop - 1], side="right").tolist()
+                merged = int(ends[last]) != stop
+                begin = int(ends[last]) - len(text[last])
+                only_space = merged and not raw[begin:stop].strip() and begin >= at
+                line = at == 0 or raw[at - 1 : at] == b"\n" or self.raw.startswith(b"\n")
+                matches.append(Match(start, last + 1, last if only_space else last + 1, merged, False, line))
+            at = raw.find(self.raw, stop)
+        return matches
+
+    def nearest(self, ids: np.ndarray) -> tuple[list[int], str, str, str]:
+        """Where the row comes nearest to the template: ids, their text, the text around, and what to do."""
+        pieces = self.bytes.join(ids)
+        raw = b"".join(pieces)
+        if not raw:
+            return [], "", "", "the row is empty"
+        wanted = self.raw.lstrip(b" ") or self.raw  # the space is sentencepiece's, and often what does not match
+        at = raw.rfind(wanted)
+        shared = len(wanted)
+        if at < 0:
+            best = difflib.SequenceMatcher(None, wanted, raw, autojunk=False).find_longest_match()
+            at, shared = max(best.b - best.a, 0), best.size
+        stop = min(at + len(wanted), len(raw))
+        ends = np.cumsum([len(piece) for piece in pieces])
+        first, last = np.searchsorted(ends, [at, max(stop - 1, at)], side="right").tolist()
+        near = ids[first : last + 1].tolist()
+        near_text = self.bytes.readable(b"".join(pieces[first : last + 1]))
+        around = self.bytes.readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS])
+        if shared == len(wanted):
+            advice = (
+                f"its text is encoded here as {near}: pass these ids, or the text {self.bytes.readable(self.raw)!r}"
+            )
+        elif shared * 2 >= len(wanted):
+            advice = f"these ids would match: {near}; did you mean {self.name}={near_text!r}?"
+        else:
+            advice = "the row may be cut off before its response (raise max_length), or was formatted with another text"
+        return near, near_text, around, advice

@@ -1,0 +1,107 @@
+"""The tokenizer of a recipe and its chat template: the model's own, one that ships (`templates/*.jinja`), or a file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft.errors import RecipeError, TemplateError
+
+if TYPE_CHECKING:
+    from ma_sft.recipe import Settings
+
+
+# Name -> Jinja source of every template that ships: a file of this folder is one.
+TEMPLATES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
+    """Give `tokenizer` a chat template and return the special tokens that had to be added for it.
+
+    Args:
+        template: None (keep the tokenizer's own), a name in `TEMPLATES`, a path to a `.jinja` file, or Jinja source.
+
+    `"chatml"` brings `<|im_start|>` and `<|im_end|>` to a tokenizer that lacks them and makes `<|im_end|>` its
+    EOS; the caller then has to resize the model's embedding. The plain templates begin with the BOS token if the
+    tokenizer puts one before plain text.
+
+    Raises:
+        TemplateError: no template at all, an unknown name, a missing file.
+    """
+    if template is None:
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; choose one with "
+                f"template={' | '.join(TEMPLATES)} or a .jinja file"
+            )
+        return []
+    if template in TEMPLATES:
+        source = TEMPLATES[template]
+        if template == "chatml":
+            added = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
+            tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": added})
+            tokenizer.chat_template = source
+            return added
+        if tokenizer.eos_token is None:
+            raise TemplateError(f"the template {template!r} ends turns with the EOS token, and the tokenizer has none")
+        puts_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if puts_bos else "") + source
+    elif template.endswith((".jinja", ".j2")):
+        if not Path(template).is_file():
+            raise TemplateError(f"the chat template {template!r} does not exist")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif "{" in template:
+        tokenizer.chat_template = template
+    else:
+        raise TemplateError(
+            f"unknown template {template!r}; known: {', '.join(TEMPLATES)}, a path to a .jinja file, or Jinja source"
+        )
+    return []
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text -> id of every token that is structure: special tokens, and added tokens that the template writes."""
+    template = tokenizer.chat_template or ""
+    return {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content.strip() and token.content in template)
+    }
+
+
+def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
+
+    Raises:
+        RecipeError: the model is no folder and no hub answers.
+        TemplateError: the template does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    model = settings.model
+    if model.model_name_or_path == "demo":
+        from ma_sft.demo import demo_model
+
+        model.model_name_or_path = str(demo_model())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=settings.training.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the model {model.model_name_or_path!r} is no local folder with a tokenizer and cannot be had from a hub; "
+            f"pass a folder: --model_name_or_path PATH (make: MODEL=PATH). {str(error).splitlines()[0]}"
+        ) from None
+    data = settings.labels
+    if data.formatting_func is None or data.template or data.formatting_func in TEMPLATES:
+        added = set_chat_template(tokenizer, data.template or data.formatting_func)
+    else:
+        added = []
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, added

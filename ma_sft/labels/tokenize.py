@@ -1,0 +1,242 @@
+"""Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft.errors import FormatError, RecipeError
+from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.version import __version__
+
+if TYPE_CHECKING:
+    from ma_sft.data.filters import Stage
+    from ma_sft.data.mixture import Mixture
+    from ma_sft.labels.check import CheckReport
+    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.recipe import Settings
+
+
+logger = logging.getLogger(__name__)
+
+
+STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
+
+
+ENCODED = ["input_ids", "labels", "row", "turns", "untrained", "special_text"]  # ChatEncoder.tokenize_batch's columns
+
+
+@dataclass
+class Counts:
+    """What went in, what came out, and where the rest went."""
+
+    rows: int = 0
+    skipped_rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut_sequences: int = 0
+    dropped_sequences: int = 0
+    filtered_rows: dict[str, int] = field(default_factory=dict)
+    untrained_turns: dict[str, int] = field(default_factory=dict)
+    special_text_rows: int = 0
+    checked_rows_of_the_stream: int = 0
+
+
+@dataclass
+class Labelled:
+    """Rows of `input_ids` and `labels`, neither cut nor packed, with what they were made from and by.
+
+    `conversations` and `encoder` are None on the text path, `collator` is None elsewhere.
+    """
+
+    dataset: Dataset
+    counts: Counts
+    conversations: Dataset | None = None
+    encoder: ChatEncoder | None = None
+    collator: "DataCollatorForCompletionOnlyLM | None" = None
+    stages: "list[Stage]" = field(default_factory=list)
+
+
+def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """The encoder of the recipe's conversations."""
+    kwargs = settings.labels.template_kwargs
+    if isinstance(kwargs, str):
+        try:
+            kwargs = json.loads(kwargs)
+        except ValueError:
+            raise RecipeError(f"template_kwargs: a JSON object expected, found {kwargs!r}") from None
+    return ChatEncoder(
+        tokenizer,
+        train_on=settings.labels.train_on,  # type: ignore[arg-type]
+        history=settings.labels.history,  # type: ignore[arg-type]
+        template_kwargs=kwargs,
+    )
+
+
+def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
+    """Load the recipe's rows (the first `STREAM_SAMPLE` of a stream) and make their labels; errors as `prepare`'s."""
+    make = _label_text if settings.labels.formatting_func else _label_conversations
+    return make(settings, tokenizer, held_out)
+
+
+def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> "CheckReport":
+    """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`."""
+    from ma_sft.labels.check import check_dataset
+
+    return check_dataset(
+        labelled.dataset,
+        tokenizer,
+        conversations=labelled.conversations,
+        encoder=labelled.encoder,
+        template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
+        max_length=settings.training.max_length,
+    )
+
+
+def _sources(settings: "Settings", held_out: bool) -> list[Any]:
+    data = settings.rows
+    if held_out and data.eval_dataset:
+        return [data.eval_dataset] if isinstance(data.eval_dataset, str) else list(data.eval_dataset)
+    return [data.dataset_name] if data.dataset_name else list(data.datasets)
+
+
+def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
+    from ma_sft.data.mixture import load_mixture
+
+    data, training = settings.rows, settings.training
+    own_file = held_out and bool(data.eval_dataset)
+    shared = ("filters", "test_size", "test_near_duplicates", "stopping_strategy")
+    return load_mixture(
+        _sources(settings, held_out),
+        seed=training.seed,
+        on_error=data.on_error,
+        format=data.dataset_format,
+        system_prompt=data.system_prompt,
+        split=data.dataset_test_split if own_file else data.dataset_train_split,
+        streaming=data.dataset_streaming and not held_out,
+        num_proc=training.dataset_num_proc,
+        tokenizer=settings.model.model_name_or_path,
+        **({} if own_file else {name: getattr(data, name) for name in shared}),
+    )
+
+
+def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
+    mixture = _mixture(settings, held_out)
+    conversations: Any = mixture.train if mixture.test is None or not held_out else mixture.test
+    counts = Counts(skipped_rows=mixture.report.skipped, filtered_rows=mixture.report.filtered)
+    if isinstance(conversations, IterableDataset):
+        conversations = Dataset.from_list(list(conversations.take(STREAM_SAMPLE)), features=conversations.features)
+        counts.checked_rows_of_the_stream = len(conversations)
+    else:
+        counts.rows = len(conversations)
+    encoder = make_encoder(settings, tokenizer)
+    labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
+    for reasons in labelled["untrained"]:
+        for reason in reasons:
+            counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
+    counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
+    return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
+
+
+def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
+    """`encoder.tokenize_batch` on all rows, kept in the cache folder by the content of rows, tokenizer and template."""
+    from ma_sft.data.mixture import processes
+
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    key = _digest(conversations._fingerprint, *settings, _describe(encoder.tokenizer))
+    return _cached(
+        key,
+        lambda: conversations.map(
+            encoder.tokenize_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=conversations.column_names,
+            num_proc=processes(num_proc, len(conversations)),
+            new_fingerprint=key,
+            desc="tokenising",
+        ),
+    )
+
+
+def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
+    """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
+    from ma_sft.data.formats import load_function
+    from ma_sft.data.sources import Source, load_rows, rows_of
+
+    data, labels = settings.rows, settings.labels
+    if data.filters or data.test_size or len(_sources(settings, held_out)) != 1:
+        raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
+    split = data.dataset_test_split if held_out else data.dataset_train_split
+    source = Source.of(_sources(settings, held_out)[0], split=split)
+    rows, numbers = load_rows(source, seed=settings.training.seed)
+    function = load_function(str(labels.formatting_func))
+    collator = make_collator(settings, tokenizer)
+    bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
+
+    def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
+        found: list[dict[str, Any]] = []
+        for where, _, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+            if not isinstance(row, dict):
+                raise FormatError(f"{where}: {row}")
+            found.append(row)
+        names = dict.fromkeys(name for row in found for name in row)
+        texts = function({name: [row.get(name) for row in found] for name in names})
+        # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [[*bos, *row, tokenizer.eos_token_id] for row in encoded]
+        labels = (
+            ids
+            if collator is None
+            else [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
+        )
+        return {"input_ids": ids, "labels": labels}
+
+    labelled = rows.map(
+        label, batched=True, with_indices=True, remove_columns=rows.column_names, desc="formatting and tokenising"
+    )
+    return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
+
+
+def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "DataCollatorForCompletionOnlyLM | None":
+    """The response-only collator of the classic path, None if the recipe has no response template."""
+    if settings.labels.response_template is None:
+        return None
+    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+
+    return DataCollatorForCompletionOnlyLM(
+        settings.labels.response_template,
+        settings.labels.instruction_template,
+        tokenizer=tokenizer,
+        on_missing="mask" if settings.labels.check else "raise",  # the check counts them all, then stops the run
+    )
+
+
+def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, *parts], default=str).encode()).hexdigest()[:32]
+
+
+def _cached(key: str, make: Callable[[], Dataset]) -> Dataset:
+    folder = cache_dir() / "tokenized" / key
+    if not folder.is_dir():
+        with atomic_dir(folder) as target:
+            make().save_to_disk(str(target))
+    return load_from_disk(str(folder))
+
+
+def counts_table(counts: Counts) -> list[tuple[str, str]]:
+    """The counts as (what, how many) lines for the terminal and the report; what is zero is left out."""
+    values = asdict(counts)
+    groups = {"filtered by": values.pop("filtered_rows"), "untrained turns:": values.pop("untrained_turns")}
+    lines = [(key.replace("_", " "), f"{value:,}") for key, value in values.items() if value]
+    return lines + [(f"{what} {why}", f"{n:,}") for what, reasons in groups.items() for why, n in reasons.items()]

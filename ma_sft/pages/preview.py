@@ -1,0 +1,51 @@
+"""What is trained, token by token, as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft.errors import MaSftError
+
+if TYPE_CHECKING:
+    pass
+from ma_sft.labels.preview import heading, pieces, preview_text
+
+
+def preview_html(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, title: str = "What is trained"
+) -> str:
+    """The rows as one page that needs nothing else: no script, no network; the ids show under the pointer."""
+    from ma_sft.pages.report import environment
+
+    shown = [
+        {"heading": heading(row, number), "pieces": pieces(row["input_ids"], row["labels"], tokenizer)}
+        for number, row in enumerate(rows)
+    ]
+    return str(environment().get_template("preview.html.jinja").render(title=title, rows=shown))
+
+
+def preview(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int = 3,
+    html: str | Path | None = None,
+    borders: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Print the first `n` rows with what is trained in them, or write them as an HTML page.
+
+    Raises:
+        MaSftError: fewer than one row asked for.
+    """
+    if n < 1:
+        raise MaSftError(f"preview shows at least one row, not n={n}")
+    rows = [dataset[row] for row in range(min(n, len(dataset)))]
+    if html is not None:
+        Path(html).write_text(preview_html(rows, tokenizer), encoding="utf-8")
+    else:
+        (console or Console()).print(preview_text(rows, tokenizer, borders=borders))

@@ -1,0 +1,136 @@
+"""Talk to what was trained, through the same template and the same encoder as training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ma_sft.errors import RecipeError
+from ma_sft.labels.encoder import ChatEncoder, Message
+
+
+def load(folder: Path, base: str | None = None) -> tuple[Any, ChatEncoder, str | None]:
+    """Model, encoder and system message of a run's folder (its merged model, else its adapter) or a model's.
+
+    The encoder has the template and its variables that training had, from the tokenizer and the manifest beside it.
+
+    Raises:
+        RecipeError: the folder holds no model, or one that is not whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ma_sft.release.manifest import model_folder, read_manifest
+    from ma_sft.release.merge import load_adapter
+    from ma_sft.release.weights import read_weights
+
+    folder = model_folder(folder)
+    manifest = read_manifest(folder) or {}
+    kwargs = manifest.get("template_kwargs")
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    try:
+        if (folder / "config.json").is_file():
+            read_weights(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=_device()).eval()
+        else:
+            model = load_adapter(folder, base, device_map=_device())
+        encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder), template_kwargs=kwargs)
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model, encoder, manifest.get("system_prompt")
+
+
+def reply(
+    model: Any,
+    encoder: ChatEncoder,
+    messages: list[Message],
+    *,
+    max_new_tokens: int,
+    stream: bool,
+    temperature: float = 0.0,
+) -> str:
+    """Generate the next assistant turn; with `stream`, print it as it comes, and then where and why it stopped.
+
+    Raises:
+        RecipeError: the conversation leaves no room in the model's context.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from ma_sft.training.exam import end_ids
+
+    ids = torch.tensor([encoder.encode_prompt(messages)], device=model.device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and ids.shape[1] >= room:
+        raise RecipeError(f"the conversation has {ids.shape[1]} tokens and the model's context holds {room}")
+    limit = min(max_new_tokens, room - ids.shape[1]) if room else max_new_tokens
+    ends = end_ids(model.generation_config, encoder.tokenizer)
+    streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            streamer=streamer,
+            **sampling,
+        )[0, ids.shape[1] :].tolist()
+    stopped = output and output[-1] in ends
+    if stream:
+        full = "the context is full" if limit < max_new_tokens else f"limit of {limit} tokens, not by itself"
+        print(f"[{len(output)} tokens, stopped by {encoder.tokenizer.decode(output[-1:]) if stopped else full}]")
+    return str(encoder.tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True))
+
+
+def chat(
+    folder: Path,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    base: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+) -> None:
+    """One answer to `prompt`, printed alone for scripts, or a conversation until an empty line.
+
+    Args:
+        folder: a run's, a model's or an adapter's.
+        system: system message; None takes the one that rows without their own were trained with, `""` none.
+        base: base model of an adapter, where it is not the one that the adapter names.
+        temperature: 0 takes the likeliest token each time.
+    """
+    model, encoder, trained_system = load(folder, base)
+    system = trained_system if system is None else system
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    if prompt is not None:
+        print(reply(model, encoder, [*start, {"role": "user", "content": prompt}], stream=False, **settings))
+        return
+    print(
+        "Talk to the model. /new begins again, an empty line ends." + (f" System message: {system}" if system else "")
+    )
+    messages = [*start]
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if not text:
+            return
+        if text == "/new":
+            messages = [*start]
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = reply(model, encoder, messages, stream=True, **settings)
+        except KeyboardInterrupt:  # stops this answer, not the conversation
+            print("\n[stopped by Ctrl-C]")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _device() -> str:
+    import torch
+
+    return "auto" if torch.accelerator.is_available() else "cpu"

@@ -1,0 +1,78 @@
+"""A saved model held against its manifest, before the next stage builds on it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.release.weights import read_weights
+
+if TYPE_CHECKING:
+    pass
+from ma_sft.release.manifest import NAME, describe_tokenizer, model_folder, read_manifest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One point of the check: what was compared, whether it agrees, and what was found."""
+
+    what: str
+    ok: bool
+    text: str
+
+
+def check_handoff(folder: Path) -> list[Finding]:
+    """Compare a saved model or adapter with its manifest, point by point; no weights are loaded.
+
+    Raises:
+        RecipeError: no model, or one without a manifest.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from ma_sft.release.merge import find_base
+    from ma_sft.training.exam import end_ids
+
+    folder = model_folder(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")
+    findings: list[Finding] = []
+
+    def compare(what: str, found: Any, expected: Any) -> None:
+        ok = found == expected
+        findings.append(Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}"))
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for what, found in describe_tokenizer(tokenizer, manifest["template_kwargs"]).items():
+            if what != "probe":
+                compare(what.replace("_", " "), found, manifest[what])
+            elif found == manifest[what]:
+                findings.append(
+                    Finding("ids of a test conversation", True, f"{len(found or [])} as when it was trained")
+                )
+            else:
+                at = next((i for i, (a, b) in enumerate(zip(found, manifest[what], strict=False)) if a != b), "the end")
+                findings.append(Finding("ids of a test conversation", False, f"not those of training from id {at} on"))
+    except (OSError, ValueError) as error:
+        findings.append(Finding("tokenizer", False, f"cannot be loaded: {str(error).splitlines()[0]}"))
+        return findings
+    rows = None
+    try:
+        if manifest["kind"] == "adapter":
+            weights, config, _ = find_base(folder)
+            findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
+        else:
+            read = read_weights(folder)
+            findings.append(Finding("weights", True, f"{len(read.files)} tensors, {read.nbytes / 1e9:.2f} GB"))
+            config = AutoConfig.from_pretrained(folder)
+        rows = config.get_text_config().vocab_size
+    except (MaSftError, OSError) as error:
+        findings.append(Finding("weights", False, str(error).splitlines()[0]))
+    if rows is not None:
+        enough = rows >= len(tokenizer)
+        findings.append(Finding("embedding rows", enough, f"{rows} for {len(tokenizer)} tokens"))
+    if manifest["kind"] == "model":
+        stops = end_ids(GenerationConfig.from_pretrained(folder), tokenizer)
+        compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"]))
+    return findings

@@ -1,0 +1,131 @@
+"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; checking a folder against it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import RecipeError
+from ma_sft.release.weights import find_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ma_sft.recipe import Settings
+    from ma_sft.training.prepare import Prepared
+
+
+NAME = "sft_manifest.json"
+
+
+# Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
+PROBE = [
+    {"role": "user", "content": "Hi 你好,  what is 12*34? <|im_end|>"},
+    {"role": "assistant", "content": "It is 408.\n"},
+    {"role": "user", "content": "Danke!"},
+]
+
+
+def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
+    """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
+    from ma_sft.training.processes import digest
+
+    model, training, labels = settings.model, settings.training, settings.labels
+    quantization = None
+    if model.load_in_4bit:
+        quantization = f"4-bit {model.bnb_4bit_quant_type}" + (", double" if model.use_bnb_nested_quant else "")
+    elif model.load_in_8bit:
+        quantization = "8-bit"
+    try:
+        weights = find_weights(str(model.model_name_or_path), model.model_revision).digest
+    except RecipeError:  # a base that has no safetensors
+        weights = None
+    return {
+        "format": 1,
+        "base_model": {
+            "name_or_path": model.model_name_or_path,
+            "revision": model.model_revision,
+            "weights": weights,
+            "quantization": quantization,
+        },
+        **describe_tokenizer(tokenizer, labels.template_kwargs),
+        "template_kwargs": labels.template_kwargs,
+        "system_prompt": settings.rows.system_prompt,
+        "mask_policy": {
+            key: getattr(labels, key) for key in ("train_on", "history", "response_template", "instruction_template")
+        },
+        "data": {
+            "digest": digest(data.dataset),
+            "sources": [settings.rows.dataset_name] if settings.rows.dataset_name else settings.rows.datasets,
+            "packing": data.packing is not None,
+            **asdict(data.counts),
+        },
+        "seed": training.seed,
+        "versions": {
+            name: version(name) for name in ("ma-sft", "torch", "transformers", "trl", "peft", "datasets", "tokenizers")
+        },
+    }
+
+
+def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Any = None) -> dict[str, Any]:
+    """What makes two tokenizers with their templates the same, in a few lines of JSON."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
+    template = tokenizer.chat_template
+    described: dict[str, Any] = {
+        "tokenizer": {"digest": _digest(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
+        "chat_template": _digest(str(template)) if template else None,
+        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "probe": None,
+    }
+    if template:
+        from ma_sft.labels.encoder import ChatEncoder
+
+        kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs
+        described["probe"] = ChatEncoder(tokenizer, template_kwargs=kwargs).encode_prompt(PROBE)
+    return described
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest into a model's or adapter's folder, whole or not at all."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+    (folder / f".{NAME}").write_text(text, encoding="utf-8")
+    (folder / f".{NAME}").rename(folder / NAME)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if it has none.
+
+    Raises:
+        RecipeError: a manifest that is broken or of a later format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == 1:
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{path} is broken; train or merge again") from None
+    raise RecipeError(f"{path} has format {manifest['format']}, written by a newer ma_sft; pip install -U ma-sft")
+
+
+def model_folder(folder: Path) -> Path:
+    """The saved model or adapter that a run's folder or a model's own folder stands for.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"the folder {str(folder)!r} does not exist")
+    for candidate in (folder / "merged", folder / "model", folder, folder / "adapter"):
+        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise RecipeError(f"{folder} holds no model (config.json) and no adapter (adapter_config.json)")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,296 @@
+"""A trained adapter on its base model, and both merged into one model."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import RecipeError
+from ma_sft.files import atomic_dir
+from ma_sft.release.weights import Weights, find_weights, read_tensors, write_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ma_sft.training.adapters import _cannot_load, _first_line, adapter_dir, read_adapter_config, skeleton
+
+
+def find_base(adapter: Path, base: str | None = None) -> tuple[Weights, "PreTrainedConfig", "PreTrainedTokenizerBase"]:
+    """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
+
+    Raises:
+        RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
+            tokenizer has tokens without an embedding row.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ma_sft.release.manifest import read_manifest
+
+    peft = read_adapter_config(adapter)
+    weights = find_weights(base or str(peft.base_model_name_or_path), None if base else peft.revision)
+    try:
+        config = AutoConfig.from_pretrained(weights.folder)
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(weights.folder, error) from None
+    if quantised := getattr(config, "quantization_config", None):
+        raise RecipeError(
+            f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
+            "be merged into it without loss; pass the 16-bit model that it was made from with --base"
+        )
+    manifest = read_manifest(adapter)
+    if manifest and manifest["base_model"]["weights"] not in (None, weights.digest):
+        raise RecipeError(
+            f"{adapter} was trained on {manifest['base_model']['name_or_path']}, and {weights.folder} holds other "
+            "weights; pass the right base model with --base"
+        )
+    if (more := len(tokenizer) - config.get_text_config().vocab_size) > 0:
+        trained = getattr(peft, "trainable_token_indices", None) or getattr(peft, "modules_to_save", None)
+        if not trained:
+            raise RecipeError(
+                f"the tokenizer of {adapter} has {more} tokens more than the embedding of {weights.folder} has rows, "
+                "and the adapter did not train them; this is another model's tokenizer"
+            )
+        config.get_text_config().vocab_size = len(tokenizer)
+    return weights, config, tokenizer
+
+
+def load_adapter(adapter: Path, base: str | None = None, *, dtype: Any = "auto", device_map: Any = None) -> Any:
+    """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    weights, config, _ = find_base(adapter, base)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=dtype, device_map=device_map)
+        rows = config.get_text_config().vocab_size
+        if rows > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(rows)
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{adapter} does not fit {weights.folder}: {_first_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gave.
+
+    Args:
+        difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
+        largest: largest absolute logit of the adapter model, to judge the difference by.
+        agreement: share of positions at which both models choose the same token.
+        how: the dtype in which both ran, or why they were not compared.
+        note: what else the user should know, or "".
+    """
+
+    difference: float | None
+    largest: float
+    agreement: float
+    how: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            text = f"not compared with the adapter model: {self.how}"
+        else:
+            text = (
+                f"its logits differ from the adapter model's by at most {self.difference:.2g} of {self.largest:.3g}, "
+                f"with the same first choice at {self.agreement:.1%} of positions, both in {self.how}"
+            )
+        return f"{text}; {self.note}" if self.note else text
+
+
+def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = None) -> Merged:
+    """Merge the adapter of `run` into its base model and save the whole model to `out`, without ever holding it whole.
+
+    PEFT merges each layer by itself, in float32, on its way from the base's shards to the new ones. The tokenizer, its
+    chat template, a generation config with the right end-of-turn ids and the manifest go along. An adapter that was
+    trained on a quantised base is merged into the 16-bit base that it came from.
+
+    Args:
+        run: a run's folder, or an adapter's.
+        out: appears whole or not at all.
+        base: folder or hub id of the base model; None takes the one that the adapter names.
+        dtype: of the merged weights (float32, bfloat16, float16); None keeps each of the base's.
+
+    Raises:
+        RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
+    """
+    import torch
+
+    from ma_sft.release.manifest import read_manifest, write_manifest
+
+    if out.exists():
+        raise RecipeError(f"{out} exists already; choose another folder or remove it")
+    adapter = adapter_dir(run)
+    weights, config, tokenizer = find_base(adapter, base)
+    kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    check_space(out, sum(weights.sizes.values()) * kind.itemsize if kind else weights.nbytes)
+    manifest = read_manifest(adapter)
+    notes = []
+    if manifest and manifest["base_model"]["quantization"]:
+        notes.append(
+            f"trained on the base in {manifest['base_model']['quantization']}, merged into it as it was before"
+        )
+    peft: Any = read_adapter_config(adapter)
+    # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
+    by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
+    updates = _layer_updates(adapter, config) if by_layer else {}
+    with atomic_dir(out) as target:
+        if updates and set(updates) <= set(weights.files):
+            write_shards(merged_tensors(weights, updates, kind), target)
+        else:
+            notes.append("merged with the whole model in memory, not layer by layer")
+            whole = load_adapter(adapter, base, dtype=kind or "auto").merge_and_unload(safe_merge=True)
+            whole.save_pretrained(target)
+        config.dtype = kind or config.dtype
+        save_configs(config, weights.folder, tokenizer, target)
+        if manifest:
+            write_manifest(target, {**manifest, "kind": "model"})
+        return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes))
+
+
+def _layer_updates(adapter: Path, config: "PreTrainedConfig") -> "dict[str, Callable[[Tensor], Tensor]]":
+    """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
+
+    Raises:
+        RecipeError: the adapter has layers that the model has not, or of other shapes.
+    """
+    import torch
+    from accelerate.utils import set_module_tensor_to_device
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, load_peft_weights
+
+    saved = load_peft_weights(str(adapter), device="cpu")
+    updates: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def fill(module: Any, name: str) -> None:
+        """Give the layer its part of the saved adapter; the base's weight stays on the meta device."""
+        for parameter, empty in [*module.named_parameters()]:
+            key = f"base_model.model.{name}.{parameter}".replace(".default", "").replace(".modules_to_save", "")
+            value = saved.get(key, saved.get(key.removesuffix(".weight")))
+            if value is None:
+                continue
+            if value.shape != empty.shape:
+                raise RecipeError(
+                    f"{adapter} was trained on another model: {key} is {list(value.shape)}, this base needs "
+                    f"{list(empty.shape)}; pass the right base model with --base"
+                )
+            used.update((key, key.removesuffix(".weight")))
+            set_module_tensor_to_device(module, parameter, "cpu", value=value.float())
+
+    def merged_layer(module: Any) -> "Callable[[Tensor], Tensor]":
+        def update(weight: "Tensor") -> "Tensor":
+            layer = module.get_base_layer()
+            set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:
+                raise RecipeError(f"{adapter} cannot be merged: {_first_line(error)}") from None
+            merged: Tensor = layer.weight.data
+            layer.weight = torch.nn.Parameter(merged.to("meta"))
+            return merged
+
+        return update
+
+    def new_rows(module: Any) -> "Callable[[Tensor], Tensor]":
+        def update(weight: "Tensor") -> "Tensor":
+            rows = module.token_adapter.base_layer.weight.shape[0] - len(weight)
+            weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(rows, 0), -1)])
+            weight[module.token_adapter.token_indices["default"]] = module.token_adapter.trainable_tokens_delta[
+                "default"
+            ]
+            return weight
+
+        return update
+
+    used: set[str] = set()
+    try:
+        model: Any = PeftModel(skeleton(config), read_adapter_config(adapter), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise RecipeError(f"{adapter} was trained on another model: {_first_line(error)}") from None
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            fill(module, name)
+            for part, value in module.modules_to_save["default"].named_parameters():
+                updates[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
+        elif isinstance(module, TrainableTokensWrapper):
+            fill(module, name)
+            if module.token_adapter.tied_adapter is None:
+                updates[f"{name}.weight"] = new_rows(module)
+        elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
+            fill(module, name)
+            updates[f"{name}.weight"] = merged_layer(module)
+    if left := sorted(set(saved) - used):
+        raise RecipeError(f"{adapter} was trained on another model: {left[0]} has no place in {config.model_type}")
+    return updates
+
+
+def merged_tensors(
+    weights: Weights, updates: "dict[str, Callable[[Tensor], Tensor]]", dtype: Any
+) -> "Iterator[tuple[str, Tensor]]":
+    """The base's tensors one after the other, merged where the adapter changes them, in their own dtype or `dtype`."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in read_tensors(weights):
+            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            yield name, (updates[name](tensor.float()) if name in updates else tensor).to(kind)
+
+
+def _compare(
+    adapter: Path, base: str | None, merged: Path, tokenizer: "PreTrainedTokenizerBase", size: int, note: str
+) -> Merged:
+    """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    free = psutil.virtual_memory().available
+    kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
+    if kind is None:
+        return Merged(None, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
+    ids = torch.tensor([tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]])
+    with torch.no_grad():
+        ours = load_adapter(adapter, base, dtype=kind)(ids).logits.float()
+        theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=kind)(ids).logits.float()
+    return Merged(
+        (theirs - ours).abs().max().item(),
+        ours.abs().max().item(),
+        (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
+        str(kind).removeprefix("torch."),
+        note,
+    )
+
+
+def save_configs(config: "PreTrainedConfig", source: Path, tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
+    """Save what belongs to a model beside its weights: configuration, tokenizer with chat template, end-of-turn ids."""
+    from transformers import GenerationConfig
+
+    from ma_sft.training.exam import end_ids
+
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = end_ids(generation, tokenizer)
+    generation.pad_token_id = tokenizer.pad_token_id
+    config.save_pretrained(target)
+    generation.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        RecipeError: fewer than `nbytes` free bytes where `out` will be.
+    """
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise RecipeError(
+            f"{out} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; nothing written"
+        )

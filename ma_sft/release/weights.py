@@ -1,0 +1,142 @@
+"""A model folder's safetensors: what they hold, whether they are whole, a digest, and writing them shard by shard."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+SHARD_BYTES = 4 * 2**30
+
+
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model folder.
+
+    Args:
+        folder: where they lie.
+        files: tensor name -> file name.
+        sizes: tensor name -> number of elements.
+        nbytes: bytes of all tensors.
+        digest: of names, shapes, dtypes and the first 4 KiB of every tensor: any fine-tune of a model differs.
+    """
+
+    folder: Path
+    files: dict[str, str]
+    sizes: dict[str, int]
+    nbytes: int
+    digest: str
+
+
+def read_weights(folder: Path) -> Weights:
+    """The weights of a folder, from the headers of its files; no tensor is loaded.
+
+    Raises:
+        RecipeError: no safetensors, a shard that is missing, or a file that is cut off or broken.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        what = (
+            f"lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}" if index.is_file() else "holds no"
+        )
+        raise RecipeError(f"{folder} {what if index.is_file() else what + ' model.safetensors'}; get the whole model")
+    files, sizes, nbytes, digest = {}, {}, 0, hashlib.sha256()
+    for name in names:
+        path = folder / name
+        with open(path, "rb") as file:
+            try:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length) if length < 2**30 else b"")
+                header.pop("__metadata__", None)
+                end = max(entry["data_offsets"][1] for entry in header.values())
+            except (ValueError, KeyError, TypeError):
+                raise RecipeError(f"{path} is no safetensors file, or a broken one; get it again") from None
+            if path.stat().st_size != 8 + length + end:
+                raise RecipeError(
+                    f"{path} is cut off: {path.stat().st_size:,} bytes of {8 + length + end:,}; get it again"
+                )
+            for key, entry in sorted(header.items()):
+                start, stop = entry["data_offsets"]
+                file.seek(8 + length + start)
+                digest.update(f"{key} {entry['dtype']} {entry['shape']}".encode())
+                digest.update(file.read(min(stop - start, _SAMPLE)))
+                files[key], sizes[key] = name, math.prod(entry["shape"])
+                nbytes += stop - start
+    return Weights(folder, files, sizes, nbytes, digest.hexdigest()[:32])
+
+
+def find_weights(name: str, revision: str | None = None) -> Weights:
+    """The weights of a folder or hub id; a hub id is downloaded, or taken from the hub's cache.
+
+    Raises:
+        RecipeError: as `read_weights`, or neither a folder nor to be had from a hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"the base model {name!r} is no folder here and cannot be had from a hub; pass its folder with --base. "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+    return read_weights(folder)
+
+
+def read_tensors(weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The tensors of a folder one after the other, on the CPU."""
+    from safetensors import safe_open
+
+    for file in dict.fromkeys(weights.files.values()):
+        with safe_open(weights.folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+def write_shards(tensors: Iterable[tuple[str, "torch.Tensor"]], folder: Path) -> None:
+    """Write tensors as they come, holding at most `SHARD_BYTES` and one tensor, named as transformers names them."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append([*held])
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        held[name] = tensor.contiguous()
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, Any] = {}
+    for at, names in enumerate(shards):
+        file = f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{at}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

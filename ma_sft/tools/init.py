@@ -1,0 +1,302 @@
+"""`ma-sft init`: four questions and a look at the rows become a recipe with comments, ready for `ma-sft check`."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ma_sft.errors import FormatError, RecipeError, TemplateError
+from ma_sft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+LOOKED_AT = 5000  # rows, drawn at random
+
+
+TASKS = {
+    "chat": "answers in conversations",
+    "exact": "short answers that are right or wrong: JSON, labels, numbers",
+    "reasoning": "thoughts between <think> and </think>, then the answer",
+    "tools": "calls of functions",
+    "text": "plain text, no conversation",
+}
+
+
+COMMENTS = {
+    "model_name_or_path": "a hub id, a folder, or 'demo'",
+    "template": "the model has no chat template; its two tokens are added and trained",
+    "history": "where the template drops earlier thoughts, each turn is trained as it is seen",
+    "test_size": "rows held out: their loss is measured before, while and after training",
+    "generate_eval": "held-out answers to compare before and after",
+    "max_new_tokens": "longest of these answers, in tokens",
+    "gradient_accumulation_steps": "raise it and lower the one above if memory runs out",
+    "learning_rate": "for LoRA; a tenth of it without use_peft",
+    "warmup_steps": "a share of all steps",
+    "save_total_limit": "checkpoints to keep",
+    "use_peft": "train an adapter (LoRA); False trains all weights",
+    "lora_preset": "or attention, or mini (q and v)",
+    "load_in_4bit": "the frozen base in 4 bits (QLoRA): in 16 it would not fit",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows look like, from up to `LOOKED_AT` of them.
+
+    `total` counts all, `lengths` and `answers` are tokens of each row and of what is trained in it, `columns` maps
+    names that differ from a format's in case only, `broken` counts rows that are no conversation, `example` is what
+    is wrong with the first, `context` is the model's in tokens.
+    """
+
+    total: int
+    format: str
+    columns: dict[str, str]
+    broken: int
+    example: str
+    lengths: "np.ndarray[Any, Any]"
+    answers: "np.ndarray[Any, Any]"
+    task: str
+    template: str | None
+    context: int
+
+    def __str__(self) -> str:
+        half, most = np.percentile(self.lengths, [50, 99]).astype(int)
+        return (
+            f"{self.total:,} rows in the format {self.format}: half have up to {half:,} tokens, 99% up to {most:,}, "
+            f"the longest {self.lengths.max():,}" + (f"; {self.broken:,} broken rows" if self.broken else "")
+        )
+
+
+def init(
+    model: str | None, data: str | None, hardware: str | None, task: str | None, out: Path | None
+) -> tuple[Path, str]:
+    """Write a recipe, asking for what is None; its path and the command that trains it.
+
+    Args:
+        model: a hub id, a folder, or `"demo"`.
+        data: a hub id, a file, a glob, or a folder.
+        hardware: `"cpu"`, or GPUs as `"1x24GB"`.
+        task: one of `TASKS`.
+        out: the recipe; by default it is named after the data, here.
+
+    Raises:
+        MaSftError: `out` exists, nobody can be asked, or model or data cannot be had or used.
+    """
+    if task is not None and task not in TASKS:
+        raise RecipeError(f"--task: one of {', '.join(TASKS)} expected, found {task!r}")
+    data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet), a folder or a hub id")
+    out = out or Path(_module(data) + ".py")
+    if out.exists():
+        raise RecipeError(f"{out} exists already; pass another file with -o")
+    model = model or _ask("model", "Model: a hub id or a folder", "demo")
+    rows = look(model, data)
+    print(f"{data}: {rows}")
+    hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
+    gpus, memory = _parse_hardware(hardware)
+    while task not in TASKS:
+        task = _ask("task", "\n".join(f"  {name}: {text}" for name, text in TASKS.items()) + "\nTask", rows.task)
+    settings, comments = _choose(model, data, task, rows, gpus)
+    command = _fit(settings, gpus, memory, out) if gpus else f"ma-sft train {out}"
+    head = f"{TASKS[task].capitalize()}, on {hardware}.\n\n{str(rows).capitalize()}.\n\n    {command}"
+    out.write_text(_write(settings, comments, head), encoding="utf-8")
+    return out, command
+
+
+def look(model: str, data: str) -> Rows:
+    """Convert and tokenise the rows as training would.
+
+    Raises:
+        MaSftError: model or data cannot be had, or no row is a conversation.
+    """
+    from transformers import AutoConfig
+
+    from ma_sft.data.mixture import load_mixture
+    from ma_sft.data.sources import Source, load_rows
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import make_encoder, tokenize
+
+    total = len(load_rows(Source.of(data))[0])
+    columns = _columns(data)
+    source = {"path": data, "limit": LOOKED_AT, "columns": columns or None}
+    mixture = load_mixture([source], on_error="skip")
+    template = None
+    settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none").resolve()
+    try:
+        tokenizer, _ = load_tokenizer(settings)
+    except TemplateError:  # a base model
+        settings.labels.template = template = "chatml"
+        tokenizer, _ = load_tokenizer(settings)
+    conversations: Dataset = mixture.train
+    labelled = tokenize(conversations, make_encoder(settings, tokenizer)).with_format("numpy")
+    lengths, answers = [], []
+    for batch in labelled.iter(batch_size=1000):
+        lengths += [len(labels) for labels in batch["labels"]]
+        answers += [int((labels != -100).sum()) for labels in batch["labels"]]
+    form = str(mixture.report.sources[0]["format"])
+    config = AutoConfig.from_pretrained(settings.model.model_name_or_path).get_text_config()
+    return Rows(
+        total=total,
+        format=form,
+        columns=columns,
+        broken=sum(stage.removed.get("broken rows", 0) for stage in mixture.report.stages),
+        example=next((t for stage in mixture.report.stages for t in stage.examples.get("broken rows", [])), ""),
+        lengths=np.array(lengths),
+        answers=np.array(answers),
+        task=_task(form, conversations, np.array(answers)),
+        template=None if form == "text" else template,
+        context=getattr(config, "max_position_embeddings", 1 << 30),
+    )
+
+
+def _columns(data: str) -> dict[str, str]:
+    """A map of columns whose names are a format's but for case and spaces; empty where they are right, or hopeless."""
+    from ma_sft.data.formats import detect_format
+    from ma_sft.data.sources import Source, load_rows, rows_of
+
+    source = Source.of(data)
+    first = load_rows(source)[0][:1]
+    names = next((list(row) for _, _, row in rows_of(first, [0], source) if isinstance(row, dict)), [])
+    renamed = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in names}
+    for form in (names, renamed.values()):
+        try:
+            detect_format(form)
+            return {} if form is names else {old: new for old, new in renamed.items() if old != new}
+        except FormatError:
+            continue
+    return {}
+
+
+def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") -> str:
+    if form == "text":
+        return "text"
+    first = conversations[: min(50, len(conversations))]
+    if any(first["tools"]):
+        return "tools"
+    turns = [m for messages in first["messages"] for m in messages if m["role"] == "assistant"]
+    if any(m.get("reasoning_content") or "</think>" in (m["content"] or "") for m in turns):
+        return "reasoning"
+    return "exact" if len(turns) == len(first["messages"]) and np.percentile(answers, 90) <= 48 else "chat"
+
+
+def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that fit rows, task and hardware, and a comment on some of them."""
+    good = round(rows.total * len(rows.lengths) / (len(rows.lengths) + rows.broken))
+    longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
+    many = good >= 500  # enough to fill packs with
+    limit = min(rows.context, 8192 if gpus else 2048)
+    length = min(max(1024 if many else 256, 1 << (min(longest, 2 * most) - 1).bit_length()), limit)
+    held_out = min(200, good // 10)
+    packing = bool(many and np.median(rows.lengths) * 2 <= length)
+    units = max(1, round(rows.lengths.mean() * good / length) if packing else good - held_out)
+    batch = 16 if units >= 1600 else 8 if units >= 400 else 4
+    epochs = max(1 if good >= 50_000 else 2 if good >= 10_000 else 3, min(8, -(-60 * batch // units)))
+    device = min(batch, max(1, (8192 if gpus else 2048) // length))
+    steps = -(-units // batch) * epochs
+    answer = {"exact": int(rows.answers.max() * 1.5) // 16 * 16 + 16, "reasoning": 2048}.get(task, 256)
+    shown = {"exact": min(50, held_out), "chat": min(10, held_out), "reasoning": min(5, held_out)}.get(task, 0)
+    source: dict[str, Any] = {"dataset_name": data}
+    if rows.columns:
+        source = {"datasets": [{"path": data, "columns": rows.columns}]}
+    settings = {
+        "model_name_or_path": model,
+        **source,
+        **({"on_error": "skip"} if rows.broken else {}),
+        **({"template": rows.template} if rows.template else {}),
+        **({"history": "split"} if task == "reasoning" else {}),
+        **({"test_size": held_out, "eval_strategy": "epoch"} if held_out else {}),
+        **({"generate_eval": shown, "max_new_tokens": answer} if shown else {}),
+        "max_length": length,
+        "packing": packing,
+        "per_device_train_batch_size": device,
+        "gradient_accumulation_steps": max(1, batch // (device * max(gpus, 1))),
+        "num_train_epochs": epochs,
+        "learning_rate": 5e-4 if units < 400 else 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "logging_steps": max(1, min(10, steps // 40)),
+        "save_total_limit": 2,
+        "use_peft": True,
+        "lora_preset": "all-linear",
+    }
+    cut = f"{int((rows.lengths > length).sum()):,} of the {len(rows.lengths):,} rows looked at are longer, and cut"
+    return settings, COMMENTS | {
+        "on_error": f"counts and leaves out {rows.broken:,} broken rows: {rows.example}",
+        "max_length": f"tokens; {cut}",
+        "packing": "short rows share a sequence and do not see each other" if packing else "few or long rows",
+        "num_train_epochs": f"about {steps:,} steps",
+    }
+
+
+def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
+    """The command of the first launcher that fits the GPUs; takes a 4-bit base if nothing else does."""
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.tools.memory import plan
+
+    for quantised in ({}, {"load_in_4bit": True}):
+        settings |= quantised
+        resolved = Recipe(**settings).resolve()
+        load_tokenizer(resolved)
+        choice = plan(resolved, gpus, memory)["choice"]
+        if choice == "single_gpu":
+            return f"ma-sft train {out}"
+        if choice:
+            many = f" --num_processes {gpus}" if gpus > 1 else ""
+            return f"accelerate launch --config_file accelerate_configs/{choice}.yaml{many} {out}"
+    raise RecipeError(
+        f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
+    )
+
+
+def _write(settings: dict[str, Any], comments: dict[str, str], head: str) -> str:
+    text = [f'"""{head}\n"""', "", "from ma_sft import Recipe, launch", "", "recipe = Recipe("]
+    for name, value in settings.items():
+        line = f"    {name}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)},"
+        comment = " ".join(comments.get(name, "").split())[:200]
+        if len(line) + len(comment) > 114:
+            text.append(f"    # {comment}")
+            comment = ""
+        text.append(line + (f"  # {comment}" if comment else ""))
+    return "\n".join([*text, ")", "", 'if __name__ == "__main__":', "    launch(recipe)", ""])
+
+
+def _ask(flag: str, question: str, default: str | None = None) -> str:
+    if not sys.stdin.isatty():
+        raise RecipeError(f"there is nobody to ask for the {flag}; pass --{flag}" + (f" {default}" if default else ""))
+    answer = ""
+    while not answer:
+        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default or ""
+    return answer
+
+
+def _module(data: str) -> str:
+    """A name for the recipe of `data` that hides no installed module from a script beside it."""
+    name = re.sub(r"\W+", "_", Path(data).name.split(".")[0]).strip("_") or "recipe"
+    return f"{name}_recipe" if find_spec(name) else name
+
+
+def _here() -> str:
+    """This machine's hardware as an answer."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.device_count()}x{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f}GB"
+
+
+def _parse_hardware(text: str) -> tuple[int, str]:
+    from ma_sft.tools.memory import bytes_of
+
+    if text.lower() == "cpu":
+        return 0, ""
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\S+)\s*", text.lower())
+    if match is None or int(match[1]) < 1:
+        raise RecipeError(f"--hardware: cpu, or GPUs as 1x24GB expected, found {text!r}")
+    bytes_of(match[2])
+    return int(match[1]), match[2]

@@ -1,0 +1,475 @@
+"""Forecast of the memory that a recipe's training needs, and the first launcher that fits: `ma-sft plan RECIPE`.
+
+Weights, gradients and optimiser states are arithmetic. Activations are measured without memory: one step of the real
+model runs on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtypes, no data), and every tensor's birth
+and death is counted. So any architecture, attention implementation, checkpointing and TRL's tiled logits are in it.
+"""
+
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ma_sft.recipe import Settings
+
+
+# What is no tensor. On a GPU: the context with its libraries, and the share of the rest that the caching allocator
+# cannot use. On the CPU: what the trainer still imports, and the share of activations that the C allocator keeps when
+# they are freed; benchmarks/memory.py measures both.
+CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
+
+
+CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
+
+
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one process that trains the whole model, and how they come about.
+
+    Args:
+        total, trainable: numbers of parameters.
+        weights, gradients, optimizer: bytes of each.
+        kept: what the forward pass keeps for the backward pass.
+        activations: highest sum of all other tensors at any moment of the step, gradients not among them.
+        overlap: how much less than `gradients + activations` is needed, as the one grows while the other shrinks.
+        activations16: `activations` where the launcher trains in 16 bits: no 16-bit copies of float32 weights.
+        layer: bytes of the largest block of layers in 16 bits: what a sharded model has to gather at a time.
+        reserve: on the CPU, what the process holds before there is a model and what its allocator keeps.
+        lines: the arithmetic in words.
+    """
+
+    total: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    activations: int
+    activations16: int
+    overlap: int
+    layer: int
+    reserve: int
+    lines: list[str]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest moment of training in one process on one device."""
+        return self.reserve + self.weights + self.gradients + self.optimizer + self.activations - self.overlap
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a launcher of `accelerate_configs/` shares out among the GPUs."""
+
+    name: str
+    weights: bool = False
+    states: bool = False
+    offload: bool = False
+    deepspeed: bool = False
+    many: bool = True
+
+
+# From the fastest to the one that needs least memory.
+LAUNCHERS = (
+    Launcher("single_gpu", many=False),
+    Launcher("ddp"),
+    Launcher("zero2", states=True, deepspeed=True),
+    Launcher("fsdp2", weights=True, states=True),
+    Launcher("zero3", weights=True, states=True, deepspeed=True),
+    Launcher("zero3_offload", weights=True, states=True, offload=True, deepspeed=True),
+)
+
+
+def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
+    """Forecast the peak memory of a recipe's training step.
+
+    Args:
+        settings: the resolved recipe.
+        longest: tokens of the longest row; None takes `max_length`.
+
+    Raises:
+        RecipeError: the model is not there, a target that it has not, or neither `longest` nor `max_length`.
+    """
+    import psutil
+    import torch
+    from peft import get_peft_model
+    from torch import nn
+
+    from ma_sft.training.adapters import check_targets, freeze, lora_config, model_skeleton
+
+    training, config = settings.training, lora_config(settings)
+    length = min(filter(None, (longest, training.max_length)), default=None)
+    if length is None:
+        raise RecipeError("the plan needs max_length, the longest row in tokens")
+    model = model_skeleton(settings)
+    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
+    head = model.get_output_embeddings()
+    base = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    if config is not None:
+        check_targets(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        for name, parameter in model.named_parameters():
+            # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
+            kind = torch.bfloat16 if quantised and "magnitude" not in name else torch.float32
+            parameter.data = parameter.data.to(kind if parameter.requires_grad else parameter.dtype)
+    else:
+        freeze(model, settings.adapter.freeze)
+
+    by_kind: dict[str, tuple[int, float]] = {}
+    largest = 0
+    for parameter in model.parameters():
+        stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
+        if quantised and id(parameter) in base and not parameter.requires_grad:
+            stored, nbytes = _quantised(settings, parameter)
+            largest = max(largest, parameter.numel() * 2)
+        stored = f"{stored}, trained" if parameter.requires_grad else stored
+        count, size = by_kind.get(stored, (0, 0.0))
+        by_kind[stored] = count + parameter.numel(), size + nbytes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
+    layer = max((2 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    weights, gradients = round(sum(size for _, size in by_kind.values())), sum(p.nbytes for p in trained)
+    optimizer = round(sum(_optimizer_bytes(str(training.optim), p) for p in trained))
+    trainable = sum(p.numel() for p in trained)
+    rows = training.per_device_train_batch_size
+    kept, activations, both = simulate(model, settings, rows, length)
+    activations, both = activations + largest, both + largest
+    mixed = (training.bf16 or training.fp16) and any(p.dtype == torch.float32 for p in trained) and config is None
+    activations16 = simulate(model, settings, rows, length, half=True)[1] if mixed else activations
+    accumulated = training.gradient_accumulation_steps > 1
+    overlap = 0 if accumulated else gradients + activations - max(both, gradients)
+    lines = [
+        *(f"weights: {count:,} parameters ({kind}) = {_gb(size)}" for kind, (count, size) in by_kind.items()),
+        f"gradients: {trainable:,} trained parameters = {_gb(gradients)}",
+        f"optimiser: {training.optim.value}, {optimizer / trainable:.2f} bytes a trained parameter = {_gb(optimizer)}",
+        f"activations: one step of {rows} x {length} tokens keeps {_gb(kept)} for the backward pass and reaches "
+        f"{_gb(activations)} with its temporaries, tiles of logits among them"
+        + (f", {_gb(largest)} for the largest layer in 16 bits too" if largest else "")
+        + ("; layers are computed again (gradient_checkpointing)" if training.gradient_checkpointing else ""),
+    ]
+    if overlap:
+        lines.append(f"not at the same time: activations go as gradients come = -{_gb(overlap)}")
+    reserve = 0
+    if training.use_cpu:
+        resident, keeps = psutil.Process().memory_info().rss, round(CPU_SHARE * (activations - overlap))
+        reserve = resident + round(CPU_BYTES) + keeps
+        lines.append(
+            f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
+            f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
+        )
+    return Forecast(
+        sum(count for count, _ in by_kind.values()),
+        trainable,
+        weights,
+        gradients,
+        optimizer,
+        kept,
+        activations,
+        activations16,
+        overlap,
+        layer,
+        reserve,
+        lines,
+    )
+
+
+def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
+    """Run one training step of a skeleton on fake tensors, with float32 weights in 16 bits if `half`.
+
+    Returns:
+        Bytes alive after the forward pass, at the highest moment without gradients, and with them.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.trainer.utils import add_fused_lm_head
+
+    training: Any = settings.training
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
+        causal.train()
+        if training.gradient_checkpointing:
+            causal.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+            if settings.model.use_peft:
+                causal.enable_input_require_grads()
+    dtype = torch.bfloat16 if training.bf16 else torch.float16
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        own = _fake(model, dtype if half else None)
+        shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
+        ids = torch.zeros(shape, dtype=torch.long)
+        positions, mask = torch.arange(ids.numel())[None], torch.ones_like(ids)
+        more = {"position_ids": positions} if shape[0] == 1 else {"attention_mask": mask}
+        with _tracked(own) as events:
+            with torch.autocast("cpu", dtype, enabled=training.bf16 or training.fp16):
+                out = causal(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **more)
+                loss = -out.log_probs.sum()
+            at_forward = len(events)
+            loss.backward()
+        grads = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
+    # A storage's number may be used again; the last one with a gradient's number is the gradient.
+    last = {number: at for at, (number, size) in enumerate(events) if number in grads and size > 0}
+    alive = without = 0
+    kept = peak = peak_without = 0
+    for at, (number, size) in enumerate(events):
+        alive += size
+        without += 0 if last.get(number) == at else size
+        peak, peak_without = max(peak, alive), max(peak_without, without)
+        if at < at_forward:
+            kept = alive
+    return kept, peak_without, peak
+
+
+@contextmanager
+def _tracked(own: set[int]) -> Iterator[list[tuple[int, int]]]:
+    """Record (storage, +bytes or -bytes) of each tensor made and freed inside; `own` storages do not count."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    events: list[tuple[int, int]] = []
+    known = set(own)
+
+    def forget(number: int, size: int) -> None:
+        known.discard(number)
+        events.append((number, -size))
+
+    class Track(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in known:
+                        known.add(storage._cdata)
+                        events.append((storage._cdata, storage.nbytes()))
+                        weakref.finalize(storage, forget, storage._cdata, storage.nbytes())
+            return out
+
+    with Track():  # type: ignore[no-untyped-call]
+        yield events
+
+
+def _fake(model: "nn.Module", dtype: Any) -> set[int]:
+    """Put fake CPU tensors, of `dtype` if given, in place of all weights and buffers; their storages' numbers."""
+    import torch
+    from torch import nn
+
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+
+
+def _quantised(settings: "Settings", parameter: "nn.Parameter") -> tuple[str, float]:
+    """How bitsandbytes stores a linear layer's weight: its name, and its bytes with the scales."""
+    count = parameter.numel()
+    if settings.model.load_in_8bit:
+        return "8-bit, scales in float32", count + 4 * parameter.shape[0]
+    blocks = count / 64
+    if settings.model.use_bnb_nested_quant:
+        return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in 8 bits", count / 2 + blocks * (1 + 4 / 256)
+    return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in float32", count / 2 + 4 * blocks
+
+
+def _optimizer_bytes(name: str, parameter: "nn.Parameter") -> float:
+    """Bytes of an optimiser's states for one parameter."""
+    name = name.rsplit(".", 1)[-1].lower()
+    if "8bit" in name and parameter.numel() >= 4096:  # bitsandbytes keeps small tensors in 32 bits
+        return (1 if "lion" in name else 2) * parameter.numel() * (1 + 4 / 256)
+    if "8bit" in name:
+        return 8 * parameter.numel()
+    if "sgd" in name:
+        return 0
+    if "adafactor" in name:
+        return 4 * sum(parameter.shape)
+    return (1 if "lion" in name else 2) * parameter.nbytes
+
+
+def peak_memory() -> int:
+    """Bytes at the highest moment so far: of the GPU's tensors, without a GPU of the process (resident set size)."""
+    import resource
+    import sys
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def weight_bytes(model: "nn.Module") -> int:
+    """Bytes of a loaded model's weights, bitsandbytes' scales among them."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        scales = [getattr(state, "absmax", None), getattr(nested, "absmax", None), getattr(parameter, "SCB", None)]
+        total += parameter.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
+    return total
+
+
+def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | None) -> list[tuple[str, str]]:
+    """What a run prints of its memory before the first step, as (what, how much) lines."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
+    weights = weight_bytes(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
+    total = found.total if found else get_model_param_count(model)
+    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
+    states = sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)
+    lines = [
+        ("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})"),
+        ("weights", f"{_gb(2 * total)} in 16 bits before, {_gb(weights)} quantised" if quantised else _gb(weights)),
+        ("gradients", _gb(sum(p.nbytes for p in trained))),
+        (f"states of {settings.training.optim.value}", _gb(states)),
+    ]
+    if found:
+        lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
+    if quantised and settings.training.use_cpu:
+        how = "nothing is paged, optimiser states stay in memory; each product unpacks its weights first"
+        lines.append(("bitsandbytes on the CPU", how))
+    return lines
+
+
+def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float]:
+    """Bytes on each of `gpus` GPUs by part, and in the machine's memory (`host`) where the launcher offloads.
+
+    DDP adds a bucket copy of the gradients. DeepSpeed trains in 16 bits with a float32 copy beside the optimiser's
+    states. A sharded model gathers two blocks of layers at a time, the current and the next.
+    """
+    share = gpus if launcher.states else 1
+    weights, gradients, optimizer = float(found.weights), float(found.gradients), float(found.optimizer)
+    overlap = found.overlap if not launcher.many else 0
+    if launcher.deepspeed:
+        frozen = found.weights - found.gradients  # the trainable weights have their gradients' dtype
+        weights, gradients = frozen + 2 * found.trainable, 2.0 * found.trainable
+        optimizer = max(optimizer, 8.0 * found.trainable) + 4 * found.trainable
+    elif launcher.name == "ddp":
+        gradients *= 2
+    gathered = 2 * found.layer if launcher.weights else 0
+    parts = {
+        "weights": weights / (gpus if launcher.weights else 1) + gathered,
+        "gradients": gradients / share,
+        "optimizer": optimizer / share,
+        "activations": float(found.activations16 if launcher.states else found.activations - overlap),
+    }
+    host = 0.0
+    if launcher.offload:
+        host = weights + gradients + optimizer  # of all GPUs of the machine
+        parts |= {"weights": gathered, "gradients": 0.0, "optimizer": 0.0}
+    used = sum(parts.values())
+    reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
+    return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
+
+
+def bytes_of(text: str) -> float:
+    """`"80GB"`, `"24 GiB"`, `"16g"` in bytes.
+
+    Raises:
+        RecipeError: not such a text.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None:
+        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
+    return float(match[1]) * UNITS[match[2] or ""]
+
+
+def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
+    """The forecast for each launcher, and the first that fits.
+
+    Args:
+        settings: the resolved recipe.
+        gpus: how many there will be; None takes this machine's, 0 plans for the CPU.
+        gpu_memory: of each, e.g. `"80GB"`; None takes this machine's.
+
+    Returns:
+        `forecast` (fields of `Forecast`, with `peak`), `memory` of a device in bytes, `launchers` (name -> bytes by
+        part with `total` and `fits`), `choice`: a launcher's name or None, `gpus`.
+    """
+    import psutil
+    import torch
+
+    here = torch.cuda.device_count()
+    gpus = here if gpus is None else gpus
+    if gpus and not (gpu_memory or here):
+        raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
+    settings.training.use_cpu = gpus == 0
+    found = forecast(settings)
+    if gpu_memory:
+        memory = bytes_of(gpu_memory)
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().total
+    if gpus:
+        candidates = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
+    else:
+        candidates = [Launcher("cpu", many=False)]
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        # ZeRO-3 cannot share out bitsandbytes' weights, FSDP can with a storage dtype
+        stored = settings.model.bnb_4bit_quant_storage is not None
+        candidates = [one for one in candidates if not one.weights or (one.name == "fsdp2" and stored)]
+    launchers = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
+    choice = next((name for name, parts in launchers.items() if parts["total"] <= memory), None)
+    return {
+        "forecast": {**asdict(found), "peak": found.peak},
+        "gpus": gpus,
+        "memory": memory,
+        "launchers": {name: {**parts, "fits": parts["total"] <= memory} for name, parts in launchers.items()},
+        "choice": choice,
+    }
+
+
+def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
+    """Print a plan: the arithmetic, a table of launchers, and the command to run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    training, gpus = settings.training, found["gpus"]
+    for line in found["forecast"]["lines"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    where = f"each of {gpus} GPUs with {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
+    columns = ("weights", "gradients", "optimizer", "activations", "reserve", "total", "host")
+    table = Table("launcher", *columns, "fits", title=f"GB of {where}")
+    for name, parts in found["launchers"].items():
+        table.add_row(name, *(f"{parts[c] / 1e9:.1f}" for c in columns), "yes" if parts["fits"] else "no")
+    console.print(table)
+    if found["choice"] is None:
+        smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]
+        smaller += [] if training.gradient_checkpointing else ["gradient_checkpointing=true"]
+        smaller += [] if settings.model.use_peft else ["use_peft=true"]
+        smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
+        console.print(f"nothing fits; try {', '.join(reversed(smaller))}", highlight=False)
+    else:
+        many = f" --num_processes {gpus}" if gpus > 1 else ""
+        command = f"accelerate launch --config_file accelerate_configs/{found['choice']}.yaml{many} {recipe}"
+        console.print(command, highlight=False, soft_wrap=True)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,414 @@
+"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen.
+
+The configuration is checked against the model's skeleton, before its weights are loaded.
+"""
+
+import copy
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from ma_sft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+    from ma_sft.recipe import Settings
+
+
+# `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
+# QLoRA (https://arxiv.org/abs/2305.14314) found that adapting every linear layer matters most.
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 32, "lora_alpha": 8},
+    "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "all-linear": {"lora_target_modules": "all-linear"},
+}
+
+
+# Initialisations that PEFT computes from activations or gradients on data, with calls of its own before training.
+NEED_DATA = ("eva", "corda", "lora_ga")
+
+
+# Initialisations that take a part of the base's weights into the adapter.
+CHANGE_BASE = ("pissa", "olora")
+
+
+def lora_config(settings: "Settings") -> "PeftConfig | None":
+    """The `peft.LoraConfig` of a recipe, None without `use_peft`; a field of `lora_config` wins, then the recipe's
+    own keys, then the preset's.
+
+    Raises:
+        RecipeError: quantisation or LoRA+ without an adapter, frozen layers with one, an unknown or wrong PEFT field.
+    """
+    from peft import LoraConfig
+    from trl import get_peft_config
+
+    model, adapter = settings.model, settings.adapter
+    quantised = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    if not model.use_peft:
+        for key, value in (
+            (quantised, quantised),
+            ("loraplus_lr_ratio", adapter.loraplus_lr_ratio),
+            ("adapter_name_or_path", adapter.adapter_name_or_path),
+        ):
+            if value:
+                raise RecipeError(f"{key} trains an adapter and use_peft is false; set use_peft, or remove {key}")
+        return None
+    if adapter.freeze:
+        raise RecipeError(
+            "freeze is for full fine-tuning: an adapter freezes the whole model; choose its layers with "
+            'lora_target_modules and lora_config={"layers_to_transform": [...]}'
+        )
+    if adapter.adapter_name_or_path:
+        own = next((key for key in settings.chosen if key.startswith("lora_")), None)
+        if own:
+            raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
+        saved = read_adapter_config(adapter_dir(Path(adapter.adapter_name_or_path)))
+        saved.inference_mode = False
+        return saved
+    for key, value in PRESETS[adapter.lora_preset].items():
+        if settings.chosen.get(key) is None:
+            setattr(model, key, value)
+    config = get_peft_config(model)
+    # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
+    if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+        config.target_modules = {config.target_modules}
+    more = adapter.lora_config or {}
+    if isinstance(more, str):
+        try:
+            more = json.loads(more)
+        except ValueError:
+            raise RecipeError(f"lora_config: a JSON object expected, found {more!r}") from None
+    hints = get_type_hints(LoraConfig)
+    for key, value in more.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            raise RecipeError(
+                f"lora_config: peft.LoraConfig has no field {key!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        try:
+            more[key] = nested(**value) if nested and isinstance(value, dict) else value  # type: ignore[operator]
+        except TypeError as error:
+            raise RecipeError(f"lora_config: {key}: {error}") from None
+    if (init := more.get("init_lora_weights")) in NEED_DATA:
+        raise RecipeError(
+            f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training, which a "
+            "recipe cannot describe; use true, gaussian, pissa, pissa_niter_4, olora, orthogonal"
+        )
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    try:
+        found = LoraConfig(**{**given, **more})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lora_config: {' '.join(str(error).split())}") from None
+    if str(init).startswith(CHANGE_BASE):
+        if quantised:
+            raise RecipeError(
+                f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}"
+            )
+        if found.use_rslora and (found.rank_pattern or found.alpha_pattern):
+            raise RecipeError(
+                f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
+                "rank_pattern or alpha_pattern; drop one of them"
+            )
+    return found
+
+
+def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None) -> Any:
+    """The model of a configuration on the meta device: names, shapes and dtypes without a byte of weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from ma_sft.training.processes import outside_zero3
+
+    with outside_zero3(), init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model.tie_weights()
+    return model
+
+
+def model_skeleton(settings: "Settings") -> Any:
+    """The skeleton of the recipe's model.
+
+    Raises:
+        RecipeError: no configuration there, or one that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    model = settings.model
+    try:
+        config = AutoConfig.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=settings.training.trust_remote_code,
+        )
+        dtype = config.dtype if model.dtype == "auto" else model.dtype
+        # Other attention comes from packages that this machine may lack; without weights it makes no difference.
+        attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
+        return skeleton(config, dtype, attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(model.model_name_or_path, error) from None
+
+
+def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
+    """Check that every target of an adapter is a layer of the model that PEFT can adapt and TRL will train.
+
+    Raises:
+        RecipeError: a name that matches nothing, with what would match; `lm_head`, whose loss TRL computes from the
+            weight alone; a module that is no layer.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }
+    one: Any = copy.copy(config)
+    one.modules_to_save = None
+    targets = one.target_modules or []
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        if target == "all-linear":
+            continue
+        one.target_modules = target if isinstance(targets, str) else [target]
+        found = [name for name in modules if check_target_module_exists(one, name)]
+        if not found:
+            raise RecipeError(
+                f"lora_target_modules: {target!r} matches no module of {type(model).__name__}; the linear layers are "
+                f"{', '.join(sorted(linear))}; or set lora_target_modules=all-linear"
+            )
+        for name in found:
+            if modules[name] is head:
+                raise RecipeError(
+                    f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
+                    f"from {name}'s weight directly; remove it"
+                )
+            if modules[name] is model.get_input_embeddings() and model.config.tie_word_embeddings:
+                raise RecipeError(
+                    f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
+                    'train rows of it with lora_config={"trainable_token_indices": [...]}'
+                )
+            if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                raise RecipeError(
+                    f"lora_target_modules: {target!r} is a {type(modules[name]).__name__}, a block of layers; "
+                    f"name layers: {', '.join(sorted(linear))}"
+                )
+    for name in one.exclude_modules or [] if not isinstance(one.exclude_modules, str) else []:
+        if not any(m == name or m.endswith(f".{name}") for m in modules):
+            raise RecipeError(f"exclude_modules: {name!r} matches no module of {type(model).__name__}")
+    for name in config.modules_to_save or []:
+        if not any(m.rsplit(".", 1)[-1] == name or m.endswith(f".{name}") for m in modules):
+            raise RecipeError(f"lora_modules_to_save: {name!r} matches no module of {type(model).__name__}")
+
+
+def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
+    """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
+
+    Raises:
+        RecipeError: a pattern that is none or finds nothing, or nothing left to train.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise RecipeError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            shown = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
+            raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(p.requires_grad for p in names.values()):
+        raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
+
+
+def keep_gradients(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    With AVX-512 BF16, the first forward pass in evaluation mode repacks them for a kernel without a backward pass, and
+    they stay so when training goes on: after any evaluation, no gradient would go through a layer (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def repacked(model: Any) -> Iterator[None]:
+    """Let bitsandbytes repack 4-bit weights on a CPU while answers are generated, many times as fast.
+
+    Afterwards the layers have the very weights and scales that they had: bitsandbytes' own way back rounds the scales.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "support_avx512bf16_for_cpu")
+        and module.weight.device.type == "cpu"
+        and getattr(module.weight, "quant_state", None) is not None
+        and module.weight.quant_state.shape[0] % 32 == 0
+        and module.weight.quant_state.shape[1] % 64 == 0  # the kernel's blocks; other layers stay as they are
+    ]
+    kept = [
+        (layer.weight.data, copy.copy(layer.weight.quant_state), layer.support_avx512bf16_for_cpu) for layer in layers
+    ]
+    if layers:
+        from bitsandbytes.functional import has_avx512bf16
+
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = has_avx512bf16()
+    try:
+        yield
+    finally:
+        for layer, (data, state, fast) in zip(layers, kept, strict=True):
+            layer.weight.data, layer.weight.quant_state, layer.support_avx512bf16_for_cpu = data, state, fast
+
+
+def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
+    """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    trainer.optimizer = create_loraplus_optimizer(
+        trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
+    )
+
+
+def continue_adapter(model: Any, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Put a saved adapter's weights into the fresh one of the same configuration.
+
+    Raises:
+        RecipeError: the adapter does not fit the model, or was trained with another chat template.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    adapter = adapter_dir(folder)
+    template = adapter / "chat_template.jinja"
+    if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
+        raise RecipeError(
+            f"adapter_name_or_path: {adapter} was trained with another chat template; set template: {template}"
+        )
+    weights = load_peft_weights(str(adapter), device="cpu")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {_first_line(error)}") from None
+    if result.unexpected_keys:
+        raise RecipeError(
+            f"adapter_name_or_path: {adapter} was made for another model, which has {result.unexpected_keys[0]}"
+        )
+
+
+def keep_initial(model: Any, folder: Path) -> None:
+    """Save the fresh adapter of an initialisation that also changed the base (PiSSA, OLoRA), for `save_converted`."""
+    model.peft_config["default"].init_lora_weights = True  # so that what is saved loads as the plain adapter it is
+    model.save_pretrained(folder)
+
+
+def save_converted(model: Any, folder: Path, initial: Path) -> None:
+    """Save again what was trained from `initial`, as a plain adapter for the unchanged base; then `initial` goes.
+
+    Its rank is twice the trained one's: the trained update less the initial one. Does nothing without `initial`.
+
+    Raises:
+        RecipeError: PEFT cannot convert this configuration.
+    """
+    if not initial.is_dir():
+        return
+    try:
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
+    except ValueError as error:
+        raise RecipeError(f"the adapter cannot be saved for the unchanged base: {_first_line(error)}") from None
+    shutil.rmtree(initial)
+
+
+def with_new_tokens(
+    settings: "Settings", added: list[str], tokenizer: "PreTrainedTokenizerBase", peft: "PeftConfig | None"
+) -> "PreTrainedModel":
+    """The recipe's model with embedding rows for new tokens, which an adapter then trains as well.
+
+    New rows are the mean of the old ones. Only these rows are trained, not the whole matrix; a separate `lm_head` has
+    to learn to write the tokens too, and TRL can only train it whole.
+
+    Raises:
+        RecipeError: a quantised base model, whose embedding cannot grow.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        raise RecipeError(
+            f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
+            "save a model with the tokens first, or use a template that the tokenizer knows"
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        settings.model.model_name_or_path,
+        trust_remote_code=settings.training.trust_remote_code,
+        **settings.training.model_init_kwargs,
+    )
+    settings.training.model_init_kwargs = None
+    embedding: Any = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if peft is not None:
+        targets: Any = peft
+        name = next(name for name, module in model.named_modules() if module is embedding)
+        targets.trainable_token_indices = {
+            **(targets.trainable_token_indices or {}),
+            name.rsplit(".", 1)[-1]: tokenizer.convert_tokens_to_ids(added),
+        }
+        if not model.config.tie_word_embeddings:
+            targets.modules_to_save = [*(targets.modules_to_save or []), "lm_head"]
+    return model
+
+
+def adapter_dir(folder: Path) -> Path:
+    """The adapter in a run's folder, or the folder itself if it is one.
+
+    Raises:
+        RecipeError: neither.
+    """
+    for candidate in (folder / "adapter", folder):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
+
+
+def read_adapter_config(adapter: Path) -> "PeftConfig":
+    """The configuration of a saved adapter.
+
+    Raises:
+        RecipeError: broken, or with fields that the installed PEFT does not know and would ignore.
+    """
+    import peft
+
+    path = adapter / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]]
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{path} is no adapter's configuration: {error!r}") from None
+    if unknown := sorted(set(saved) - {f.name for f in fields(kind)}):
+        raise RecipeError(
+            f"{adapter} was made by PEFT {saved.get('peft_version') or '(newer)'} and sets {', '.join(unknown)}, which "
+            f"the installed PEFT {peft.__version__} does not know; pip install -U peft"
+        )
+    return peft.PeftConfig.from_pretrained(adapter)
+
+
+def _cannot_load(name: object, error: Exception) -> RecipeError:
+    return RecipeError(f"the model {str(name)!r} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

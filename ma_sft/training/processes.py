@@ -1,0 +1,156 @@
+"""Several processes: does the launcher fit the machine, who prepares the data, and do all have the same.
+
+Objects travel between the processes of one run over gloo on the CPU, beside whatever the training uses: a group of
+its own may wait for hours of tokenising, which would be a dead rank to NCCL.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from ma_sft.errors import MaSftError, RunError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+T = TypeVar("T")
+
+
+def available_attention(wanted: str | None) -> str | None:
+    """The wanted attention, or SDPA, which gives the same, where a FlashAttention is wanted and missing."""
+    from transformers.utils import import_utils
+
+    found = True
+    if version := re.fullmatch(r"flash_attention_(\d)", wanted or ""):
+        found = getattr(import_utils, f"is_flash_attn_{version[1]}_available")(kernels_fallback_ok=True)
+    elif "/" in (wanted or ""):
+        found = import_utils.is_kernels_available()
+    if not found and PartialState().is_main_process:
+        print(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
+    return wanted if found else "sdpa"
+
+
+@functools.cache
+def _cpu_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every process, by rank; waits for the last one."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * state.num_processes
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all processes."""
+    if PartialState().num_processes == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(tensor)
+
+
+def once(make: Callable[[], T], *, per_machine: bool = False) -> T:
+    """Call `make` in the first process of the run (or of each machine) and give its result to the others.
+
+    Raises:
+        MaSftError: what `make` raised, in every process alike.
+    """
+    state = PartialState()
+    result: T | None = None
+    error: MaSftError | None = None
+    if state.is_local_main_process if per_machine else state.is_main_process:
+        try:
+            result = make()
+        except MaSftError as raised:
+            error = raised
+    everyone = gather((result, error))
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return everyone[state.process_index - state.local_process_index if per_machine else 0][0]  # type: ignore[return-value]
+
+
+@contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Models that are made inside are whole and where they are asked to be, also while ZeRO-3 splits all others."""
+    from transformers.integrations import deepspeed
+
+    reference, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def leave_together() -> None:
+    """Wait for the last process and close the connections: what others still need does not vanish."""
+    gather(None)
+    if dist.is_initialized():
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
+
+
+def digest(*datasets: "Dataset | IterableDataset | None") -> str:
+    """Hash of all token ids, labels and document borders in their order: of data, template and labels at once.
+
+    Of a stream, the first hundred rows.
+    """
+    from datasets import Dataset, IterableDataset
+
+    content = hashlib.sha256()
+    for dataset in datasets:
+        if dataset is None:
+            continue
+        if isinstance(dataset, IterableDataset):
+            dataset = Dataset.from_list(list(dataset.take(100)))
+        for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+            for column in sorted(batch.column_names):
+                values = batch[column].combine_chunks()
+                content.update(column.encode())
+                content.update(values.value_lengths().to_numpy().tobytes())
+                content.update(values.flatten().to_numpy().tobytes())
+    return content.hexdigest()
+
+
+def agree(mine: str) -> None:
+    """Compare the digest of all processes.
+
+    Raises:
+        RunError: they differ.
+    """
+    digests = gather(mine)
+    if other := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+        raise RunError(
+            f"the processes prepared different data: rank 0 has {digests[0][:12]}, rank {other[0]} has "
+            f"{digests[other[0]][:12]}; give every machine the same files, tokenizer, template and package versions"
+        )
+
+
+def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: int) -> "Dataset | IterableDataset":
+    """Add rows of one padding token without a label until the last batch of all processes is full.
+
+    Without them the sampler would repeat rows of the data set at the end of an epoch, and the order of the rows would
+    depend on how many processes share a batch. A stream has no end.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    missing = -len(dataset) % multiple if isinstance(dataset, Dataset) else 0
+    if not missing:
+        return dataset
+    row = {"input_ids": [pad_token_id], "labels": [-100], "seq_lengths": [1]}
+    rows = {name: [row[name]] * missing for name in dataset.column_names}
+    return concatenate_datasets([dataset, Dataset.from_dict(rows, features=dataset.features)])

@@ -1,0 +1,80 @@
+"""What is told while training: the bar in the terminal, and `log.jsonl`, from which the report's curves are drawn."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from ma_sft.training.exam import HeldOut
+
+
+class TrainingBar(ProgressCallback):
+    """transformers' own progress bar with the figures of the last log beside it instead of a dict per log."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        self._start = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        speed = float(logs.get("num_tokens", 0)) / (time.monotonic() - self._start)
+        self.training_bar.set_postfix_str(
+            f"loss {float(logs['loss']):.3f}, token accuracy {float(logs.get('mean_token_accuracy', 0)):.1%}, "
+            f"{speed:,.0f} tokens/s"
+        )
+
+
+class Journal(TrainerCallback):
+    """Appends each log to a file, one JSON object a line, with the time and the speed since the last one.
+
+    A line `{"start": step, "max_steps": ...}` begins each start of the run: a resumed one trains again what came after
+    `step`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | {"time": time.time()}) + "\n")
+
+    def held_out(self, step: int, found: "HeldOut") -> None:
+        """What was measured before or after training, by the names of the trainer's own evaluations."""
+        self.write({"step": step, "eval_loss": found.loss, "eval_mean_token_accuracy": found.token_accuracy})
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tokens = next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0.0)
+        self.since = time.monotonic()
+        if state.is_world_process_zero:
+            self.write({"start": state.global_step, "max_steps": state.max_steps})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        now, entry = time.monotonic(), {"step": state.global_step, **(logs or {})}
+        if "loss" in entry and "num_tokens" in entry:
+            entry["tokens_per_second"] = (entry["num_tokens"] - self.tokens) / (now - self.since)
+            self.tokens = entry["num_tokens"]
+        self.since = now  # an evaluation between two logs is not training
+        if state.is_world_process_zero:
+            self.write(entry)

@@ -1,0 +1,241 @@
+"""`ma-sft data build` gives the whole folder or nothing, and recipes, `datasets` and `data show` read it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from datasets import DatasetDict, load_from_disk
+from huggingface_hub import DatasetCard
+
+from ma_sft import Recipe, run
+from ma_sft.cli import main
+from ma_sft.data.mixture import load_mixture
+from ma_sft.files import atomic_dir
+
+ROWS = [{"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(60)]
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0], {"instruction": "x"}]))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "Why?", "answer": "Because."}) + "\n")
+    path = tmp_path / "mixture.yaml"
+    path.write_text(
+        "on_error: skip\ntest_size: 6\nfilters: {exact_duplicates: true}\ndatasets:\n"
+        f"- {{path: {tmp_path}/a.jsonl, license: mit}}\n- {{path: {tmp_path}/b.jsonl, license: apache-2.0}}\n"
+    )
+    return path
+
+
+def test_build_and_show(mixture, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
+    assert "exact_duplicates" in capsys.readouterr().out
+    saved = load_from_disk(str(out))
+    assert isinstance(saved, DatasetDict) and (len(saved["train"]), len(saved["test"])) == (55, 6)
+    assert saved["train"].column_names == ["messages", "tools", "source", "origin"]
+    assert set(saved["train"][0]["messages"][0]) == {"role", "content"}
+    report = json.loads((out / "report.json").read_text())
+    for stage in report["stages"]:
+        assert stage["rows_in"] - sum(stage["removed"].values()) == stage["rows_out"]
+    convert, duplicates = report["stages"][2], report["stages"][4]
+    assert convert["removed"] == {"broken rows": 1} and "line 62" in convert["examples"]["broken rows"][0]
+    assert duplicates["removed"] == {"exact_duplicates": 1} and "a.jsonl:61" in str(duplicates["examples"])
+    assert [(s["license"], s["format"]) for s in report["sources"]] == [
+        ("mit", "alpaca"),
+        ("apache-2.0", "question-answer"),
+    ]
+
+    card = DatasetCard.load(out / "README.md")
+    assert card.data.license == "other" and card.data.size_categories == ["n<1K"]
+    assert "| mit |" in card.text and "exact_duplicates: 1" in card.text
+
+    assert main(["data", "show", str(out), "-n", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "train: 55 rows" in shown and "test: 6 rows" in shown and "assistant: It is" in shown and "apache-2.0" in shown
+    )
+    assert main(["data", "build", str(mixture), "-o", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["data", "show", str(tmp_path)]) == 2
+
+
+def test_build_preferences(tmp_path, capsys):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(f"kind: preference\ndatasets: [{ROOT}/tests/files/preference/pku-saferlhf.jsonl]\n")
+    assert main(["data", "build", str(path), "-o", str(tmp_path / "out")]) == 0
+    assert "no better side" in capsys.readouterr().out
+    rows = load_from_disk(str(tmp_path / "out"))
+    assert len(rows) == 2 and {"prompt", "chosen", "rejected"} <= set(rows.column_names)
+    assert main(["data", "show", str(tmp_path / "out")]) == 0
+    assert "rejected assistant: Water." in capsys.readouterr().out
+
+
+def test_bad_mixture_is_one_line_and_nothing_stays(mixture, tmp_path, capsys):
+    mixture.write_text(mixture.read_text().replace("on_error: skip", "on_error: raise"))
+    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "a.jsonl, line 62: field 'output' is missing or null" in line
+    mixture.write_text("datasets: [a.jsonl]\nfilter: {}\n")
+    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 2
+    assert "did you mean 'filters'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_with_workers_leaves_signals_as_they_were(mixture, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out"), "--num_proc", "2"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 55
+
+
+@pytest.mark.parametrize(
+    ("stop", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
+)
+def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
+    """A filter of the user's says when the build is under way, and then waits to be killed."""
+    code = tmp_path / "slow.py"
+    code.write_text(
+        "import pathlib, time\ndef slow(messages):\n"
+        f"    pathlib.Path({str(tmp_path / 'started')!r}).touch()\n    time.sleep(60)\n    return True\n"
+    )
+    text = mixture.read_text()
+    mixture.write_text(text.replace("exact_duplicates: true", f"function: '{code}:slow'"))
+    command = [sys.executable, "-m", "ma_sft.cli", "data", "build", str(mixture), "-o", str(tmp_path / "out")]
+    command += ["--num_proc", "2"] if workers == 2 else []
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts these tests in the background has them ignore Ctrl-C, and what they start as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop != signal.SIGKILL else -9)
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    mixture.write_text(text)
+    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 0
+    assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 55
+
+
+def test_killed_while_writing(tmp_path):
+    """What a killed process left is no folder of that name, and goes when the folder is made again."""
+    out = tmp_path / "out"
+    code = (
+        "import os, pathlib, signal\nfrom ma_sft.cache import atomic_dir\n"
+        f"with atomic_dir(pathlib.Path({str(out)!r})) as folder:\n"
+        "    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+    with atomic_dir(out) as folder, atomic_dir(tmp_path / "out.other"):
+        (folder / "whole").write_text("x")
+        assert folder.exists()  # a living process's scratch folder is spared
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.other"]
+
+
+def settings(tmp_path, smollm2, **data):
+    return Recipe(
+        name="built",
+        model_name_or_path=str(smollm2),
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        max_length=64,
+        packing=True,
+        use_peft=True,
+        merge=False,
+        gradient_checkpointing=False,
+        attn_implementation="eager",
+        report_to="none",
+        save_strategy="no",
+        **data,
+    )
+
+
+def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny_qwen3):
+    out = tmp_path / "out"
+    assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
+    summary = run(settings(tmp_path, tiny_qwen3, dataset_name=str(out), eval_dataset=str(out)))
+    assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
+    again = load_mixture([str(out)]).train
+    assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
+
+
+def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3):
+    pairs = [{"question": f"Why {i}?", "answer": "Because."} for i in range(9)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sources = [
+        {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filters": {"trivial": True}},
+        {"path": str(tmp_path / "b.jsonl"), "weight": 1, "columns": {"answer": "response", "question": "query"}},
+    ]
+    recipe = settings(
+        tmp_path,
+        tiny_qwen3,
+        datasets=sources,
+        on_error="skip",
+        filters={"exact_duplicates": True, "max_tokens": 500},
+        test_size=10,
+        stopping_strategy="all_exhausted",
+        generate_eval=2,
+        max_new_tokens=2,
+    )
+    summary = run(recipe)
+    assert summary["rows"] > 80 and summary["eval_loss"] > 0  # b's rows are repeated
+    assert "exact_match_after" in summary
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "filtered by exact_duplicates" in page and "skipped rows" in page
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_recipe_streams(mixture, tmp_path, tiny_qwen3, packing, capsys):
+    recipe = settings(
+        tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl"), on_error="skip", dataset_streaming=True
+    )
+    summary = run(recipe, ["--packing", str(packing)])
+    assert summary["steps"] == 2 and summary["tokens"] > 50
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "checked rows of the stream" in shown and "every label is right" in shown
+
+
+def test_stream_needs_an_end(mixture, tmp_path, tiny_qwen3):
+    recipe = settings(tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl"), dataset_streaming=True)
+    with pytest.raises(ValueError, match="set max_steps"):
+        run(recipe, ["--max_steps", "-1"])
+
+
+def test_check_and_preview_a_stream(mixture, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: demo\ndataset_name: {tmp_path}/a.jsonl\ndataset_streaming: true\non_error: skip\n"
+    )
+    assert main(["check", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 61
+
+
+def test_plain_text_is_trained_whole(tmp_path, tiny_qwen3):
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.training.prepare import prepare
+
+    texts = ["It rained all night.", "A line with <|im_end|> in it."]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    resolved = settings(tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl")).resolve(["--packing", "false"])
+    tokenizer, _ = load_tokenizer(resolved)
+    rows = prepare(resolved, tokenizer).dataset
+    assert sorted(tokenizer.decode(row["input_ids"]) for row in rows) == sorted(
+        f"{t}{tokenizer.eos_token}" for t in texts
+    )
+    for row in rows:
+        assert row["labels"] == row["input_ids"]
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1  # text does not become structure

@@ -1,0 +1,200 @@
+"""Each filter removes what its name says, counts it, shows it, and leaves the rest."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from ma_sft.data.filters import near_duplicates, split_held_out
+from ma_sft.data.mixture import load_mixture
+
+LONG = "The museum opens at nine in the morning and closes at six in the evening on every day but Monday"
+
+
+def write(path, pairs):
+    rows = ({"question": question, "answer": answer} for question, answer in pairs)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows_of(pairs):
+    columns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    return Dataset.from_dict({"messages": columns, "origin": [f"a:{i + 1}" for i in range(len(pairs))]})
+
+
+GOOD = [
+    ("How are you?", "Fine, thanks."),
+    ("你好吗？", "我很好，谢谢。"),
+    ("2 + 2?", "4"),
+    ("Sorry?", "Sorry, I meant Tuesday."),
+]
+
+
+@pytest.mark.parametrize(
+    ("filters", "bad", "found"),
+    [
+        ({"max_chars": 60}, [("Hi", "x" * 59)], "61 characters"),
+        ({"min_chars": 6}, [("a", "b")], "2 characters"),
+        ({"max_tokens": 40, "tokenizer": "demo"}, [("Hi", "one two three " * 20)], "tokens"),
+        ({"min_tokens": 3, "tokenizer": "demo"}, [("a", "b")], "2 tokens"),
+        ({"min_response_chars": 2}, [("2 + 2?", "4")], "an answer of 1 characters"),
+        ({"trivial": True}, [("Hi", "..."), ("Hi", "👍"), ("Say it", " say it ")], "the answer"),
+        (
+            {"refusals": True},
+            [
+                ("x", "I'm sorry, but I can't help with that."),
+                ("x", "I am really sorry, I am not able to do this."),
+                ("x", "I cannot provide medical advice."),
+                ("x", "As an AI language model, I have no feelings."),
+                ("x", "作为一个人工智能语言模型，我没有感情。"),
+                ("x", "很抱歉，我无法回答这个问题。"),
+                ("x", "Unfortunately, we won’t be able to say."),
+            ],
+            "",
+        ),
+        ({"refusals": [r"^no\b"]}, [("May I?", "No way.")], "'No'"),
+        ({"scripts": {"Latin": 0.5}}, [("Как дела?", "Хорошо.")], "0% of the letters are Latin"),
+        ({"scripts": {"Han": [0, 0.4]}}, [("请说中文", "好的 ok")], "Han"),
+    ],
+)
+def test_row_filters(tmp_path, filters, bad, found):
+    good = [pair for pair in GOOD if pair not in bad]
+    if "scripts" in filters:
+        good = [pair for pair in good if "好" not in pair[0]]  # one script alone
+    mixture = load_mixture([write(tmp_path / "a.jsonl", [*good, *bad])], filters=filters)
+    assert sorted(m[0]["content"] for m in mixture.train["messages"]) == sorted(question for question, _ in good)
+    (name,) = (key for key in filters if key != "tokenizer")
+    assert mixture.report.filtered == ({name: len(bad)} if bad else {})
+    examples = [e for stage in mixture.report.stages for e in stage.examples.get(name, [])]
+    assert len(examples) == min(5, len(bad))
+    assert all(f"a.jsonl:{len(good) + 1 + i}: " in example and found in example for i, example in enumerate(examples))
+
+
+def test_own_function(tmp_path):
+    code = tmp_path / "mine.py"
+    code.write_text("def polite(messages):\n    return 'please' in messages[0]['content'].lower()\n")
+    path = write(tmp_path / "a.jsonl", [("Please sing.", "La"), ("Sing!", "No")])
+    mixture = load_mixture([{"path": path, "filters": {"function": f"{code}:polite"}}])
+    assert [m[0]["content"] for m in mixture.train["messages"]] == ["Please sing."]
+    assert mixture.report.filtered == {"function": 1}
+
+
+def test_exact_duplicates_across_sources_keep_the_first(tmp_path):
+    one = write(tmp_path / "1.jsonl", [("a?", "x"), ("b?", "y"), ("a?", "x")])
+    two = write(tmp_path / "2.jsonl", [("b?", "y"), ("b?", "other")])
+    mixture = load_mixture([one, two], filters={"exact_duplicates": True})
+    assert sorted(origin.rsplit("/")[-1] for origin in mixture.train["origin"]) == [
+        "1.jsonl:1",
+        "1.jsonl:2",
+        "2.jsonl:2",
+    ]
+    (stage,) = (s for s in mixture.report.stages if s.removed)
+    assert stage.removed == {"exact_duplicates": 2} and "like " in stage.examples["exact_duplicates"][0]
+
+
+def phrases(text):
+    words = text.split()
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+
+def test_near_duplicates_agree_with_the_similarity_itself():
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(500)]
+    texts = []
+    for _ in range(60):
+        text = rng.choice(words, 60).tolist()
+        texts.append(text)
+        for changes in (1, 4, 12):
+            copy = list(text)
+            for at in rng.choice(60, changes, replace=False):
+                copy[at] = rng.choice(words)
+            texts.append(copy)
+    texts = [" ".join(text) for text in texts]
+    pairs = {tuple(sorted(pair)) for pair in near_duplicates(rows_of([("", text) for text in texts]), 0.7).tolist()}
+    sets = [phrases(text) for text in texts]
+    similar = {(i, j): len(a & sets[j]) / len(a | sets[j]) for i, a in enumerate(sets) for j in range(i)}
+    sure = {(j, i) for (i, j), value in similar.items() if value > 0.85}
+    assert len(sure) == 60  # one changed word of sixty leaves 55 of 61 phrases
+    assert sure <= pairs
+    assert all(similar[max(pair), min(pair)] > 0.5 for pair in pairs)
+
+
+def test_near_duplicates_keep_the_first_of_a_group(tmp_path):
+    pairs = [
+        ("When?", f"{LONG}."),
+        ("When?", f"{LONG}!!"),
+        ("when", LONG.upper()),
+        ("Why?", "No idea."),
+        ("When?", "Never."),
+    ]
+    mixture = load_mixture([write(tmp_path / "a.jsonl", pairs)], filters={"near_duplicates": 0.8})
+    assert sorted(origin[-1] for origin in mixture.train["origin"]) == ["1", "4", "5"]
+    chinese = [
+        ("介绍长城", "长城是中国古代的伟大工程，绵延万里，气势磅礴。"),
+        ("介绍长城", "长城是中国古代的伟大工程，绵延万里，气势磅礴！"),
+        ("介绍长江", "长江很长。"),
+    ]
+    assert len(load_mixture([write(tmp_path / "b.jsonl", chinese)], filters={"near_duplicates": 0.8}).train) == 2
+
+
+def test_contamination(tmp_path):
+    held_out = [(f"{LONG}. When does it open?", "At nine."), ("What is the capital of France?", "Paris.")]
+    held_out += [
+        (f"Turn the customer's message into one line of JSON with exactly these five keys, in order: {i}", "{}")
+        for i in range(20)
+    ]
+    train = [
+        ("Tell me about the place.", f"I heard that {LONG.lower()}, which is a pity."),
+        ("what is the capital of FRANCE", "Paris"),
+        ("What is the capital of Norway?", "Oslo"),
+        ("Turn the customer's message into one line of JSON with exactly these five keys, in order: hello", "{}"),
+    ]
+    path = write(tmp_path / "held.jsonl", held_out)
+    mixture = load_mixture([write(tmp_path / "a.jsonl", train)], filters={"contamination": path})
+    assert sorted(origin[-1] for origin in mixture.train["origin"]) == ["3", "4"]  # a phrase of all rows is boilerplate
+    (stage,) = (s for s in mixture.report.stages if s.removed)
+    assert "shares 'the museum opens" in stage.examples["contamination"][0]
+
+
+def test_filters_of_one_source_leave_the_others(tmp_path):
+    one, two = (write(tmp_path / f"{i}.jsonl", [("Hi", "..."), ("Hi", f"Hello {i}")]) for i in (1, 2))
+    mixture = load_mixture([{"path": one, "filters": {"trivial": True}}, two])
+    assert sorted(m[-1]["content"] for m in mixture.train["messages"]) == ["...", "Hello 1", "Hello 2"]
+
+
+def test_preferences_are_filtered_by_their_chosen_side(tmp_path):
+    rows = [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "I can't help with that."},
+        {"prompt": "Hi", "chosen": "I can't help with that.", "rejected": "Hello!"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    filters = {"refusals": True, "exact_duplicates": True}
+    mixture = load_mixture([str(path)], kind="preference", filters=filters)
+    assert [row["chosen"][0]["content"] for row in mixture.train] == ["Hello!"]
+    assert mixture.report.filtered == {"refusals": 2, "exact_duplicates": 1}
+
+
+def test_split_keeps_relatives_on_one_side():
+    rng = np.random.default_rng(1)
+    pairs = [(f"What is {n}?", f"It is {n}, said {i}.") for i, n in enumerate(rng.integers(0, 100, 400))]
+    pairs += [(f"WHAT is {n}", "Again.") for n in range(100)]  # case and marks aside, the same question
+    rows = rows_of(pairs)
+    train, test = split_held_out(rows, 0.1, seed=0)
+    assert sorted([*train, *test]) == list(range(500)) and 40 <= len(test) <= 50
+    numbers = [{int(pairs[i][0].split()[-1].rstrip("?")) for i in side} for side in (train, test)]
+    assert not numbers[0] & numbers[1]
+    again, other = split_held_out(rows, 0.1, seed=0)[1], split_held_out(rows, 0.1, seed=1)[1]
+    assert list(again) == list(test) != list(other)
+
+
+def test_split_keeps_near_duplicates_and_groups_on_one_side():
+    pairs = [(f"Question {i} about topic {i}?", f"{LONG} and then {i // 2} people come.") for i in range(40)]
+    rows = rows_of([(q, a.replace("museum", f"m{i // 2} n{i // 2} o{i // 2}")) for i, (q, a) in enumerate(pairs)])
+    apart = split_held_out(rows, 0.5, seed=0)[1]
+    assert any((i ^ 1) not in apart for i in apart)  # without asking for it, pairs are parted
+    rows_with_groups = rows.add_column("group", [str(i // 2) for i in range(40)])
+    for test in (split_held_out(rows, 0.5, seed=0, near=0.5)[1], split_held_out(rows_with_groups, 0.5, seed=0)[1]):
+        assert 0 < len(test) <= 20
+        assert all((i ^ 1) in test for i in test)

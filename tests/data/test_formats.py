@@ -1,0 +1,221 @@
+"""Every format becomes the same messages, and what is no conversation is refused by name."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+
+from ma_sft import FormatError, to_messages, to_messages_batch
+from ma_sft.data.formats import FORMATS, detect_format, formatting_func, message_features, to_tools
+
+FIXTURES = ROOT / "tests/files/formats"
+
+USER = {"role": "user", "content": "What is 2+2?"}
+ASSISTANT = {"role": "assistant", "content": "4"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "messages"),
+    [
+        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 2+2?"}]}, ASSISTANT]},
+            "messages",
+            [USER, ASSISTANT],
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+            "messages",
+            [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
+            "sharegpt",
+            [USER, ASSISTANT],
+        ),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}],
+            },
+            "sharegpt",
+            [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        ),
+        ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
+        ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
+        (
+            {"instruction": "Add", "input": "2+2", "output": "4"},
+            "alpaca",
+            [{"role": "user", "content": "Add\n\n2+2"}, ASSISTANT],
+        ),
+        (
+            {"instruction": "And 3+3?", "output": "6", "history": [["What is 2+2?", "4"]]},
+            "alpaca",
+            [USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6"}],
+        ),
+        (
+            {"instruction_zh": "二加二？", "input_zh": "", "output_zh": "四"},
+            "alpaca-zh",
+            [{"role": "user", "content": "二加二？"}, {"role": "assistant", "content": "四"}],
+        ),
+        ({"prompt": "What is 2+2?", "completion": "4"}, "prompt-completion", [USER, ASSISTANT]),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
+        (
+            {"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
+            "hh-rlhf",
+            [USER, ASSISTANT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}],
+        ),
+        (
+            {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
+            "multiple-choice",
+            [{"role": "user", "content": "Sky?\n1. red\n2. blue"}, {"role": "assistant", "content": "2. blue"}],
+        ),
+        (
+            {"question": "Sky?", "choices": ["red", "blue"], "answer": 1},
+            "mmlu",
+            [{"role": "user", "content": "Sky?\nA. red\nB. blue"}, {"role": "assistant", "content": "B. blue"}],
+        ),
+        ({"question": "What is 2+2?", "answer": "4"}, "question-answer", [USER, ASSISTANT]),
+        ({"query": "What is 2+2?", "response": "4"}, "query-response", [USER, ASSISTANT]),
+        ({"problem": "What is 2+2?", "solution": "4"}, "problem-solution", [USER, ASSISTANT]),
+    ],
+)
+def test_to_messages(row, format, messages):
+    assert detect_format(row) == format
+    assert to_messages(row) == messages
+    assert to_messages(row, format) == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"foo": "x"}, "unknown format: columns ['foo']; known formats: "),
+        ({"instruction": "x", "answer": "y"}, "alpaca (misses output)"),
+        ({"instruction": "x", "output": None}, "alpaca (misses output)"),
+        ({"instruction": "x", "output": ""}, "the response is empty"),
+        ({"instruction": 5, "output": "y"}, "field 'instruction': text expected, found int 5"),
+        ({"messages": []}, "field 'messages': a list of turns expected"),
+        ({"messages": [USER]}, "no response to train on: roles are ['user']"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "field 'messages[0].role'"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "field 'messages[1].content': text expected"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "field 'conversations[0].value'"),
+        ({"chosen": "no turns here", "rejected": "x"}, "field 'chosen'"),
+        (
+            {"messages": [USER, ASSISTANT], "instruction": "x", "output": "y"},
+            "ambiguous format: columns ['instruction', ",
+        ),
+        ({"instruction": "x", "output": "y", "instruction_zh": "x", "output_zh": "y"}, "fit alpaca and alpaca-zh"),
+        ({"text": "Buy milk", "instruction": "Summarise"}, "unknown format"),
+        ({"text": " "}, "field 'text' is empty"),
+        ({"messages": [ASSISTANT, USER]}, "field 'messages': roles out of order: message 1 is 'assistant'"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
+        ({"messages": [USER, USER, ASSISTANT]}, "message 2 is 'user', which cannot come after 'user'"),
+        ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "field 'messages[1].weight'"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': a list of calls"),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "not valid",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "reasoning_content": 5}]}, "field 'messages[1].reasoning_content'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ASSISTANT]}, "only text parts"),
+        (
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},
+            "not valid JSON",
+        ),
+        ({"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "A"}, "equally many texts"),
+        (
+            {"instruction": "x", "output": "y", "history": ["a", "b"]},
+            "field 'history': a list of [question, answer] pairs",
+        ),
+        ({"question": "q", "choices": ["a", "b"], "answerKey": "Z"}, "field 'answerKey': one of ['A', 'B'] expected"),
+        ({"instruction": "a\0b", "output": "y"}, "field 'instruction' holds a NUL character"),
+        ({"instruction": "a\ud800", "output": "y"}, "lone surrogate at character 1"),
+    ],
+)
+def test_refused(row, message):
+    with pytest.raises(FormatError) as error:
+        to_messages(row)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_explicit_format_wins_over_the_columns():
+    row = {"messages": [USER, ASSISTANT], "question": "q", "answer": "a"}
+    assert to_messages(row, "question-answer")[0]["content"] == "q"
+    with pytest.raises(FormatError, match="field 'instruction' is missing or null; format 'alpaca' needs it"):
+        to_messages(row, "alpaca")
+
+
+def test_own_function_by_name(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def turns(row):\n"
+        "    return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]\n"
+    )
+    assert to_messages({"q": "What is 2+2?", "a": "4"}, f"{path}:turns") == [USER, ASSISTANT]
+
+
+def test_formatting_func_on_rows_and_batches():
+    assert (
+        formatting_func({"instruction": "Add", "input": "2+2", "output": "4"}) == "###Question: Add 2+2\n###Answer: 4"
+    )
+    assert formatting_func({"instruction": ["Add", "Hi"], "input": ["2+2", ""], "output": ["4", "Yo"]}) == [
+        "###Question: Add 2+2\n###Answer: 4",
+        "###Question: Hi\n###Answer: Yo",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_golden(path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    golden = json.loads(path.with_suffix(".golden.json").read_text(encoding="utf-8"))
+    for row, expected in zip(rows, golden, strict=True):
+        assert to_messages(row) == expected["messages"]
+        tools = to_tools(row)
+        assert (json.loads(tools) if tools else None) == expected.get("tools")
+
+
+def test_the_table_of_the_documentation():
+    lines = (ROOT / "docs/formats.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.fullmatch(r"\| `([a-z-]+)`.*? \| `(\{.*\})` \| (.*) \|", line) for line in lines]
+    rows = [row for row in rows if row]
+    assert {row[1] for row in rows} == set(FORMATS)
+    for row in rows:
+        turns = (f"{m['role']}: {m['content']}" for m in to_messages(json.loads(row[2])))
+        assert "<br>".join(turns).replace("\n", "\\n") == row[3]
+        assert detect_format(json.loads(row[2])) == row[1]
+
+
+def test_every_format_has_a_fixture():
+    assert set(FORMATS) <= {path.stem for path in FIXTURES.glob("*.jsonl")}
+
+
+def test_batches_for_map():
+    rows = [json.loads(line) for line in (FIXTURES / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
+    plain = [{"messages": json.dumps(row["messages"]), "tools": json.dumps(row.get("tools"))} for row in rows]
+
+    def convert(batch, indices):
+        return to_messages_batch({name: [json.loads(v) for v in values] for name, values in batch.items()}, indices)
+
+    # one row at a time: the first row must not decide which keys the messages of later rows may have
+    settings = {"batched": True, "batch_size": 1, "with_indices": True, "features": message_features()}
+    mapped = Dataset.from_list(plain).map(convert, **settings)
+    for row, raw in zip(mapped, rows, strict=True):
+        found = [{k: v for k, v in m.items() if v is not None and k != "tool_calls"} for m in row["messages"]]
+        assert found == [{k: v for k, v in m.items() if k != "tool_calls"} for m in to_messages(raw)]
+    assert json.loads(mapped[3]["messages"][2]["tool_calls"][0]["function"]["arguments"])["people"] == 2
+
+    alpaca = {"instruction": ["x", "x"], "output": ["y", None]}
+    assert len(to_messages_batch({"instruction": ["x"], "output": ["y"]})["messages"]) == 1
+    with pytest.raises(FormatError, match="row 8: field 'output' is missing or null; format 'alpaca' needs it"):
+        to_messages_batch(alpaca, [6, 7], format="alpaca")
+
+
+def test_no_format_is_hidden_by_an_earlier_one():
+    for name, known in FORMATS.items():
+        assert detect_format(known.columns) == name

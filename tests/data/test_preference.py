@@ -1,0 +1,136 @@
+"""Preference rows of every common source become what TRL's reward and DPO trainers take as it is."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ma_sft import FormatError, to_preference
+from ma_sft.data.mixture import load_mixture
+
+FIXTURES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
+PKU = {
+    "prompt": "p",
+    "response_0": "zero",
+    "response_1": "one",
+    "is_response_0_safe": True,
+    "is_response_1_safe": True,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_golden(path):
+    golden = json.loads(path.with_suffix(".golden.json").read_text(encoding="utf-8"))
+    assert [to_preference(row) for row in read(path)] == golden
+
+
+@pytest.mark.parametrize(
+    ("safe", "better", "chosen"),
+    [
+        ((True, True), 0, "zero"),
+        ((True, True), 1, "one"),
+        ((True, False), 1, "zero"),  # safety comes before quality
+        ((False, True), 0, "one"),
+        ((False, False), 1, None),
+    ],
+)
+def test_safety_rule(safe, better, chosen):
+    row = {**PKU, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1], "better_response_id": better}
+    found = to_preference(row)
+    if chosen is None:
+        assert found is None
+    else:
+        assert found["chosen"] == [{"role": "assistant", "content": chosen}]
+        assert found["rejected"][0]["content"] == {"zero": "one", "one": "zero"}[chosen]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "answer": "a"}, "unknown preference format: columns ['answer', 'prompt']"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "misses rejected"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "the two answers are the same"),
+        ({"prompt": "p", "chosen": " ", "rejected": "a"}, "field 'chosen': the answer is empty"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "field 'prompt': text expected, found int 5"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "differ at turn 1"),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: y"}, "differ at turn 1"),
+        ({**PKU, "is_response_0_safe": "yes"}, "field 'is_response_0_safe': true or false expected, found 'yes'"),
+        ({**PKU, "better_response_id": 2}, "field 'better_response_id': 0 or 1 expected, found 2"),
+        ({**PKU, "response_1": None}, "field 'response_1' is missing or null"),
+    ],
+)
+def test_refused(row, message):
+    with pytest.raises(FormatError) as error:
+        to_preference(row)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_own_function(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def sides(row):\n"
+        "    if row['a'] == row['b']:\n        return None\n"
+        "    best, other = ('x', 'y') if row['a'] > row['b'] else ('y', 'x')\n"
+        "    return {'prompt': 'Which?', 'chosen': best, 'rejected': other}\n"
+    )
+    assert to_preference({"a": 1, "b": 2}, f"{path}:sides")["chosen"][0]["content"] == "y"
+    assert to_preference({"a": 1, "b": 1}, f"{path}:sides") is None
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return load_mixture([str(path) for path in FIXTURES], kind="preference", system_prompt="Be kind.")
+
+
+def test_mixture_counts_what_has_no_better_side(mixture):
+    assert len(mixture.train) == sum(len(read(path)) for path in FIXTURES) - 1
+    assert mixture.report.skipped == 1
+    (stage,) = [s for s in mixture.report.stages if s.removed]
+    assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"no better side": 1}
+    assert all(row["prompt"][0]["role"] == "system" for row in mixture.train)
+
+
+def test_trl_trains_a_reward_model_and_dpo_on_them(mixture, smollm2, tmp_path):
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "max_length": 256,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+    }
+    by_hand = Dataset.from_list([s for path in FIXTURES for row in read(path) if (s := to_preference(row))])
+    model = AutoModelForSequenceClassification.from_pretrained(smollm2, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    config = RewardConfig(**settings)
+    trainer = RewardTrainer(model, args=config, train_dataset=by_hand, processing_class=tokenizer)
+    assert len(trainer.train_dataset) == len(by_hand)
+    assert trainer.train().training_loss > 0
+    row = trainer.train_dataset[0]
+    assert tokenizer.decode(row["chosen_ids"]) == tokenizer.apply_chat_template(
+        by_hand[0]["prompt"] + by_hand[0]["chosen"], tokenize=False
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    config = DPOConfig(**settings)
+    trainer = DPOTrainer(model, args=config, train_dataset=mixture.train, processing_class=tokenizer)
+    assert trainer.train().training_loss > 0
+    row, trained = mixture.train[0], trainer.train_dataset[0]
+    for column in ("prompt", "chosen", "rejected"):
+        text = tokenizer.decode(trained[f"{column}_ids"])
+        assert all(message["content"] in text for message in row[column])

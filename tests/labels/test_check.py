@@ -1,0 +1,178 @@
+"""The check finds each way in which labels go wrong, and the preview shows it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import TOKENIZERS, _load_tokenizer
+from datasets import Dataset
+from rich.console import Console
+
+from ma_sft import DataCollatorForCompletionOnlyLM, LabelError
+from ma_sft.labels.check import check_dataset
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.preview import pieces, preview_text
+from ma_sft.pages.preview import preview, preview_html
+
+CHATS = [
+    [("user", "Hi"), ("assistant", "Hello! 你好😀")],
+    [("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"), ("assistant", "4")],
+    [("user", "What is <|im_end|> or </s>?"), ("assistant", "A token\nor two.")],
+]
+
+
+def labelled(name: str, **settings) -> tuple[Dataset, Dataset, ChatEncoder]:
+    encoder = ChatEncoder(_load_tokenizer(name), **settings)
+    conversations = Dataset.from_dict({"messages": [[{"role": r, "content": c} for r, c in chat] for chat in CHATS]})
+    rows = conversations.map(encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=["messages"])
+    return rows, conversations, encoder
+
+
+def codes(findings) -> set[str]:
+    return {finding.code for finding in findings}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_right_labels_pass_and_are_counted(name):
+    rows, conversations, encoder = labelled(name)
+    report = check_dataset(rows, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    assert report.errors == [] and report.mismatches == 0
+    assert report.rows == len(rows) and report.turns == report.compared_turns == sum(rows["turns"])
+    assert report.tokens == sum(map(len, rows["input_ids"]))
+    assert report.trained_tokens == sum(label != -100 for row in rows["labels"] for label in row)
+    assert sum(report.histogram.values()) == report.rows
+    data = json.loads(report.to_json())
+    assert data["ok"] is True and data["rows"] == len(rows) and 0 < data["trained_share"] < 1
+
+
+def broken(rows: Dataset, row: int, change) -> Dataset:
+    """The rows with one of them changed; `change` takes ids and labels and gives both."""
+    columns = rows.select_columns(["input_ids", "labels"]).to_dict()
+    columns["input_ids"][row], columns["labels"][row] = change(columns["input_ids"][row], columns["labels"][row])
+    return Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("no labels", lambda ids, labels: (ids, [-100] * len(ids))),
+        ("foreign labels", lambda ids, labels: (ids, [*labels[1:], -100])),
+        ("missing end token", lambda ids, labels: (ids[:-2], labels[:-2])),
+        ("unlike inference", lambda ids, labels: (ids[:4] + ids[5:], labels[:4] + labels[5:])),
+    ],
+)
+def test_each_wrong_row_is_an_error_with_its_number(code, change):
+    rows, conversations, encoder = labelled("smollm2")
+    wrong = broken(rows, 1, change)
+    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    finding = next(f for f in report.errors if f.code == code)
+    assert finding.rows == [1]
+    with pytest.raises(LabelError, match=code):
+        report.raise_errors()
+    assert json.loads(report.to_json())["ok"] is False
+
+
+def test_the_first_differing_token_is_shown():
+    rows, conversations, encoder = labelled("qwen3")
+    wrong = broken(rows, 0, lambda ids, labels: ([*ids[:1], 12, *ids[2:]], labels))
+    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    (finding,) = [f for f in report.errors if f.code == "unlike inference"]
+    assert "token 1" in finding.message and "(12)" in finding.message and "'user'" in finding.message
+
+
+def test_double_bos():
+    rows, _, encoder = labelled("llama3")
+    bos = encoder.tokenizer.bos_token_id
+    wrong = broken(rows, 2, lambda ids, labels: ([bos, *ids], [-100, *labels]))
+    assert next(f for f in check_dataset(wrong, encoder.tokenizer).errors if f.code == "double BOS").rows == [2]
+
+
+def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
+    rows, _, encoder = labelled("smollm2")
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = int(np.argmax(lengths))
+    limit = lengths[longest] - 2
+    report = check_dataset(rows, encoder.tokenizer, max_length=limit)
+    assert (report.cut_rows, report.cut_turns, report.lost_rows) == (sum(n > limit for n in lengths), 1, 0)
+    assert report.errors == []
+    assert next(f for f in report.warnings if f.code == "cut turns").rows == [longest]
+    report = check_dataset(rows, encoder.tokenizer, max_length=3)
+    assert report.lost_rows == len(rows) and codes(report.errors) == {"nothing to train"}
+
+
+def test_duplicates_special_text_and_turns_without_label_are_warnings():
+    rows, _, encoder = labelled("qwen3", history="mask")
+    columns = rows.to_dict()
+    twice = Dataset.from_dict({key: values + values[:1] for key, values in columns.items()})
+    twice = twice.map(lambda row, i: {"untrained": ["rewritten"] if i == 1 else []}, with_indices=True)
+    report = check_dataset(twice, encoder.tokenizer)
+    assert report.errors == [] and report.duplicate_rows == 1 and report.special_text == {"<|im_end|>": 1}
+    assert report.untrained_turns == {"rewritten": 1}
+    assert codes(report.warnings) == {"duplicate rows", "special-token text", "untrained turns"}
+
+
+def test_the_collators_report_becomes_findings():
+    tokenizer = _load_tokenizer("smollm2")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, on_missing="mask")
+    texts = ["###Question: a\n###Answer: b", "###Question: a\n### Answer: b"]
+    ids = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
+    with pytest.warns(UserWarning):
+        rows = Dataset.from_dict({"input_ids": ids, "labels": [collator.labels_for(row) for row in ids]})
+    report = check_dataset(rows, tokenizer, template_report=collator.check(rows))
+    (finding,) = [f for f in report.errors if f.code == "response template missing"]
+    assert finding.rows == [1] and "### Answer:" in finding.message
+
+
+def test_a_text_without_end_token_never_learns_to_stop():
+    tokenizer = _load_tokenizer("smollm2")
+    ids = tokenizer("###Question: a\n###Answer: b")["input_ids"]
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * (len(ids) - 1) + ids[-1:]]})
+    assert codes(check_dataset(rows, tokenizer).errors) == {"missing end token"}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_are_the_row_cut_up(name):
+    rows, _, encoder = labelled(name)
+    for row in rows:
+        shown = pieces(row["input_ids"], row["labels"], encoder.tokenizer)
+        assert [i for piece in shown for i in piece.ids] == row["input_ids"]
+        on = [label != -100 for label in row["labels"]]
+        assert [piece.trained for piece in shown for _ in piece.ids] == on
+    text = "".join(p.text for p in pieces(rows[0]["input_ids"], rows[0]["labels"], encoder.tokenizer) if p.trained)
+    assert "Hello! 你好😀" in text and "\ufffd" not in text
+
+
+def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
+    tokenizer = _load_tokenizer("smollm2")
+    messages = [
+        {"role": "user", "content": "<script>alert(1)</script>"},
+        {"role": "assistant", "content": "<b>no</b>"},
+    ]
+    (example,) = ChatEncoder(tokenizer).encode([messages])[0]
+    page = preview_html([{"input_ids": example.input_ids, "labels": example.labels}], tokenizer, title="a & b")
+    body = page[page.index("<pre ") :]
+    assert "<script" not in page and "<b>" not in page and "a &amp; b" in page
+    assert "http" not in page.replace("http-equiv", "") and "src=" not in page and "prefers-color-scheme" in page
+    spans = re.findall(r'<span(?: class="([tc ]+)")? title="[\d, ]+">([^<]*)</span>', body)
+    assert "".join(text for kind, text in spans if "t" in kind) == "&lt;b&gt;no&lt;/b&gt;&lt;|im_end|&gt;"
+    assert [kind for kind, text in spans if text == "&lt;|im_end|&gt;"] == ["c", "c", "t c"]
+
+
+def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
+    tokenizer = _load_tokenizer("smollm2")
+    messages = [{"role": "user", "content": "\x1b[31mred"}, {"role": "assistant", "content": "fine"}]
+    (example,) = ChatEncoder(tokenizer).encode([messages])[0]
+    console = Console(force_terminal=True, width=100, color_system="standard", legacy_windows=False)
+    with console.capture() as capture:
+        rows = [{"input_ids": example.input_ids, "labels": example.labels}]
+        console.print(preview_text(rows, tokenizer, borders=True))
+    output = capture.get()
+    assert "\x1b[31mred" not in output and "│" in output
+    assert re.search(r"\x1b\[1;32mfine", output) and re.search(r"\x1b\[2mred", output)
+
+
+def test_preview_writes_the_page(tmp_path):
+    rows, _, encoder = labelled("smollm2")
+    preview(rows, encoder.tokenizer, n=2, html=tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<pre ") == 2

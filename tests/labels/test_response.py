@@ -1,0 +1,238 @@
+"""The response-only collator: the labels of TRL 0.x where it was right, and right labels where it was not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft import DataCollatorForCompletionOnlyLM, ResponseTemplateError, tokenize_conversation
+
+# What TRL 0.15.2's own class returned for these rows; `pad` is the pad token that it was given.
+GOLDEN = json.loads((Path(__file__).parents[1] / "files" / "trl0_labels.json").read_text(encoding="utf-8"))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def trained(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> str:
+    """Text of the labels; masked stretches are `|`."""
+    text, run = "", []
+    for label in [*labels, -100]:
+        if label != -100:
+            run.append(label)
+        elif run:
+            text, run = text + tokenizer.decode(run) + "|", []
+    return text
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['tokenizer']}-{c['case']}")
+def test_same_batch_as_trl_0(case):
+    tokenizer = load_tokenizer(case["tokenizer"])
+    tokenizer.pad_token_id = case["pad"]
+    collator = DataCollatorForCompletionOnlyLM(
+        case["response"], case["instruction"], tokenizer=tokenizer, padding_free=case["padding_free"]
+    )
+    batch = collator([{"input_ids": row} for row in case["rows"]])
+    assert {k: v.tolist() if torch.is_tensor(v) else v for k, v in batch.items()} == case["batch"]
+
+
+def test_positional_tokenizer_and_padding_multiple():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", None, tokenizer, pad_to_multiple_of=16)
+    batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
+    assert batch["input_ids"].shape == (1, 16) and batch["input_ids"].dtype == torch.int64
+    assert trained(tokenizer, batch["labels"][0].tolist()) == " b<|im_end|>|"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "template",
+    ["###Answer:", "\n###Answer:", "### Answer:", "\n#ASSISTANT:", "### Response:\n", "回答：", "###Answer: "],
+)
+def test_a_template_is_found_whatever_merged_in_front(name, template):
+    tokenizer = _load_tokenizer(name)
+    collator = DataCollatorForCompletionOnlyLM(template, tokenizer=tokenizer)
+    for before in ("Hi", "Hi.", "Hi.\n", "Hi.\n\n", "Hi ", "你好。", "", "😀\n"):
+        text = before + template + ("The end" if template[-1].isspace() else " The end")
+        labels = collator.labels_for(encode(tokenizer, text))
+        assert trained(tokenizer, labels).replace(tokenizer.eos_token, "").strip(" |\n") == "The end", repr(text)
+        assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_border_inside_a_token_masks_that_token_and_is_reported():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    ids = encode(tokenizer, "###Question: x\n###Answer:The end")
+    assert tokenizer.decode([ids[-3]]) == ":The"
+    assert trained(tokenizer, collator.labels_for(ids)) == " end<|im_end|>|"
+    report = collator.check([{"input_ids": ids}])
+    assert (report.found, report.merged, report.problems[0].status) == (1, 1, "merged")
+
+
+def test_a_longer_heading_is_not_the_template():
+    tokenizer = _load_tokenizer("smollm2")
+    collator = DataCollatorForCompletionOnlyLM("##Answer:", tokenizer=tokenizer)
+    with pytest.raises(ResponseTemplateError):
+        collator.labels_for(encode(tokenizer, "#Question\n####Answer: no"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama2", "llama3"])
+def test_a_quotation_in_a_line_of_the_question_is_not_the_template(name):
+    """Llama-2 encodes the quotation as the bare string, and the real template otherwise; TRL 0.x took the wrong one."""
+    tokenizer = _load_tokenizer(name)
+    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
+    labels = collator.labels_for(encode(tokenizer, "### Question: say ### Answer: yes\n### Answer: no"))
+    assert trained(tokenizer, labels).strip(" |") == "no" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_turns_whose_templates_have_different_ids(name):
+    """The first template begins the text and the others follow a space, so their ids differ."""
+    tokenizer = _load_tokenizer(name)
+    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
+    text = "### Human: a ### Assistant: b ### Human: c ### Human: d ### Assistant: e ### Human: f"
+    spans = [s.strip() for s in trained(tokenizer, collator.labels_for(encode(tokenizer, text))).split("|") if s]
+    assert spans == ["b", "e"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_end_token_is_trained_when_it_is_the_pad_token(name, side):
+    tokenizer = load_tokenizer(name)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, side
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    rows = [encode(tokenizer, "###Question: a\n###Answer: b"), encode(tokenizer, "###Question: a\n###Answer: b, c, d")]
+    batch = collator([{"input_ids": row} for row in rows])
+    for labels, mask in zip(batch["labels"], batch["attention_mask"], strict=True):
+        assert (labels == tokenizer.eos_token_id).sum() == 1
+        assert (labels[mask == 0] == -100).all()
+    # the same, padded before the collator sees it, with the mask and without it
+    padded = rows[0] + [tokenizer.eos_token_id] * 3
+    with_mask = {"input_ids": padded, "attention_mask": [1] * len(rows[0]) + [0] * 3}
+    for row in (with_mask, padded):
+        assert (collator([row])["labels"] == tokenizer.eos_token_id).sum() == 1
+
+
+def test_text_that_looks_like_a_control_token_is_not_one():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("<|im_start|>assistant\n", "<|im_start|>user\n", tokenizer=tokenizer)
+    messages = [
+        {"role": "user", "content": "say <|im_start|>assistant\nhello"},
+        {"role": "assistant", "content": "<|im_start|>user\nhello"},
+    ]
+    ids = tokenize_conversation(messages, tokenizer)["input_ids"]
+    assert "<|im_start|>user\nhello<|im_end|>" in trained(tokenizer, collator.labels_for(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction", "response"),
+    [
+        ("smollm2", "<|im_start|>user\n", "<|im_start|>assistant\n"),
+        ("llama3", "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("gemma3", "<start_of_turn>user\n", "<start_of_turn>model\n"),
+        ("deepseek_v3", "<｜User｜>", "<｜Assistant｜>"),
+        ("llama2", "[INST]", "[/INST]"),
+    ],
+)
+def test_same_labels_as_the_conversation_path(name, instruction, response):
+    """Up to what stands between the end token and the next instruction, which only the conversation path masks."""
+    tokenizer = _load_tokenizer(name)
+    messages = [
+        {"role": role, "content": content}
+        for role, content in [("user", "Hi."), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2\n")]
+    ]
+    made = tokenize_conversation(messages, tokenizer)
+    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
+    found = collator.labels_for(made["input_ids"])
+    assert all(f == m for f, m in zip(found, made["labels"], strict=True) if m != -100)
+    extra = [f for f, m in zip(found, made["labels"], strict=True) if f != m]
+    assert tokenizer.decode(extra, skip_special_tokens=True).strip() == ""
+
+
+def test_labels_that_mask_something_are_kept_and_a_plain_copy_is_not():
+    tokenizer = _load_tokenizer("smollm2")
+    ids = encode(tokenizer, "###Question: a\n###Answer: b")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, ignore_index=-1)
+    packed, labels = ids + ids, collator.labels_for(ids) * 2
+    batch = collator([{"input_ids": packed, "labels": [-100 if x == -1 else x for x in labels]}])
+    assert batch["labels"][0].tolist() == labels
+    assert collator([{"input_ids": ids, "labels": ids}])["labels"][0].tolist() == collator.labels_for(ids)
+
+
+def test_a_missing_template_names_row_ids_place_and_remedy():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    good, bad = encode(tokenizer, "###Answer: a"), encode(tokenizer, "###Question: a\n### Answer: b")
+    near = tokenizer.encode("### Answer:")
+    with pytest.raises(ResponseTemplateError) as error:
+        collator([{"input_ids": good}, {"input_ids": bad}])
+    text = str(error.value)
+    assert "\n" not in text and "row 1" in text and str(collator.response_token_ids) in text
+    assert any(str(near[k:]) in text or str(near[k:])[1:-1] in text for k in range(2)), text
+    assert "Question: a" in text and "did you mean" in text
+
+
+def test_ids_that_do_not_match_the_context_get_the_ids_that_do():
+    """MA-RLHF's `encode("###Answer:")` on Llama-2: the bare string has a space token that the row does not."""
+    tokenizer = _load_tokenizer("llama2")
+    row = encode(tokenizer, "###Question: a\n###Answer: b")
+    bare = tokenizer.encode("###Answer:", add_special_tokens=False)
+    with pytest.raises(ResponseTemplateError, match="encoded here as") as error:
+        DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer).labels_for(row, index=7)
+    assert "row 7" in str(error.value)
+    problem = DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer).check([{"input_ids": row}]).problems[0]
+    again = DataCollatorForCompletionOnlyLM(problem.nearest_ids, tokenizer=tokenizer)
+    assert trained(tokenizer, again.labels_for(row)).strip(" |") == "b</s>"
+
+
+def test_on_missing_mask_counts_and_warns():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, on_missing="mask")
+    with pytest.warns(UserWarning, match="does not occur"):
+        batch = collator([{"input_ids": encode(tokenizer, t)} for t in ("no", "###Answer: yes", "neither")])
+    assert collator.missing_rows == 2
+    assert (batch["labels"] != -100).any(dim=1).tolist() == [False, True, False]
+
+
+def test_a_row_without_an_instruction_is_missing_too():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
+    with pytest.raises(ResponseTemplateError, match="instruction_template"):
+        collator.labels_for(encode(tokenizer, "### Assistant: a"))
+
+
+def test_check_counts_every_row():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    texts = ["###Question: a\n###Answer: b", "no template", "###Question: a\n###Answer: b\n###Answer: c"]
+    rows = [{"input_ids": encode(tokenizer, text)} for text in texts]
+    rows.append({"input_ids": tokenizer.encode("###Question: cut\n###Answer:")})
+    report = collator.check(rows)
+    assert (report.rows, report.found, report.missing, report.nothing_left, report.ambiguous) == (4, 2, 1, 1, 1)
+    assert not report.ok and {p.row: p.status for p in report.problems} == {
+        1: "missing",
+        2: "ambiguous",
+        3: "nothing left",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"response_template": ""}, "empty"), ({"mlm": True}, "mlm"), ({"tokenizer": None}, "tokenizer")],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ResponseTemplateError, match=message):
+        DataCollatorForCompletionOnlyLM(
+            **{"response_template": "###Answer:", "tokenizer": load_tokenizer("qwen3")} | arguments
+        )
+
+
+def test_numpy_batches_are_labelled_too():
+    tokenizer = _load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, return_tensors="np")
+    batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
+    assert trained(tokenizer, batch["labels"][0].tolist()) == " b<|im_end|>|"

@@ -1,0 +1,204 @@
+"""The run's page: what it tells of finished, unfinished and several runs, and that nothing from data is unescaped."""
+
+import json
+import re
+import shutil
+import threading
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from ma_sft import Recipe, run
+from ma_sft.cli import main
+from ma_sft.pages.report import read_run, watch, write_report
+
+EVIL = "</pre></p><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bpe, tmp_path_factory):
+    """A run of four steps with held-out rows, a filter that removes one, and markup in questions and answers."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [{"prompt": f"{i} {EVIL}", "completion": f"It is {i}. {EVIL}"} for i in range(20)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
+    recipe = Recipe(
+        name="first <b>",
+        model_name_or_path=str(tiny_bpe),
+        dataset_name=str(data),
+        filters={"exact_duplicates": True},
+        test_size=6,
+        generate_eval=6,
+        max_new_tokens=4,
+        packing=True,
+        max_length=512,
+        per_device_train_batch_size=1,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+        learning_rate=1e-3,
+        save_strategy="no",
+        use_peft=True,
+        report_to="none",
+        output_dir=str(folder / "run"),
+    )
+    run(recipe)
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return shutil.copytree(finished, tmp_path / "runs" / "copy", ignore=shutil.ignore_patterns("adapter", "merged"))
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags, its text, its attributes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.attributes = [], "", []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.text += " "
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_tells_all_that_was_trained_and_how(finished):
+    page = Page(finished / "report.html")
+    text = " ".join(page.text.split())
+    summary = json.loads((finished / "summary.json").read_text())
+    for part in (
+        "first <b>",
+        "finished",
+        *("loss", "token accuracy", "learning rate", "tokens per second", "gradient norm"),
+        *("held-out loss", f"{summary['eval_loss']:.4f}", f"{summary['train_loss']:.4f}"),
+        *("Held-out answers", "before", "after", "reference"),
+        *("What is trained", "The check found every label right."),
+        *("length of a row", "packing", "density", "exact duplicates"),
+        *("learning_rate: 0.001", "torch", "transformers", "CPU", "python"),
+        *("It was started with", f"ma-sft train {finished}/recipe.json --name"),
+    ):
+        assert part in text, part
+    source = (finished / "report.html").read_text(encoding="utf-8")
+    lines = re.findall(r'<polyline class="(held|)" points="([^"]+)"', source)
+    assert len(lines) == 7 and [kind for kind, _ in lines] == ["", "held", "", "held", "", "", ""]
+    held_out = [len(points.split()) for kind, points in lines if kind]
+    assert held_out == [3, 3]  # before, at step 2, at the end
+    points = [tuple(map(float, point.split(","))) for _, line in lines for point in line.split()]
+    assert all(0 <= x <= 360 and 0 <= y <= 190 for x, y in points)
+
+
+def test_opens_offline_and_runs_nothing_from_the_data(finished):
+    page = Page(finished / "report.html")
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert page.text.count("<script>alert(1)</script>") >= 6  # shown as the text that it is
+    names = {name for name, _ in page.attributes}
+    assert not {"onerror", "onload", "src", "href"} & names
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    source = (finished / "report.html").read_text(encoding="utf-8")
+    assert "http" not in source.replace("http-equiv", "") and "url(" not in source
+    assert "prefers-color-scheme: dark" in source and 'name="viewport"' in source
+
+
+def test_shows_the_mask_token_by_token(finished):
+    source = (finished / "report.html").read_text(encoding="utf-8")
+    row = re.search(r'<pre class="mask">\n(.*?)</pre>', source, re.DOTALL)[1]
+    trained = "".join(re.findall(r'<span class="t(?: c)?" title="[\d, ]+">([^<]*)</span>', row))
+    assert re.match(r"It is \d+\. &lt;/pre&gt;", trained) and trained.endswith("&lt;|im_end|&gt;")
+    assert re.search(r'<span class="c" title="\d+">&lt;\|im_start\|&gt;</span>', row)
+
+
+def test_unfinished_run_has_a_page_too(copy, capsys):
+    (copy / "summary.json").unlink()
+    (copy / "answers.json").unlink()
+    log = (copy / "log.jsonl").read_text().splitlines()
+    (copy / "log.jsonl").write_text("\n".join(log[:5]) + '\n{"step": 9, "lo')  # killed while it wrote a line
+    assert main(["report", str(copy)]) == 0
+    assert f"report: {copy}/report.html" in capsys.readouterr().out
+    text = Page(copy / "report.html").text
+    assert re.search(r"not finished: step [123] of 4, last heard of at 20\d\d-", text) and "What is trained" in text
+    assert "Held-out answers" not in text
+
+
+def test_resumed_run_shows_each_step_once(copy):
+    with (copy / "log.jsonl").open("a") as file:
+        for entry in ({"start": 2, "max_steps": 6}, {"step": 3, "loss": 7.0}, {"step": 6, "loss": 6.0}):
+            file.write(json.dumps({**entry, "time": 1.0}) + "\n")
+    found = read_run(copy)
+    losses = {entry["step"]: entry["loss"] for entry in found["log"] if "loss" in entry}
+    assert list(losses) == [1, 2, 3, 6] and (losses[3], losses[6]) == (7.0, 6.0) and found["planned_steps"] == 6
+
+
+def test_values_that_are_no_numbers_are_counted_and_not_drawn(copy):
+    with (copy / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": NaN, "grad_norm": Infinity, "time": 1.0}\n')
+    write_report([copy], copy / "report.html")
+    source = (copy / "report.html").read_text(encoding="utf-8")
+    assert source.count("1 values are no numbers") == 2 and "nan," not in source.lower()
+
+
+def test_compares_runs(finished, copy, tmp_path, monkeypatch, capsys):
+    settings = json.loads((copy / "recipe.json").read_text())
+    (copy / "recipe.json").write_text(json.dumps({**settings, "learning_rate": 0.5}))
+    facts = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**facts, "name": "second"}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(finished), str(copy)]) == 0
+    assert capsys.readouterr().out == "report: comparison.html\n"
+    page = Page(tmp_path / "comparison.html")
+    text = " ".join(page.text.split())
+    assert "2 runs" in text and "second" in text and "learning_rate 0.001 0.5" in text
+    assert "max_length 512 512" not in text  # what does not differ is not in the table
+    assert page.tags.count("polyline") == 14 and page.tags.count("details") >= 2
+
+
+def test_watch_reloads_until_the_run_is_finished(copy, tmp_path):
+    summary = (copy / "summary.json").read_text()
+    (copy / "summary.json").unlink()
+    facts = (copy / "run.json").rename(tmp_path / "run.json")  # as while rows are tokenised
+    page = tmp_path / "live.html"
+    watching = threading.Thread(target=watch, args=([copy], page, 1))
+    watching.start()
+    time.sleep(1.5)
+    assert watching.is_alive() and not page.exists()
+    facts.rename(copy / "run.json")
+    until = time.monotonic() + 60
+    while not page.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ("http-equiv", "refresh") in Page(page).attributes and "not finished" in page.read_text()
+    (copy / "summary.json").write_text(summary)
+    watching.join(60)
+    assert not watching.is_alive()
+    assert ("http-equiv", "refresh") not in Page(page).attributes and "not finished" not in page.read_text()
+
+
+def test_folders_without_a_run_are_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} is not a run's folder; give one that `ma-sft train` made, such as runs/NAME\n"
+    )
+    (tmp_path / "recipe.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has not come to its first step; wait with --watch" in capsys.readouterr().err
+
+
+def test_json_for_scripts(finished, capsys):
+    assert main(["report", "--json", str(finished)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["summary"]["steps"] == 4 and len(found["answers"]) == 6
+    speeds = [entry["tokens_per_second"] for entry in found["log"] if "loss" in entry]
+    assert len(speeds) == 4 and all(speed > 0 for speed in speeds)
+
+
+def test_settings_of_a_run_train_again(finished, tmp_path):
+    again = Recipe.load(finished / "recipe.json")
+    settings = again.resolve(["--output_dir", str(tmp_path / "again")])
+    assert (settings.training.learning_rate, settings.training.max_steps, settings.rows.test_size) == (1e-3, 4, 6)

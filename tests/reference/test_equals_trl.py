@@ -1,0 +1,125 @@
+"""Same weights, same data: the reference's loss, gradients, curve and weights are those of TRL's SFTTrainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tokenizer
+from datasets import Dataset
+from reference.models import PAD, as_decoder, examples, tiny, trl_rows
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from ma_sft.reference import collate, train
+
+STEPS = 10
+
+
+class Recorder(SFTTrainer):
+    """SFTTrainer that keeps the gradients of its first step, before clipping."""
+
+    first_gradients: dict[str, torch.Tensor] | None = None
+
+    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self.first_gradients is None:
+            self.first_gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+        return loss
+
+
+def run_trl(
+    theirs: PreTrainedModel, rows: list, settings: train.Settings, folder: Path, padding_free: bool
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    columns = trl_rows(rows)
+    if not padding_free:
+        del columns["seq_lengths"]
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        train_sampling_strategy="sequential",
+        padding_free=padding_free,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
+    trainer = Recorder(theirs, config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.first_gradients
+
+
+@pytest.mark.parametrize(
+    ("kind", "micro", "accumulation", "packed"),
+    [
+        pytest.param("llama", 4, 1, False, id="llama-padded"),
+        pytest.param("qwen3", 4, 1, False, id="qwen3-padded"),
+        pytest.param("llama", 2, 3, False, id="llama-accumulated"),
+        pytest.param("qwen3", 1, 2, True, id="qwen3-packed"),
+        pytest.param("llama", 2, 2, True, id="llama-packed-accumulated"),
+    ],
+)
+def test_ten_steps_are_those_of_sft_trainer(
+    kind: str, micro: int, accumulation: int, packed: bool, tmp_path: Path
+) -> None:
+    settings = train.Settings(
+        max_steps=STEPS,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=3e-3,
+        warmup_steps=3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        shuffle=False,
+    )
+    count = STEPS * micro * accumulation
+    rows = [[e] for e in examples(count)]
+    if packed:
+        rows = [examples(2 + 2 * (i % 3), (4, 14), seed=i) for i in range(count)]
+    theirs = tiny(kind)
+    ours = as_decoder(theirs, tmp_path / "start")
+    micro_batches = train.micro_batches(rows, 0, settings, PAD)
+    # what a mean of means would get wrong: the micro-batches have unequal numbers of labels
+    assert accumulation == 1 or len({train.label_count([batch]) for batch in micro_batches}) > 1
+
+    first_loss = train.backward(ours, micro_batches)
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    losses = train.train(ours, rows, settings, PAD)
+    their_losses, their_gradients = run_trl(theirs, rows, settings, tmp_path, packed)
+
+    assert first_loss == losses[0] == pytest.approx(their_losses[0], abs=1e-5)
+    assert gradients.keys() == their_gradients.keys()
+    for name, theirs_first in their_gradients.items():
+        torch.testing.assert_close(
+            gradients[name], theirs_first, rtol=1e-4, atol=1e-4 * theirs_first.abs().max().item()
+        )
+    assert losses == pytest.approx(their_losses, abs=1e-4)
+    # learning happened, and the last steps were not all clipped away
+    assert min(losses) < losses[0] - 0.1
+    start = dict(as_decoder(tiny(kind), tmp_path / "again").named_parameters())
+    final = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, final[name], rtol=0, atol=1e-4)
+        assert (weight - start[name]).abs().max() > 1e-3, f"{name} did not move"
+
+
+def test_mean_of_means_is_another_loss(tmp_path: Path) -> None:
+    """The definition is not a matter of taste: on unequal micro-batches the two differ far beyond rounding."""
+    ours = as_decoder(tiny("llama"), tmp_path)
+    short, long = examples(1, (6, 6)), examples(1, (40, 40))
+    batches = [collate.collate(e, PAD) for e in (short, long)]
+    means = [train.loss_sum(ours, b).item() / train.label_count([b]) for b in batches]
+    assert abs(train.backward(ours, batches) - sum(means) / 2) > 1e-2

@@ -1,0 +1,138 @@
+"""The loop itself: packing and padding change nothing, resuming is exact, the demo runs from its command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tokenizer
+from reference.models import PAD, as_decoder, examples, tiny
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ma_sft.reference import InputError, collate, lora, train
+
+SETTINGS = train.Settings(
+    max_steps=6, per_device_train_batch_size=2, learning_rate=3e-3, warmup_steps=2, weight_decay=0.1, save_steps=2
+)
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path: Path) -> None:
+    """No document sees another and none is asked for the next one's first token."""
+    ours = as_decoder(tiny("qwen3"), tmp_path)
+    conversations = examples(7)
+    results = []
+    for rows in ([[e] for e in conversations], [conversations], collate.first_fit(conversations, 60)):
+        ours.zero_grad()
+        loss = train.backward(ours, [collate.pack(rows, PAD)])
+        results.append((loss, {n: p.grad.clone() for n, p in ours.named_parameters()}))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        torch.testing.assert_close(gradients, results[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_first_fit_keeps_every_example_within_the_length() -> None:
+    conversations = examples(50)
+    rows = collate.first_fit(conversations, 40)
+    assert sorted(e.input_ids for row in rows for e in row) == sorted(e.input_ids for e in conversations)
+    assert all(sum(len(e.input_ids) for e in row) <= 40 for row in rows)
+    assert len(rows) < len(conversations)
+
+
+def test_labels_are_shifted_within_each_document() -> None:
+    batch = collate.pack([[examples(1)[0]._replace(input_ids=[5, 6, 7], is_label=[False, True, True])] * 2], PAD)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 5, 6, 7]]
+    assert batch["labels"].tolist() == [[6, 7, -100, 6, 7, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_a_stopped_run_goes_on_exactly(tmp_path: Path, adapted: bool) -> None:
+    rows = [[e] for e in examples(5)]
+
+    def fresh() -> torch.nn.Module:
+        ours = as_decoder(tiny("llama"), tmp_path / "start")
+        if adapted:
+            torch.manual_seed(3)
+            lora.inject(ours, "_proj$", r=2, alpha=4)
+        return ours
+
+    whole = fresh()
+    losses = train.train(whole, rows, SETTINGS, PAD)
+    first = train.train(fresh(), rows, SETTINGS, PAD, tmp_path / "checkpoint", stop_at=3)
+    second = fresh()
+    assert first == losses[:3]
+    assert train.train(second, rows, SETTINGS, PAD, tmp_path / "checkpoint") == losses
+    for name, weight in second.named_parameters():
+        assert torch.equal(weight, dict(whole.named_parameters())[name])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    rows = [[e] for e in examples(5)]
+    ours = as_decoder(tiny("llama"), tmp_path / "start")
+    train.train(ours, rows, SETTINGS, PAD, tmp_path / "checkpoint", stop_at=2)
+    other = train.Settings(**{**vars(SETTINGS), "learning_rate": 1e-5})
+    with pytest.raises(InputError, match=r"learning_rate was 0.003 and is 1e-05"):
+        train.train(ours, rows, other, PAD, tmp_path / "checkpoint")
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:
+    rows = [[e] for e in examples(8)]
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * 2, epoch * 2 + 2)
+        batches = [b for step in steps for b in train.micro_batches(rows, step, SETTINGS, PAD)]
+        epochs.append([[t for t in ids if t != PAD] for b in batches for ids in b["input_ids"].tolist()])
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row[0].input_ids for row in rows)
+    assert epochs[0] != epochs[1]
+
+
+def test_bf16_is_close_and_leaves_the_weights_in_float32(tmp_path: Path) -> None:
+    ours = as_decoder(tiny("qwen3"), tmp_path)
+    batch = collate.collate(examples(4), PAD)
+    exact = train.loss_sum(ours, batch).item()
+    rounded = train.loss_sum(ours, batch, bf16=True)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact, rel=2e-2)
+    assert rounded.item() != exact
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+def test_an_example_that_teaches_nothing_is_an_error() -> None:
+    example = examples(1)[0]
+    with pytest.raises(InputError, match="no label"):
+        collate.collate([example._replace(is_label=[True] + [False] * (len(example.input_ids) - 1))], PAD)
+
+
+def test_alpaca_rows_name_file_line_and_field(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"rows.jsonl, line 2: no text in field 'output'"):
+        train.read_alpaca(data)
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_the_command_trains_writes_and_samples(tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny model with the real tokenizer; what it writes loads elsewhere."""
+    tokenizer = load_tokenizer("smollm2")
+    theirs = tiny("llama", vocab_size=len(tokenizer), initializer_range=0.02)
+    theirs.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(20)]
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    flags = [f"--model={tmp_path / 'start'}", f"--train={tmp_path / 'train.jsonl'}", "--packing", "--max_length=64"]
+    flags += [f"--heldout={tmp_path / 'heldout.jsonl'}", f"--output_dir={tmp_path / 'out'}", f"--lora_r={rank}"]
+    train.main([*flags, "--max_steps=8", "--learning_rate=0.02", "--warmup_steps=1", "--device=cpu"])
+    printed = capsys.readouterr().out
+    before, after = (float(v) for v in printed.split("held-out loss ")[1].split("\n")[0].split(" -> "))
+    assert after < before - (0.1 if rank else 0.5)
+    assert "Say 0." in printed
+    if rank:
+        weights = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+        assert len(weights) == 2 * 2 * 7
+    else:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
+        assert not torch.equal(again.model.norm.weight, theirs.model.norm.weight)
+    shutil.rmtree(tmp_path / "out")

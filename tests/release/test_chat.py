@@ -1,0 +1,61 @@
+"""Chat: several turns, where each answer stopped and why, and an answer alone for scripts."""
+
+import re
+
+import pytest
+from conftest import start
+
+from ma_sft import RecipeError
+from ma_sft.release.chat import chat, load, reply
+
+
+def talk(folder, lines, monkeypatch, capsys, **more):
+    lines = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat(folder, **more)
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def lively(tiny_qwen3, monkeypatch):
+    """The tiny model with weights large enough that its answers depend on what was said before."""
+    model, encoder, _ = load(tiny_qwen3)
+    for parameter in model.parameters():
+        parameter.data *= 8
+    monkeypatch.setattr("ma_sft.release.chat.load", lambda folder, base: (model, encoder, None))
+    return model
+
+
+def test_conversation(lively, monkeypatch, capsys):
+    out = talk("", ["Hi", "And?", "/new", "Hi", ""], monkeypatch, capsys, max_new_tokens=4, system="Be kind.")
+    assert "System message: Be kind." in out
+    first, second, again = re.split(r"\[4 tokens, stopped by limit of 4 tokens, not by itself\]\n", out)[:3]
+    assert first.split("Be kind.\n")[1] == again, "/new begins again"
+    assert second != again
+
+
+def test_answer_that_ends_by_itself_says_with_which_token(lively, monkeypatch, capsys):
+    lively.generation_config.eos_token_id = list(range(lively.config.vocab_size))
+    out = talk("", ["Hi", ""], monkeypatch, capsys)
+    assert re.search(r"\[1 tokens, stopped by [^\n]+\]", out) and "limit" not in out
+
+
+def test_context_that_is_full(tiny_qwen3):
+    model, encoder, _ = load(tiny_qwen3)
+    model.config.max_position_embeddings = 10
+    with pytest.raises(RecipeError, match="the model's context holds 10"):
+        reply(model, encoder, [{"role": "user", "content": "word " * 20}], max_new_tokens=3, stream=False)
+
+
+def test_one_answer_is_all_that_a_script_gets(tiny_qwen3):
+    done = start("ma-sft", "chat", tiny_qwen3, "--prompt", "Hi", "--max_new_tokens", "3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, encoder, _ = load(tiny_qwen3)
+    expected = reply(model, encoder, [{"role": "user", "content": "Hi"}], max_new_tokens=3, stream=False)
+    assert done.stdout == expected + "\n"
+
+
+def test_folder_that_is_no_model(tmp_path):
+    for folder, message in ((tmp_path / "none", "does not exist"), (tmp_path, "holds no model")):
+        done = start("ma-sft", "chat", folder, "--prompt", "Hi")
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]

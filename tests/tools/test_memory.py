@@ -1,0 +1,159 @@
+"""The forecast of memory: its arithmetic, its agreement with a real run, and the choice of a launcher."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from ma_sft import Recipe, RecipeError
+from ma_sft.cli import main
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.tools.memory import LAUNCHERS, bytes_of, forecast, plan, weight_bytes
+
+
+def settings(**more):
+    common = {"model_name_or_path": "demo", "dataset_name": "x", "max_length": 256, "per_device_train_batch_size": 1}
+    found = Recipe(**{**common, "gradient_checkpointing": False, **more}).resolve()
+    load_tokenizer(found)
+    return found
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_bytes_of_4_bit_weights_are_those_of_the_loaded_model(smollm2, nested):
+    found = forecast(settings(use_peft=True, load_in_4bit=True, use_bnb_nested_quant=nested, dtype="bfloat16"))
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    real = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.bfloat16)
+    adapter = 2 * found.trainable
+    assert abs(found.weights - adapter - weight_bytes(real)) < 0.002 * found.weights
+    assert weight_bytes(real) < 0.5 * 2 * 134_515_008  # the embedding stays in 16 bits
+
+
+def test_full_fine_tuning_is_sixteen_bytes_a_parameter():
+    found = forecast(settings(use_peft=False, dtype="float32"))
+    assert found.total == found.trainable == 134_515_008
+    assert found.weights == found.gradients == 4 * found.total and found.optimizer == 8 * found.total
+    assert found.peak < found.weights + found.gradients + found.optimizer + found.activations + found.reserve
+    accumulated = forecast(settings(use_peft=False, dtype="float32", gradient_accumulation_steps=2))
+    assert accumulated.peak > found.peak and accumulated.overlap == 0
+
+
+def test_what_saves_memory_is_forecast_to_save_it():
+    lora = forecast(settings(use_peft=True, lora_r=16))
+    assert lora.trainable == 4_884_480 and lora.gradients == 4 * lora.trainable
+    again = forecast(settings(use_peft=True, gradient_checkpointing=True))
+    assert again.kept < 0.2 * lora.kept
+    longer = forecast(settings(use_peft=True, max_length=512))
+    assert 1.8 < longer.kept / lora.kept < 3
+    flash = forecast(settings(use_peft=True, attn_implementation="flash_attention_2"))
+    assert flash.kept == lora.kept, "a plan for GPUs is made where no FlashAttention is installed"
+    frozen = forecast(settings(use_peft=False, freeze=["embed_tokens"]))
+    assert frozen.trainable == 134_515_008 - 49_152 * 576
+    eight = forecast(settings(use_peft=False, optim="adamw_8bit"))
+    assert 2 < eight.optimizer / eight.trainable < 2.2
+
+
+def test_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    code = "from ma_sft.tools.memory import peak_memory; print(peak_memory())"
+    ballast = torch.ones(3 << 28)  # 3 GB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < ballast.nbytes / 2
+
+
+def test_forecast_agrees_with_the_measured_peak(tmp_path):
+    """A run in a process of its own; benchmarks/memory.py does the same for twelve ways to train."""
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "Count.", "completion": " ".join(str(n) for n in range(1000))}
+    rows.write_text((json.dumps(row) + "\n") * 8)
+    flags = {
+        **{"model_name_or_path": "demo", "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
+        **{"max_length": 1024, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"},
+        **{"use_peft": True, "lora_dropout": 0.0, "merge": False, "check": False, "gradient_checkpointing": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(flags))
+    code = "import sys; from ma_sft.cli import main; sys.exit(main(['train', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "recipe.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "trained parameters" in done.stdout and "forecast for one process" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0.85 < summary["forecast_peak_memory"] / summary["peak_memory"] < 1.15
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory, smollm2):
+    """The configuration of Llama-3-70B with a small tokenizer: a plan needs no weights."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("llama-70b")
+    LlamaConfig(
+        **{"vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "architectures": ["LlamaForCausalLM"]},
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+def test_seventy_billion_parameters(llama_70b):
+    def choice(gpus, memory, **more):
+        found = plan(
+            settings(model_name_or_path=str(llama_70b), gradient_checkpointing=True, bf16=True, **more), gpus, memory
+        )
+        return found["choice"], found
+
+    name, found = choice(1, "80GB", use_peft=True, dtype="bfloat16", load_in_4bit=True)
+    assert name == "single_gpu" and 36e9 < found["forecast"]["weights"] < 45e9
+    name, found = choice(8, "80GB", use_peft=True, dtype="bfloat16")
+    assert name == "fsdp2" and not found["launchers"]["ddp"]["fits"]
+    assert found["forecast"]["total"] - found["forecast"]["trainable"] == 70_553_706_496
+    name, found = choice(8, "80GB", dtype="float32")
+    assert name == "zero3_offload" and found["launchers"]["zero3_offload"]["host"] > 70e9 * 14
+
+
+def test_nothing_fits_says_what_to_try(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "model_name_or_path: demo\ndataset_name: none.jsonl\nmax_length: 256\ngradient_checkpointing: false\n"
+    )
+    assert main(["plan", str(path), "--gpus", "1", "--gpu_memory", "1GB"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "nothing fits; try load_in_4bit=true with use_peft, use_peft=true, gradient_checkpointing=true" in out
+
+
+def test_launchers_are_what_their_files_say():
+    known = {launcher.name: launcher for launcher in LAUNCHERS}
+    for path in (ROOT / "accelerate_configs").glob("*.yaml"):
+        if path.stem in ("cpu", "multi_node"):
+            continue
+        launcher, config = known[path.stem], yaml.safe_load(path.read_text())
+        deepspeed, kind = config.get("deepspeed_config", {}), config["distributed_type"]
+        stage = 3 if kind == "FSDP" else deepspeed.get("zero_stage", 0)
+        assert launcher.deepspeed == (kind == "DEEPSPEED") and launcher.many == (kind != "NO"), path
+        assert (launcher.weights, launcher.states) == (stage == 3, stage >= 2), path
+        assert launcher.offload == (deepspeed.get("offload_optimizer_device", "none") != "none"), path
+
+
+def test_sizes():
+    assert bytes_of("80GB") == 80e9 and bytes_of("24 GiB") == 24 * 2**30 and bytes_of("512m") == 512e6
+    with pytest.raises(RecipeError, match="a size like 80GB"):
+        bytes_of("much")
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: demo\ndataset_name: none.jsonl\nuse_peft: true\nmax_length: 128\n")
+    assert main(["plan", str(path), "--json", "--gpus", "2", "--gpu_memory", "16GB", "--lora_r", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["choice"] == "ddp" and found["forecast"]["trainable"] == 4_884_480 // 2
+    assert main(["plan", str(path), "--gpus", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "134,515,008 parameters" in out and "accelerate_configs/cpu.yaml" in out
+    assert main(["plan", str(path), "--gpus", "2"]) == (0 if torch.cuda.is_available() else 2)
+    assert main(["plan", str(path), "--gpus", "0", "--max_length", "none"]) == 2
+    path.write_text(path.read_text() + "lora_target_modules: [query]\n")
+    capsys.readouterr()
+    assert main(["plan", str(path), "--gpus", "0"]) == 2
+    assert "the linear layers are down_proj" in capsys.readouterr().err

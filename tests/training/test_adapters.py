@@ -1,0 +1,360 @@
+"""Adapters: what is trained, what is refused before any weight is loaded, and merges that say what the adapter says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+from ma_sft import RecipeError
+from ma_sft.recipe import Recipe
+from ma_sft.release.merge import find_base, load_adapter, merge
+from ma_sft.release.weights import read_weights
+from ma_sft.training.adapters import check_targets, freeze, lora_config
+
+
+def settings(**more):
+    return Recipe(**{"model_name_or_path": "demo", "dataset_name": "x", "use_peft": True, **more}).resolve()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, smollm2):
+    """A two-layer Llama with the demo's tokenizer, its embedding tied or not."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+
+    def make(tied=True, seed=0, **more):
+        folder = tmp_path_factory.mktemp("base")
+        set_seed(seed)
+        config = LlamaConfig(
+            **{
+                "vocab_size": len(tokenizer),
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": tied,
+                "eos_token_id": 2,
+                "initializer_range": 0.2,
+                **more,
+            }
+        )
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def adapter(base, folder, **config):
+    """An adapter on `base` whose every trained weight was moved, as training would."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **config}))
+    set_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(100, 150)[None]).logits
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "targets"),
+    [
+        ("mini", {"q_proj", "v_proj"}),
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("all-linear", "all-linear"),
+    ],
+)
+def test_presets(preset, targets):
+    config = lora_config(settings(lora_preset=preset))
+    assert config.target_modules == targets
+    assert (config.r, config.lora_alpha) == ((32, 8) if preset == "mini" else (16, 32))
+
+
+def test_what_the_recipe_sets_wins_over_the_preset():
+    config = lora_config(settings(lora_preset="mini", lora_r=4, lora_target_modules=["k_proj"]))
+    assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"k_proj"})
+
+
+def test_any_field_of_peft():
+    more = {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]}
+    config = lora_config(settings(lora_preset="mini", lora_config=more, use_dora=True))
+    assert {key: getattr(config, key) for key in more} == more
+    assert config.use_dora and config.task_type == "CAUSAL_LM"
+    assert lora_config(settings(lora_config='{"r": 3}')).r == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lora_config": {"use_doraa": True}}, "peft.LoraConfig has no field 'use_doraa'; did you mean 'use_dora'?"),
+        ({"lora_config": "{r: 3}"}, "a JSON object expected"),
+        ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
+        ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
+        ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
+        (
+            {"lora_config": {"init_lora_weights": "olora", "rank_pattern": {"q": 2}}, "use_rslora": True},
+            "drop one of them",
+        ),
+        ({"use_peft": False, "load_in_4bit": True}, "load_in_4bit trains an adapter and use_peft is false"),
+        ({"use_peft": False, "loraplus_lr_ratio": 4}, "loraplus_lr_ratio trains an adapter"),
+        ({"freeze": ["embed"]}, "freeze is for full fine-tuning"),
+    ],
+)
+def test_settings_that_cannot_be(more, message):
+    with pytest.raises(RecipeError, match=message.replace("?", r"\?").replace("{", r"\{")):
+        lora_config(settings(**more))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "query"],
+            "'query' matches no module of LlamaForCausalLM; the linear layers are down_proj, gate_proj",
+        ),
+        (["lm_head"], "an adapter on lm_head would never be trained"),
+        (r".*head", "an adapter on lm_head would never be trained"),
+        (["mlp"], "'mlp' is a LlamaMLP, a block of layers"),
+        (["embed_tokens"], "embed_tokens is tied to lm_head"),
+    ],
+)
+def test_targets_are_checked_against_the_model(base, targets, message):
+    model = AutoModelForCausalLM.from_pretrained(base())
+    with pytest.raises(RecipeError, match=message):
+        check_targets(model, LoraConfig(target_modules=targets))
+
+
+def test_good_targets_pass(base):
+    model = AutoModelForCausalLM.from_pretrained(base())
+    for targets in ("all-linear", ["q_proj", "layers.1.mlp.up_proj"], r".*\.0\..*_proj"):
+        check_targets(model, LoraConfig(target_modules=targets))
+    with pytest.raises(RecipeError, match="lora_modules_to_save: 'head' matches no module"):
+        check_targets(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+
+
+def test_freeze(base):
+    model = AutoModelForCausalLM.from_pretrained(base())
+    freeze(model, ["embed_tokens", r"layers\.0\."])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "model.layers.1.mlp.up_proj.weight" in trained
+    assert not any("layers.0." in name or "embed" in name for name in trained)
+    with pytest.raises(RecipeError, match=r"'layers.7' finds no parameter; there are .*model.layers.N.mlp.down_proj"):
+        freeze(model, ["layers.7"])
+    with pytest.raises(RecipeError, match="nothing to train"):
+        freeze(model, ["."])
+
+
+def test_learning_rates_of_the_methods():
+    assert settings().training.learning_rate == 2e-4
+    assert settings(use_peft=False).training.learning_rate == 2e-5
+    both = Recipe(
+        model_name_or_path="demo", dataset_name="x", use_peft=True, learning_rate=8e-4, full_learning_rate=1e-4
+    )
+    assert both.resolve().training.learning_rate == 8e-4
+    assert both.resolve(["--use_peft", "false"]).training.learning_rate == 1e-4
+    assert both.resolve(["--use_peft", "false", "--learning_rate", "3e-5"]).training.learning_rate == 3e-5
+
+
+def test_qlora_defaults_follow_the_paper():
+    found = Recipe(model_name_or_path="demo", dataset_name="x", use_peft=True).resolve(["--load_in_4bit", "true"])
+    assert found.model.bnb_4bit_quant_type == "nf4" and found.model.use_bnb_nested_quant
+    assert found.training.optim == "paged_adamw_8bit"
+    assert settings().training.optim == "adamw_torch_fused"
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tied", "config"),
+    [
+        (True, {}),
+        (False, {"use_dora": True}),
+        (True, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
+        (True, {"trainable_token_indices": {"embed_tokens": [3, 120]}}),
+        (False, {"trainable_token_indices": {"embed_tokens": [3, 120]}, "modules_to_save": ["lm_head"]}),
+        (False, {"target_modules": ["embed_tokens", "q_proj"]}),
+        (True, {"bias": "lora_only"}),
+    ],
+)
+def test_merged_model_says_what_the_adapter_says(base, tmp_path, tied, config):
+    folder = base(tied)
+    run = adapter(folder, tmp_path / "adapter", **config)
+    found = merge(run, tmp_path / "merged", dtype="float32")
+    ours = logits(load_adapter(run, dtype=torch.float32))
+    untouched = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    theirs = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (ours - untouched).abs().max() > 0.1
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert found.difference < 1e-4 and found.agreement == 1 and found.how == "float32"
+    assert "whole model in memory" in found.note if config.get("bias") else not found.note
+
+
+def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, tmp_path):
+    folder = base()
+    found = merge(adapter(folder, tmp_path / "adapter"), tmp_path / "merged")
+    merged, before = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", folder))
+    assert merged.keys() == before.keys()
+    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    assert 1e-4 < found.difference < 0.1 * found.largest
+    assert "its logits differ from the adapter model's by at most" in str(found)
+
+
+def test_merge_writes_shards_without_holding_the_model(base, tmp_path, monkeypatch):
+    run = adapter(base(), tmp_path / "adapter")
+    merge(run, tmp_path / "one")
+    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    merge(run, tmp_path / "many")
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "many"))
+    assert logits(one).equal(logits(many))
+    again = merge(adapter(tmp_path / "many", tmp_path / "adapter2"), tmp_path / "again")
+    assert again.difference is not None
+
+
+def test_pissa_is_saved_for_the_unchanged_base(base, tmp_path):
+    from ma_sft.training.adapters import keep_initial, save_converted
+
+    folder = base()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(model, config)
+    keep_initial(model, tmp_path / "initial")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = logits(model)
+    save_converted(model, tmp_path / "adapter", tmp_path / "initial")
+    assert not (tmp_path / "initial").exists()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
+    )
+    torch.testing.assert_close(logits(plain), expected, atol=1e-3, rtol=1e-3)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def refused(run, out, **more):
+    with pytest.raises(RecipeError) as error:
+        merge(run, out, **more)
+    assert not out.exists() and not [*out.parent.glob(f".{out.name}*")]
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_adapter_of_another_model(base, tmp_path):
+    run = adapter(base(), tmp_path / "adapter")
+    wider = refused(run, tmp_path / "out", base=str(base(hidden_size=64)))
+    assert "was trained on another model" in wider and "--base" in wider
+    fewer = refused(run, tmp_path / "out", base=str(base(num_hidden_layers=1)))
+    assert "was trained on another model" in fewer and "layers.1" in fewer
+
+
+def test_adapter_of_another_base_of_the_same_shape(base, tmp_path):
+    from ma_sft.release.manifest import write_manifest
+
+    folder, other = base(), base(seed=5)
+    run = adapter(folder, tmp_path / "adapter")
+    described = {"name_or_path": str(folder), "weights": read_weights(folder).digest, "quantization": None}
+    write_manifest(run, {"format": 1, "base_model": described})
+    assert "holds other weights; pass the right base model" in refused(run, tmp_path / "out", base=str(other))
+
+
+def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
+    run = adapter(base(), tmp_path / "adapter")
+    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    merge(run, tmp_path / "many")
+    (shard, *_) = sorted((tmp_path / "many").glob("*.safetensors"))
+    shard.rename(tmp_path / "kept")
+    assert "many lacks 1 of" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
+    shard.write_bytes((tmp_path / "kept").read_bytes()[:-10])
+    assert "is cut off" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
+    shard.write_bytes(b"not a tensor in sight")
+    assert "is no safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
+    assert "is no folder here and cannot be had" in refused(run, tmp_path / "out", base="no/such-model")
+
+
+def test_adapter_of_a_newer_peft(base, tmp_path):
+    run = adapter(base(), tmp_path / "adapter")
+    path = run / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrow": True, "peft_version": "9.9.9"}))
+    message = refused(run, tmp_path / "out")
+    assert "made by PEFT 9.9.9 and sets use_tomorrow" in message and "pip install -U peft" in message
+    path.write_text("{}")
+    assert "is no adapter's configuration" in refused(run, tmp_path / "out")
+
+
+def test_tokenizer_with_more_tokens_than_the_embedding(base, tmp_path):
+    folder = base()
+    run = adapter(folder, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.save_pretrained(run)
+    assert "has 2 tokens more than the embedding" in refused(run, tmp_path / "out")
+
+
+def test_merge_into_a_quantised_model(base, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    folder = base()
+    run = adapter(folder, tmp_path / "adapter")
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    quantised.save_pretrained(tmp_path / "quantised")
+    message = refused(run, tmp_path / "out", base=str(tmp_path / "quantised"))
+    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
+
+
+def test_no_space(base, tmp_path, monkeypatch):
+    run = adapter(base(), tmp_path / "adapter")
+    usage = type(shutil.disk_usage(tmp_path))(total=1000, used=900, free=100)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    assert "nothing written" in refused(run, tmp_path / "out")
+
+
+def test_adapter_that_is_not_a_number(base, tmp_path):
+    run = adapter(base(), tmp_path / "adapter")
+    tensors = load_file(run / "adapter_model.safetensors")
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "NaN" in refused(run, tmp_path / "out")
+
+
+def test_new_tokens_are_part_of_the_merge(base, tmp_path):
+    """A tokenizer that grew, with rows that the adapter trained: the merged model has them, the base has not."""
+    folder = base()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    old = len(tokenizer)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [old, old + 1]}
+    )
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert find_base(tmp_path / "adapter")[1].vocab_size == old + 2
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, old, old + 1, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model.float()(ids).logits, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,369 @@
+"""Two processes train what one trains, whatever splits the model between them; and they fail together, soon."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from conftest import ROOT, start
+from datasets import Dataset
+from processes import Run, free_port, launcher
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+
+from ma_sft import RunError
+from ma_sft.launcher import check_launch
+from ma_sft.training.checkpoints import COMPLETE
+from ma_sft.training.processes import fill_up
+
+STEPS = 10
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_TORCH_DEVICE": "cpu"},
+    "zero2": {"DS_ACCELERATOR": "cpu"},
+    "zero3": {"DS_ACCELERATOR": "cpu"},
+}
+KINDS = {"full": {}, "lora": {"use_peft": True, "packing": True}}
+
+
+def engine(name: str) -> dict[str, str]:
+    """The environment of a process that `accelerate launch` starts, without its GPU."""
+    env = launcher(name) | ENGINES[name]
+    if name == "fsdp2":
+        del env["ACCELERATE_MIXED_PRECISION"]  # by which a run knows that it was promised a GPU
+    return env
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bpe, tmp_path_factory):
+    """Settings of a run of ten steps; the answers' lengths, and so the labels per process, differ a lot."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": " ".join(["so"] * (1 + i % 7 * 5)) + f" {i}."},
+            ]
+        }
+        for i in range(46)
+    ]
+    for name, part in (("rows", rows), ("held_out", rows[:5])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return {
+        "name": "r",
+        "model_name_or_path": str(tiny_bpe),
+        "dataset_name": str(folder / "rows.jsonl"),
+        "eval_dataset": str(folder / "held_out.jsonl"),
+        "generate_eval": -1,
+        "max_new_tokens": 4,
+        "max_length": 96,
+        "max_steps": STEPS,
+        "save_steps": 5,
+        "logging_steps": 1,
+        "learning_rate": 5e-3,
+        "lora_dropout": 0.0,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "dtype": "float32",
+        "disable_tqdm": True,
+    }
+
+
+def outcome(out: Path) -> tuple[list[float], dict[str, torch.Tensor], dict]:
+    """(loss of each step, final weights, summary)"""
+    state = json.loads((out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    losses = [log["loss"] for log in state["log_history"] if "loss" in log]
+    (weights,) = [*out.glob("model/model.safetensors"), *out.glob("adapter/adapter_model.safetensors")]
+    return losses, load_file(weights), json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def single(request, base, tmp_path_factory):
+    """(settings, outcome) of one process with a batch of two."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    settings = {**base, **KINDS[request.param], "output_dir": str(out)}
+    run = Run(settings, "--per_device_train_batch_size", "2")
+    assert run.finish() == 0, run.text
+    return settings, outcome(out)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes_train_what_one_trains(single, tmp_path, name):
+    settings, (losses, weights, summary) = single
+    run = Run(
+        {**settings, "output_dir": str(tmp_path / "run")},
+        *("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp")),
+        processes=2,
+        env=engine(name),
+    )
+    assert run.finish(300) == 0, run.text
+    assert [process.exitcode for process in run.processes] == [0, 0]
+    found, found_weights, found_summary = outcome(run.out)
+    assert found == pytest.approx(losses, abs=1e-4)
+    assert len(found) == STEPS
+    for key, value in weights.items():
+        torch.testing.assert_close(found_weights[key], value, atol=1e-4, rtol=0)
+    assert found_summary["tokens"] == summary["tokens"]
+    assert found_summary["exact_match_after"] == summary["exact_match_after"]
+    if settings.get("use_peft"):
+        assert found_summary["merge_max_logit_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
+def test_killed_and_resumed(base, tmp_path, name):
+    settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
+    args = ("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp"))
+    uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")}, *args, processes=2, env=engine(name))
+    assert uncut.finish() == 0, uncut.text
+    cut = Run({**settings, "output_dir": str(tmp_path / "cut")}, *args, processes=2, env=engine(name))
+    cut.wait_for(f"checkpoint-5/{COMPLETE}")
+    cut.kill()
+    cut.finish()
+    assert not (cut.out / "summary.json").exists()
+    again = Run(cut.settings, *args, processes=2, env=engine(name))
+    assert again.finish() == 0, again.text
+    assert "going on from" in again.text
+    (losses, weights, _), (found, found_weights, _) = outcome(uncut.out), outcome(again.out)
+    assert found == pytest.approx(losses, abs=1e-6)
+    for key, value in weights.items():
+        torch.testing.assert_close(found_weights[key], value, atol=1e-6, rtol=0)
+
+
+def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
+    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
+    run = Run(settings, "--use_cpu", "true", processes=2)
+    run.wait_for("checkpoint-5")
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    assert run.finish(30) == 0, run.text
+    assert run.processes[1].exitcode == 0
+    assert run.text.count("stopped; the same command goes on from") == 1
+
+
+def test_dead_process_ends_the_other_with_one_line(base, tmp_path):
+    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
+    run = Run(settings, "--use_cpu", "true", processes=2)
+    run.wait_for("checkpoint-5")
+    run.processes[1].kill()
+    assert run.finish(60) == 2
+    assert run.text.count("error: lost another process of the run") == 1
+    assert "Traceback" not in run.text
+
+
+def test_everybodys_error_is_said_once(base, tmp_path):
+    run = Run(
+        {**base, "output_dir": str(tmp_path / "run")}, "--use_cpu", "true", "--learning_rate", "1e38", processes=2
+    )
+    assert run.finish() == 2
+    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert line.startswith(("error: loss is", "error: grad_norm is"))
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_error_in_the_rows_is_said_once(base, tmp_path, processes):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}\n')
+    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": str(rows)}
+    run = Run(settings, "--use_cpu", "true", processes=processes)
+    assert run.finish() == 2
+    assert run.text.count("rows.jsonl, line 1: the response is empty") == 1
+    assert "Traceback" not in run.text
+
+
+def ranks(local_ranks: tuple[int, int]) -> list[dict[str, str]]:
+    """The environments of two processes that are started by hand: on one machine (0, 1), or on two (0, 0)."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    size = str(max(local_ranks) + 1)
+    return [
+        {**where, "RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": size}
+        for rank, local in enumerate(local_ranks)
+    ]
+
+
+def test_second_process_reads_what_the_first_prepared(base, tmp_path):
+    """The second one could not prepare anything: its source does not exist."""
+    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    first, second = ranks((0, 1))
+    runs = [
+        Run(settings, "--use_cpu", "true", env=first),
+        Run({**settings, "dataset_name": "nowhere.jsonl", "eval_dataset": "no.jsonl"}, "--use_cpu", "true", env=second),
+    ]
+    for run in runs:
+        assert run.finish() == 0, run.text
+
+
+def test_machines_with_different_data_refuse_to_train(base, tmp_path):
+    """The same command on two machines, but another file of that name lies on the second."""
+    runs = []
+    for rank, env in enumerate(ranks((0, 0))):
+        here = tmp_path / str(rank)
+        here.mkdir()
+        text = Path(base["dataset_name"]).read_text()
+        (here / "rows.jsonl").write_text(text if rank == 0 else text.replace("so", "no", 1))
+        settings = {**base, "output_dir": str(here / "run"), "dataset_name": str(here / "rows.jsonl")}
+        runs.append(Run(settings, "--use_cpu", "true", env={**env, "MA_SFT_CACHE": str(here / "cache")}))
+    for run in runs:
+        assert run.finish() == 2, run.text
+        assert "error: the processes prepared different data: rank 0 has" in run.text
+        assert "rank 1 has" in run.text
+        assert not list(run.out.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_no_process_repeats_or_misses_a_row(world, batch):
+    rows = Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)])
+    filled = fill_up(rows, world * batch, pad_token_id=0)
+    order = torch.randperm(len(filled), generator=torch.Generator().manual_seed(0)).tolist()
+    shards = [
+        list(BatchSamplerShard(BatchSampler(order, batch, drop_last=False), world, rank)) for rank in range(world)
+    ]
+    assert len({len(shard) for shard in shards}) == 1
+    # step by step the processes together get what one process with the whole batch gets
+    assert [i for step in zip(*shards, strict=True) for indices in step for i in indices] == order
+    trained = [row["input_ids"][0] for row in filled if set(row["labels"]) != {-100}]
+    assert trained == list(range(1, 12))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3", "zero3_offload"])
+def test_configuration_is_what_its_engine_reads(monkeypatch, name):
+    for key, value in launcher(name).items():
+        monkeypatch.setenv(key, value)
+    if name == "fsdp2":
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin()
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+        return
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = DeepSpeedPlugin().deepspeed_config
+    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
+    zero = DeepSpeedConfig({**config, **filled, "gradient_clipping": 1.0}).zero_config
+    assert zero.stage == int(name[4])
+    assert zero.gather_16bit_weights_on_model_save == (zero.stage == 3)
+    device = "cpu" if name == "zero3_offload" else "none"
+    assert (zero.offload_param.device, zero.offload_optimizer.device) == (device, device)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
+    env = launcher(name) | {"DS_ACCELERATOR": "cuda"}
+    run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
+    assert run.finish() == 2
+    assert "error: the launcher asks for a GPU and PyTorch finds none" in run.text
+    assert "Traceback" not in run.text
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(RunError, match=r"4 processes .* 2 GPU.* --num_processes 2"):
+        check_launch(use_cpu=False)
+    check_launch(use_cpu=True)
+
+
+def test_missing_flash_attention_falls_back_with_a_line(base, tmp_path):
+    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 1, "attn_implementation": "flash_attention_2"}
+    run = Run(settings, "--packing", "true")
+    assert run.finish() == 0, run.text
+    assert run.text.count("flash_attention_2 is not installed for this machine: attention by PyTorch's SDPA") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            ("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"), id="accelerate"
+        ),
+        pytest.param(("deepspeed", "--num_gpus", "2", "--master_port"), id="deepspeed", marks=pytest.mark.slow),
+        pytest.param(("torchrun", "--standalone", "--nproc_per_node", "2"), id="torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_real_launchers(base, tmp_path, command):
+    out = tmp_path / "run"
+    if command[-1] == "--master_port":
+        command = (*command, str(free_port()))
+    done = start(
+        *(*command, "recipes/qwen3.py", "--model_name_or_path", base["model_name_or_path"]),
+        *("--dataset_name", base["dataset_name"], "--output_dir", out, "--max_steps", "2", "--use_cpu", "true"),
+        *("--gradient_accumulation_steps", "1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+    assert (out / "adapter" / "adapter_config.json").exists() and (out / "merged" / "config.json").exists()
+
+
+def test_several_processes_of_a_configuration_that_starts_one(base, tmp_path):
+    done = start(
+        *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "--num_processes", "2"),
+        *("recipes/qwen3.py", "--output_dir", tmp_path / "run"),
+    )
+    assert done.returncode != 0
+    assert "error: --num_processes asks for several processes" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_machines(base, tmp_path):
+    """The configuration for several machines, started twice on this one."""
+    out, port = tmp_path / "run", free_port()
+    machines = [
+        subprocess.Popen(
+            [
+                *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/multi_node.yaml"),
+                *("--num_processes", "2", "--machine_rank", str(rank), "--main_process_port", str(port)),
+                *("recipes/qwen3.py", "--model_name_or_path", base["model_name_or_path"]),
+                *("--dataset_name", base["dataset_name"], "--output_dir", str(out), "--use_cpu", "true"),
+                *("--max_steps", "2", "--gradient_accumulation_steps", "1"),
+            ],
+            cwd=ROOT,
+        )
+        for rank in (1, 0)
+    ]
+    assert [machine.wait(240) for machine in machines] == [0, 0]
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_zero3_offload(base, tmp_path):
+    """Apart, because DeepSpeed first compiles its optimizer for this CPU."""
+    settings = {**base, "output_dir": str(tmp_path / "run"), "generate_eval": 0}
+    env = launcher("zero3_offload") | {"DS_ACCELERATOR": "cpu"}
+    run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env)
+    assert run.finish(600) == 0, run.text
+    single = Run({**settings, "output_dir": str(tmp_path / "one")}, "--per_device_train_batch_size", "2")
+    assert single.finish() == 0, single.text
+    assert outcome(run.out)[0] == pytest.approx(outcome(single.out)[0], abs=1e-4)
+
+
+def test_gpu_check_says_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = start(sys.executable, "benchmarks/gpu_check.py")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("no GPU on this machine: nothing was measured")
+
+
+@pytest.mark.slow
+def test_gpu_check_on_a_cpu(tiny_bpe, tmp_path):
+    done = start(
+        *(sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--model", tiny_bpe, "--steps", "4"),
+        *("--max_length", "128", "--out", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (kept,) = tmp_path.glob("gpu-check-cpu-*.json")
+    content = json.loads(kept.read_text())
+    assert content["versions"]["trl"] and content["settings"]["steps"] == 4
+    assert content["cases"].keys() >= {"full", "LoRA", "QLoRA", "LoRA, packed, SDPA"}
+    for case in content["cases"].values():
+        assert case["ours"]["tokens_per_second"] > 0 and case["trl"]["tokens_per_second"] > 0
+        assert case["ours"]["forecast_peak_bytes"] > 0
+    assert "packed to unpacked, ours:" in done.stdout and f"kept as {kept}" in done.stdout.replace("\n", "")

@@ -1,0 +1,161 @@
+"""Each way to train takes a real step, changes what it should and nothing else, and leaves a model that says so."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from ma_sft import Recipe, RecipeError, run
+from ma_sft.release.manifest import read_manifest
+from ma_sft.release.merge import load_adapter
+from ma_sft.training.adapters import keep_gradients, repacked
+
+
+@pytest.fixture
+def train(tiny_qwen3, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"It is {i}."}) + "\n" for i in range(16)))
+
+    def start(**settings):
+        common = {
+            **{"model_name_or_path": str(tiny_qwen3), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
+            **{"learning_rate": 0.05, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_peft": True},
+        }
+        return tmp_path / "run", run(Recipe(**{**common, **settings}))
+
+    return start
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(1000, 1040)[None]).logits.float()
+
+
+def plain(text):
+    """Printed text without the borders of tables and their line breaks."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [
+        ({}, None),
+        ({"use_dora": True}, None),
+        ({"loraplus_lr_ratio": 8.0}, None),
+        ({"lora_config": {"init_lora_weights": "pissa"}}, None),
+        ({"load_in_4bit": True}, "4-bit nf4, double"),
+        ({"load_in_8bit": True}, "8-bit"),
+    ],
+)
+def test_adapter(train, tiny_qwen3, method, quantization, capsys):
+    out, summary = train(**method)
+    said = plain(capsys.readouterr().out)
+    untouched = logits(AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32))
+    adapter = logits(load_adapter(out / "adapter", dtype=torch.float32))
+    merged = logits(AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32))
+    assert (adapter - untouched).abs().max() > 1e-2
+    torch.testing.assert_close(merged, adapter, atol=2e-3, rtol=1e-3)
+    assert summary["merge_max_logit_difference"] < 2e-3
+    assert read_manifest(out / "adapter")["base_model"]["quantization"] == quantization
+    assert (out / "adapter" / "adapter_config.json").exists() and not (out / "initial_adapter").exists()
+    if quantization:
+        assert "in 16 bits before" in said and "quantised" in said
+        assert "merged into it as it was before" in said
+        assert "states of paged_adamw_8bit" in said
+        if not torch.cuda.is_available():
+            assert "bitsandbytes on the CPU nothing is paged" in said
+
+
+def test_loraplus_gives_b_the_higher_rate(train):
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.training.prepare import prepare
+    from ma_sft.training.trainer import make_trainer
+
+    out, _ = train()
+    chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), "loraplus_lr_ratio": 8.0}
+    settings = Recipe(**chosen).resolve()
+    tokenizer, added = load_tokenizer(settings)
+    trainer = make_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {
+        ("lora_B" in names[id(p)], group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    assert rates == {(False, 0.05), (True, 0.4)}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train, bits):
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs, and then has no backward pass."""
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.training.prepare import prepare
+    from ma_sft.training.trainer import make_trainer
+
+    out, _ = train(merge=False)
+    chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), f"load_in_{bits}bit": True}
+    settings = Recipe(**chosen).resolve()
+    tokenizer, added = load_tokenizer(settings)
+    model = make_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
+    ids = torch.arange(1000, 1064)[None]
+
+    def gradient():
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    torch.manual_seed(0)
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    torch.manual_seed(0)
+    assert before.norm() > 0
+    torch.testing.assert_close(gradient(), before, atol=0.02 * before.abs().max().item(), rtol=0.02)
+
+
+def test_answers_leave_4_bit_weights_as_they_were(tmp_path):
+    """Layers that bitsandbytes can repack for inference on this CPU are repacked for it alone."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    config = LlamaConfig(
+        **{"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.2},
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
+    keep_gradients(model)
+    layer = model.model.layers[0].mlp.up_proj
+    ids = torch.arange(100, 150)[None]
+    before = model.train()(ids).logits
+    with torch.no_grad(), repacked(model.eval()):
+        inside = model(ids).logits
+        if layer.weight.device.type == "cpu":
+            assert getattr(layer.weight.quant_state, "packing_format_for_cpu", False) == has_avx512bf16()
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    torch.testing.assert_close(inside, before, atol=0.1 * before.abs().max().item(), rtol=0.1)
+    assert model.train()(ids).logits.equal(before)
+
+
+def test_full_fine_tuning_with_frozen_layers(train, tiny_qwen3):
+    out, _ = train(use_peft=False, freeze=["embed_tokens", r"layers\.0\."], learning_rate=1e-3)
+    before, after = (
+        dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in (tiny_qwen3, out / "model")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("layers.1." in name or name == "model.norm.weight" for name in changed)
+    assert read_manifest(out / "model")["kind"] == "model" and not (out / "model" / "training_args.bin").exists()
+
+
+def test_wrong_target_stops_before_the_weights_are_loaded(train, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights loaded"))
+    with pytest.raises(
+        RecipeError, match="'query' matches no module of Qwen3ForCausalLM; the linear layers are down_proj"
+    ):
+        train(lora_target_modules=["query", "q_proj"])
