@@ -133,7 +133,7 @@ def test_killed_while_writing(tmp_path):
     """What a killed process left is no folder of that name, and goes when the folder is made again."""
     out = tmp_path / "out"
     code = (
-        "import os, pathlib, signal\nfrom ma_sft.cache import atomic_dir\n"
+        "import os, pathlib, signal\nfrom ma_sft.files import atomic_dir\n"
         f"with atomic_dir(pathlib.Path({str(out)!r})) as folder:\n"
         "    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
