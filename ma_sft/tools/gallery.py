@@ -49,7 +49,7 @@ def copy(name: str, out: Path | None = None) -> Path:
 
 
 def _folder(name: str) -> Path:
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
 
 
