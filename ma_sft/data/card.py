@@ -35,6 +35,7 @@ def build(config: Path, out: Path, **overrides: Any) -> Report:
     mixture = load_mixture(**settings)
     assert isinstance(mixture.train, Dataset)
     rows = DatasetDict({"train": mixture.train, "test": mixture.test}) if mixture.test is not None else mixture.train
+    rows = rows.remove_columns("raw")  # who reads the folder takes its rows for the raw ones
     with atomic_dir(out) as folder:
         rows.save_to_disk(str(folder), num_proc=processes(settings.get("num_proc"), len(mixture.train)))
         report = {"ma_sft": __version__, "settings": settings, **mixture.report.to_dict()}

@@ -416,7 +416,8 @@ def split_held_out(
 
 
 def _exact(row: dict[str, Any]) -> str:
-    return json.dumps({k: v for k, v in row.items() if k not in ("source", "origin", "group", "_part")}, sort_keys=True)
+    own = ("source", "origin", "raw", "group", "_part")
+    return json.dumps({k: v for k, v in row.items() if k not in own}, sort_keys=True)
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -117,7 +117,8 @@ def load_mixture(
 ) -> Mixture:
     """All sources as one shuffled data set: `messages` and `tools`, or `prompt`, `chosen`, `rejected` and `tools`.
 
-    Each row has its `source` (the path) and `origin` (`file:line`) too. Memory stays constant whatever the number of
+    Each row has its `source` (the path), `origin` (`file:line`) and `raw` (the row that it was made from as JSON text:
+    after the column map, without the nulls that Arrow adds) too. Memory stays constant whatever the number of
     rows, but for some 150 bytes a row; the rows themselves are in Arrow files in `datasets`' cache, from where the same
     call has them again.
 
@@ -161,7 +162,7 @@ def load_mixture(
     loaded = [_read(source, kind, seed, on_error, streaming, num_proc, report) for source in sources]
     rich = any(source.format not in FORMATS or FORMATS[str(source.format)].rich for source, _, _ in loaded)
     features = message_features(*(SIDES if kind == "preference" else ()), rich=rich)
-    texts = ("source", "origin", "error", *(["group"] if any(source.group_by for source in sources) else []))
+    texts = ("source", "origin", "raw", "error", *(["group"] if any(source.group_by for source in sources) else []))
     features = Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
     load = partial(_load, on_error=on_error, features=features, report=report, tokenizer=tokenizer)
     parts = [load(*each, part=part, num_proc=num_proc) for part, each in enumerate(loaded)]
@@ -337,6 +338,7 @@ def _convert(
         try:
             if isinstance(row, FormatError):
                 raise row
+            record["raw"] = json.dumps(row, default=str)
             record |= _record(row, source, preference="prompt" in columns) or {"error": DROPPED}
         except FormatError as error:
             record["error"] = f"{where}: {error}"

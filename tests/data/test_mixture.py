@@ -76,6 +76,14 @@ def test_sources(files, name, streaming):
     assert place.endswith("/" + expected.get(name, f"{name}:13"))
 
 
+def test_each_row_keeps_the_raw_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["", *[{**row, "id": i} for i, row in enumerate(ROWS)]])
+    for streaming in (False, True):
+        for row in load_mixture([{"path": path, "columns": {"id": "number"}}], streaming=streaming).train:
+            number = int(row["origin"].rpartition(":")[2]) - 2
+            assert json.loads(row["raw"]) == {**ROWS[number], "number": number}
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS[:3])
     assert len(load_mixture([path]).train) == 3
