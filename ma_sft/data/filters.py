@@ -20,7 +20,8 @@ import regex
 import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from ma_sft.data.formats import Message, code_of, load_function
+from ma_sft.data.code import code_of
+from ma_sft.data.formats import Message, load_function
 from ma_sft.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -345,14 +345,6 @@ def _run_file(path: str, changed: int) -> dict[str, Any]:
     return runpy.run_path(path)
 
 
-def code_of(name: str | None) -> str:
-    """The text of the file that holds the function `name`, for `datasets`' fingerprints; "" for a known format."""
-    if name is None or name in FORMATS or ":" not in name:
-        return ""
-    file = load_function(name).__code__.co_filename
-    return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
-
-
 def check_order(messages: list[Message], field: str) -> None:
     """Raise `FormatError` at a turn whose role cannot follow the one before it; see `BEFORE`."""
     before: str | None = None

@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ma_sft.data.code import code_of
 from ma_sft.data.filters import (
     EXAMPLES,
     Filters,
@@ -28,7 +29,7 @@ from ma_sft.data.filters import (
     split_held_out,
     stream_filters,
 )
-from ma_sft.data.formats import FORMATS, Message, Row, code_of, detect_format, message_features, to_messages, to_tools
+from ma_sft.data.formats import FORMATS, Message, Row, detect_format, message_features, to_messages, to_tools
 from ma_sft.data.preference import detect_preference, to_preference
 from ma_sft.data.sources import Source, load_rows, rows_of
 from ma_sft.errors import FormatError, RecipeError

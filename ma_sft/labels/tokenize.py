@@ -1,19 +1,19 @@
 """Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them."""
 
-import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import atomic_dir, cache_dir
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.version import __version__
+from ma_sft.labels.fingerprint import label_fingerprint
 
 if TYPE_CHECKING:
     from ma_sft.data.filters import Stage
@@ -146,27 +146,37 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
 
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
-    """`encoder.tokenize_batch` on all rows, kept in the cache folder by the content of rows, tokenizer and template."""
+    """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
+    return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
+
+
+def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_proc: int | None) -> Dataset:
+    """The labelled rows that the cache has under `key`, or makes: Arrow files that are written once, one a process."""
     from ma_sft.data.mixture import processes
 
-    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
-    key = _digest(conversations._fingerprint, *settings, _describe(encoder.tokenizer))
-    return _cached(
-        key,
-        lambda: conversations.map(
-            encoder.tokenize_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=conversations.column_names,
-            num_proc=processes(num_proc, len(conversations)),
-            new_fingerprint=key,
-            desc="tokenising",
-        ),
-    )
+    folder = cache_dir() / "tokenized" / key
+    if not folder.is_dir():
+        with atomic_dir(folder) as target:
+            rows.map(
+                label,
+                batched=True,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                num_proc=processes(num_proc, len(rows)),
+                cache_file_name=str(target / "rows.arrow"),
+                new_fingerprint=key,
+                desc=what,
+            )
+    os.utime(folder)  # `ma-sft cache` removes what was not used for long
+    found = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
+    return Dataset(found.data, fingerprint=key)
 
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
+    from ma_sft.data.code import code_of
     from ma_sft.data.formats import load_function
     from ma_sft.data.sources import Source, load_rows, rows_of
 
@@ -198,9 +208,9 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         )
         return {"input_ids": ids, "labels": labels}
 
-    labelled = rows.map(
-        label, batched=True, with_indices=True, remove_columns=rows.column_names, desc="formatting and tokenising"
-    )
+    how = (code_of(labels.formatting_func), labels.response_template, labels.instruction_template, labels.check)
+    key = label_fingerprint(rows._fingerprint, tokenizer, None, asdict(source), *how)
+    labelled = _mapped(rows, label, key, "formatting and tokenising", settings.training.dataset_num_proc)
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
 
 
@@ -216,22 +226,6 @@ def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "
         tokenizer=tokenizer,
         on_missing="mask" if settings.labels.check else "raise",  # the check counts them all, then stops the run
     )
-
-
-def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([__version__, *parts], default=str).encode()).hexdigest()[:32]
-
-
-def _cached(key: str, make: Callable[[], Dataset]) -> Dataset:
-    folder = cache_dir() / "tokenized" / key
-    if not folder.is_dir():
-        with atomic_dir(folder) as target:
-            make().save_to_disk(str(target))
-    return load_from_disk(str(folder))
 
 
 def counts_table(counts: Counts) -> list[tuple[str, str]]:

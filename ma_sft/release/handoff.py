@@ -1,5 +1,6 @@
 """A saved model held against its manifest, before the next stage builds on it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,9 @@ from ma_sft.release.weights import read_weights
 
 if TYPE_CHECKING:
     pass
-from ma_sft.release.manifest import NAME, describe_tokenizer, model_folder, read_manifest
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.fingerprint import describe_tokenizer
+from ma_sft.release.manifest import NAME, model_folder, read_manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ def check_handoff(folder: Path) -> list[Finding]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        for what, found in describe_tokenizer(tokenizer, manifest["template_kwargs"]).items():
+        kwargs = manifest["template_kwargs"]
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        encoder = ChatEncoder(tokenizer, template_kwargs=kwargs) if tokenizer.chat_template else None
+        for what, found in describe_tokenizer(tokenizer, encoder).items():
             if what != "probe":
                 compare(what.replace("_", " "), found, manifest[what])
             elif found == manifest[what]:

@@ -1,6 +1,5 @@
 """`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; checking a folder against it."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.labels.fingerprint import describe_tokenizer
+from ma_sft.labels.tokenize import make_encoder
 from ma_sft.release.weights import find_weights
 
 if TYPE_CHECKING:
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
 
 NAME = "sft_manifest.json"
-
-
-# Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
-PROBE = [
-    {"role": "user", "content": "Hi 你好,  what is 12*34? <|im_end|>"},
-    {"role": "assistant", "content": "It is 408.\n"},
-    {"role": "user", "content": "Danke!"},
-]
 
 
 def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
@@ -50,7 +43,7 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
             "weights": weights,
             "quantization": quantization,
         },
-        **describe_tokenizer(tokenizer, labels.template_kwargs),
+        **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),
         "template_kwargs": labels.template_kwargs,
         "system_prompt": settings.rows.system_prompt,
         "mask_policy": {
@@ -67,25 +60,6 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
             name: version(name) for name in ("ma-sft", "torch", "transformers", "trl", "peft", "datasets", "tokenizers")
         },
     }
-
-
-def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Any = None) -> dict[str, Any]:
-    """What makes two tokenizers with their templates the same, in a few lines of JSON."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
-    template = tokenizer.chat_template
-    described: dict[str, Any] = {
-        "tokenizer": {"digest": _digest(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
-        "chat_template": _digest(str(template)) if template else None,
-        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
-        "probe": None,
-    }
-    if template:
-        from ma_sft.labels.encoder import ChatEncoder
-
-        kwargs = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs
-        described["probe"] = ChatEncoder(tokenizer, template_kwargs=kwargs).encode_prompt(PROBE)
-    return described
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -125,7 +99,3 @@ def model_folder(folder: Path) -> Path:
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             return candidate
     raise RecipeError(f"{folder} holds no model (config.json) and no adapter (adapter_config.json)")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

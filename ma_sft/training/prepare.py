@@ -1,13 +1,14 @@
-""""""
+"""A recipe's rows -> the data set that `SFTTrainer` takes as it is: labelled, cut, and packed if asked."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError, RecipeError
+from ma_sft.files import atomic_dir, cache_dir
 
 if TYPE_CHECKING:
     from ma_sft.data.filters import Stage
@@ -18,8 +19,6 @@ from ma_sft.labels.tokenize import (
     ENCODED,
     Counts,
     Labelled,
-    _cached,
-    _digest,
     _mixture,
     check,
     label,
@@ -105,13 +104,22 @@ def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tu
         data, held_out = make()
         for prepared in filter(None, (data, held_out)):
             rows: Any = prepared.dataset
-            prepared.dataset = _cached(_digest(digest(rows)), lambda rows=rows: rows)  # type: ignore[misc]
+            prepared.dataset = _on_disk(rows, digest(rows))
         data.conversations = None  # nobody asks for them, and they need not be files
         return data, held_out
 
     if settings.training.world_size == 1 or settings.rows.dataset_streaming:
         return make()
     return once(make_files, per_machine=True)
+
+
+def _on_disk(rows: Dataset, key: str) -> Dataset:
+    """The same rows in files of the cache folder, which every process of this machine can open."""
+    folder = cache_dir() / "tokenized" / key
+    if not folder.is_dir():
+        with atomic_dir(folder) as target:
+            rows.save_to_disk(str(target))
+    return load_from_disk(str(folder))
 
 
 def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prepared:

@@ -1,0 +1,119 @@
+"""A change of what decides ids and labels is noticed, however it comes about; what decides nothing is not."""
+
+import json
+import shutil
+import sys
+
+import datasets
+import pytest
+
+from ma_sft import Recipe
+from ma_sft.data.code import code_of
+from ma_sft.labels.templates import load_tokenizer as load
+from ma_sft.labels.tokenize import label
+
+ROWS = [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(6)]
+BRACKETS = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+def texts(model, **settings) -> list[str]:
+    """What is trained in each row, prepared anew as a new process would."""
+    found = Recipe(model_name_or_path=str(model), dataset_name="rows.jsonl", use_cpu=True, **settings).resolve()
+    tokenizer, _ = load(found)
+    labelled = label(found, tokenizer).dataset
+    return sorted(tokenizer.decode([i for i in row if i != -100]) for row in labelled["labels"])
+
+
+def edit(path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def forget(*modules: str) -> None:
+    """A new process has imported nothing."""
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def test_end_token_of_the_tokenizer(rows, tiny_qwen3):
+    shutil.copytree(tiny_qwen3, rows / "m")
+    (rows / "m" / "chat_template.jinja").write_text(BRACKETS)
+    assert all(text.endswith("<|im_end|>") for text in texts(rows / "m"))
+    edit(rows / "m" / "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
+    assert all(text.endswith("<|endoftext|>") for text in texts(rows / "m"))
+
+
+def test_formatting_func_of_a_module(rows, tiny_qwen3):
+    (rows / "form.py").write_text(
+        'def text(batch):\n    return ["###Question: " + q + "\\n###Answer: " + a '
+        'for q, a in zip(batch["question"], batch["answer"])]\n'
+    )
+    settings = {"formatting_func": "form:text", "response_template": "###Answer:"}
+    assert texts(tiny_qwen3, **settings)[0] == " a0<|im_end|>"
+    edit(rows / "form.py", '"\\n###Answer: " + a', '"\\n###Answer: " + a.upper() + "!"')
+    forget("form")
+    assert texts(tiny_qwen3, **settings)[0] == " A0!<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["conv:chat", "conv.py:chat"])
+def test_helper_that_a_format_function_imports(rows, tiny_qwen3, name):
+    forget("conv", "helper", "deep", "deep.words")
+    (rows / "deep").mkdir()
+    (rows / "deep" / "__init__.py").write_text("")
+    (rows / "deep" / "words.py").write_text("SUFFIX = ' one'\n")
+    (rows / "helper.py").write_text(
+        "from deep import words\n\n\ndef answer(row):\n    return row['answer'] + words.SUFFIX\n"
+    )
+    (rows / "conv.py").write_text(
+        "def chat(row):\n    from helper import answer\n"
+        "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': answer(row)}]\n"
+    )
+    assert "a0 one" in texts(tiny_qwen3, dataset_format=name)[0]
+    edit(rows / "deep" / "words.py", "one", "two")
+    forget("conv", "helper", "deep", "deep.words")
+    assert "a0 two" in texts(tiny_qwen3, dataset_format=name)[0]
+
+
+def test_code_of_a_function_is_its_own_and_not_the_libraries(rows):
+    (rows / "alone.py").write_text(
+        "import json\nimport numpy\nfrom ma_sft import Recipe\n\n\ndef f(row):\n    return row\n"
+    )
+    assert code_of("alone:f") == code_of("alone.py:f") == (rows / "alone.py").read_text()
+    assert code_of("alpaca") == code_of(None) == ""
+
+
+def test_what_decides_nothing_is_found_again(rows, tiny_qwen3, monkeypatch):
+    from ma_sft.labels import encoder
+
+    first = texts(tiny_qwen3, learning_rate=1e-3)
+    monkeypatch.setattr(encoder.ChatEncoder, "tokenize_batch", None)  # nothing may be tokenised again
+    assert texts(tiny_qwen3, learning_rate=1e-4, logging_steps=3) == first
+
+
+def test_tokens_are_written_once(rows, tiny_qwen3, monkeypatch):
+    """One copy of ids and labels on the disk, whoever keeps it."""
+    monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", rows / "datasets")
+    texts(tiny_qwen3)
+    found = [path for name in ("cache", "datasets") for path in (rows / name).rglob("*.arrow")]
+    columns = [set(datasets.Dataset.from_file(str(path)).column_names) for path in found]
+    assert sum("input_ids" in names for names in columns) == 1
+
+
+def test_template_variables(rows, tiny_qwen3):
+    shutil.copytree(tiny_qwen3, rows / "m")
+    template = BRACKETS.replace("eos_token }}", "(mood or '') + eos_token }}")
+    (rows / "m" / "chat_template.jinja").write_text(template)
+    assert texts(rows / "m", template_kwargs={"mood": "!"})[0] == "a0!<|im_end|>"
+    assert texts(rows / "m", template_kwargs={"mood": "?"})[0] == "a0?<|im_end|>"
