@@ -193,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     chat.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)")
 
+    cache = add("cache", _cache, "list what the cache folder holds, or make it smaller")
+    cache.add_argument("--older_than", metavar="AGE", help="remove what was not used for so long, e.g. 30d")
+    cache.add_argument("--keep", metavar="SIZE", help="remove what was used longest ago until this is left, e.g. 20GB")
+    cache.add_argument("--dry_run", action="store_true", help="only tell what would be removed")
+
     completion = add("completion", _completion, "print a script that completes commands and settings in a shell")
     completion.add_argument("shell", choices=["bash", "zsh"])
     return parser
@@ -235,6 +240,16 @@ def _settings(options: argparse.Namespace, rest: list[str]) -> None:
         return
     for name, setting in found.items():
         print(f"{name} = {setting['default']}\n    {setting['help']}")
+
+
+def _cache(options: argparse.Namespace, rest: list[str]) -> None:
+    from ma_sft.tools.cache import clean, entries, table
+
+    if options.older_than is None and options.keep is None:
+        print("\n".join(table(entries())))
+        return
+    gone = clean(options.older_than, options.keep, dry_run=options.dry_run)
+    print("would be removed:" if options.dry_run else "removed:", *table(gone), sep="\n")
 
 
 def _completion(options: argparse.Namespace, rest: list[str]) -> None:

@@ -17,6 +17,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
 
 
+def over_bound() -> str | None:
+    """What to say if the cache folder holds more than `$MA_SFT_CACHE_GB` (50) gigabytes, None if it does not."""
+    bound = float(os.environ.get("MA_SFT_CACHE_GB") or 50)
+    held = sum(file.stat().st_size for file in cache_dir().rglob("*") if file.is_file()) / 1e9
+    if held <= bound:
+        return None
+    return (
+        f"the cache folder {cache_dir()} holds {held:,.1f} GB, more than the {bound:g} GB of MA_SFT_CACHE_GB; "
+        f"`ma-sft cache --keep {bound / 2:g}GB` removes what was used longest ago"
+    )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file under another name first, so that a reader sees the old or the new one, never a part."""
     scratch = path.with_name(f".{path.name}")

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import FormatError, RecipeError
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.files import atomic_dir, cache_dir, over_bound
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import label_fingerprint
 
@@ -169,6 +169,8 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
                 new_fingerprint=key,
                 desc=what,
             )
+        if (warning := over_bound()) is not None:
+            logger.warning(warning)
     os.utime(folder)  # `ma-sft cache` removes what was not used for long
     found = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
     return Dataset(found.data, fingerprint=key)
