@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.terminal import say
 
 
 def demo_model() -> Path:
@@ -40,4 +41,4 @@ def demo_model() -> Path:
 
 
 if __name__ == "__main__":
-    print(demo_model())
+    say(demo_model())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ma_sft.errors import MaSftError
 from ma_sft.files import write_whole
 from ma_sft.recipe import Recipe, Settings
+from ma_sft.terminal import console, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
         shutil.rmtree(out / "merged", ignore_errors=True)
         with outside_zero3():
             merged = merge(out, out / "merged")
-        print(f"merged model: {merged}")
+        say(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
     return _finish(out, exam.table(before, after) if exam else [], summary)
 
@@ -161,7 +162,7 @@ def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
     except MaSftError:
         raise
     except Exception as error:
-        print(f"no forecast of memory: one step on fake tensors failed with {type(error).__name__}: {error}")
+        say(f"no forecast of memory: one step on fake tensors failed with {type(error).__name__}: {error}")
         return None
 
 
@@ -173,7 +174,6 @@ def show_start(
     checkpoint: Path | None,
 ) -> list[tuple[str, str]]:
     """Print what will be trained, before the first step; the (what, how much) lines of it."""
-    from rich.console import Console
     from rich.table import Table
 
     from ma_sft.labels.tokenize import counts_table
@@ -183,35 +183,35 @@ def show_start(
     lines = counts_table(data.counts) + memory_table(settings, trainer.model, memory)
     for key, value in lines:
         table.add_row(key, value)
-    Console().print(table)
+    screen = console()
+    screen.print(table)
     if data.check is not None:
-        Console().print(data.check)
+        screen.print(data.check)
     if data.packing is not None:
-        Console().print(str(data.packing), highlight=False)
+        screen.print(str(data.packing))
     if checkpoint:
-        Console().print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
+        say(f"going on from {checkpoint}")
     return lines
 
 
 def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> dict[str, Any]:
     """Write answers, summary and report; print where everything is."""
-    from rich.console import Console
     from rich.table import Table
 
     from ma_sft.pages.report import write_report
     from ma_sft.training.exam import evaluation_table
 
-    console = Console()
+    screen = console()
     if answers:
         table = Table("message", "before", "after", title="held-out answers", show_lines=True)
         for question, before, after, _ in answers[:5]:
             table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
-        console.print(table)
+        screen.print(table)
     if found := summary.get("evaluation"):
-        console.print(evaluation_table(found))
+        screen.print(evaluation_table(found))
     if summary.get("exact_match_after") is not None:
         first = summary["exact_match_before"]
-        console.print(
+        screen.print(
             f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
             f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
         )
@@ -220,6 +220,6 @@ def _finish(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[s
     write_report([out], out / "report.html")
     for what in ("adapter", "merged", "model", "report.html"):
         if (out / what).exists():
-            console.print(f"{what:>12}  {out / what}", highlight=False, soft_wrap=True)
-    console.print(f"{'chat':>12}  ma-sft chat {out}", highlight=False, soft_wrap=True)
+            screen.print(f"{what:>12}  {out / what}", soft_wrap=True)
+    screen.print(f"{'chat':>12}  ma-sft chat {out}", soft_wrap=True)
     return summary

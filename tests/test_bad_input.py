@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 
 from ma_sft import MaSftError, Recipe, run
-from ma_sft.cli import guard, main
+from ma_sft.cli import main
+from ma_sft.terminal import guard
 
 GOOD = {"instruction": "Say hi", "input": "", "output": "hi there"}
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
-from rich.console import Console
 from rich.table import Table
 
 from ma_sft.data.filters import conversations
 from ma_sft.data.mixture import Report, load_mixture, processes, read_mixture
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir
+from ma_sft.terminal import console
 from ma_sft.version import __version__
 
 REPORT = "report.json"
@@ -52,21 +52,19 @@ def show(folder: Path, count: int = 3) -> None:
     """
     if not (folder / REPORT).is_file():
         raise RecipeError(f"{folder} holds no {REPORT}; give a folder that `ma-sft data build` made")
-    console = Console()
+    screen = console()
     report = Report.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
-    console.print(report, _sources(report))
+    screen.print(report, _sources(report))
     saved = load_from_disk(str(folder))
     for name, rows in saved.items() if isinstance(saved, DatasetDict) else [("train", saved)]:
-        console.print(
-            f"{name}: {len(rows):,} rows, columns {', '.join(rows.column_names)}", style="bold", highlight=False
-        )
+        screen.print(f"{name}: {len(rows):,} rows, columns {', '.join(rows.column_names)}", style="bold")
         for row in rows.select(range(min(count, len(rows)) if name == "train" else 0)):
-            console.print(row["origin"], style="dim", highlight=False)
+            screen.print(row["origin"], style="dim")
             for side in ("messages", "prompt", "chosen", "rejected"):
                 for message in row.get(side) or []:
                     text = message["content"] or json.dumps(message.get("tool_calls"), ensure_ascii=False)
                     mark = "" if side in ("messages", "prompt") else f"{side} "
-                    console.print(f"  {mark}{message['role']}: {text}", markup=False, highlight=False)
+                    screen.print(f"  {mark}{message['role']}: {text}")
 
 
 def _sources(report: Report) -> Table:

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import MaSftError
-
-if TYPE_CHECKING:
-    pass
 from ma_sft.labels.preview import heading, pieces, preview_text
+from ma_sft.terminal import console
 
 
 def preview_html(
@@ -35,7 +32,6 @@ def preview(
     n: int = 3,
     html: str | Path | None = None,
     borders: bool = False,
-    console: Console | None = None,
 ) -> None:
     """Print the first `n` rows with what is trained in them, or write them as an HTML page.
 
@@ -48,4 +44,4 @@ def preview(
     if html is not None:
         Path(html).write_text(preview_html(rows, tokenizer), encoding="utf-8")
     else:
-        (console or Console()).print(preview_text(rows, tokenizer, borders=borders))
+        console().print(preview_text(rows, tokenizer, borders=borders))

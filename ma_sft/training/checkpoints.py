@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from trl import SFTTrainer
 
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.files import write_whole
+from ma_sft.terminal import say
 from ma_sft.training.processes import largest, once
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Stop:
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
             if self.training and PartialState().is_main_process:
-                print("\nstopping: saving after this step (Ctrl-C again: at once)", file=sys.stderr)
+                say("\nstopping: saving after this step (Ctrl-C again: at once)", error=True)
         if not self.training or (again and number == signal.SIGINT):
             self.now()
 

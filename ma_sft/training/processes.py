@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from ma_sft.errors import MaSftError, RunError
+from ma_sft.terminal import say
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -35,7 +36,7 @@ def available_attention(wanted: str | None) -> str | None:
     elif "/" in (wanted or ""):
         found = import_utils.is_kernels_available()
     if not found and PartialState().is_main_process:
-        print(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
+        say(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
     return wanted if found else "sdpa"
 
 
