@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
+from ma_sft.labels.backend import Backend
 from ma_sft.labels.render import Renderer
 from ma_sft.labels.templates import control_tokens, set_chat_template
 
@@ -139,6 +140,7 @@ class ChatEncoder:
         self.train_on = train_on
         self.history = history
         self.template_kwargs = template_kwargs or {}
+        self.backend = Backend(tokenizer)
         self._renderer = Renderer(tokenizer, self.template_kwargs)
         self.control = control_tokens(tokenizer)
         alternatives = sorted(map(re.escape, self.control), key=len, reverse=True)
@@ -378,14 +380,10 @@ class ChatEncoder:
         return tuple(ids)
 
     def _encode_batch(self, texts: list[tuple[str, str]]) -> list[Ids]:
-        """One call of the fast tokenizer for all texts without markers; marked ones are rare and go one by one."""
-        if not texts:
-            return []
-        self.tokenizer("")  # leaves the fast tokenizer without padding, truncation or split special tokens
-        batch = self.tokenizer.backend_tokenizer.encode_batch_fast([t for t, _ in texts], add_special_tokens=False)
+        """One call of the tokenizer for all texts without markers; marked ones are rare and go one by one."""
         return [
-            np.array(self._encode_marked(text, marker) if marker and marker in text else encoding.ids, dtype=np.int32)
-            for (text, marker), encoding in zip(texts, batch, strict=True)
+            np.array(self._encode_marked(text, marker), dtype=np.int32) if marker and marker in text else ids
+            for (text, marker), ids in zip(texts, self.backend([text for text, _ in texts]), strict=True)
         ]
 
     def _label(self, plan: _Plan, ids: Ids) -> Example:

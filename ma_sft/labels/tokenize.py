@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import atomic_dir, cache_dir, over_bound
+from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import label_fingerprint
 
@@ -147,9 +148,14 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
-    settings = (encoder.train_on, encoder.history, encoder.template_kwargs)
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.name)
     key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
-    return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
+    try:
+        return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
+    except DifferentIdsError as error:
+        logger.warning("tokenising again, not by %s: %s", encoder.backend.name, error)
+        encoder.backend = Backend(encoder.tokenizer, fast=False)
+        return tokenize(conversations, encoder, num_proc=num_proc)
 
 
 def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_proc: int | None) -> Dataset:

@@ -61,7 +61,7 @@ def clean(older_than: str | None, keep: str | None, *, dry_run: bool = False) ->
         else:
             total += entry.nbytes
     for entry in () if dry_run else gone:
-        shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+        shutil.rmtree(entry.path) if entry.path.is_dir() and not entry.path.is_symlink() else entry.path.unlink()
     return gone
 
 

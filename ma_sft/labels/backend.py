@@ -1,0 +1,100 @@
+"""Texts -> ids, many at a time: by `fastokens` where it is installed and gives the same ids, else by `tokenizers`.
+
+A faster tokenizer is only another way to the same ids. It is built from the same `tokenizer.json`, must agree on texts
+that tokenizers are known to differ in, and then on an even sample of the rows at hand; at the first difference it is
+left.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+Ids = NDArray[np.int32]
+
+STANDARD = "tokenizers"
+EVERY = 50  # of so many texts of a batch, one is encoded by both
+# Spaces, line ends, digits, joined and composed characters, scripts, bytes, markup that is no control token.
+HARD = (
+    *("", " ", "  a  b\n\n\n c\t\td \r\n", "a" * 1000, "1234567890 3.14 1,000", "don't I'LL we've"),
+    *(
+        "é e\u0301 ﬁ Ǆ ß İ",
+        "👩\u200d👩\u200d👧 🇩🇪 𠮷 \u200b\u200d\ufeff\u00a0\u2028",
+        "中文，标点。日本語 한국어 العربية हिन्दी ไทย",
+    ),
+    *("\x00\x01\x7f\x80", "<think>\n\n</think> <|x|> </s> [INST]", "def f(x):\n    return x  # ~~\n"),
+    *("https://a.b/c?d=e&f=%20#g", "▁ Ġ ĊĊ <0x0A>"),
+)
+
+
+class DifferentIdsError(Exception):
+    """The faster tokenizer gave other ids than the standard one; the message shows the text."""
+
+
+class Backend:
+    """Encodes texts without adding special tokens; `backend(texts)` gives an int32 array of shape (n_tokens,) for each.
+
+    Args:
+        tokenizer: a fast tokenizer, whose truncation and padding are left out.
+        fast: take the faster tokenizer if it may be.
+
+    Attributes:
+        name: of what encodes, with its version.
+        reason: why it is not the faster one, or "".
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.name, self.reason, self._fast = f"{STANDARD} {version(STANDARD)}", "", None
+        if not fast or find_spec("fastokens") is None:
+            return
+        try:
+            self._fast = self._make()
+            self._compare(HARD, self._encode(HARD))
+            self.name = f"fastokens {version('fastokens')}"
+        except (ValueError, DifferentIdsError) as error:
+            self._fast, self.reason = None, f"not by fastokens: {error}"
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text.
+
+        Raises:
+            DifferentIdsError: the faster tokenizer differs from the standard one on one of `EVERY` texts.
+        """
+        if self._fast is None:
+            return [np.array(ids, dtype=np.int32) for ids in self._standard(texts)]
+        found = self._encode(texts)
+        self._compare(texts[::EVERY], found[::EVERY])
+        return found
+
+    def _make(self) -> Any:
+        from fastokens import Tokenizer
+
+        return Tokenizer.from_json_str(self.tokenizer.backend_tokenizer.to_str())
+
+    def _encode(self, texts: Sequence[str]) -> list[Ids]:
+        ids, offsets = self._fast.encode_batch_flat(list(texts))  # type: ignore[union-attr]
+        # A copy, so that one kept row does not keep the batch
+        flat, ends = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64)[1:-1]
+        return np.split(flat, ends.astype(np.int64)) if texts else []
+
+    def _standard(self, texts: Sequence[str]) -> list[list[int]]:
+        self.tokenizer("")  # leaves the backend without padding, truncation or split special tokens
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _compare(self, texts: Sequence[str], found: Sequence[Ids]) -> None:
+        for text, ids, standard in zip(texts, found, self._standard(texts), strict=True):
+            if ids.tolist() != standard:
+                raise DifferentIdsError(f"other ids than {STANDARD}' for {text[:80]!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fast": self._fast is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fast = self._make() if state["_fast"] else None

@@ -1,0 +1,70 @@
+"""The faster tokenizer gives the standard one's ids, or is left."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_tokenizer
+from datasets import Dataset
+
+from ma_sft.labels.backend import EVERY, HARD, Backend, DifferentIdsError
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.tokenize import tokenize
+
+TEXTS = [
+    *HARD,
+    *(part for file in sorted((ROOT / "docs").glob("*.md")) for part in file.read_text(encoding="utf-8").split("\n\n")),
+    "<|im_start|>user\nhi<|im_end|>\n<|start_header_id|>x<|eot_id|><start_of_turn>y<end_of_turn><|channel|>",
+]
+
+
+def test_same_ids_as_the_standard_backend(tokenizer):
+    backend, standard = Backend(tokenizer), Backend(tokenizer, fast=False)
+    for ids, expected in zip(backend(TEXTS), standard(TEXTS), strict=True):
+        assert ids.dtype == np.int32 and ids.tolist() == expected.tolist()
+    assert backend([]) == []
+
+
+def test_takes_the_faster_one_where_it_can_and_says_where_not():
+    assert Backend(load_tokenizer("qwen3")).name.startswith("fastokens ")
+    llama2 = Backend(load_tokenizer("llama2"))
+    assert llama2.name.startswith("tokenizers ") and "Metaspace" in llama2.reason
+
+
+def test_truncation_of_an_earlier_call_does_not_count():
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer(["one two three"], truncation=True, max_length=1, padding="max_length")
+    for fast in (True, False):
+        assert len(Backend(tokenizer, fast=fast)(["one two three"])[0]) == 3
+
+
+def test_goes_to_other_processes():
+    backend = Backend(load_tokenizer("qwen3"))
+    again = pickle.loads(pickle.dumps(backend))
+    assert again.name == backend.name and again(["Hi"])[0].tolist() == backend(["Hi"])[0].tolist()
+
+
+def other_ids(backend: Backend) -> Backend:
+    """A faster tokenizer of another vocabulary, as one with a fault would be."""
+    backend._fast = Backend(load_tokenizer("smollm2"))._fast
+    return backend
+
+
+def test_one_text_of_many_is_held_against_the_standard_one():
+    backend = other_ids(Backend(load_tokenizer("qwen3")))
+    with pytest.raises(DifferentIdsError, match="你好"):
+        backend(["你好"] * EVERY)
+
+
+def test_rows_are_tokenised_again_after_a_difference(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path))
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "你好"}]
+    rows = Dataset.from_list([{"messages": turns, "tools": None}] * 3)
+    tokenizer = load_tokenizer("qwen3")
+    expected = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    encoder = ChatEncoder(tokenizer)
+    other_ids(encoder.backend)
+    with caplog.at_level(logging.WARNING):
+        assert tokenize(rows, encoder)["input_ids"][0] == expected
+    assert "tokenising again, not by fastokens" in caplog.text and encoder.backend.name.startswith("tokenizers")
