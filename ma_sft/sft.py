@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 from ma_sft.training.exam import Exam
 from ma_sft.training.trainer import make_trainer
 
+REVISIONS = "revisions.json"  # in the run's folder: the commits of its model and data, for when it is resumed
+
 
 def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
     """Fine-tune as the recipe says and return the summary that is written to `<output_dir>/summary.json`.
@@ -48,6 +50,7 @@ def run(recipe: Recipe, args: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str, Any]:
+    from ma_sft.hub import commits, pin_model, recall
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.pages.report import write_start
     from ma_sft.release.manifest import make_manifest, write_manifest
@@ -55,10 +58,13 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     from ma_sft.training.checkpoints import Survival, check_same_data
     from ma_sft.training.exam import evaluation, headlines, held_out_loss
     from ma_sft.training.prepare import prepare_once
-    from ma_sft.training.processes import agree, digest
+    from ma_sft.training.processes import agree, digest, once
     from ma_sft.training.progress import Journal
 
     out = Path(settings.training.output_dir)
+    if checkpoint and (out / REVISIONS).is_file():
+        recall(json.loads((out / REVISIONS).read_text(encoding="utf-8")))
+    recall(once(lambda: pin_model(settings)))
     tokenizer, added_tokens = load_tokenizer(settings)
     data, held_out = prepare_once(settings, tokenizer)
     content = digest(data.dataset, held_out.dataset if held_out else None)
@@ -72,6 +78,7 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     trainer.add_callback(survival)
     main = trainer.is_world_process_zero()
     if main:
+        write_whole(out / REVISIONS, json.dumps(commits(), indent=2))
         write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory, checkpoint))
 
     exam = Exam(settings, tokenizer, held_out.conversations) if held_out and held_out.conversations else None
@@ -119,7 +126,7 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
 
         shutil.rmtree(out / "merged", ignore_errors=True)
         with outside_zero3():
-            merged = merge(out, out / "merged")
+            merged = merge(out, out / "merged", code=settings.training.trust_remote_code)
         say(f"merged model: {merged}")
         summary["merge_max_logit_difference"] = merged.difference
     return _finish(out, exam.table(before, after) if exam else [], summary)
@@ -128,7 +135,7 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
 def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model under another name first, so that `folder` is whole or not there."""
     from ma_sft.release.manifest import write_manifest
-    from ma_sft.training.adapters import save_converted
+    from ma_sft.training.adapters import name_base, save_converted
     from ma_sft.training.exam import end_ids
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -138,6 +145,8 @@ def _save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: P
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_converted(model, scratch, folder.with_name("initial_adapter"))
+        if folder.name == "adapter":
+            name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
         (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
         write_manifest(scratch, {**manifest, "kind": folder.name})
         if folder.exists():  # the run was stopped between saving this and its end

@@ -253,11 +253,12 @@ def load_tokenizer(name: str) -> Any:
         from transformers import AutoTokenizer
 
         from ma_sft.demo import demo_model
+        from ma_sft.hub import load_pretrained
 
         try:
-            _TOKENIZERS[name] = AutoTokenizer.from_pretrained(demo_model() if name == "demo" else name)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"filters: no tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+            _TOKENIZERS[name] = load_pretrained(AutoTokenizer, str(demo_model() if name == "demo" else name))
+        except RecipeError as error:
+            raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
     return _TOKENIZERS[name]
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from ma_sft.data.formats import Row
 from ma_sft.data.reader import FILE, KINDS, LINE, ROW, RowReader, kind_of
 from ma_sft.errors import FormatError, RecipeError
+from ma_sft.hub import load_dataset
 from ma_sft.version import __version__
 
 MANY_BYTES = 64 << 20  # of several files; from here on, other processes are worth their start
@@ -28,6 +29,8 @@ class Source:
             `save_to_disk` folder.
         name: configuration of a hub data set.
         split: split of a hub data set or folder.
+        revision: branch, tag or commit of a hub data set; resolved once in a run.
+        data_files, data_dir: which files of a hub data set, as in `datasets.load_dataset`.
         format: as in `ma_sft.to_messages`, or `ma_sft.to_preference` in a mixture of preferences.
         columns: `{name in the data: name that the format wants}`, as in `Dataset.rename_columns`.
         limit: take this many rows, drawn with the mixture's seed (the first ones of a stream); None takes all.
@@ -41,6 +44,9 @@ class Source:
     path: str
     name: str | None = None
     split: str = "train"
+    revision: str | None = None
+    data_files: Any = None
+    data_dir: str | None = None
     format: str | None = None
     columns: dict[str, str] | None = None
     limit: int | None = None
@@ -131,13 +137,8 @@ def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
         return builder.as_dataset(split="train")
     if glob.has_magic(path):
         raise RecipeError(f"the files {path!r} must end in one of {', '.join(KINDS)}, and .gz or .zst if compressed")
-    try:
-        return load_dataset(path, source.name, split=source.split, streaming=streaming)
-    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
-        raise RecipeError(
-            f"the data {path!r} is no file or folder here and cannot be had from a hub; pass a file or folder: "
-            f"--dataset_name PATH (make: DATA=PATH). {str(error).splitlines()[0]}"
-        ) from None
+    chosen = {key: value for key in ("data_files", "data_dir") if (value := getattr(source, key))}
+    return load_dataset(path, source.name, source.split, source.revision, streaming=streaming, **chosen)
 
 
 def rows_of(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import RecipeError, TemplateError
+from ma_sft.errors import TemplateError
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
@@ -76,27 +76,21 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
     """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
 
     Raises:
-        RecipeError: the model is no folder and no hub answers.
+        RecipeError: as `ma_sft.hub.load_pretrained`.
         TemplateError: the template does not fit.
     """
     from transformers import AutoTokenizer
+
+    from ma_sft.hub import load_pretrained, pin_model
 
     model = settings.model
     if model.model_name_or_path == "demo":
         from ma_sft.demo import demo_model
 
         model.model_name_or_path = str(demo_model())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=settings.training.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"the model {model.model_name_or_path!r} is no local folder with a tokenizer and cannot be had from a hub; "
-            f"pass a folder: --model_name_or_path PATH (make: MODEL=PATH). {str(error).splitlines()[0]}"
-        ) from None
+    pin_model(settings)
+    name, code = str(model.model_name_or_path), settings.training.trust_remote_code
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, model.model_revision, code=code)
     data = settings.labels
     if data.formatting_func is None or data.template or data.formatting_func in TEMPLATES:
         added = set_chat_template(tokenizer, data.template or data.formatting_func)

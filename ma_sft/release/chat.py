@@ -9,16 +9,17 @@ from ma_sft.labels.encoder import ChatEncoder, Message
 from ma_sft.terminal import say
 
 
-def load(folder: Path, base: str | None = None) -> tuple[Any, ChatEncoder, str | None]:
+def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[Any, ChatEncoder, str | None]:
     """Model, encoder and system message of a run's folder (its merged model, else its adapter) or a model's.
 
     The encoder has the template and its variables that training had, from the tokenizer and the manifest beside it.
 
     Raises:
-        RecipeError: the folder holds no model, or one that is not whole.
+        RecipeError: the folder holds no model, or one that is not whole, or that brings code while `code` is false.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ma_sft.hub import load_pretrained
     from ma_sft.release.manifest import model_folder, read_manifest
     from ma_sft.release.merge import load_adapter
     from ma_sft.release.weights import read_weights
@@ -27,15 +28,12 @@ def load(folder: Path, base: str | None = None) -> tuple[Any, ChatEncoder, str |
     manifest = read_manifest(folder) or {}
     kwargs = manifest.get("template_kwargs")
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-    try:
-        if (folder / "config.json").is_file():
-            read_weights(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=_device()).eval()
-        else:
-            model = load_adapter(folder, base, device_map=_device())
-        encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder), template_kwargs=kwargs)
-    except OSError as error:
-        raise RecipeError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if (folder / "config.json").is_file():
+        read_weights(folder)
+        model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=_device()).eval()
+    else:
+        model = load_adapter(folder, base, device_map=_device(), code=code)
+    encoder = ChatEncoder(load_pretrained(AutoTokenizer, str(folder), code=code), template_kwargs=kwargs)
     return model, encoder, manifest.get("system_prompt")
 
 
@@ -90,6 +88,7 @@ def chat(
     base: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    code: bool = False,
 ) -> None:
     """One answer to `prompt`, printed alone for scripts, or a conversation until an empty line.
 
@@ -98,8 +97,9 @@ def chat(
         system: system message; None takes the one that rows without their own were trained with, `""` none.
         base: base model of an adapter, where it is not the one that the adapter names.
         temperature: 0 takes the likeliest token each time.
+        code: whether the model's own Python code may run.
     """
-    model, encoder, trained_system = load(folder, base)
+    model, encoder, trained_system = load(folder, base, code=code)
     system = trained_system if system is None else system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}

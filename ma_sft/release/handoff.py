@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.hub import load_pretrained
 from ma_sft.release.weights import read_weights
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Finding:
     text: str
 
 
-def check_handoff(folder: Path) -> list[Finding]:
+def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
     """Compare a saved model or adapter with its manifest, point by point; no weights are loaded.
 
     Raises:
@@ -46,7 +47,7 @@ def check_handoff(folder: Path) -> list[Finding]:
         findings.append(Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}"))
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
         kwargs = manifest["template_kwargs"]
         kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
         encoder = ChatEncoder(tokenizer, template_kwargs=kwargs) if tokenizer.chat_template else None
@@ -60,18 +61,18 @@ def check_handoff(folder: Path) -> list[Finding]:
             else:
                 at = next((i for i, (a, b) in enumerate(zip(found, manifest[what], strict=False)) if a != b), "the end")
                 findings.append(Finding("ids of a test conversation", False, f"not those of training from id {at} on"))
-    except (OSError, ValueError) as error:
-        findings.append(Finding("tokenizer", False, f"cannot be loaded: {str(error).splitlines()[0]}"))
+    except ValueError as error:
+        findings.append(Finding("tokenizer", False, str(error)))
         return findings
     rows = None
     try:
         if manifest["kind"] == "adapter":
-            weights, config, _ = find_base(folder)
+            weights, config, _ = find_base(folder, code=code)
             findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
         else:
             read = read_weights(folder)
             findings.append(Finding("weights", True, f"{len(read.files)} tensors, {read.nbytes / 1e9:.2f} GB"))
-            config = AutoConfig.from_pretrained(folder)
+            config = load_pretrained(AutoConfig, str(folder), code=code)
         rows = config.get_text_config().vocab_size
     except (MaSftError, OSError) as error:
         findings.append(Finding("weights", False, str(error).splitlines()[0]))

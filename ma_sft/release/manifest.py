@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.hub import model_folder as hub_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
-from ma_sft.release.weights import find_weights
+from ma_sft.release.weights import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,16 +32,13 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
         quantization = f"4-bit {model.bnb_4bit_quant_type}" + (", double" if model.use_bnb_nested_quant else "")
     elif model.load_in_8bit:
         quantization = "8-bit"
-    try:
-        weights = find_weights(str(model.model_name_or_path), model.model_revision).digest
-    except RecipeError:  # a base that has no safetensors
-        weights = None
+    base = hub_folder(str(model.model_name_or_path), model.model_revision, weights=True)
     return {
         "format": 1,
         "base_model": {
             "name_or_path": model.model_name_or_path,
             "revision": model.model_revision,
-            "weights": weights,
+            "weights": read_weights(base).digest,
             "quantization": quantization,
         },
         **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir
-from ma_sft.release.weights import Weights, find_weights, read_tensors, write_shards
+from ma_sft.hub import load_pretrained, model_folder
+from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ma_sft.training.adapters import _cannot_load, _first_line, adapter_dir, read_adapter_config, skeleton
+from ma_sft.training.adapters import _first_line, adapter_dir, read_adapter_config, skeleton
 
 
-def find_base(adapter: Path, base: str | None = None) -> tuple[Weights, "PreTrainedConfig", "PreTrainedTokenizerBase"]:
+def find_base(
+    adapter: Path, base: str | None = None, *, code: bool = False
+) -> tuple[Weights, "PreTrainedConfig", "PreTrainedTokenizerBase"]:
     """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
 
     Raises:
@@ -29,12 +32,12 @@ def find_base(adapter: Path, base: str | None = None) -> tuple[Weights, "PreTrai
     from ma_sft.release.manifest import read_manifest
 
     peft = read_adapter_config(adapter)
-    weights = find_weights(base or str(peft.base_model_name_or_path), None if base else peft.revision)
-    try:
-        config = AutoConfig.from_pretrained(weights.folder)
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(weights.folder, error) from None
+    name, revision = base or str(peft.base_model_name_or_path), None if base else peft.revision
+    weights = read_weights(model_folder(name, revision, weights=True, code=code))
+    config, tokenizer = (
+        load_pretrained(AutoConfig, name, revision, code=code),
+        load_pretrained(AutoTokenizer, str(adapter), code=code),
+    )
     if quantised := getattr(config, "quantization_config", None):
         raise RecipeError(
             f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
@@ -57,14 +60,16 @@ def find_base(adapter: Path, base: str | None = None) -> tuple[Weights, "PreTrai
     return weights, config, tokenizer
 
 
-def load_adapter(adapter: Path, base: str | None = None, *, dtype: Any = "auto", device_map: Any = None) -> Any:
+def load_adapter(
+    adapter: Path, base: str | None = None, *, dtype: Any = "auto", device_map: Any = None, code: bool = False
+) -> Any:
     """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    weights, config, _ = find_base(adapter, base)
+    weights, config, _ = find_base(adapter, base, code=code)
+    model = load_pretrained(AutoModelForCausalLM, str(weights.folder), code=code, dtype=dtype, device_map=device_map)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=dtype, device_map=device_map)
         rows = config.get_text_config().vocab_size
         if rows > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(rows)
@@ -102,7 +107,7 @@ class Merged:
         return f"{text}; {self.note}" if self.note else text
 
 
-def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = None) -> Merged:
+def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = None, code: bool = False) -> Merged:
     """Merge the adapter of `run` into its base model and save the whole model to `out`, without ever holding it whole.
 
     PEFT merges each layer by itself, in float32, on its way from the base's shards to the new ones. The tokenizer, its
@@ -114,6 +119,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         out: appears whole or not at all.
         base: folder or hub id of the base model; None takes the one that the adapter names.
         dtype: of the merged weights (float32, bfloat16, float16); None keeps each of the base's.
+        code: whether the base's own Python code may run.
 
     Raises:
         RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
@@ -125,7 +131,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
     if out.exists():
         raise RecipeError(f"{out} exists already; choose another folder or remove it")
     adapter = adapter_dir(run)
-    weights, config, tokenizer = find_base(adapter, base)
+    weights, config, tokenizer = find_base(adapter, base, code=code)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
     check_space(out, sum(weights.sizes.values()) * kind.itemsize if kind else weights.nbytes)
     manifest = read_manifest(adapter)
@@ -137,22 +143,22 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
     peft: Any = read_adapter_config(adapter)
     # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
     by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
-    updates = _layer_updates(adapter, config) if by_layer else {}
+    updates = _layer_updates(adapter, config, code) if by_layer else {}
     with atomic_dir(out) as target:
         if updates and set(updates) <= set(weights.files):
             write_shards(merged_tensors(weights, updates, kind), target)
         else:
             notes.append("merged with the whole model in memory, not layer by layer")
-            whole = load_adapter(adapter, base, dtype=kind or "auto").merge_and_unload(safe_merge=True)
+            whole = load_adapter(adapter, base, dtype=kind or "auto", code=code).merge_and_unload(safe_merge=True)
             whole.save_pretrained(target)
         config.dtype = kind or config.dtype
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
             write_manifest(target, {**manifest, "kind": "model"})
-        return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes))
+        return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes), code)
 
 
-def _layer_updates(adapter: Path, config: "PreTrainedConfig") -> "dict[str, Callable[[Tensor], Tensor]]":
+def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> "dict[str, Callable[[Tensor], Tensor]]":
     """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
 
     Raises:
@@ -209,7 +215,7 @@ def _layer_updates(adapter: Path, config: "PreTrainedConfig") -> "dict[str, Call
 
     used: set[str] = set()
     try:
-        model: Any = PeftModel(skeleton(config), read_adapter_config(adapter), low_cpu_mem_usage=True)
+        model: Any = PeftModel(skeleton(config, code=code), read_adapter_config(adapter), low_cpu_mem_usage=True)
     except ValueError as error:
         raise RecipeError(f"{adapter} was trained on another model: {_first_line(error)}") from None
     for name, module in model.base_model.model.named_modules():
@@ -242,7 +248,13 @@ def merged_tensors(
 
 
 def _compare(
-    adapter: Path, base: str | None, merged: Path, tokenizer: "PreTrainedTokenizerBase", size: int, note: str
+    adapter: Path,
+    base: str | None,
+    merged: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    size: int,
+    note: str,
+    code: bool,
 ) -> Merged:
     """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
     import psutil
@@ -255,8 +267,8 @@ def _compare(
         return Merged(None, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
     ids = torch.tensor([tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]])
     with torch.no_grad():
-        ours = load_adapter(adapter, base, dtype=kind)(ids).logits.float()
-        theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=kind)(ids).logits.float()
+        ours = load_adapter(adapter, base, dtype=kind, code=code)(ids).logits.float()
+        theirs = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)(ids).logits.float()
     return Merged(
         (theirs - ours).abs().max().item(),
         ours.abs().max().item(),
@@ -278,6 +290,8 @@ def save_configs(config: "PreTrainedConfig", source: Path, tokenizer: "PreTraine
         generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_ids(generation, tokenizer)
     generation.pad_token_id = tokenizer.pad_token_id
+    for file in source.glob("*.py") if getattr(config, "auto_map", None) else []:  # the model's own code goes with it
+        shutil.copyfile(file, target / file.name)
     config.save_pretrained(target)
     generation.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.hub import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -45,17 +46,12 @@ def read_weights(folder: Path) -> Weights:
     Raises:
         RecipeError: no safetensors, a shard that is missing, or a file that is cut off or broken.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        what = (
-            f"lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}" if index.is_file() else "holds no"
+        raise RecipeError(
+            f"{folder} lacks {', '.join(missing[:3])}, {len(missing)} of {len(names)}; get the whole model"
         )
-        raise RecipeError(f"{folder} {what if index.is_file() else what + ' model.safetensors'}; get the whole model")
     files, sizes, nbytes, digest = {}, {}, 0, hashlib.sha256()
     for name in names:
         path = folder / name
@@ -79,26 +75,6 @@ def read_weights(folder: Path) -> Weights:
                 files[key], sizes[key] = name, math.prod(entry["shape"])
                 nbytes += stop - start
     return Weights(folder, files, sizes, nbytes, digest.hexdigest()[:32])
-
-
-def find_weights(name: str, revision: str | None = None) -> Weights:
-    """The weights of a folder or hub id; a hub id is downloaded, or taken from the hub's cache.
-
-    Raises:
-        RecipeError: as `read_weights`, or neither a folder nor to be had from a hub.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"the base model {name!r} is no folder here and cannot be had from a hub; pass its folder with --base. "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-    return read_weights(folder)
 
 
 def read_tensors(weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ma_sft.errors import RecipeError
+from ma_sft.files import write_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -124,7 +125,9 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     return found
 
 
-def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None) -> Any:
+def skeleton(
+    config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None, *, code: bool = False
+) -> Any:
     """The model of a configuration on the meta device: names, shapes and dtypes without a byte of weights."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -132,7 +135,9 @@ def skeleton(config: "PreTrainedConfig", dtype: Any = None, attn_implementation:
     from ma_sft.training.processes import outside_zero3
 
     with outside_zero3(), init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=code
+        )
     model.tie_weights()
     return model
 
@@ -145,17 +150,15 @@ def model_skeleton(settings: "Settings") -> Any:
     """
     from transformers import AutoConfig
 
-    model = settings.model
+    from ma_sft.hub import load_pretrained
+
+    model, code = settings.model, settings.training.trust_remote_code
+    config = load_pretrained(AutoConfig, str(model.model_name_or_path), model.model_revision, code=code)
     try:
-        config = AutoConfig.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=settings.training.trust_remote_code,
-        )
         dtype = config.dtype if model.dtype == "auto" else model.dtype
         # Other attention comes from packages that this machine may lack; without weights it makes no difference.
         attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
-        return skeleton(config, dtype, attention)
+        return skeleton(config, dtype, attention, code=code)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(model.model_name_or_path, error) from None
 
@@ -346,14 +349,18 @@ def with_new_tokens(
     """
     from transformers import AutoModelForCausalLM
 
+    from ma_sft.hub import load_pretrained
+
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         raise RecipeError(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
             "save a model with the tokens first, or use a template that the tokenizer knows"
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        settings.model.model_name_or_path,
-        trust_remote_code=settings.training.trust_remote_code,
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM,
+        str(settings.model.model_name_or_path),
+        settings.model.model_revision,
+        code=settings.training.trust_remote_code,
         **settings.training.model_init_kwargs,
     )
     settings.training.model_init_kwargs = None
@@ -370,6 +377,17 @@ def with_new_tokens(
         if not model.config.tie_word_embeddings:
             targets.modules_to_save = [*(targets.modules_to_save or []), "lm_head"]
     return model
+
+
+def name_base(adapter: Path, name: str, revision: str) -> None:
+    """Let a saved adapter say where others find its base: id and commit on the hub, not this machine's cache."""
+    path, card = adapter / "adapter_config.json", adapter / "README.md"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if (cached := str(saved["base_model_name_or_path"])) == name:
+        return
+    write_whole(path, json.dumps({**saved, "base_model_name_or_path": name, "revision": revision}, indent=2))
+    if card.is_file():
+        write_whole(card, card.read_text(encoding="utf-8").replace(cached, name))
 
 
 def adapter_dir(folder: Path) -> Path:

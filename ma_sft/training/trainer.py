@@ -26,9 +26,11 @@ def make_trainer(
     Packed rows carry `seq_lengths`; TRL's padding-free collator turns them into position ids that restart at each
     document, from which transformers keeps attention inside the documents.
     """
+    from safetensors import SafetensorError
     from transformers import ProgressCallback
     from trl import get_quantization_config
 
+    from ma_sft.hub import explain, model_folder
     from ma_sft.training.adapters import (
         CHANGE_BASE,
         add_loraplus,
@@ -50,7 +52,7 @@ def make_trainer(
     training.padding_free = training.packing and training.packing_strategy != "wrapped"
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.model_init_kwargs = {
-        "revision": model.model_revision,
+        "use_safetensors": True,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
@@ -63,9 +65,11 @@ def make_trainer(
     if model.load_in_8bit:  # one line a layer and step on how its input is cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     batch = training.world_size * training.per_device_train_batch_size
+    name, revision = str(model.model_name_or_path), model.model_revision
+    folder = model_folder(name, revision, weights=True, code=training.trust_remote_code)
     try:
         trainer = ResumableTrainer(
-            with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else model.model_name_or_path,
+            with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else str(folder),
             args=training,
             train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
             eval_dataset=held_out,
@@ -73,10 +77,8 @@ def make_trainer(
             quantization_config=None if added_tokens else quantization,
             peft_config=peft,
         )
-    except OSError as error:
-        raise RecipeError(
-            f"the model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(explain(error, name)) from None
     head = trainer.model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None

@@ -22,7 +22,7 @@ def lively(tiny_qwen3, monkeypatch):
     model, encoder, _ = load(tiny_qwen3)
     for parameter in model.parameters():
         parameter.data *= 8
-    monkeypatch.setattr("ma_sft.release.chat.load", lambda folder, base: (model, encoder, None))
+    monkeypatch.setattr("ma_sft.release.chat.load", lambda folder, base, code: (model, encoder, None))
     return model
 
 

@@ -1,0 +1,358 @@
+"""What every download shares: a revision is resolved once, only what is needed comes, and an error is one line."""
+
+import difflib
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ma_sft.errors import RecipeError
+
+KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
+
+
+# What a model is beside its weights; code comes only where it may run.
+PLAIN_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+
+# What each revision was when it was first asked for, so that one that moves meanwhile changes nothing.
+_commits: dict[str, str] = {}
+
+
+def commits() -> dict[str, str]:
+    """`kind/name@revision` -> commit of what this run has asked for."""
+    return dict(_commits)
+
+
+def recall(known: Mapping[str, str]) -> None:
+    """Go on with the commits of another process, or of the run that is resumed."""
+    _commits.update(known)
+
+
+def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
+    """The commit that a branch, a tag or None (the main branch) of a repository stands for in this whole run.
+
+    Raises:
+        RecipeError: no such repository or revision, no access, or a hub that cannot be reached and nothing cached.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    key = f"{kind}/{name}@{revision or 'main'}"
+    if key not in _commits:
+        try:
+            if not is_offline_mode():
+                _knock(name, revision, kind)
+            _commits[key] = HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
+        except Exception as error:
+            raise RecipeError(explain(error, name, kind, revision)) from None
+    return _commits[key]
+
+
+def pin_model(settings: Any) -> dict[str, str]:
+    """Put the commit in the place of a recipe's `model_revision`, which `model_init_kwargs` may give, too.
+
+    Returns:
+        As `commits`.
+    """
+    model, more = settings.model, settings.training.model_init_kwargs or {}
+    revision = more.pop("revision", None) or model.model_revision
+    if model.model_name_or_path != "demo" and not Path(model.model_name_or_path).expanduser().is_dir():
+        model.model_revision = pin(model.model_name_or_path, revision)
+    return commits()
+
+
+def model_folder(name: str, revision: str | None = None, *, weights: bool = False, code: bool = False) -> Path:
+    """The folder of a model: `name` itself, or the snapshot of a hub id with what is needed of it.
+
+    Args:
+        weights: with the safetensors that the index names, or `model.safetensors`.
+        code: with the repository's Python files.
+
+    Raises:
+        RecipeError: as `pin`; a download that stays broken, no space, or weights that are pickles alone.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        commit = pin(name, revision)
+        folder = _download(name, commit, [*PLAIN_FILES, *(["*.py"] if code else [])])
+        if weights:
+            _refuse_pickles(name, _listed(name, commit, folder))
+            _download(name, commit, weight_files(folder))
+    elif weights:
+        _refuse_pickles(name, [path.name for path in folder.iterdir()])
+    return folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a folder's safetensors: those of its index, or `model.safetensors`, there or not.
+
+    Raises:
+        RecipeError: an index that is broken.
+    """
+    import json
+
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecipeError(f"{index} is broken; get it again") from None
+    return [str(name) for name in names]
+
+
+def _refuse_pickles(name: str, files: list[str]) -> None:
+    """Pickles can carry code, have no header to prove, and a merge goes through safetensors: none are loaded."""
+    if any(file.endswith(".safetensors") for file in files):
+        return
+    if pickled := sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+        raise RecipeError(
+            f"the model {name!r} has its weights as pickles alone ({pickled[0]}), which can carry code; take a "
+            "revision or a copy with safetensors, e.g. --model_revision refs/pr/N of the hub's own conversion"
+        )
+
+
+def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: bool = False, **kwargs: Any) -> Any:
+    """What one of transformers' auto classes makes of a model's folder or hub id; code of its own only with `code`.
+
+    Raises:
+        RecipeError: as `model_folder`; code without `code`, or files that are missing or broken.
+    """
+    weights = "CausalLM" in auto.__name__
+    folder = model_folder(name, revision, weights=weights, code=code)
+    more = {"use_safetensors": True} if weights else {}
+    try:
+        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **more, **kwargs)
+    except Exception as error:
+        raise RecipeError(explain(error, name)) from None
+    if "Tokenizer" in auto.__name__:
+        loaded.name_or_path = name
+    return loaded
+
+
+def load_dataset(
+    path: str, name: str | None, split: str, revision: str | None = None, *, streaming: bool = False, **files: Any
+) -> Any:
+    """A split of a hub data set at the commit that `revision` stands for in this run.
+
+    Args:
+        name: its configuration.
+        files: `data_files` and `data_dir` of `datasets.load_dataset`.
+
+    Raises:
+        RecipeError: as `pin`; no such configuration or split (the message lists them), a script, or broken files.
+    """
+    import datasets
+    from huggingface_hub import is_offline_mode
+
+    commit = pin(path, revision, "dataset")
+    for attempt in (1, 2):
+        start = time.time()
+        try:
+            rows = datasets.load_dataset(path, name, split=split, revision=commit, streaming=streaming, **files)
+        except Exception as error:
+            if not _remove_damaged(path, "dataset", start) or attempt == 2:
+                raise RecipeError(explain(error, path, "dataset", revision)) from None
+            continue
+        if streaming or not _remove_damaged(path, "dataset", start):
+            break
+        for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
+            shutil.rmtree(folder, ignore_errors=True)  # made from damaged files
+    if is_offline_mode() and not streaming and not any(commit in file["filename"] for file in rows.cache_files):
+        raise RecipeError(
+            f"the data {path!r} is cached in another revision than {commit[:12]}, and the hub cannot be asked; name "
+            "the revision that is cached, or try again with the hub"
+        )
+    return rows
+
+
+def _knock(name: str, revision: str | None, kind: str) -> None:
+    """Find out within `KNOCK` seconds whether the hub answers; if not, say so and go on without it."""
+    import httpx2
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import http_backoff
+
+    url = f"{ENDPOINT}/api/{kind}s/{name}/revision/{(revision or 'main').replace('/', '%2F')}"
+    failed: list[str] = [f"no answer within {KNOCK:.0f} s"]
+
+    def ask() -> None:
+        try:
+            http_backoff("GET", url, headers=build_hf_headers(), timeout=KNOCK, max_retries=3, retry_on_exceptions=())
+            failed.clear()
+        except httpx2.ProxyError as error:
+            failed[:] = [f"the proxy says: {error}"]
+        except Exception as error:
+            answered = getattr(getattr(error, "response", None), "status_code", 0)
+            failed[:] = [f"it answers {answered}" if answered >= 500 else str(error)]
+            if 0 < answered < 500:
+                failed.clear()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server or a proxy can hold a request for minutes
+    asking.start()
+    asking.join(KNOCK)
+    if failed:
+        _go_offline(f"the hub {ENDPOINT} cannot be reached ({failed[0]})")
+
+
+# Why there is no hub, where `_knock` found that out.
+_unreachable: list[str] = []
+
+
+def _go_offline(reason: str) -> None:
+    """What `HF_HUB_OFFLINE=1` does, from now on and in processes that this one starts."""
+    import datasets
+    from huggingface_hub import constants
+
+    _unreachable[:] = [reason]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{reason}; going on with what is cached", file=sys.stderr)
+
+
+def _download(name: str, commit: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    damaged: list[str] = []
+    for _ in range(2):
+        start = time.time()
+        try:
+            folder = snapshot_download(name, revision=commit, allow_patterns=patterns)
+        except Exception as error:
+            raise RecipeError(explain(error, name, "model", commit)) from None
+        damaged = _remove_damaged(name, "model", start)
+        if not damaged:
+            return Path(folder)
+    raise RecipeError(f"{damaged[0]} of the model {name!r} arrived damaged twice and was removed; try again later")
+
+
+def _remove_damaged(name: str, kind: str, since: float) -> list[str]:
+    """Remove the large files that came since then and whose SHA-256 is not their name in the cache; which they were.
+
+    Nobody else compares: clients look at the size alone.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    damaged = []
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    for link in cached.glob("snapshots/*/**/*"):
+        if not link.is_symlink() or not link.is_file() or link.stat().st_mtime < since - 1:
+            continue
+        blob = link.resolve()
+        if len(blob.name) != 64:  # a small one, named as git names it; its reader complains
+            continue
+        with open(blob, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != blob.name:
+            blob.unlink()
+            link.unlink()
+            damaged.append(link.name)
+    return damaged
+
+
+def _listed(name: str, commit: str, folder: Path) -> list[str]:
+    """The files that the repository has, or where another program has cached it, those of them that are here."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return [entry.path for entry in get_cached_repo_tree(name, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return [path.name for path in folder.iterdir()]
+
+
+def explain(error: BaseException, name: str, kind: str = "model", revision: str | None = None) -> str:
+    """One line of what a library said in many: which repository, what happened, what to do."""
+    from huggingface_hub import constants, errors
+
+    chain = [*_chain(error)]
+    text = " ".join(str(error).split())
+    what = f"the {'data' if kind == 'dataset' else kind} {name!r}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
+
+    def any_of(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if "nvalid credentials" in text or "Invalid user token" in text:
+        return f"the hub refuses the token when asked for {what}: it is wrong or was withdrawn; {login}"
+    if any_of(errors.GatedRepoError) or "gated" in text:
+        return f"{what} is gated: accept its terms at {page}, then {login}"
+    if any_of(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in text:
+        return (
+            f"{what} is no file or folder here and cannot be had from a hub: {constants.ENDPOINT} has none, or it is "
+            f"private and its owner must {login}{_nearly(name, kind)}"
+        )
+    if any_of(errors.RevisionNotFoundError):
+        return f"{what} has no revision {revision!r}; it has {', '.join(_revisions(name, kind)) or 'others'}"
+    if any_of(errors.HFValidationError):
+        return f"{what} is no file or folder here and cannot be had from a hub (ids are owner/name); {_pass(kind)}"
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.RevisionResolutionError)
+    if _unreachable or any_of(*offline):
+        why = _unreachable[0] if _unreachable else "HF_HUB_OFFLINE=1 forbids asking it"
+        return f"{what} is no file or folder here, not all cached, and cannot be had from a hub: {why}; {_pass(kind)}"
+    if status:
+        return f"the hub {constants.ENDPOINT} answers {status} when asked for {what}, and did so again; try again later"
+    if "trust_remote_code" in text:
+        return (
+            f"{what} brings code of its own, which does not run unless you trust it: read it at "
+            f"{name if Path(name).is_dir() else page}, then set trust_remote_code (--trust_remote_code true)"
+        )
+    if "scripts are no longer supported" in text:
+        return (
+            f"{what} is a script ({text.split()[-1]}), which does not run; take the hub's Parquet copy of it with "
+            "dataset_revision: refs/convert/parquet, or its files"
+        )
+    inner = next((e for e in chain if type(e).__module__.startswith(("pyarrow", "httpx2"))), chain[-1])
+    said = text if inner is error else f"{text}: {' '.join(str(inner).split())}"
+    if kind == "dataset" and "onfig" in text:
+        return f"{what}: {_short(said)}; set name in the source, or dataset_config"
+    return f"{what} cannot be loaded: {type(inner).__name__}: {_short(said)}"
+
+
+def _pass(kind: str) -> str:
+    setting, variable = ("dataset_name", "DATA") if kind == "dataset" else ("model_name_or_path", "MODEL")
+    return f"pass a {'file or ' if kind == 'dataset' else ''}folder: --{setting} PATH (make: {variable}=PATH)"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _short(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def _nearly(name: str, kind: str) -> str:
+    """The repository that was probably meant; the hub is asked for its owner's, and for such names."""
+    from huggingface_hub import HfApi
+
+    listed = HfApi().list_datasets if kind == "dataset" else HfApi().list_models
+    owner, _, short = name.rpartition("/")
+    try:
+        found = [*listed(author=owner, limit=200), *listed(search=short, limit=200)]
+    except Exception:  # this is but a hint
+        return ""
+    lower = {repo.id.lower(): repo.id for repo in found if repo.id != name}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.75)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
+
+
+def _revisions(name: str, kind: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(name, repo_type=kind)
+    except Exception:  # this is but a hint
+        return []
+    return [ref.name for ref in (*refs.branches, *refs.tags)][:20]

@@ -1,0 +1,325 @@
+"""A hub on loopback: as much of the Hugging Face hub's HTTP interface as its clients need, with faults on demand."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LFS_BYTES = 100_000  # larger files, and those of these kinds, are named by their SHA-256, as the hub's LFS files are
+LFS_KINDS = (".safetensors", ".parquet", ".bin", ".model")
+TOKEN = "hf_right"
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit|refs))?(?:/(.*))?")
+RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+@dataclass
+class Repo:
+    """A repository: files by commit, the branches that point to commits, and who may read it."""
+
+    kind: str
+    name: str
+    access: str = "public"  # or private (not there without the token), or gated (its files ask for the token)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+        """Point a branch at these files; the commit."""
+        listing = {name: hashlib.sha1(content).hexdigest() for name, content in sorted(files.items())}
+        sha = hashlib.sha1(json.dumps([self.name, len(self.commits), listing]).encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        self.branches[branch] = sha
+        return sha
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose path matches.
+
+    kind: a status as "503", "429" (Retry-After: 1), "cut" in the middle, "corrupt" bytes, or "stall" for `seconds`.
+    """
+
+    pattern: str
+    kind: str
+    times: int = 1
+    method: str = "GET"
+    seconds: float = 60.0
+
+
+def etag_of(name: str, content: bytes) -> tuple[str, bool]:
+    """How the hub names a file's content, and whether it lies in LFS."""
+    if len(content) > LFS_BYTES or name.endswith(LFS_KINDS):
+        return hashlib.sha256(content).hexdigest(), True
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), False
+
+
+class Hub:
+    """The server; `with Hub() as hub` starts it, and `hub.env` points a process at it."""
+
+    def __init__(self) -> None:
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.faults: list[Fault] = []
+        self.log: list[tuple[str, str, int]] = []
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(
+        self, kind: str, name: str, files: Path | dict[str, bytes], branch: str = "main", access: str = "public"
+    ) -> str:
+        """Put the files of a folder, or these, on a branch of a repository (`models` or `datasets`); the commit."""
+        if isinstance(files, Path):
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes()
+                for path in sorted(files.rglob("*"))
+                if path.is_file()
+            }
+        repo = self.repos.setdefault((kind, name), Repo(kind, name))
+        repo.access = access
+        return repo.commit(files, branch)
+
+    def fail(self, pattern: str, kind: str, times: int = 1, method: str = "GET", seconds: float = 60.0) -> None:
+        self.faults.append(Fault(pattern, kind, times, method, seconds))
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and fault.method in (method, "*") and re.search(fault.pattern, path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def fetched(self, pattern: str, method: str = "GET") -> list[str]:
+        """Paths that were answered well, e.g. of files that were downloaded."""
+        return [p for m, p, status in self.log if m == method and status < 300 and re.search(pattern, p)]
+
+    def env(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Variables of a process that knows this hub alone and keeps everything in `home`."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home / "hf"),
+            "HF_DATASETS_CACHE": str(home / "hf" / "datasets"),
+            "MA_SFT_CACHE": str(home / "ma_sft"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": token or "",
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError:  # the other side has gone, as after a cut
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    do_HEAD = do_POST = do_GET
+
+    def _answer(self) -> None:
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.hub.fault(self.command, path)
+        if fault is not None:
+            if fault.kind == "stall":
+                self.hub.closing.wait(fault.seconds)
+                self.close_connection = True
+                return
+            if fault.kind.isdecimal():
+                waits = {"Retry-After": "1"} if fault.kind == "429" else {}
+                self._send(int(fault.kind), b"", {**waits, "X-Error-Message": f"fault {fault.kind}"})
+                return
+        if match := RESOLVE.fullmatch(path):
+            self._resolve(match, fault)
+        elif match := API.fullmatch(path):
+            self._api(match, body, query)
+        elif match := re.fullmatch(r"/api/(models|datasets)", path):
+            owner, search = query.get("author", [""])[0], query.get("search", [""])[0].lower()
+            names = [n for k, n in self.hub.repos if k == match[1] and search in n.lower()]
+            self._json([{"id": n} for n in names if not owner or n.split("/")[0] == owner])
+        elif path == "/api/whoami-v2" and self._token() == TOKEN:
+            self._json({"name": "me", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        else:
+            self._error(404, "", "not on this hub")
+
+    def _token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def _allowed(self, kind: str, name: str, *, file: bool) -> Repo | None:
+        """The repository, or None after the hub's own way of saying no."""
+        repo = self.hub.repos.get((kind, name))
+        if self._token() not in ("", TOKEN):
+            self._error(401, "", "Invalid credentials in Authorization header")
+        elif repo is None or (repo.access == "private" and self._token() != TOKEN):
+            self._error(404 if self._token() else 401, "RepoNotFound", "Repository not found")
+        elif file and repo.access == "gated" and self._token() != TOKEN:
+            self._error(401, "GatedRepo", f"Access to model {name} is restricted. You must be authenticated to access it.")
+        elif file and repo.access == "terms":
+            self._error(403, "GatedRepo", f"Access to model {name} is restricted and you are not in the authorized list.")
+        else:
+            return repo
+        return None
+
+    def _commit_of(self, repo: Repo, revision: str) -> str | None:
+        commit = repo.branches.get(revision, revision)
+        if commit in repo.commits:
+            return commit
+        self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return None
+
+    def _resolve(self, match: re.Match[str], fault: Fault | None) -> None:
+        repo = self._allowed(match[1] or "models", match[2], file=True)
+        commit = repo and self._commit_of(repo, unquote(match[3]))
+        if not repo or not commit:
+            return
+        content = repo.commits[commit].get(match[4])
+        if content is None:
+            self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+            return
+        etag, lfs = etag_of(match[4], content)
+        head = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if lfs:
+            head |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+        status = 200
+        if ranges := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(ranges[1]), int(ranges[2] or len(content) - 1)
+            head["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        if fault and fault.kind == "corrupt":
+            at = len(content) // 2
+            content = content[:at] + bytes(255 - byte for byte in content[at : at + 8]) + content[at + 8 :]
+        self._send(status, content, head, cut=fault is not None and fault.kind == "cut")
+
+    def _api(self, match: re.Match[str], body: bytes, query: dict[str, list[str]]) -> None:
+        kind, name, what, rest = match[1], match[2], match[3] or "revision", match[4] or "main"
+        repo = self._allowed(kind, name, file=what in ("preupload", "commit"))
+        if repo is None:
+            return
+        if what == "refs":
+            branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": c} for b, c in repo.branches.items()]
+            self._json({"branches": branches, "tags": [], "converts": []})
+        elif what == "preupload":
+            files = json.loads(body)["files"]
+            answer = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            self._json({"files": answer})
+        elif what == "commit":
+            self._commit(repo, rest, body)
+        elif commit := self._commit_of(repo, rest if what == "revision" else rest.split("/")[0]):
+            files = {
+                path: {"type": "file", "path": path, "size": len(content), "oid": etag_of(path, content)[0][:40]}
+                | ({"lfs": _lfs(path, content)} if etag_of(path, content)[1] else {})
+                for path, content in repo.commits[commit].items()
+            }
+            if what == "revision":
+                siblings = [{"rfilename": path} for path in files]
+                gated = "manual" if repo.access in ("gated", "terms") else False
+                info = {"id": name, "sha": commit, "private": repo.access == "private", "gated": gated, "tags": []}
+                self._json({**info, "siblings": siblings, "downloads": 0, "likes": 0})
+            elif what == "paths-info":
+                text = body.decode()
+                wanted = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
+                self._json([e for path in wanted for e in _entries(files, path)])
+            else:
+                folder = "/".join(rest.split("/")[1:])
+                self._json(_listing(files, folder, query.get("recursive", [""])[0].lower() in ("true", "1")))
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        if self._token() != TOKEN:
+            self._error(401, "", "Invalid username or password.")
+            return
+        owner = asked.get("organization") or "me"
+        kind = asked.get("type", "model") + "s"
+        name = f"{owner}/{asked['name']}"
+        private = asked.get("private") or asked.get("visibility") == "private"
+        if (kind, name) in self.hub.repos:
+            self._send(409, json.dumps({"url": f"{self.hub.endpoint}/{name}"}).encode(), {})
+            return
+        self.hub.add(kind, name, {".gitattributes": b""}, access="private" if private else "public")
+        self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
+
+    def _commit(self, repo: Repo, branch: str, body: bytes) -> None:
+        files = dict(repo.commits[repo.branches[branch]])
+        for line in body.splitlines():
+            operation = json.loads(line)
+            if operation["key"] == "file":
+                files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            elif operation["key"].startswith("deleted"):
+                files.pop(operation["value"]["path"], None)
+        commit = repo.commit(files, branch)
+        url = f"{self.hub.endpoint}/{repo.name}/commit/{commit}"
+        self._json({"commitUrl": url, "commitOid": commit, "hookOutput": "", "success": True})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
+        head = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(more or {})}
+        self._send(status, json.dumps({"error": message}).encode(), head)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
+        self.hub.log.append((self.command, unquote(urlsplit(self.path).path), 599 if cut else status))
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            time.sleep(0.05)
+            self.close_connection = True
+
+
+def _lfs(path: str, content: bytes) -> dict[str, Any]:
+    return {"oid": etag_of(path, content)[0], "size": len(content), "pointerSize": 130}
+
+
+def _entries(files: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """The file, or the folder, of this path."""
+    if path in files:
+        return [files[path]]
+    return [_folder(path)] if any(name.startswith(f"{path}/") for name in files) else []
+
+
+def _listing(files: dict[str, Any], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    prefix = f"{folder}/" if folder else ""
+    below = {path: entry for path, entry in files.items() if path.startswith(prefix)}
+    parts = {path: path.removeprefix(prefix).split("/") for path in below}
+    depth = (lambda names: range(1, len(names))) if recursive else (lambda names: range(1, min(2, len(names))))
+    folders = {prefix + "/".join(names[:n]) for names in parts.values() for n in depth(names)}
+    direct = [entry for path, entry in below.items() if recursive or len(parts[path]) == 1]
+    return [_folder(path) for path in sorted(folders)] + direct
+
+
+def _folder(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
