@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.terminal import say
 
 KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
 
@@ -213,7 +213,7 @@ def _go_offline(reason: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{reason}; going on with what is cached", file=sys.stderr)
+        say(f"{reason}; going on with what is cached", error=True)
 
 
 def _download(name: str, commit: str, patterns: list[str]) -> Path:

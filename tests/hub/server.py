@@ -15,7 +15,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS_BYTES = 100_000  # larger files, and those of these kinds, are named by their SHA-256, as the hub's LFS files are
 LFS_KINDS = (".safetensors", ".parquet", ".bin", ".model")
 TOKEN = "hf_right"
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit|refs))?(?:/(.*))?")
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit|refs))?(?:/(.*))?"
+)
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -183,9 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo is None or (repo.access == "private" and self._token() != TOKEN):
             self._error(404 if self._token() else 401, "RepoNotFound", "Repository not found")
         elif file and repo.access == "gated" and self._token() != TOKEN:
-            self._error(401, "GatedRepo", f"Access to model {name} is restricted. You must be authenticated to access it.")
+            self._error(401, "GatedRepo", f"Access to {name} is restricted: you must be authenticated.")
         elif file and repo.access == "terms":
-            self._error(403, "GatedRepo", f"Access to model {name} is restricted and you are not in the authorized list.")
+            self._error(403, "GatedRepo", f"Access to {name} is restricted: you are not in the list.")
         else:
             return repo
         return None
