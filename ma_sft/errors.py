@@ -35,3 +35,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says anything; the name of its kind if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

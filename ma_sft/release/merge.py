@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir
+from ma_sft.errors import RecipeError, first_line
+from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.hub import load_pretrained, model_folder
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ma_sft.training.adapters import _first_line, adapter_dir, read_adapter_config, skeleton
+from ma_sft.training.adapters import adapter_dir, read_adapter_config, skeleton
 
 
 def find_base(
@@ -75,7 +75,7 @@ def load_adapter(
             model.resize_token_embeddings(rows)
         return PeftModel.from_pretrained(model, adapter).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{adapter} does not fit {weights.folder}: {_first_line(error)}") from None
+        raise RecipeError(f"{adapter} does not fit {weights.folder}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
 
     from ma_sft.release.manifest import read_manifest, write_manifest
 
-    if out.exists():
-        raise RecipeError(f"{out} exists already; choose another folder or remove it")
+    must_be_new(out)
     adapter = adapter_dir(run)
     weights, config, tokenizer = find_base(adapter, base, code=code)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
@@ -195,7 +194,7 @@ def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> "di
             try:
                 module.merge(safe_merge=True)
             except ValueError as error:
-                raise RecipeError(f"{adapter} cannot be merged: {_first_line(error)}") from None
+                raise RecipeError(f"{adapter} cannot be merged: {first_line(error)}") from None
             merged: Tensor = layer.weight.data
             layer.weight = torch.nn.Parameter(merged.to("meta"))
             return merged
@@ -217,7 +216,7 @@ def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> "di
     try:
         model: Any = PeftModel(skeleton(config, code=code), read_adapter_config(adapter), low_cpu_mem_usage=True)
     except ValueError as error:
-        raise RecipeError(f"{adapter} was trained on another model: {_first_line(error)}") from None
+        raise RecipeError(f"{adapter} was trained on another model: {first_line(error)}") from None
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             fill(module, name)

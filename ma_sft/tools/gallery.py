@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
+from ma_sft.files import must_be_new
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def copy(name: str, out: Path | None = None) -> Path:
         raise RecipeError(f"no recipe {name!r} ships with ma_sft; there are {', '.join(known)}")
     source = known[name].path
     target = out / source.name if out is not None and out.is_dir() else out or Path(source.name)
-    if target.exists():
-        raise RecipeError(f"{target} exists already; pass another file with -o")
+    must_be_new(target, "pass another file with -o")
     shutil.copyfile(source, target)
     return target
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ma_sft.errors import FormatError, RecipeError, TemplateError
+from ma_sft.files import must_be_new
 from ma_sft.recipe import Recipe
 from ma_sft.terminal import say, visible
 
@@ -94,8 +95,7 @@ def init(
         raise RecipeError(f"--task: one of {', '.join(TASKS)} expected, found {task!r}")
     data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet), a folder or a hub id")
     out = out or Path(_module(data) + ".py")
-    if out.exists():
-        raise RecipeError(f"{out} exists already; pass another file with -o")
+    must_be_new(out, "pass another file with -o")
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     rows = look(model, data)
     say(f"{data}: {rows}")

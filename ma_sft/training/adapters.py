@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from ma_sft.errors import RecipeError
+from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import write_whole
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def continue_adapter(model: Any, folder: Path, tokenizer: "PreTrainedTokenizerBa
     try:
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {_first_line(error)}") from None
+        raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {first_line(error)}") from None
     if result.unexpected_keys:
         raise RecipeError(
             f"adapter_name_or_path: {adapter} was made for another model, which has {result.unexpected_keys[0]}"
@@ -332,7 +332,7 @@ def save_converted(model: Any, folder: Path, initial: Path) -> None:
     try:
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
     except ValueError as error:
-        raise RecipeError(f"the adapter cannot be saved for the unchanged base: {_first_line(error)}") from None
+        raise RecipeError(f"the adapter cannot be saved for the unchanged base: {first_line(error)}") from None
     shutil.rmtree(initial)
 
 
@@ -425,8 +425,4 @@ def read_adapter_config(adapter: Path) -> "PeftConfig":
 
 
 def _cannot_load(name: object, error: Exception) -> RecipeError:
-    return RecipeError(f"the model {str(name)!r} cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return RecipeError(f"the model {str(name)!r} cannot be loaded: {first_line(error)}")
