@@ -176,6 +176,7 @@ def _train(options: argparse.Namespace) -> None:
     "prove the labels of a recipe's rows, without training; exit code 1 if any is wrong",
     RECIPE,
     JSON,
+    arg("--all", action="store_true", help="judge every row, not a sample in which every shape stands"),
     settings=True,
 )
 def _check(options: argparse.Namespace) -> int:
@@ -187,7 +188,7 @@ def _check(options: argparse.Namespace) -> int:
         _silence()
     settings = Recipe.load(options.recipe).resolve(options.rest)
     tokenizer, _ = load_tokenizer(settings)
-    report = check(settings, tokenizer, label(settings, tokenizer))
+    report = check(settings, tokenizer, label(settings, tokenizer), every_row=options.all)
     if options.json:
         say(report.to_json())
     else:

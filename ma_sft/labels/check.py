@@ -1,13 +1,13 @@
-"""What is trained, token by token: `check_dataset` proves it on all rows, `preview` shows it on a few.
+"""`check_dataset`: facts about the labels of all rows, and the judge on a sample in which every shape stands.
 
-Both look at rows of `input_ids` and `labels` alone, so they serve every way in which labels are made. Run them on
-rows before they are cut and packed.
+The facts need `input_ids` and `labels` alone, so they serve every way in which labels are made. Run it on rows before
+they are cut and packed.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
-from ma_sft.labels.encoder import IGNORE_INDEX, ChatEncoder, Message
+from ma_sft.labels.judge import IGNORE_INDEX, Judge, Verdict, runs
 from ma_sft.labels.response import TemplateReport, TokenBytes
+from ma_sft.labels.shapes import EACH_SHAPE, shapes_of, spread
+from ma_sft.labels.statement import misquotes
 from ma_sft.labels.templates import control_tokens
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 
 SHOWN_ROWS = 5
+SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class CheckReport:
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
     `histogram` maps a length in tokens to the number of rows that are at most that long and longer than the one
-    before. `turns` are stretches of labels; `compared_turns` of them were compared with what inference would see.
+    before. `turns` are stretches of labels; `compared_turns` of them came before the judge, who found `proven_turns`
+    right, `witnessed_turns` of them by generation marks too. `judged` says which rows; `losses` and `not_proven` count
+    what rows say and no sequence shows, and what could not be judged and why.
     """
 
     rows: int = 0
@@ -67,6 +72,12 @@ class CheckReport:
     double_bos: int = 0
     compared_turns: int = 0
     mismatches: int = 0
+    judged_rows: int = 0
+    judged: str = ""
+    proven_turns: int = 0
+    witnessed_turns: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
+    not_proven: dict[str, int] = field(default_factory=dict)
     template_missing: int = 0
     special_text_rows: int = 0
     special_text: dict[str, int] = field(default_factory=dict)
@@ -86,6 +97,16 @@ class CheckReport:
     def warnings(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == "warning"]
 
+    @property
+    def verdict(self) -> str:
+        """What is proven, in a line."""
+        if self.errors:
+            return "labels are wrong"
+        if not self.judged_rows or self.not_proven:
+            reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
+            return f"nothing wrong was found; not proven: {reasons or 'no row was judged'}"
+        return f"every label is right: {self.judged}"
+
     def raise_errors(self) -> None:
         """Raise `LabelError` with all errors in one line, if there are any."""
         if self.errors:
@@ -93,12 +114,20 @@ class CheckReport:
 
     def to_json(self) -> str:
         return json.dumps(
-            {**asdict(self), "trained_share": self.trained_share, "ok": not self.errors}, ensure_ascii=False, indent=2
+            {
+                **asdict(self),
+                "trained_share": self.trained_share,
+                "ok": not self.errors,
+                "proven": bool(self.judged_rows) and not self.errors and not self.not_proven,
+                "verdict": self.verdict,
+            },
+            ensure_ascii=False,
+            indent=2,
         )
 
     def __rich__(self) -> RenderableType:
         table = Table(title="what is trained", show_header=False)
-        plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "cut_rows", "lost_rows"]
+        plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns", "cut_rows", "lost_rows"]
         for name in plain:
             table.add_row(name.replace("_", " "), f"{getattr(self, name):,}")
         table.add_row("trained share", f"{self.trained_share:.1%}")
@@ -109,21 +138,24 @@ class CheckReport:
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        if not self.errors:
-            lines.append(Text("every label is right", style="green"))
+        colour = "bold red" if self.errors else "yellow" if self.not_proven or not self.judged_rows else "green"
+        lines.append(Text(self.verdict, style=colour))
         return Group(*lines)
 
 
 class _Findings:
-    """Collects (count, first rows) by code while batches go by."""
+    """Collects (count, first rows, first example) by code while batches go by."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.rows: dict[str, list[int]] = {}
+        self.examples: dict[str, str] = {}
 
-    def add(self, code: str, rows: "Sequence[int] | NDArray[Any]") -> None:
+    def add(self, code: str, rows: "Sequence[int] | NDArray[Any]", example: str = "") -> None:
         self.counts[code] += len(rows)
         shown = self.rows.setdefault(code, [])
+        if example:
+            self.examples.setdefault(code, example)
         for row in rows[: SHOWN_ROWS - len(shown)]:
             if int(row) not in shown:
                 shown.append(int(row))
@@ -131,7 +163,8 @@ class _Findings:
     def finding(self, level: Literal["error", "warning"], code: str, message: str) -> list[Finding]:
         if not self.counts[code]:
             return []
-        return [Finding(level, code, self.counts[code], self.rows.get(code, []), message)]
+        example = f": {self.examples[code]}" if code in self.examples else ""
+        return [Finding(level, code, self.counts[code], self.rows.get(code, []), message + example)]
 
 
 def check_dataset(
@@ -139,108 +172,36 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     conversations: Dataset | None = None,
-    encoder: ChatEncoder | None = None,
+    judge: Judge | None = None,
     template_report: TemplateReport | None = None,
     max_length: int | None = None,
-    compare: int = 20_000,
+    sample: int | None = 2_000,
 ) -> CheckReport:
     """Check every row of a labelled dataset.
 
     Args:
-        dataset: columns `input_ids` and `labels`, uncut and unpacked; `row`, `untrained` and `special_text`, as
-            `ChatEncoder.tokenize_batch` gives them, are used if there.
-        conversations: `messages` (and `tools`) of the rows, to compare training with inference.
-        encoder: the encoder that made the rows; needed for the comparison.
+        dataset: columns `input_ids` and `labels`, uncut and unpacked; `row` (of the conversation), `untrained` and
+            `special_text`, as `ChatEncoder.tokenize_batch` gives them, are used if there.
+        conversations: `messages` of the rows, and `tools`, `chat_template_kwargs` and `raw`, the row as it lies in its
+            file, if there are such columns. Without them nothing is judged.
+        judge: by default one that knows the tokenizer alone.
         template_report: what `DataCollatorForCompletionOnlyLM.check` found in the rows.
         max_length: where rows will be cut, in tokens.
-        compare: how many rows are compared with what `tokenizer.apply_chat_template` gives for the messages before
-            each turn: all of them, unless there are more; then they are evenly spread.
+        sample: how many conversations are judged, evenly spread, beside 20 of every shape; None for all.
     """
     report = CheckReport(rows=len(dataset))
     found = _Findings()
-    control = control_tokens(tokenizer)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id != tokenizer.eos_token_id else None
-    token_bytes = TokenBytes(tokenizer)
-    ends = np.fromiter({*control.values(), tokenizer.eos_token_id} - {None, bos}, dtype=np.int64)
-    lengths: list[NDArray[Any]] = []
-    seen: set[bytes] = set()
-    notes = dataset.select_columns([name for name in ("untrained", "special_text") if name in dataset.column_names])
-    first_row = 0
-    for ids, labels, starts in _columns(dataset):
-        sizes = np.diff(starts)
-        lengths.append(sizes)
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        trained = labels != IGNORE_INDEX
-        report.tokens += len(ids)
-        report.trained_tokens += int(trained.sum())
-        found.add("foreign labels", first_row + np.unique(owner[trained & (labels != ids)]))
-
-        begins, stops = _runs(trained, starts)
-        report.turns += len(begins)
-        rows_of_turns = owner[begins]
-        labelled = np.zeros(len(sizes), dtype=bool)
-        labelled[rows_of_turns] = True
-        report.rows_without_label += int((~labelled).sum())
-        excused = np.zeros(len(sizes), dtype=bool)
-        noted = notes[first_row : first_row + len(sizes)]
-        if "untrained" in noted:
-            reasons = noted["untrained"]
-            excused = np.array([bool(r) for r in reasons])
-            for row_reasons in reasons:
-                for reason in row_reasons:
-                    report.untrained_turns[reason] = report.untrained_turns.get(reason, 0) + 1
-            found.add("untrained turns", first_row + np.flatnonzero(excused))
-        found.add("no labels", first_row + np.flatnonzero(~labelled & ~excused))
-
-        open_end = ~np.isin(ids[stops - 1], ends)
-        for at in np.flatnonzero(open_end):  # whitespace after the end token is no harm
-            run = ids[begins[at] : stops[at]]
-            text = [token_bytes[int(i)] for i in run[-4:]]
-            while text and not text[-1].strip():
-                text.pop()
-                run = run[:-1]
-            open_end[at] = not (len(run) and np.isin(run[-1], ends))
-        found.add("missing end token", first_row + rows_of_turns[open_end])
-
-        if bos is not None:
-            firsts = starts[:-1][sizes > 1]
-            double = (ids[firsts] == bos) & (ids[firsts + 1] == bos)
-            found.add("double BOS", first_row + np.flatnonzero(sizes > 1)[double])
-        if max_length is not None:
-            offset = starts[:-1][rows_of_turns]
-            cut = (stops - offset) > max_length
-            found.add("cut rows", first_row + np.flatnonzero(sizes > max_length))
-            found.add("cut turns", first_row + rows_of_turns[cut])
-            kept = np.zeros(len(sizes), dtype=bool)
-            kept[rows_of_turns[(begins - offset) < max_length]] = True
-            found.add("nothing left after cutting", first_row + np.flatnonzero(labelled & ~kept))
-        duplicates = []
-        for row in range(len(sizes)):
-            key = hashlib.blake2b(ids[starts[row] : starts[row + 1]].tobytes(), digest_size=16).digest()
-            if key in seen:
-                duplicates.append(first_row + row)
-            seen.add(key)
-        found.add("duplicate rows", duplicates)
-        if "special_text" in noted:
-            special = noted["special_text"]
-            for tokens in special:
-                for token in tokens:
-                    report.special_text[token] = report.special_text.get(token, 0) + 1
-            found.add("special-token text", first_row + np.flatnonzero([bool(tokens) for tokens in special]))
-        first_row += len(sizes)
-
-    report.histogram = _histogram(np.concatenate(lengths) if lengths else np.zeros(0, dtype=int))
-    shown = ""
-    if conversations is not None and encoder is not None and compare:
-        shown = _compare(dataset, conversations, encoder, compare, report, found)
+    facts = _Facts(dataset, tokenizer, max_length, report, found)
+    for batch in _columns(dataset):
+        facts.add(*batch)
+    report.histogram = _histogram(facts.lengths)
+    if conversations is not None:
+        court = _Court(dataset, conversations, judge or Judge(tokenizer), report, found, facts)
+        court.judge(sample)
+    elif template_report is not None:
+        report.not_proven["there is no chat template to compare with"] = report.rows
     if template_report is not None:
-        for code, status, count in (
-            ("response template missing", "missing", template_report.missing),
-            ("border inside a token", "merged", template_report.merged),
-            ("several response templates", "ambiguous", template_report.ambiguous),
-        ):
-            rows = [problem.row for problem in template_report.problems if problem.status == status]
-            found.counts[code], found.rows[code] = count, rows[:SHOWN_ROWS]
+        _take_over(template_report, found)
     report.cut_rows, report.cut_turns = found.counts["cut rows"], found.counts["cut turns"]
     report.lost_rows = found.counts["nothing left after cutting"]
     report.foreign_labels, report.missing_end = found.counts["foreign labels"], found.counts["missing end token"]
@@ -248,12 +209,260 @@ def check_dataset(
     report.template_missing = found.counts["response template missing"]
     report.special_text_rows = found.counts["special-token text"]
     report.duplicate_rows = found.counts["duplicate rows"]
-    report.findings = _explain(report, found, shown, max_length, template_report)
+    report.findings = _explain(report, found, max_length, template_report)
     return report
 
 
+class _Facts:
+    """What is true of all rows, batch by batch, from ids and labels alone."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        report: CheckReport,
+        found: _Findings,
+    ) -> None:
+        self.report, self.found, self.max_length = report, found, max_length
+        self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id != tokenizer.eos_token_id else None
+        self.token_bytes = TokenBytes(tokenizer)
+        self.controls = np.fromiter(control_tokens(tokenizer).values(), dtype=np.int64)
+        self.ends = np.setdiff1d(np.union1d(self.controls, [tokenizer.eos_token_id or -1]), [self.bos or -1])
+        self.notes = dataset.select_columns([n for n in ("untrained", "special_text") if n in dataset.column_names])
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self.edges: dict[tuple[str, int], list[int]] = {}  # token before, at the end of, inside a turn -> first rows
+        self.open_rows: set[int] = set()
+        self._seen: set[bytes] = set()
+        self._first = 0  # row of the batch at hand
+
+    def add(self, ids: "NDArray[Any]", labels: "NDArray[Any]", starts: "NDArray[Any]") -> None:
+        """Flat ids, flat labels and row starts (one more than rows) of the next batch."""
+        sizes = np.diff(starts)
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        trained = labels != IGNORE_INDEX
+        self.lengths = np.concatenate([self.lengths, sizes])
+        self.report.tokens += len(ids)
+        self.report.trained_tokens += int(trained.sum())
+        self.found.add("foreign labels", self._first + np.unique(owner[trained & (labels != ids)]))
+        begins, stops = _runs(trained, starts)
+        self.report.turns += len(begins)
+        labelled = np.zeros(len(sizes), dtype=bool)
+        labelled[owner[begins]] = True
+        self._add_notes(labelled)
+        self._add_ends(ids, owner, begins, stops)
+        self._add_edges(ids, owner, begins, stops, trained)
+        self._add_bos(ids, starts, sizes)
+        if self.max_length is not None:
+            self._add_cuts(starts, sizes, owner[begins], begins, stops, labelled, self.max_length)
+        self._add_duplicates(ids, starts)
+        self._first += len(sizes)
+
+    def _add_notes(self, labelled: "NDArray[Any]") -> None:
+        noted = self.notes[self._first : self._first + len(labelled)]
+        reasons = noted.get("untrained") or [[]] * len(labelled)
+        excused = np.array([bool(each) for each in reasons])
+        _count(self.report.untrained_turns, reasons)
+        self.report.rows_without_label += int((~labelled).sum())
+        self.found.add("untrained turns", self._first + np.flatnonzero(excused))
+        self.found.add("no labels", self._first + np.flatnonzero(~labelled & ~excused))
+        special = noted.get("special_text") or []
+        _count(self.report.special_text, special)
+        self.found.add("special-token text", self._first + np.flatnonzero([bool(tokens) for tokens in special]))
+
+    def _add_ends(
+        self, ids: "NDArray[Any]", owner: "NDArray[Any]", begins: "NDArray[Any]", stops: "NDArray[Any]"
+    ) -> None:
+        open_end = ~np.isin(ids[stops - 1], self.ends)
+        for at in np.flatnonzero(open_end):  # whitespace after the end token is no harm
+            run = ids[begins[at] : stops[at]]
+            text = [self.token_bytes[int(i)] for i in run[-4:]]
+            while text and not text[-1].strip():
+                text.pop()
+                run = run[:-1]
+            open_end[at] = not (len(run) and np.isin(run[-1], self.ends))
+        rows = self._first + owner[begins][open_end]
+        self.open_rows.update(rows.tolist())
+        self.found.add("missing end token", rows)
+
+    def _add_edges(
+        self,
+        ids: "NDArray[Any]",
+        owner: "NDArray[Any]",
+        begins: "NDArray[Any]",
+        stops: "NDArray[Any]",
+        trained: "NDArray[Any]",
+    ) -> None:
+        """Where turns begin and end, and their control tokens: what no judged turn has makes a row be judged."""
+        inside = np.flatnonzero(trained & np.isin(ids, self.controls))
+        inner = begins > 0
+        for edge, at, rows in (
+            ("before", begins[inner] - 1, owner[begins[inner]]),
+            ("end", stops - 1, owner[begins]),
+            ("inside", inside, owner[inside]),
+        ):
+            tokens, first = np.unique(ids[at], return_index=True)
+            for token, where in zip(tokens.tolist(), first.tolist(), strict=True):
+                known = self.edges.setdefault((edge, token), [])
+                if len(known) < EACH_SHAPE:
+                    known.append(self._first + int(rows[where]))
+
+    def _add_bos(self, ids: "NDArray[Any]", starts: "NDArray[Any]", sizes: "NDArray[Any]") -> None:
+        if self.bos is not None:
+            firsts = starts[:-1][sizes > 1]
+            double = (ids[firsts] == self.bos) & (ids[firsts + 1] == self.bos)
+            self.found.add("double BOS", self._first + np.flatnonzero(sizes > 1)[double])
+
+    def _add_cuts(
+        self,
+        starts: "NDArray[Any]",
+        sizes: "NDArray[Any]",
+        rows: "NDArray[Any]",
+        begins: "NDArray[Any]",
+        stops: "NDArray[Any]",
+        labelled: "NDArray[Any]",
+        limit: int,
+    ) -> None:
+        offset = starts[:-1][rows]
+        kept = np.zeros(len(sizes), dtype=bool)
+        kept[rows[(begins - offset) < limit]] = True
+        self.found.add("cut rows", self._first + np.flatnonzero(sizes > limit))
+        self.found.add("cut turns", self._first + rows[(stops - offset) > limit])
+        self.found.add("nothing left after cutting", self._first + np.flatnonzero(labelled & ~kept))
+
+    def _add_duplicates(self, ids: "NDArray[Any]", starts: "NDArray[Any]") -> None:
+        duplicates = []
+        for row in range(len(starts) - 1):
+            key = hashlib.blake2b(ids[starts[row] : starts[row + 1]].tobytes(), digest_size=16).digest()
+            if key in self._seen:
+                duplicates.append(self._first + row)
+            self._seen.add(key)
+        self.found.add("duplicate rows", duplicates)
+
+
+class _Court:
+    """Brings conversations and their sequences before the judge."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        conversations: Dataset,
+        judge: Judge,
+        report: CheckReport,
+        found: _Findings,
+        facts: _Facts,
+    ) -> None:
+        self.conversations, self._judge, self.report, self.found, self.facts = (
+            conversations,
+            judge,
+            report,
+            found,
+            facts,
+        )
+        self.sequences = dataset.select_columns(["input_ids", "labels"])
+        self.reasons = dataset.select_columns(["untrained"]) if "untrained" in dataset.column_names else None
+        rows = np.asarray(dataset["row"]) if "row" in dataset.column_names else np.arange(len(dataset))
+        self.owner = rows
+        self.begins, self.ends = (np.searchsorted(rows, np.arange(len(conversations)), side) for side in SIDES)
+        self.proven_edges: set[tuple[str, int]] = set()
+
+    def judge(self, sample: int | None) -> None:
+        """Judge a sample, then rows with an edge (see `_Facts._add_edges`) that no proven turn had."""
+        total = len(self.conversations)
+        shapes = shapes_of(self.conversations, list(self._judge.inference.controls))
+        chosen = spread(shapes, total if sample is None else sample)
+        self._judge_all(chosen)
+        odd = [row for edge, rows in self.facts.edges.items() if edge not in self.proven_edges for row in rows]
+        more = np.setdiff1d(self.owner[odd], chosen) if odd else np.zeros(0, dtype=np.int64)
+        self._judge_all(more)
+        self.report.judged_rows = len(chosen) + len(more)
+        self.report.judged = f"all {total:,} rows were judged"
+        if self.report.judged_rows < total:
+            self.report.judged = (
+                f"{self.report.judged_rows:,} of {total:,} rows were judged, evenly spread, with each of "
+                f"{len(np.unique(shapes)):,} shapes at least {EACH_SHAPE} times or wholly; all rows were counted"
+            )
+
+    def _judge_all(self, rows: "NDArray[Any]") -> None:
+        for start in range(0, len(rows), 200):
+            batch = rows[start : start + 200]
+            spans = [range(self.begins[row], self.ends[row]) for row in batch]
+            flat = [at for span in spans for at in span]
+            sequences = self.sequences.select(flat)[:]
+            reasons = self.reasons.select(flat)[:]["untrained"] if self.reasons is not None else [[]] * len(flat)
+            labelled = list(zip(sequences["input_ids"], sequences["labels"], strict=True))
+            at = 0
+            for conversation, span in zip(self.conversations.select(batch), spans, strict=True):
+                own = slice(at, at + len(span))
+                self._judge_one(span.start, conversation, labelled[own], sum(map(len, reasons[own])))
+                at += len(span)
+
+    def _judge_one(self, row: int, conversation: dict[str, Any], sequences: list[Any], excused: int) -> None:
+        messages = [_without_nulls(message) for message in conversation["messages"]]
+        tools, kwargs = (_read(conversation.get(name)) for name in ("tools", "chat_template_kwargs"))
+        verdict = self._judge.judge(messages, sequences, tools=tools, kwargs=kwargs)
+        if raw := _read(conversation.get("raw")):
+            wrong, unread = misquotes(raw, messages, tools)
+            verdict.faults += [("unlike the row", what) for what in wrong]
+            verdict.unjudged += [unread] if unread else []
+        if len(verdict.untrained) > excused:
+            named = ", ".join(map(str, verdict.untrained))
+            verdict.faults.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
+        self._enter(row, conversation.get("origin") or "", sequences, verdict)
+
+    def _enter(self, row: int, origin: str, sequences: list[Any], verdict: Verdict) -> None:
+        report = self.report
+        report.compared_turns += sum(1 for _, labels in sequences for _ in runs(labels))
+        report.proven_turns += len(verdict.proven)
+        report.witnessed_turns += verdict.witnessed
+        _count(report.losses, [dict.fromkeys(verdict.losses)])
+        _count(report.not_proven, [dict.fromkeys(verdict.unjudged)])
+        for code, what in dict(reversed(verdict.faults)).items():
+            if code == "missing end token" and row in self.facts.open_rows:
+                continue  # it was counted with the facts
+            self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
+        if verdict.losses:
+            self.found.add("said but not shown", [row])
+        if not verdict.faults:
+            for number, begin, end in verdict.proven:
+                ids = sequences[number][0]
+                inside = {*ids[begin:end]} & self._judge.inference.signs.keys()
+                self.proven_edges |= {
+                    ("before", ids[begin - 1]),
+                    ("end", ids[end - 1]),
+                    *(("inside", i) for i in inside),
+                }
+
+
+def _read(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every message every key of the column."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _count(counts: dict[str, int], lists: Iterable[Iterable[str]]) -> None:
+    for each in lists:
+        for name in each:
+            counts[name] = counts.get(name, 0) + 1
+
+
+def _take_over(template_report: TemplateReport, found: _Findings) -> None:
+    for code, status, count in (
+        ("response template missing", "missing", template_report.missing),
+        ("border inside a token", "merged", template_report.merged),
+        ("several response templates", "ambiguous", template_report.ambiguous),
+    ):
+        rows = [problem.row for problem in template_report.problems if problem.status == status]
+        found.counts[code], found.rows[code] = count, rows[:SHOWN_ROWS]
+
+
 def _explain(
-    report: CheckReport, found: _Findings, shown: str, max_length: int | None, template_report: TemplateReport | None
+    report: CheckReport, found: _Findings, max_length: int | None, template_report: TemplateReport | None
 ) -> list[Finding]:
     nothing = report.trained_tokens == 0 or report.lost_rows + report.rows_without_label >= report.rows
     findings = []
@@ -267,14 +476,25 @@ def _explain(
     missing = next((p for p in template_report.problems if p.status == "missing"), None) if template_report else None
     hint = f"; row {missing.row}: {missing.surroundings!r}: {missing.suggestion}" if missing else ""
     reasons = "; ".join(f"{reason} ({n:,})" for reason, n in report.untrained_turns.items())
+    losses = "; ".join(f"{what} ({n:,} rows)" for what, n in report.losses.items())
     texts = ", ".join(repr(token) for token in list(report.special_text)[:SHOWN_ROWS])
     for level, code, message in (
         ("error", "no labels", "these rows train nothing; remove them or mend their template"),
         ("error", "foreign labels", "a label differs from the token in its place; labels must not be shifted"),
         ("error", "missing end token", "a trained turn does not end in a trained end token: the model learns no end"),
         ("error", "double BOS", "the text already had the BOS token; tokenise with add_special_tokens=False"),
-        ("error", "unlike inference", f"the ids before a trained turn are not what inference sees: {shown}"),
+        ("error", "unlike inference", "the ids before a trained turn are not what inference sees"),
+        ("error", "unlike the template", "what is trained is not what the model must write"),
+        ("error", "trained past the end", "more is trained than the model must write"),
+        ("error", "trained against the row", "turns are trained that must not be"),
+        ("error", "trained twice", "a turn is trained more than once"),
+        ("error", "turns left out", "turns are not trained, and nothing says why"),
+        ("error", "lost content", "what the row says is neither trained nor shown"),
+        ("error", "unlike the marks", "the template's generation marks say otherwise"),
+        ("error", "unknown rest", "what follows the last trained turn is not the conversation"),
+        ("error", "unlike the row", "the conversation is not what the raw row says"),
         ("error", "response template missing", f"nothing is trained in these rows{hint}"),
+        ("warning", "said but not shown", f"the template leaves it out of the history: {losses}"),
         ("warning", "untrained turns", f"turns without a label: {reasons}"),
         ("warning", "cut rows", f"longer than max_length={max_length}; what is behind it is not trained"),
         ("warning", "cut turns", "turns that lose their end; they do not teach to stop"),
@@ -329,72 +549,3 @@ def _histogram(lengths: "NDArray[Any]") -> dict[int, int]:
     bounds = 2 ** np.arange(int(np.log2(max(lengths.min(), 1))), int(np.ceil(np.log2(max(lengths.max(), 2)))) + 1)
     counts = np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds))
     return {int(bound): int(n) for bound, n in zip(bounds, counts, strict=True)}
-
-
-def _compare(
-    dataset: Dataset,
-    conversations: Dataset,
-    encoder: ChatEncoder,
-    compare: int,
-    report: CheckReport,
-    found: _Findings,
-) -> str:
-    """Compare the ids before each trained turn with the template's prompts; the first difference in words."""
-    tokenizer = encoder.tokenizer
-    control = control_tokens(tokenizer)
-    count = min(compare, len(dataset))
-    shown = ""
-    for row in np.linspace(0, len(dataset) - 1, count, dtype=int).tolist():
-        example = dataset[row]
-        conversation = conversations[example.get("row", row)]
-        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in conversation["messages"]]
-        tools = conversation.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        ids, trained = np.array(example["input_ids"]), np.array(example["labels"]) != IGNORE_INDEX
-        begins, _ = _runs(trained, np.array([0, len(ids)]))
-        prompts = [
-            _inference_ids(messages[:k], tools, encoder, control) if k else list(tokenizer("")["input_ids"])
-            for k, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        for begin in begins.tolist():
-            report.compared_turns += 1
-            prefix = ids[:begin].tolist()
-            if prefix in prompts:
-                continue
-            found.add("unlike inference", [row])
-            if not shown and prompts:
-                shown = f"row {row}: {_difference(prefix, prompts, tokenizer)}"
-    return shown
-
-
-def _inference_ids(
-    messages: list[Message], tools: list[Any] | None, encoder: ChatEncoder, control: dict[str, int]
-) -> list[int]:
-    """transformers' own ids where the content is plain text; where it spells control tokens those would be wrong."""
-    if any(token in json.dumps([messages, tools], ensure_ascii=False, default=str) for token in control):
-        return encoder.encode_prompt(messages, tools)
-    try:
-        encoded: Any = encoder.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_dict=True, **encoder.template_kwargs
-        )
-        return list(encoded["input_ids"])
-    except Exception:  # templates raise what they like; some want tool calls in another form, which the encoder knows
-        return encoder.encode_prompt(messages, tools)
-
-
-def _difference(prefix: list[int], prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> str:
-    def shared(prompt: list[int]) -> int:
-        pairs = enumerate(zip(prefix, prompt, strict=False))
-        return next((at for at, (a, b) in pairs if a != b), min(len(prefix), len(prompt)))
-
-    nearest = max(prompts, key=lambda prompt: (shared(prompt), -abs(len(prompt) - len(prefix))))
-    at = shared(nearest)
-
-    def token(ids: list[int]) -> str:
-        return repr(tokenizer.decode([ids[at]])) + f" ({ids[at]})" if at < len(ids) else "the turn itself"
-
-    return (
-        f"token {at}: training has {token(prefix)}, inference {token(nearest)}, "
-        f"after {tokenizer.decode(prefix[max(0, at - 8) : at])!r}"
-    )

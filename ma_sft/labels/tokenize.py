@@ -87,17 +87,23 @@ def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out:
     return make(settings, tokenizer, held_out)
 
 
-def check(settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> "CheckReport":
+def check(
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
+) -> "CheckReport":
     """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`."""
     from ma_sft.labels.check import check_dataset
+    from ma_sft.labels.judge import Judge
 
+    kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
+    judge = Judge(tokenizer, template_kwargs=kwargs, train_on=settings.labels.train_on)
     return check_dataset(
         labelled.dataset,
         tokenizer,
         conversations=labelled.conversations,
-        encoder=labelled.encoder,
+        judge=judge,
         template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
         max_length=settings.training.max_length,
+        **({"sample": None} if every_row else {}),
     )
 
 

@@ -36,7 +36,7 @@ def codes(findings) -> set[str]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_right_labels_pass_and_are_counted(name):
     rows, conversations, encoder = labelled(name)
-    report = check_dataset(rows, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    report = check_dataset(rows, encoder.tokenizer, conversations=conversations)
     assert report.errors == [] and report.mismatches == 0
     assert report.rows == len(rows) and report.turns == report.compared_turns == sum(rows["turns"])
     assert report.tokens == sum(map(len, rows["input_ids"]))
@@ -65,7 +65,7 @@ def broken(rows: Dataset, row: int, change) -> Dataset:
 def test_each_wrong_row_is_an_error_with_its_number(code, change):
     rows, conversations, encoder = labelled("smollm2")
     wrong = broken(rows, 1, change)
-    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations)
     finding = next(f for f in report.errors if f.code == code)
     assert finding.rows == [1]
     with pytest.raises(LabelError, match=code):
@@ -76,7 +76,7 @@ def test_each_wrong_row_is_an_error_with_its_number(code, change):
 def test_the_first_differing_token_is_shown():
     rows, conversations, encoder = labelled("qwen3")
     wrong = broken(rows, 0, lambda ids, labels: ([*ids[:1], 12, *ids[2:]], labels))
-    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations, encoder=encoder)
+    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations)
     (finding,) = [f for f in report.errors if f.code == "unlike inference"]
     assert "token 1" in finding.message and "(12)" in finding.message and "'user'" in finding.message
 

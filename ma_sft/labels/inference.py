@@ -1,0 +1,390 @@
+"""What inference has before each turn of a conversation, and what the model must write there, by transformers itself.
+
+Prompts are `apply_chat_template(earlier messages, add_generation_prompt=True)`; what the model must write is what the
+template writes after that, up to the token at which generation stops: one of `generation_config`, the EOS token, the
+template's own end of a turn, or, in templates that have none (GLM), the token that begins the next message.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.resources import files
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ma_sft.labels.nonsense import Message, Words, one_of_each_kind, shape, with_objects, with_parts, with_text
+
+# What an assistant itself writes in its content as structure; everybody else's is ordinary text.
+MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
+PLANE = 0xF0000  # characters that stand for control tokens where ids are compared as text
+
+Form = Callable[[Message], Message]
+Lost = tuple[int, str, bool]  # message (-1: the tools), what of it, whether only once it is history
+
+
+class Refused(Exception):
+    """The template raised; the message is its own."""
+
+
+@dataclass
+class Turn:
+    """What inference has and writes at one turn: ids, or characters where text spells control tokens.
+
+    `targets` are what the model may write, the stop token included; none where the template does not continue its own
+    prompt. `whole` is the conversation up to this turn as the template writes it.
+    """
+
+    prompt: Any
+    whole: Any
+    targets: tuple[Any, ...] = ()
+
+
+class Inference:
+    """A tokenizer with its chat template, as inference uses them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        templates = tokenizer.chat_template or ""
+        source = "".join(templates.values()) if isinstance(templates, dict) else templates
+        self.controls = {
+            token.content: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content.strip() and token.content in source)
+        }
+        self.signs = {index: chr(PLANE + n) for n, index in enumerate(self.controls.values())}
+        self._texts = {chr(PLANE + n): text for n, text in enumerate(self.controls)}
+        self.stops = {*stops, *_generation_stops(tokenizer)}
+        longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
+        self.control_text = re.compile("|".join(longest_first) or r"(?!)")
+        self._pieces = re.compile(f"({self.control_text.pattern})")
+        self.forms: dict[str, list[tuple[Form, list[Lost]]]] = {}  # by shape
+        self.own_ends: dict[str, int | None] = {}  # by variables of the template
+
+    def render(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], *, prompt: bool) -> str:
+        """The text that `apply_chat_template` gives.
+
+        Raises:
+            Refused: the template raised.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs
+            )
+        except Exception as error:  # templates raise what they like
+            raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        return str(text)
+
+    def ids(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """Ids of rendered texts, as `apply_chat_template` makes them."""
+        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def ids_of_prefixes(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """`ids` of texts that share their beginnings, in time linear in what differs.
+
+        Texts are put together from the pieces between control tokens, if that gives the longest one's own ids.
+        """
+        parts = [self._pieces.split(text) for text in texts]
+        pieces = list(dict.fromkeys(piece for part in parts for piece in part if piece and piece not in self.controls))
+        longest = max(range(len(texts)), key=lambda n: len(texts[n]))
+        whole, *each = self.ids([texts[longest], *pieces])
+        known = {
+            "": (),
+            **{text: (index,) for text, index in self.controls.items()},
+            **dict(zip(pieces, each, strict=True)),
+        }
+        joined = [tuple(i for piece in part for i in known[piece]) for part in parts]
+        return joined if joined[longest] == whole else self.ids(texts)
+
+    def characters(self, ids: Sequence[int]) -> str:
+        """The ids as text in which each control token is one character that no text can hold."""
+        parts: list[str] = []
+        held: list[int] = []
+        for index in [*ids, -1]:
+            if index != -1 and index not in self.signs:
+                held.append(index)
+                continue
+            if held:
+                parts.append(str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False)))
+                held = []
+            parts.append(self.signs.get(index, ""))
+        return "".join(parts)
+
+    def spell(self, value: Any) -> str:
+        """Ids or characters as readable text."""
+        if not isinstance(value, str):
+            return str(self.tokenizer.decode(list(value), clean_up_tokenization_spaces=False))
+        return "".join(self._texts.get(c, c) for c in value)
+
+    def trailing_control(self, written: Any) -> int | None:
+        """Position of the control token that ends what is written, but for whitespace."""
+        for at in range(len(written) - 1, -1, -1):
+            if written[at] in (self._texts if isinstance(written, str) else self.signs):
+                return at
+            if self.spell(written[at : at + 1]).strip():
+                return None
+        return None
+
+    @cached_property
+    def mark(self) -> str:
+        """A character that the tokenizer gives back as it is, and that hardly any text holds."""
+        for mark in ("\ue0f3", "⁂", "§", "¤"):
+            if self.spell(self.ids([f"a{mark}b"])[0]) == f"a{mark}b":
+                return mark
+        return "^"
+
+    @cached_property
+    def twin(self) -> str | None:
+        """The template with generation marks: the tokenizer's own, or TRL's training twin of it."""
+        own, shelf = self.tokenizer.chat_template, files("trl") / "chat_templates"
+        if not isinstance(own, str) or re.search(r"\{%-?\s*generation", own):
+            return own if isinstance(own, str) else None
+        for twin in shelf.iterdir():
+            base, _, rest = twin.name.rpartition("_training.jinja")
+            if base and not rest and (shelf / f"{base}.jinja").read_text(encoding="utf-8") == own:
+                return twin.read_text(encoding="utf-8")
+        return None
+
+
+class Conversation:
+    """One conversation as inference sees it: its forms, and what it has and writes at each turn."""
+
+    def __init__(
+        self, inference: Inference, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any]
+    ) -> None:
+        self.inference = inference
+        self.kwargs = kwargs
+        self.turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        self.said = [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
+        self.refusal = ""
+        self.hidden: dict[str, str] = {}  # placeholder -> the control token's text that it stands for
+        self.messages = [self._hide(m) for m in self.said]
+        self.tools = _map(tools or None, self._hide_text)
+
+    # -- text that spells control tokens ------------------------------------------------------------------------
+
+    def _hide(self, message: Message) -> Message:
+        hidden: Message = {}
+        for key, value in message.items():
+            own = MARKUP if message["role"] == "assistant" and key == "content" else ()
+            hidden[key] = _map(value, partial(self._hide_text, markup=own))
+        return hidden
+
+    def _hide_text(self, text: str, markup: tuple[str, ...] = ()) -> str:
+        """Placeholders for what spells a control token and is not the speaker's markup, so that it stays text."""
+
+        def placeholder(match: re.Match[str]) -> str:
+            if match.group() in markup:
+                return match.group()
+            name = f"{self.inference.mark}{len(self.hidden)}{self.inference.mark}"
+            self.hidden[name] = match.group()
+            return name
+
+        return self.inference.control_text.sub(placeholder, text)
+
+    def key(self, ids: Sequence[int], *, shown: bool = False) -> Any:
+        """What is compared: ids, or characters where text spells control tokens (whose ids are not one choice)."""
+        if not self.hidden and not shown:
+            return tuple(ids)
+        text = self.inference.characters(ids)
+        for name, hidden in self.hidden.items():
+            text = text.replace(name, hidden)
+        return text
+
+    # -- forms --------------------------------------------------------------------------------------------------
+
+    def forms(self) -> Iterator[tuple[Form, list[Lost]]]:
+        """The forms of messages in which the template loses least, best first, and what each loses."""
+        if len(self.messages) == 1:  # a text: no template sees it
+            yield with_objects, []
+            return
+        key = shape(self.said, self.tools, self.kwargs)
+        if key not in self.inference.forms:
+            self.inference.forms[key] = self._weigh_forms()
+        yield from self.inference.forms[key]
+
+    def _weigh_forms(self) -> list[tuple[Form, list[Lost]]]:
+        called = any(m.get("tool_calls") for m in self.messages)
+        found: list[tuple[Form, list[Lost]]] = []
+        for form in (with_objects, with_text, with_parts) if called else (with_objects, with_parts):
+            try:
+                found.append((form, self._losses(form)))
+            except Refused as refusal:
+                self.refusal = self.refusal or str(refusal)
+                continue
+            if not found[-1][1] and not called:
+                break
+        fewest = min((len(lost) for _, lost in found), default=0)
+        return [each for each in found if len(each[1]) == fewest]
+
+    def _losses(self, form: Form) -> list[Lost]:
+        words = Words(self.messages, self.tools)
+        messages = [form(m) for m in words.messages]
+        lost: list[Lost] = []
+        last = self.turns[-1]
+        for k in dict.fromkeys([*one_of_each_kind(self.said, self.turns), last]):
+            before = self._render(messages[:k], words.tools, prompt=True) if k else ""
+            own = self._render(messages[: k + 1], words.tools, prompt=False)
+            own = own[len(shared(before, own)) :]
+            lost += [(k, what, False) for what in words.missing(k, own)]
+        for i in range(-1, last):
+            known = {what for at, what, _ in lost if at == i}
+            lost += [(i, what, i in self.turns) for what in words.missing(i, before + own) if what not in known]
+        return lost
+
+    def _render(self, messages: list[Message], tools: Any, *, prompt: bool) -> str:
+        return self.inference.render(messages, tools, self.kwargs, prompt=prompt)
+
+    # -- turns --------------------------------------------------------------------------------------------------
+
+    def read(self, form: Form) -> dict[int, Turn]:
+        """What inference has and writes at each assistant message.
+
+        Raises:
+            Refused: the template raised.
+        """
+        if len(self.messages) == 1:
+            return {0: self._plain_text()}
+        messages = [form(m) for m in self.messages]
+        texts: list[str] = []
+        for k in self.turns:
+            texts.append(self._render(messages[:k], self.tools, prompt=True))
+            texts.append(self._render(messages[: k + 1], self.tools, prompt=False))
+        keys = [self.key(ids) for ids in self.inference.ids_of_prefixes(texts)]
+        turns = {}
+        for n, k in enumerate(self.turns):
+            prompt, whole = texts[2 * n : 2 * n + 2]
+            turn = turns[k] = Turn(keys[2 * n], keys[2 * n + 1])
+            if (written := self._written(turn, prompt, whole)) is not None:
+                turn.targets = self._up_to_the_stop(written, messages, k, whole)
+            elif re.search(r"<think>\s*$", prompt):
+                turn.targets = self._on_with_thinking(turn, messages[k], prompt, whole)
+        return turns
+
+    def _written(self, turn: Turn, prompt: str, whole: str) -> Any:
+        """What the template writes for the turn after its prompt; as characters where a token spans the border."""
+        if not whole.startswith(prompt):
+            return None
+        if starts(turn.whole, turn.prompt):
+            return turn.whole[len(turn.prompt) :]
+        before, both = (self.key(ids, shown=True) for ids in self.inference.ids([prompt, whole]))
+        return both[len(before) :] if starts(both, before) else None
+
+    def _up_to_the_stop(self, written: Any, messages: list[Message], k: int, whole: str) -> tuple[Any, ...]:
+        """What is written, cut where generation stops; templates may leave that token to what follows."""
+        own = self._own_end(messages)
+        stops = self.inference.stops
+        cuts = [self._first(written, {*stops, own} - {None}), self._first(written, stops)]
+        if cuts == [None, None] and own is not None:
+            cuts = [self.inference.trailing_control(written)]
+        if found := tuple(written[: at + 1] for at in cuts if at is not None):
+            return found
+        ends = {self._next_begins(messages, k, whole), self.inference.tokenizer.eos_token_id} - {None}
+        if isinstance(written, str):
+            return tuple(written + self.inference.signs.get(end, "") for end in ends)
+        return tuple((*written, end) for end in ends)
+
+    def _first(self, written: Any, stops: set[Any]) -> int | None:
+        units = {self.inference.signs.get(i, i) for i in stops} if isinstance(written, str) else stops
+        return next((at for at, unit in enumerate(written) if unit in units), None)
+
+    def _next_begins(self, messages: list[Message], k: int, whole: str) -> int | None:
+        """The control token that begins the message after turn `k`, if it has one: the result of a call, a question."""
+        if k + 1 < len(messages):
+            following = messages[k + 1]
+        elif calls := messages[k].get("tool_calls"):
+            name, number = calls[0]["function"]["name"], calls[0].get("id", "call00001")
+            following = {"role": "tool", "content": "Quxu", "name": name, "tool_call_id": number}
+        else:
+            following = {"role": "user", "content": "Quxu"}
+        try:
+            after = self._render([*messages[: k + 1], following], self.tools, prompt=False)
+        except Refused:
+            return None
+        here, there = self.inference.ids([whole, after])
+        begins = there[len(here)] if starts(there, here) and len(there) > len(here) else None
+        return begins if begins in self.inference.signs else None
+
+    def _own_end(self, messages: list[Message]) -> int | None:
+        """The control token that the template writes at the end of a plain turn, last or followed by another."""
+        known, key = self.inference.own_ends, repr((sorted(self.kwargs), bool(self.tools)))
+        if key not in known:
+            start = [m for m in messages[: self.turns[0]] if m["role"] == "system"]
+            example = type(messages[-1].get("content")) is list
+            texts = ["Quxq", "Quxa", "Quxu"]
+            content = [[{"type": "text", "text": text}] for text in texts] if example else texts
+            roles = ("user", "assistant", "user")
+            try:
+                known[key] = self._find_own_end(
+                    [*start, *({"role": r, "content": c} for r, c in zip(roles, content, strict=True))]
+                )
+            except Refused:
+                known[key] = None
+        return known[key]
+
+    def _find_own_end(self, messages: list[Message]) -> int | None:
+        prompt = self._render(messages[:-2], self.tools, prompt=True)
+        followed = self._render(messages, self.tools, prompt=False)
+        opening, between, alone = self.inference.ids(
+            [
+                prompt.partition("Quxq")[0],
+                followed.partition("Quxa")[2].partition("Quxu")[0],
+                self._render(messages[:-1], self.tools, prompt=False).partition("Quxa")[2],
+            ]
+        )
+        candidates = [shared(alone, between), alone]
+        if self._render(messages[:-2], self.tools, prompt=False) == prompt:
+            # It always opens the next answer, so only what opens a question tells the end of an answer
+            opens = len(shared(opening[::-1], between[::-1]))
+            candidates = [between[: len(between) - opens]]
+        ends = ((ids, self.inference.trailing_control(ids)) for ids in candidates)
+        return next((ids[at] for ids, at in ends if at is not None), None)
+
+    def _on_with_thinking(self, turn: Turn, message: Message, prompt: str, whole: str) -> tuple[Any, ...]:
+        """The prompt opens a reasoning that the template leaves out of the turn: the row's own continues it."""
+        inline = re.match(r"\s*<think>(.*?)</think>(.*)", str(message.get("content") or ""), re.DOTALL)
+        reasoning = message.get("reasoning_content") or (inline and inline.group(1))
+        if not reasoning:
+            return ()
+        answer = whole[len(shared(prompt, whole)) :]
+        (ids,) = self.inference.ids([f"{prompt}{reasoning.strip()}\n</think>\n\n{answer.strip()}"])
+        written = self.key(ids)
+        at = self.inference.trailing_control(written)
+        return (written[len(turn.prompt) : None if at is None else at + 1],) if starts(written, turn.prompt) else ()
+
+    def _plain_text(self) -> Turn:
+        """An assistant's message that answers nothing is a text, and all of it is trained, then the EOS token."""
+        bos = tuple(self.inference.tokenizer("")["input_ids"])
+        (ids,) = self.inference.ids([str(self.messages[0]["content"])])
+        whole, begin = self.key((*bos, *ids, self.inference.tokenizer.eos_token_id)), self.key(bos)
+        return Turn(begin, whole, (whole[len(begin) :],))
+
+
+def _map(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    return [_map(item, function) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _generation_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    stops = {tokenizer.eos_token_id} - {None}
+    try:
+        eos = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
+    except (OSError, ValueError):  # a tokenizer without a model beside it
+        return stops
+    return stops | {*(eos if isinstance(eos, list) else [eos])} - {None}
+
+
+def starts(whole: Any, begin: Any) -> bool:
+    """Whether one text, or list of ids, begins with the other."""
+    return bool(whole[: len(begin)] == begin)
+
+
+def shared(one: Any, other: Any) -> Any:
+    """The common beginning of two texts or lists of ids."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
