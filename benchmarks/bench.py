@@ -1,194 +1,210 @@
-"""Preparation and packing side by side with plain TRL, in one process and one run; ratios are ours to TRL.
+"""What a user gets, side by side with plain TRL: whole processes, cold caches, the check on, both on the same file.
 
-python benchmarks/bench.py [--lengths 200000] [--conversations 20000] [--steps 8]
+python benchmarks/bench.py [--only preparation,packing,...] [--conversations 100000] [--lengths 200000,1000000]
+
+Prints goal, ours, TRL and ratio; exits with 1 where a goal is missed.
 """
 
 import argparse
 import json
-import logging
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
-from importlib.resources import files
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow as pa
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-# Both sides start cold: nothing prepared earlier may be found again.
-SCRATCH = tempfile.TemporaryDirectory()
+HERE = Path(__file__).parent
+TEXTS = [HERE.parent / name for name in ("LICENSE", "README.md", "README.zh.md", "docs/reference.md")]
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what was measured on each side, their ratio (better is more), and what is asked of it."""
+
+    what: str
+    ours: float
+    theirs: float | None
+    ratio: float
+    goal: float
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.goal
+
+
+@contextmanager
+def cold(cache: Path | None = None) -> Iterator[dict[str, str]]:
+    """An environment whose caches are empty (or `cache`); tokenizers and models, which both sides need, are kept."""
+    from ma_sft.files import cache_dir
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = cache or Path(scratch)
+        (ours / "ma_sft").mkdir(parents=True, exist_ok=True)
+        for name in ("models", "tokenizers"):
+            if not (ours / "ma_sft" / name).exists():
+                (ours / "ma_sft" / name).symlink_to(cache_dir() / name)
+        own = {"MA_SFT_CACHE": str(ours / "ma_sft"), "HF_DATASETS_CACHE": str(ours / "datasets")}
+        yield {**os.environ, **own, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+def process(*arguments: object, env: dict[str, str]) -> dict[str, Any]:
+    """Run one side to its end; its result, with `wall`, the seconds of the whole process."""
     start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sides.py"), *map(str, arguments)], env=env, capture_output=True, text=True
+    )
+    wall = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr[-3000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
 
 
-def in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 3) -> tuple[Any, float, Any, float]:
-    """The last result and the best time of each side; they take turns, so that neither alone warms the memory."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        our_result, seconds = timed(ours)
-        times[0].append(seconds)
-        their_result, seconds = timed(theirs)
-        times[1].append(seconds)
-    return our_result, min(times[0]), their_result, min(times[1])
+def side(*arguments: object) -> dict[str, Any]:
+    with cold() as env:
+        return process(*arguments, env=env)
 
 
-def log_normal_rows(count: int, seq_length: int) -> Dataset:
-    """Rows of random tokens, in memory; lengths are log-normal with median 200, clipped at `seq_length`."""
-    rng = np.random.default_rng()
-    lengths = np.clip(rng.lognormal(np.log(200), 0.8, count).astype(int), 1, seq_length)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    values = pa.array(rng.integers(0, 50_000, offsets[-1], dtype=np.int32))
-    column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-    return Dataset(pa.table({"input_ids": column, "labels": column}), fingerprint=f"{rng.integers(1 << 60):x}")
+def command(*arguments: str, env: dict[str, str]) -> float:
+    """Seconds of a whole command, the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(arguments, env=env, check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
-def packing(count: int, seq_length: int = 2048) -> list[tuple[str, float, float]]:
-    """Density and rows/s of best-fit packing.
-
-    Both sides move the same tokens and labels: from memory to memory, from disk to disk, and in memory once more for
-    five times as many rows, to see whether the time grows with the rows alone.
-    """
-    from trl import pack_dataset
-
-    from ma_sft import pack
-
-    def theirs(source: Dataset) -> Dataset:
-        return pack_dataset(source, seq_length, "bfd", map_kwargs={"load_from_cache_file": False})
-
-    small, many = log_normal_rows(count, seq_length), 5 * count
-    ours, our_seconds, trl, their_seconds = in_turn(partial(pack, small, seq_length), partial(theirs, small))
-    packs = len(small.data.column("input_ids").combine_chunks().values) / seq_length
-    measures = [
-        (f"packing {count:,} rows in memory: rows/s", count / our_seconds, count / their_seconds),
-        ("packing: density", packs / len(ours), packs / len(trl)),
-    ]
-    small.save_to_disk(f"{SCRATCH.name}/lengths")
-    stored = datasets.load_from_disk(f"{SCRATCH.name}/lengths")
-    to_file = partial(pack, stored, seq_length, cache_file_name=f"{SCRATCH.name}/packed.arrow")
-    _, our_seconds, _, their_seconds = in_turn(to_file, partial(theirs, stored))
-    measures.append((f"packing {count:,} rows on disk: rows/s", count / our_seconds, count / their_seconds))
-    large = log_normal_rows(many, seq_length)
-    _, our_seconds, _, their_seconds = in_turn(partial(pack, large, seq_length), partial(theirs, large), rounds=1)
-    measures.append((f"packing {many:,} rows in memory: rows/s", many / our_seconds, many / their_seconds))
-    return measures
-
-
-def preparation(count: int) -> list[tuple[str, float, float]]:
-    """Conversations/s from JSON Lines on disk to packed, labelled sequences, assistant turns only, one process."""
-    from fetch_tokenizers import fetch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    from ma_sft import pack
-    from ma_sft.data.mixture import load_mixture
-    from ma_sft.labels.encoder import ChatEncoder
-    from ma_sft.labels.tokenize import tokenize
-
-    rng = random.Random()
-    words = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").split()  # English prose
-    path = Path(SCRATCH.name) / "rows.jsonl"
+def write_conversations(path: Path, count: int) -> None:
+    """Conversations of 2 to 8 turns and some 475 tokens, a third of them Chinese, as JSON Lines."""
+    rng = random.Random(0)
+    english = " ".join(file.read_text(encoding="utf-8") for file in TEXTS[:2]).split()
+    chinese = TEXTS[2].read_text(encoding="utf-8")
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            turns = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(rng.choice([2, 2, 4]))]
-            messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
-    # TRL can mask assistant turns only of templates that it knows to the letter
-    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
-
-    def ours() -> Any:
-        rows = load_mixture([str(path)], num_proc=1).train
-        return pack(tokenize(rows, ChatEncoder(tokenizer), num_proc=1), 4096)
-
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **small))
-
-    def theirs() -> Any:
-        rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=f"{SCRATCH.name}/trl")
-        settings = {"assistant_only_loss": True, "packing": True, "max_length": 4096}
-        args = SFTConfig(SCRATCH.name, use_cpu=True, bf16=False, report_to="none", **settings)
-        return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train_dataset
-
-    _, our_seconds = timed(ours)
-    _, their_seconds = timed(theirs)
-    return [(f"preparing {count:,} conversations: rows/s", count / our_seconds, count / their_seconds)]
+        for number in range(count):
+            messages = []
+            for turn in range(rng.choice([2, 2, 2, 4, 4, 8])):
+                if number % 3 == 0:
+                    at = rng.randrange(len(chinese) - 400)
+                    text = chinese[at : at + rng.randint(20, 400)]
+                else:
+                    text = " ".join(rng.choices(english, k=rng.randint(5, 160))) + f" {rng.random():.4f}"
+                messages.append({"role": ("user", "assistant")[turn % 2], "content": text.strip() or "-"})
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-def training(steps: int) -> list[tuple[str, float, float]]:
-    """SmolLM2 on the demo's rows: step time on the same packs, and trained tokens/s against padded rows.
+def preparation(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Rows to labelled, proven packs."""
+    model = side("save_model", scratch / "model")["folder"]
+    imports = min(side("our_imports")["wall"] for _ in range(3))
+    many, few = scratch / "many.jsonl", scratch / "few.jsonl"
+    write_conversations(many, options.conversations)
+    write_conversations(few, options.conversations // 5)
+    rows, some = options.conversations, options.conversations // 5
 
-    TRL's own loop trains both sides. Plain TRL gets the rows as prompt and completion, in batches of four, which hold
-    about as many tokens as one pack.
-    """
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    def beyond(found: dict[str, Any]) -> float:
+        return float(found["wall"]) - imports
 
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import label
-    from ma_sft.recipe import Recipe
-    from ma_sft.training.adapters import lora_config
-    from ma_sft.training.prepare import prepare
-    from ma_sft.training.trainer import make_trainer
+    theirs = beyond(side("trl_rows", many, model, options.num_proc))
+    for backend, goal in (("fast", 5), ("standard", 2)):
+        ours = beyond(side("our_rows", many, model, options.num_proc, "true", backend))
+        what = f"{rows:,} conversations to proven packs, {backend} tokenizer, beyond imports: rows/s"
+        yield Row(what, rows / ours, rows / theirs, theirs / ours, goal)
+    whole, trl = (side(w, few, model, options.num_proc)["wall"] for w in ("our_rows", "trl_rows"))
+    yield Row(f"{some:,} conversations, whole processes: rows/s", some / whole, some / trl, trl / whole, 2)
 
-    recipe = Recipe.load(Path(__file__).parents[1] / "recipes" / "demo.py")
-    flags = ["--output_dir", f"{SCRATCH.name}/run", "--max_steps", "-1", "--num_train_epochs", "1"]
-    settings = recipe.resolve([*flags, "--report_to", "none", "--disable_tqdm", "true"])
-    tokenizer, _ = load_tokenizer(settings)
-    packs = prepare(settings, tokenizer).dataset.select(range(steps))
-    chats = label(settings, tokenizer).conversations.select(range(4 * steps))
-    pairs = [{"prompt": m[:-1], "completion": m[-1:]} for m in chats["messages"]]
-
-    def plain(rows: Dataset, **options: Any) -> SFTTrainer:
-        kept = ("learning_rate", "lr_scheduler_type", "bf16", "use_cpu", "logging_steps", "gradient_checkpointing")
-        same = {name: getattr(settings.training, name) for name in kept} | {
-            "num_train_epochs": 1,
-            "save_strategy": "no",
-        }
-        args = SFTConfig(f"{SCRATCH.name}/plain", report_to="none", disable_tqdm=True, **same, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model.model_name_or_path, dtype=settings.model.dtype, attn_implementation="eager"
-        )
-        return SFTTrainer(
-            model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config(settings)
-        )
-
-    ours = make_trainer(settings, tokenizer, [], packs, None)
-    theirs = plain(packs, per_device_train_batch_size=1, padding_free=True, max_length=None)
-    _, our_seconds, _, their_seconds = in_turn(ours.train, theirs.train, rounds=5)
-    padded = plain(Dataset.from_list(pairs), per_device_train_batch_size=4, completion_only_loss=True)
-    trained = {name: sum(t != -100 for row in rows["labels"] for t in row) for name, rows in
-               (("ours", packs), ("TRL", padded.train_dataset))}  # fmt: skip
-    _, packed_seconds, _, padded_seconds = in_turn(ours.train, padded.train)
-    return [
-        ("training on the same packs: steps/s", steps / our_seconds, steps / their_seconds),
-        ("training on the demo: trained tokens/s", trained["ours"] / packed_seconds, trained["TRL"] / padded_seconds),
-    ]
+    warm = scratch / "warm"
+    with cold(warm) as env:
+        first = process("our_rows", few, model, 1, env=env)
+        again = beyond(process("our_rows", few, model, 1, env=env))
+    unchecked = beyond(side("our_rows", few, model, 1, "false"))
+    share = 1 - unchecked / beyond(first)
+    yield Row("the check's share of the preparation (one process): at most a third", share, None, 1 / 3 / share, 1)
+    yield Row(f"{some:,} conversations prepared again, beyond imports: at most 1 s", again, None, 1 / again, 1)
+    found = [p for p in warm.rglob("*.arrow") if _holds_tokens(p)]
+    nbytes = sum(path.stat().st_size for path in found) / first["tokens"]
+    yield Row("bytes written per prepared token: ids and labels once (8)", nbytes, None, 8.8 / nbytes, 1)
+    one, two = (beyond(side("our_rows", many, model, n)) for n in (1, 2))
+    yield Row("rows/s of two processes beside one", rows / two, rows / one, one / two, 1.6)
 
 
-def main() -> None:
+def _holds_tokens(path: Path) -> bool:
+    from datasets import Dataset
+
+    return "input_ids" in Dataset.from_file(str(path)).column_names
+
+
+def packing(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Best-fit packing of token rows: indices beside TRL's copies; and reading the packs."""
+    for count in map(int, options.lengths.split(",")):
+        for where in ("memory", "disk"):
+            ours, trl = (
+                side("pack_rows", w, count, scratch / f"{w}{count}" if where == "disk" else where)
+                for w in ("ours", "trl")
+            )
+            speeds = ours["rows_per_second"], trl["rows_per_second"]
+            yield Row(f"packing {count:,} rows, {where}: rows/s", *speeds, speeds[0] / speeds[1], 50)
+        ratio = min(ours["density"] / 0.999, ours["density"] / trl["density"])
+        yield Row(f"density of {count:,} rows: at least 99.9 % and TRL's", ours["density"], trl["density"], ratio, 1)
+    ours, trl = (side("read_packs", w, 50_000, scratch / f"{w}-read")["batches_per_second"] for w in ("ours", "trl"))
+    yield Row("reading packs in random order through the collator: batches/s", ours, trl, ours / trl, 1.5)
+
+
+def start(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """How long a user waits for the program itself."""
+    model = side("save_model", scratch / "model")["folder"]
+    write_conversations(scratch / "ten.jsonl", 10)
+    recipe = scratch / "ten.yaml"
+    recipe.write_text(f"model_name_or_path: {model}\ndataset_name: {scratch / 'ten.jsonl'}\nuse_cpu: true\n")
+    program = str(Path(sys.executable).parent / "ma-sft")
+    with cold(scratch / "started") as env:
+        check = command(program, "check", str(recipe), env=env)
+        imports = command(sys.executable, "-c", "import trl, transformers, datasets", env=env)
+        shown = command(program, "--help", env=env)
+    yield Row(
+        "ma-sft check on 10 rows, warm: at most 1.5 times the imports, s", check, imports, 1.5 * imports / check, 1
+    )
+    yield Row("ma-sft --help: at most 0.2 s", shown, None, 0.2 / shown, 1)
+    long, short = (side("long_conversation", turns, model)["seconds"] for turns in (200, 20))
+    yield Row("a 200-turn conversation: at most 12 times a 20-turn one, s", long, short, 12 * short / long, 1)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
+    "preparation": preparation,
+    "packing": packing,
+    "start": start,
+}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, default=200_000)
-    parser.add_argument("--conversations", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--conversations", type=int, default=100_000)
+    parser.add_argument("--lengths", default="200000,1000000")
+    parser.add_argument("--num_proc", type=int, default=2)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    datasets.disable_progress_bars()
-    table = Table("", "ours", "TRL", "ratio")
-    for name, ours, trl in packing(options.lengths) + preparation(options.conversations) + training(options.steps):
-        table.add_row(name, f"{ours:,.4g}", f"{trl:,.4g}", f"{ours / trl:.2f}")
-    Console().print(table)
+    table = Table("", "goal", "ours", "TRL", "ratio", "")
+    missed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in options.only.split(","):
+            for row in PARTS[part](options, Path(scratch)):
+                missed += not row.met
+                theirs = "" if row.theirs is None else f"{row.theirs:,.4g}"
+                mark = "" if row.met else "missed"
+                cells = (f"{row.goal:g}", f"{row.ours:,.4g}", theirs, f"{row.ratio:.2f}", mark)
+                table.add_row(row.what, *cells)
+                print(row.what, *cells, flush=True)
+    Console(width=140).print(table)
+    return int(missed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int32]
 
-STANDARD = "tokenizers"
+FAST, STANDARD = "fastokens", "tokenizers"
 EVERY = 50  # of so many texts of a batch, one is encoded by both
 # Spaces, line ends, digits, joined and composed characters, scripts, bytes, markup that is no control token.
 HARD = (
@@ -43,21 +43,18 @@ class Backend:
         fast: take the faster tokenizer if it may be.
 
     Attributes:
-        name: of what encodes, with its version.
-        reason: why it is not the faster one, or "".
+        wanted: the package that would encode, with its version.
+        name: of what encodes, with its version; known once something was encoded.
+        reason: why it is not the wanted one, or "".
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = True) -> None:
         self.tokenizer = tokenizer
-        self.name, self.reason, self._fast = f"{STANDARD} {version(STANDARD)}", "", None
-        if not fast or find_spec("fastokens") is None:
-            return
-        try:
-            self._fast = self._make()
-            self._compare(HARD, self._encode(HARD))
-            self.name = f"fastokens {version('fastokens')}"
-        except (ValueError, DifferentIdsError) as error:
-            self._fast, self.reason = None, f"not by fastokens: {error}"
+        package = FAST if fast and find_spec(FAST) is not None else STANDARD
+        self.wanted = self.name = f"{package} {version(package)}"
+        self.reason = ""
+        self._fast: Any = None
+        self._ready = package == STANDARD
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text.
@@ -65,19 +62,27 @@ class Backend:
         Raises:
             DifferentIdsError: the faster tokenizer differs from the standard one on one of `EVERY` texts.
         """
+        if not self._ready:
+            self._make()
         if self._fast is None:
             return [np.array(ids, dtype=np.int32) for ids in self._standard(texts)]
         found = self._encode(texts)
         self._compare(texts[::EVERY], found[::EVERY])
         return found
 
-    def _make(self) -> Any:
+    def _make(self) -> None:
+        """Build the faster tokenizer, which takes longer than many rows, and try it on hard texts."""
         from fastokens import Tokenizer
 
-        return Tokenizer.from_json_str(self.tokenizer.backend_tokenizer.to_str())
+        self._ready = True
+        try:
+            self._fast = Tokenizer.from_json_str(self.tokenizer.backend_tokenizer.to_str())
+            self._compare(HARD, self._encode(HARD))
+        except (ValueError, DifferentIdsError) as error:
+            self._fast, self.name, self.reason = None, f"{STANDARD} {version(STANDARD)}", f"not by {FAST}: {error}"
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
-        ids, offsets = self._fast.encode_batch_flat(list(texts))  # type: ignore[union-attr]
+        ids, offsets = self._fast.encode_batch_flat(list(texts))
         # A copy, so that one kept row does not keep the batch
         flat, ends = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64)[1:-1]
         return np.split(flat, ends.astype(np.int64)) if texts else []
@@ -93,8 +98,5 @@ class Backend:
                 raise DifferentIdsError(f"other ids than {STANDARD}' for {text[:80]!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": self._fast is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._fast = self._make() if state["_fast"] else None
+        """Another process builds its own."""
+        return {**self.__dict__, "_fast": None, "_ready": self._ready and self._fast is None}

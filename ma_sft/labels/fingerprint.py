@@ -40,18 +40,12 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
-    described: dict[str, Any] = {
+    return {
         "tokenizer": {"digest": _hash(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
         "chat_template": _hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
         "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
-        "probe": None,
+        "probe": None if encoder is None else _probe(encoder),
     }
-    if encoder is not None:
-        try:
-            described["probe"] = encoder.encode_prompt(PROBE)
-        except TemplateError as error:  # a template of another kind of conversation
-            described["probe"] = str(error)
-    return described
 
 
 def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder | None", *how: Any) -> str:
@@ -62,5 +56,14 @@ def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: "C
         encoder: None where no template makes the ids.
         how: the settings that labels depend on, and the code of the user's functions.
     """
-    described = describe_tokenizer(tokenizer, encoder)
-    return digest(__version__, rows, described, tokenizer.special_tokens_map, *how)
+    tokenizer("")  # without the truncation and padding of an earlier call
+    backend = _hash(tokenizer.backend_tokenizer.to_str())
+    probe = None if encoder is None else _probe(encoder)
+    return digest(__version__, rows, backend, tokenizer.special_tokens_map, tokenizer.chat_template, probe, *how)
+
+
+def _probe(encoder: "ChatEncoder") -> list[int] | str:
+    try:
+        return encoder.encode_prompt(PROBE)
+    except TemplateError as error:  # a template of another kind of conversation
+        return str(error)

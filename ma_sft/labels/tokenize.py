@@ -154,7 +154,7 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
-    settings = (encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.name)
+    settings = (encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.wanted)
     key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
@@ -184,7 +184,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
         if (warning := over_bound()) is not None:
             logger.warning(warning)
     os.utime(folder)  # `ma-sft cache` removes what was not used for long
-    found = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
+    found = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("rows*.arrow"))])
     return Dataset(found.data, fingerprint=key)
 
 

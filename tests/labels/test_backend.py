@@ -27,8 +27,10 @@ def test_same_ids_as_the_standard_backend(tokenizer):
 
 
 def test_takes_the_faster_one_where_it_can_and_says_where_not():
-    assert Backend(load_tokenizer("qwen3")).name.startswith("fastokens ")
-    llama2 = Backend(load_tokenizer("llama2"))
+    qwen3, llama2 = (Backend(load_tokenizer(name)) for name in ("qwen3", "llama2"))
+    assert qwen3.wanted == llama2.wanted and qwen3.wanted.startswith("fastokens ")
+    qwen3(["Hi"]), llama2(["Hi"])
+    assert qwen3.name == qwen3.wanted and not qwen3.reason
     assert llama2.name.startswith("tokenizers ") and "Metaspace" in llama2.reason
 
 
@@ -41,13 +43,16 @@ def test_truncation_of_an_earlier_call_does_not_count():
 
 def test_goes_to_other_processes():
     backend = Backend(load_tokenizer("qwen3"))
+    backend(["Hi"])
     again = pickle.loads(pickle.dumps(backend))
     assert again.name == backend.name and again(["Hi"])[0].tolist() == backend(["Hi"])[0].tolist()
 
 
 def other_ids(backend: Backend) -> Backend:
     """A faster tokenizer of another vocabulary, as one with a fault would be."""
-    backend._fast = Backend(load_tokenizer("smollm2"))._fast
+    other = Backend(load_tokenizer("smollm2"))
+    backend(["Hi"]), other(["Hi"])
+    backend._fast = other._fast
     return backend
 
 
