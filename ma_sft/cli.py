@@ -54,6 +54,12 @@ def arg(*names: str, **how: Any) -> Arguments:
 
 RECIPE = arg("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
 JSON = arg("--json", action="store_true", help="print it as JSON")
+TRUST = arg(
+    "--trust_remote_code",
+    choices=("true", "false"),
+    default="false",
+    help="run the model's own Python code (default: false)",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -108,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     "init",
     "look at your data and write a recipe for it; asks for what no flag says",
     arg("--model", help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)"),
-    arg("--data", help="a hub id, a file, a glob, or a folder"),
+    arg("--data", help="a hub id (also as owner/name:configuration), a file, a glob, or a folder"),
+    arg("--split", default="train", help="split of a hub data set (default: train)"),
+    TRUST,
     arg("--hardware", help="cpu, or GPUs as 1x24GB"),
     arg("--task", help="chat, exact, reasoning, tools or text"),
     arg("-o", "--out", type=Path, help="the recipe (default: named after the data, here)"),
@@ -116,7 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _init(options: argparse.Namespace) -> None:
     from ma_sft.tools.init import init
 
-    recipe, start = init(options.model, options.data, options.hardware, options.task, options.out)
+    how = {"split": options.split, "code": _trusts(options)}
+    recipe, start = init(options.model, options.data, options.hardware, options.task, options.out, **how)
     say(f"recipe: {recipe}; next:")
     for line in (f"ma-sft check {recipe}", start, f"ma-sft chat runs/{recipe.stem}"):
         say(f"  {line}")
@@ -283,15 +292,21 @@ def _report(options: argparse.Namespace) -> None:
 @command(
     "merge",
     "merge a run's adapter into its base model",
-    arg("run", type=Path, help="a run's folder, or an adapter's"),
+    arg("run", type=Path, help="a run's folder, an adapter's, or a hub id"),
     arg("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist"),
     arg("--base", help="the base model's folder or hub id (default: the one that the adapter names)"),
     arg("--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)"),
+    TRUST,
 )
 def _merge(options: argparse.Namespace) -> None:
     from ma_sft.release.merge import merge
 
-    say(f"merged model: {options.out}: {merge(options.run, options.out, base=options.base, dtype=options.dtype)}")
+    how = {"base": options.base, "dtype": options.dtype, "code": _trusts(options)}
+    say(f"merged model: {options.out}: {merge(options.run, options.out, **how)}")
+
+
+def _trusts(options: argparse.Namespace) -> bool:
+    return bool(options.trust_remote_code == "true")
 
 
 @command(
@@ -323,11 +338,12 @@ def _plan(options: argparse.Namespace) -> None:
 @command(
     "export",
     "write a run's whole model for vLLM and transformers serve, or as GGUF",
-    arg("run", type=Path, help="a run's folder, or a model's"),
+    arg("run", type=Path, help="a run's folder, a model's, or a hub id"),
     arg("-o", "--out", type=Path, required=True, help="a new folder, or a new file that ends with .gguf"),
     arg("--dtype", choices=DTYPES, help="dtype of a folder's weights (default: the model's)"),
     arg("--outtype", default="auto", help="type of a GGUF file's weights: f32, f16, bf16, q8_0, auto"),
     arg("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py (default: $LLAMA_CPP, the PATH)"),
+    TRUST,
 )
 def _export(options: argparse.Namespace) -> None:
     from ma_sft.release.export import export_folder, export_gguf
@@ -335,20 +351,21 @@ def _export(options: argparse.Namespace) -> None:
     if options.out.suffix == ".gguf":
         commands = export_gguf(options.run, options.out, options.outtype, options.converter)
     else:
-        commands = export_folder(options.run, options.out, options.dtype)
+        commands = export_folder(options.run, options.out, options.dtype, code=_trusts(options))
     say(*commands)
 
 
 @command(
     "handoff-check",
     "compare a saved model with its manifest; exit code 1 if they disagree",
-    arg("folder", type=Path, help="a run's folder, a model's or an adapter's"),
+    arg("folder", type=Path, help="a run's folder, a model's or an adapter's, or a hub id"),
+    TRUST,
     JSON,
 )
 def _handoff(options: argparse.Namespace) -> int:
     from ma_sft.release.handoff import check_handoff
 
-    findings = check_handoff(options.folder)
+    findings = check_handoff(options.folder, code=_trusts(options))
     if options.json:
         _print_json([asdict(finding) for finding in findings])
     else:
@@ -360,18 +377,19 @@ def _handoff(options: argparse.Namespace) -> int:
 @command(
     "chat",
     "talk to a run's model or to any model folder",
-    arg("folder", type=Path, help="a run's folder, or a model's"),
+    arg("folder", type=Path, help="a run's folder, a model's, or a hub id"),
     arg("--prompt", help="ask this one question and print the answer alone"),
     arg("--system", help="system message (default: the one of training; '' for none)"),
     arg("--base", help="the base model of an adapter (default: the one that the adapter names)"),
     arg("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"),
     arg("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)"),
+    TRUST,
 )
 def _chat(options: argparse.Namespace) -> None:
     from ma_sft.release.chat import chat
 
     how = {key: getattr(options, key) for key in ("prompt", "system", "base", "max_new_tokens", "temperature")}
-    chat(options.folder, **how)
+    chat(options.folder, **how, code=_trusts(options))
 
 
 @command(

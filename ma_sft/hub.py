@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -81,21 +82,28 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
         commit = pin(name, revision)
         folder = _download(name, commit, [*PLAIN_FILES, *(["*.py"] if code else [])])
         if weights:
-            _refuse_pickles(name, _listed(name, commit, folder))
+            refuse_pickles(name, weight_files(folder), _listed(name, commit, folder))
             _download(name, commit, weight_files(folder))
     elif weights:
-        _refuse_pickles(name, [path.name for path in folder.iterdir()])
+        refuse_pickles(name, weight_files(folder), [path.name for path in folder.iterdir()])
     return folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether this can be an id on a hub, and is nothing here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+
+
 def weight_files(folder: Path) -> list[str]:
-    """The names of a folder's safetensors: those of its index, or `model.safetensors`, there or not.
+    """The names of a folder's safetensors: an adapter's, those of the index, or `model.safetensors`, there or not.
 
     Raises:
         RecipeError: an index that is broken.
     """
     import json
 
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return ["adapter_model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return ["model.safetensors"]
@@ -106,11 +114,14 @@ def weight_files(folder: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _refuse_pickles(name: str, files: list[str]) -> None:
-    """Pickles can carry code, have no header to prove, and a merge goes through safetensors: none are loaded."""
-    if any(file.endswith(".safetensors") for file in files):
-        return
-    if pickled := sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
+    """Pickles can carry code, have no header to prove, and a merge goes through safetensors: none are loaded.
+
+    Raises:
+        RecipeError: what is wanted is not there, and pickles are.
+    """
+    pickled = sorted(file for file in there if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+    if pickled and not set(wanted) & set(there):
         raise RecipeError(
             f"the model {name!r} has its weights as pickles alone ({pickled[0]}), which can carry code; take a "
             "revision or a copy with safetensors, e.g. --model_revision refs/pr/N of the hub's own conversion"

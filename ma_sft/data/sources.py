@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from ma_sft.data.formats import Row
 from ma_sft.data.reader import FILE, KINDS, LINE, ROW, RowReader, kind_of
 from ma_sft.errors import FormatError, RecipeError
-from ma_sft.hub import load_dataset
+from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.version import __version__
 
 MANY_BYTES = 64 << 20  # of several files; from here on, other processes are worth their start
@@ -25,8 +26,8 @@ class Source:
     """One place that rows come from.
 
     Args:
-        path: a hub id, a file (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst, .bz2, .xz), a glob, or a
-            `save_to_disk` folder.
+        path: a hub id, also as `owner/name@revision:configuration`, a file (.jsonl, .json, .csv, .tsv, .parquet; also
+            .gz, .zst, .bz2, .xz), a glob, or a `save_to_disk` folder.
         name: configuration of a hub data set.
         split: split of a hub data set or folder.
         revision: branch, tag or commit of a hub data set; resolved once in a run.
@@ -78,6 +79,10 @@ class Source:
                 raise RecipeError(f"source {settings['path']}: {key} must be a number from {low}, found {number!r}")
         if not isinstance(settings.get("columns") or {}, dict):
             raise RecipeError(f"source {settings['path']}: columns must map names to names")
+        found = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", settings["path"])
+        if found and is_hub_id(found[1]):
+            short = {"path": found[1], "revision": found[2], "name": found[3]}
+            settings |= {key: value for key, value in short.items() if value}
         return cls(**{**defaults, **settings})
 
 

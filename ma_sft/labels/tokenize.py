@@ -116,6 +116,7 @@ def _sources(settings: "Settings", held_out: bool) -> list[Any]:
 
 def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
     from ma_sft.data.mixture import load_mixture
+    from ma_sft.hub import model_folder
 
     data, training = settings.rows, settings.training
     own_file = held_out and bool(data.eval_dataset)
@@ -129,7 +130,7 @@ def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
         split=data.dataset_test_split if own_file else data.dataset_train_split,
         streaming=data.dataset_streaming and not held_out,
         num_proc=training.dataset_num_proc,
-        tokenizer=settings.model.model_name_or_path,
+        tokenizer=str(model_folder(str(settings.model.model_name_or_path), settings.model.model_revision)),
         **({} if own_file else {name: getattr(data, name) for name in shared}),
     )
 

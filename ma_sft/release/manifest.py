@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.hub import is_hub_id
 from ma_sft.hub import model_folder as hub_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
@@ -86,11 +87,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The saved model or adapter that a run's folder or a model's own folder stands for.
+    """The saved model or adapter that a run's folder, a model's own folder, or a hub id stands for.
 
     Raises:
         RecipeError: there is none.
     """
+    if is_hub_id(str(folder)):
+        return hub_folder(str(folder), weights=True)
     if not folder.is_dir():
         raise RecipeError(f"the folder {str(folder)!r} does not exist")
     for candidate in (folder / "merged", folder / "model", folder, folder / "adapter"):

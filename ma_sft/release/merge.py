@@ -32,7 +32,8 @@ def find_base(
     from ma_sft.release.manifest import read_manifest
 
     peft = read_adapter_config(adapter)
-    name, revision = base or str(peft.base_model_name_or_path), None if base else peft.revision
+    name = base or str(peft.base_model_name_or_path)
+    revision = peft.revision if name == peft.base_model_name_or_path else None
     weights = read_weights(model_folder(name, revision, weights=True, code=code))
     config, tokenizer = (
         load_pretrained(AutoConfig, name, revision, code=code),

@@ -77,7 +77,14 @@ class Rows:
 
 
 def init(
-    model: str | None, data: str | None, hardware: str | None, task: str | None, out: Path | None
+    model: str | None,
+    data: str | None,
+    hardware: str | None,
+    task: str | None,
+    out: Path | None,
+    *,
+    split: str = "train",
+    code: bool = False,
 ) -> tuple[Path, str]:
     """Write a recipe, asking for what is None; its path and the command that trains it.
 
@@ -87,6 +94,8 @@ def init(
         hardware: `"cpu"`, or GPUs as `"1x24GB"`.
         task: one of `TASKS`.
         out: the recipe; by default it is named after the data, here.
+        split: of a hub data set.
+        code: whether the model's own Python code may run.
 
     Raises:
         MaSftError: `out` exists, nobody can be asked, or model or data cannot be had or used.
@@ -97,21 +106,26 @@ def init(
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
-    rows = look(model, data)
+    extra = {
+        **({"dataset_train_split": split} if split != "train" else {}),
+        **({"trust_remote_code": True} if code else {}),
+    }
+    rows = look(model, data, extra)
     say(f"{data}: {rows}")
     hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
     gpus, memory = _parse_hardware(hardware)
     while task not in TASKS:
         task = _ask("task", "\n".join(f"  {name}: {text}" for name, text in TASKS.items()) + "\nTask", rows.task)
     settings, comments = _choose(model, data, task, rows, gpus)
+    settings |= extra
     command = _fit(settings, gpus, memory, out) if gpus else f"ma-sft train {out}"
     head = f"{TASKS[task].capitalize()}, on {hardware}.\n\n{str(rows).capitalize()}.\n\n    {command}"
     out.write_text(_write(settings, comments, head), encoding="utf-8")
     return out, command
 
 
-def look(model: str, data: str) -> Rows:
-    """Convert and tokenise the rows as training would.
+def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
+    """Convert and tokenise the rows as training with these extra settings would.
 
     Raises:
         MaSftError: model or data cannot be had, or no row is a conversation.
@@ -120,15 +134,17 @@ def look(model: str, data: str) -> Rows:
 
     from ma_sft.data.mixture import load_mixture
     from ma_sft.data.sources import Source, load_rows
+    from ma_sft.hub import load_pretrained
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import make_encoder, tokenize
 
-    total = len(load_rows(Source.of(data))[0])
-    columns = _columns(data)
-    source = {"path": data, "limit": LOOKED_AT, "columns": columns or None}
+    split = extra.get("dataset_train_split", "train")
+    total = len(load_rows(Source.of(data, split=split))[0])
+    columns = _columns(data, split)
+    source = {"path": data, "limit": LOOKED_AT, "columns": columns or None, "split": split}
     mixture = load_mixture([source], on_error="skip")
     template = None
-    settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none").resolve()
+    settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none", **extra).resolve()
     try:
         tokenizer, _ = load_tokenizer(settings)
     except TemplateError:  # a base model
@@ -141,7 +157,8 @@ def look(model: str, data: str) -> Rows:
         lengths += [len(labels) for labels in batch["labels"]]
         answers += [int((labels != -100).sum()) for labels in batch["labels"]]
     form = str(mixture.report.sources[0]["format"])
-    config = AutoConfig.from_pretrained(settings.model.model_name_or_path).get_text_config()
+    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
+    config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code).get_text_config()
     return Rows(
         total=total,
         format=form,
@@ -156,12 +173,12 @@ def look(model: str, data: str) -> Rows:
     )
 
 
-def _columns(data: str) -> dict[str, str]:
+def _columns(data: str, split: str) -> dict[str, str]:
     """A map of columns whose names are a format's but for case and spaces; empty where they are right, or hopeless."""
     from ma_sft.data.formats import detect_format
     from ma_sft.data.sources import Source, load_rows, rows_of
 
-    source = Source.of(data)
+    source = Source.of(data, split=split)
     first = load_rows(source)[0][:1]
     names = next((list(row) for _, _, row in rows_of(first, [0], source) if isinstance(row, dict)), [])
     renamed = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in names}

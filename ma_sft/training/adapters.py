@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import write_whole
+from ma_sft.hub import is_hub_id, load_pretrained, model_folder, refuse_pickles
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -149,8 +150,6 @@ def model_skeleton(settings: "Settings") -> Any:
         RecipeError: no configuration there, or one that transformers does not know.
     """
     from transformers import AutoConfig
-
-    from ma_sft.hub import load_pretrained
 
     model, code = settings.model, settings.training.trust_remote_code
     config = load_pretrained(AutoConfig, str(model.model_name_or_path), model.model_revision, code=code)
@@ -349,8 +348,6 @@ def with_new_tokens(
     """
     from transformers import AutoModelForCausalLM
 
-    from ma_sft.hub import load_pretrained
-
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         raise RecipeError(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
@@ -391,13 +388,16 @@ def name_base(adapter: Path, name: str, revision: str) -> None:
 
 
 def adapter_dir(folder: Path) -> Path:
-    """The adapter in a run's folder, or the folder itself if it is one.
+    """The adapter in a run's folder, the folder itself if it is one, or that of a hub id.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: neither, or an adapter whose weights are a pickle.
     """
+    if is_hub_id(str(folder)):
+        folder = model_folder(str(folder), weights=True)
     for candidate in (folder / "adapter", folder):
         if (candidate / "adapter_config.json").is_file():
+            refuse_pickles(str(candidate), ["adapter_model.safetensors"], [file.name for file in candidate.iterdir()])
             return candidate
     raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
 
