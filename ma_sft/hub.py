@@ -295,7 +295,7 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
 
     if "nvalid credentials" in text or "Invalid user token" in text:
         return f"the hub refuses the token when asked for {what}: it is wrong or was withdrawn; {login}"
-    if any_of(errors.GatedRepoError) or "gated" in text:
+    if any_of(errors.GatedRepoError) or "is a gated dataset" in text:
         return f"{what} is gated: accept its terms at {page}, then {login}"
     if any_of(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in text:
         return (

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
+from ma_sft.labels.bounds import RunawayTemplateError
 from ma_sft.labels.render import Renderer
 from ma_sft.labels.templates import control_tokens, set_chat_template
 
@@ -242,6 +243,8 @@ class ChatEncoder:
         for form in forms:
             try:
                 return self._renderer.render(form, tools, prompt=prompt)
+            except RunawayTemplateError:
+                raise
             except (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
                 errors.append(error)
         roles = ", ".join(str(m.get("role")) for m in messages)

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from ma_sft.labels.bounds import bounded, check_size
+
 Message = dict[str, Any]
 
 
@@ -175,11 +177,12 @@ class Renderer:
                 replayed = known.replay(messages)
                 if replayed is not None:
                     return replayed
-        text = str(
-            self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
+        with bounded():
+            text = check_size(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
+                )
             )
-        )
         if shape is not None and (shape in self._traces or len(self._traces) < _SHAPES):
             traces = self._traces.setdefault(shape, [])
             if len(traces) < _TRACES_PER_SHAPE:

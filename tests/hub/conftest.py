@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from hub.server import Hub
 
 # Imports everything once; each line of stdin is a command that a fork of it runs, with its own cache and token.
