@@ -99,6 +99,14 @@ class LabelsConfig:
         default=None,
         metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
     )
+    overflow: str | None = field(
+        default=None,
+        metadata={
+            "help": "A sequence longer than max_length: cut its end (default; bfd_split and wrapped split) or its "
+            "beginning (keep_end), split it, drop it, or keep_answer: the oldest turns go first.",
+            "choices": ["cut", "split", "drop", "keep_answer", "keep_end"],
+        },
+    )
     check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
 
 

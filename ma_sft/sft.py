@@ -162,12 +162,12 @@ def mean_loss(log_history: list[dict[str, float]]) -> float:
 
 def _forecast(settings: Settings, data: "Prepared") -> "Forecast | None":
     """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
+    from ma_sft.packing.view import lengths
     from ma_sft.tools.memory import forecast
 
     rows: Any = data.dataset
     try:
-        arrow = rows.with_format("arrow")["input_ids"].combine_chunks() if hasattr(rows, "num_rows") else None
-        return forecast(settings, None if arrow is None else max(arrow.value_lengths().to_pylist()))
+        return forecast(settings, int(lengths(rows).max()) if hasattr(rows, "num_rows") else None)
     except MaSftError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ma_sft.errors import FormatError, LabelError, RecipeError
-from ma_sft.packing.view import IGNORED
+from ma_sft.packing.tokens import IGNORED
 
 
 class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):

@@ -1,8 +1,12 @@
 """What packing did to a data set, in numbers."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+
+from ma_sft.packing.plan import Pieces, Plan
+from ma_sft.packing.tokens import IGNORED, Tokens
 
 
 @dataclass(frozen=True)
@@ -15,10 +19,10 @@ class PackingReport:
         seq_length: room of one pack, in tokens.
         rows: documents that came in.
         rows_empty: documents without a token, left out.
-        rows_cut: documents that lost their end.
+        rows_cut: documents that lost their end or their beginning.
         rows_split: documents that lie in more than one piece.
-        rows_dropped: documents left out because they were too long.
-        rows_unlabelled: cut documents that have no label left: they train nothing.
+        rows_dropped: documents left out because they, or their last answer, were too long.
+        rows_unlabelled: cut documents that have no label left: they train nothing, and a run leaves them out.
         rows_unfinished: documents cut inside a trained turn, whose end token is gone: they do not teach to
             stop.
         cut_tokens: tokens removed by cutting and dropping.
@@ -96,3 +100,57 @@ class PackingReport:
             f"speed-up       {self.speed_up:.2f}x by tokens computed",
         ]
         return "\n".join(lines + [f"warning        {line}" for line in self.warnings])
+
+
+def make_report(
+    tokens: Tokens,
+    kept: Pieces,
+    plan: Plan,
+    settings: tuple[str, str, int],
+    batch_size: int,
+    end_token_ids: Collection[int] | None,
+) -> PackingReport:
+    """The report of a plan.
+
+    Args:
+        tokens: the rows.
+        kept: what was kept of them, those without a label among it.
+        plan: the packs, which may be without these.
+        settings: strategy, overflow and `seq_length`.
+        batch_size: of `padded_tokens`.
+        end_token_ids: what ends an answer; without it, an answer is cut where labels stand on both sides.
+    """
+    rows, pieces = len(tokens.lengths), plan.pieces
+    left = np.bincount(kept.row, weights=kept.length, minlength=rows).astype(np.int64)
+    cut = kept.take(np.flatnonzero(left[kept.row] < tokens.lengths[kept.row]))
+    lost = np.flatnonzero(left < tokens.lengths)
+    labels_left, ends = tokens.trained(cut), cut.start + cut.length
+    early = np.flatnonzero(ends < tokens.lengths[cut.row])
+    last, following = (tokens.labels.one(cut.row[early], ends[early] + where) for where in (-1, 0))
+    inside = following != IGNORED if end_token_ids is None else ~np.isin(last, list(end_token_ids))
+    # The first label of a later piece has nothing before it, but where the piece before it is in the same document.
+    starts = slice(None) if plan.apart else plan.bounds[:-1]
+    later = pieces.take(starts)
+    later = later.take(np.flatnonzero(later.start))
+    alone = tokens.labels.one(later.row, later.start) != IGNORED
+    whole = Pieces(lost, np.zeros_like(lost), tokens.lengths[lost])
+    count = int(plan.documents.length.sum())
+    padded = np.random.default_rng(0).permutation(plan.documents.length)
+    padded = np.pad(padded, (0, -len(padded) % batch_size)).reshape(-1, batch_size)
+    return PackingReport(
+        *settings,
+        rows=rows,
+        rows_empty=int((tokens.lengths == 0).sum()),
+        rows_cut=len(cut.row),
+        rows_split=int((np.bincount(pieces.row) > 1).sum()),
+        rows_dropped=int(((left == 0) & (tokens.lengths > 0)).sum()),
+        rows_unlabelled=int((labels_left == 0).sum()),
+        rows_unfinished=int(((last != IGNORED) & inside).sum()),
+        cut_tokens=int(tokens.lengths.sum()) - count,
+        labels_lost=int(tokens.trained(whole).sum() - labels_left.sum() + alone.sum()),
+        documents=len(plan.documents.row),
+        packs=len(plan.bounds) - 1,
+        tokens=count,
+        batch_size=batch_size,
+        padded_tokens=int(((padded > 0).sum(axis=1) * padded.max(axis=1, initial=0)).sum()),
+    )

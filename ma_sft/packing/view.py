@@ -1,204 +1,114 @@
-"""Documents of any length -> rows of nearly `seq_length` tokens, with labels and document borders kept.
-
-`pack` works on a whole data set of `input_ids` and `labels`. Best-fit decreasing over the whole set wastes
-next to nothing, and since lengths are small whole numbers it can be done on their histogram: all documents
-of one length go into all packs with one amount of space in a single step, as in Krell et al. 2021
-(arXiv:2107.02027). What is left is moving tokens, a megabyte at a time, from the source's Arrow buffers into
-the packs' Arrow file.
-
-`ConstantLengthDataset` is the class that TRL 0.x had: a stream of rows of exactly `seq_length` tokens.
-"""
+"""Labelled rows as packs: tokens stay where they were written, and are gathered when a pack is read."""
 
 import logging
-import os
-import tempfile
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.fingerprint import update_fingerprint
+from datasets.fingerprint import Hasher
+from datasets.utils._dill import pklregister
 from numpy.typing import NDArray
 
-from ma_sft.errors import FormatError, LabelError
-from ma_sft.packing.plan import Ints, Overflow, Strategy, _check_settings, _Pieces, _plan
-from ma_sft.packing.report import PackingReport
+from ma_sft.packing.plan import Ints, Plan, arrange, check_settings, documents
+from ma_sft.packing.report import PackingReport, make_report
+from ma_sft.packing.tokens import IGNORED, Tokens
 
 logger = logging.getLogger(__name__)
 
-
-IGNORED = -100
-
-
-COLUMNS = ("input_ids", "labels")
+COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
-# Small enough for the processor's cache, so that a token crosses main memory once on its way to the file.
-TOKENS_PER_BATCH = 1 << 18
+@dataclass(eq=False)
+class Packs:
+    """The transform of a data set whose columns hold numbers of packs: it puts what a pack holds in the number's place.
 
+    Attributes:
+        source: the rows.
+        tokens: theirs.
+        plan: what each pack holds. A pack without a piece is one padding token without a label.
+        fingerprint: of rows and plan.
+        arrays: give tokens and labels as NumPy arrays, not as lists.
+        pad_token_id: the padding token.
+    """
 
-class _Column:
-    """A list column as its chunks' value buffers, and each row's place in them; nothing is copied."""
+    source: datasets.Dataset
+    tokens: Tokens
+    plan: Plan
+    fingerprint: str
+    arrays: bool = False
+    pad_token_id: int = 0
 
-    def __init__(self, column: pa.ChunkedArray, name: str) -> None:
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise FormatError(f"column '{name}' is {column.type}; packing needs a list of integers in each row")
-        if not pa.types.is_integer(column.type.value_type):
-            raise FormatError(f"column '{name}' is {column.type}; packing needs integers: tokenise the rows first")
-        if column.null_count:
-            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise FormatError(f"row {row}: '{name}' is null; remove the row or give it tokens")
-        self.type = pa.list_(column.type.value_type)
-        self.dtype = np.dtype(column.type.value_type.to_pandas_dtype())
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.values: list[NDArray[Any]] = [chunk.values.to_numpy() for chunk in chunks]
-        offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
-        none = [np.zeros(0, dtype=np.int64)]
-        self.start: Ints = np.concatenate([each[:-1] for each in offsets] or none)
-        self.length: Ints = np.concatenate([np.diff(each) for each in offsets] or none)
-        self.chunk: Ints = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks] or none[0])
-        self.views = [values.data.cast("B") for values in self.values]
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        # A column without numbers was written by `map`, and stays as it is.
+        numbers = {name: batch[name] for name in COLUMNS if batch.get(name) and isinstance(batch[name][0], int)}
+        read = self.read(np.array(next(iter(numbers.values())))) if numbers else {}
+        return {**batch, **{name: read[name] for name in numbers}}
 
-    def gather(self, pieces: _Pieces) -> pa.Array:
-        """The tokens of the pieces, one after another: `bytes.join` copies each piece with one memcpy."""
-        begin = (self.start[pieces.row] + pieces.start) * self.dtype.itemsize
-        end = begin + pieces.length * self.dtype.itemsize
-        chunk, views = self.chunk[pieces.row].tolist(), self.views
-        joined = b"".join([views[c][b:e] for c, b, e in zip(chunk, begin.tolist(), end.tolist(), strict=True)])
-        count = int(pieces.length.sum())
-        return pa.Array.from_buffers(self.type.value_type, count, [None, pa.py_buffer(joined)])
+    def read(self, packs: Ints) -> dict[str, list[Any]]:
+        """What these packs hold, by column."""
+        bounds = self.plan.bounds
+        each = list(zip(bounds[packs].tolist(), bounds[packs + 1].tolist(), strict=True))
+        pieces = self.plan.pieces.take(np.concatenate([np.arange(0), *(np.arange(*ends) for ends in each)]))
+        piece = np.cumsum([0, *(end - begin for begin, end in each)])
+        token = np.concatenate([[0], np.cumsum(pieces.length)])[piece]
+        lengths = _parts(pieces.length, piece, 1) if self.plan.apart else np.maximum(np.diff(token), 1).reshape(-1, 1)
+        ids = _parts(self.tokens.ids.gather(pieces), token, self.pad_token_id)
+        labels = _parts(self.tokens.labels.gather(pieces), token, IGNORED)
+        if not self.arrays:
+            ids, labels = _lists(ids), _lists(labels)
+        return {"input_ids": ids, "labels": labels, "seq_lengths": _lists(lengths)}
 
-    def counts(self, pieces: _Pieces) -> Ints:
-        """How many tokens of each piece are labels."""
-        labels = self.gather(pieces).to_numpy() != IGNORED
-        before = np.concatenate([[0], np.cumsum(labels)])
-        ends = np.cumsum(pieces.length)
-        return cast(Ints, before[ends] - before[ends - pieces.length])
-
-    def at(self, row: Ints, token: Ints) -> Ints:
-        """The value of one token of each row."""
-        one = np.ones(len(row), dtype=np.int64)
-        return cast(Ints, self.gather(_Pieces(row, token, one)).to_numpy().astype(np.int64))
-
-
-class _Source:
-    """The token columns of a table, and which of its rows make up the data set."""
-
-    def __init__(self, table: pa.Table, rows: Ints | None = None) -> None:
-        if "input_ids" not in table.column_names:
-            raise FormatError(f"no column 'input_ids' among {table.column_names}; tokenise the rows before packing")
-        masks = [name for name in ("assistant_masks", "completion_mask") if name in table.column_names]
-        if masks and "labels" not in table.column_names:
-            raise LabelError(f"column '{masks[0]}' but no 'labels'; make labels from the mask before packing")
-        self.ids = _Column(table.column("input_ids"), "input_ids")
-        # As in TRL: without labels every token is trained.
-        self.labels = _Column(table.column("labels"), "labels") if "labels" in table.column_names else self.ids
-        if len(wrong := np.flatnonzero(self.ids.length != self.labels.length)):
-            row = int(wrong[0])
-            raise LabelError(
-                f"row {row}: {self.ids.length[row]} input_ids but {self.labels.length[row]} labels; "
-                "each token needs one label"
-            )
-        self.rows = np.arange(len(self.ids.length)) if rows is None else rows
-        self.lengths = self.ids.length[self.rows]
-        self.schema = pa.schema(
-            {"input_ids": self.ids.type, "labels": self.labels.type, "seq_lengths": pa.list_(pa.int32())}
+    @property
+    def features(self) -> datasets.Features:
+        """Of the packs as they are read."""
+        types = (self.tokens.ids.type, self.tokens.labels.type, pa.int32())
+        return datasets.Features(
+            {name: datasets.List(datasets.Value(str(type))) for name, type in zip(COLUMNS, types, strict=True)}
         )
 
-    @classmethod
-    def of(cls, dataset: datasets.Dataset) -> "_Source":
-        # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy
-        # it all.
-        indices = dataset._indices
-        return cls(dataset.data.table, None if indices is None else indices.column(0).to_numpy().astype(np.int64))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tokens": None}
 
-    def batches(self, pieces: _Pieces, per_pack: Ints, borders: bool) -> Iterator[pa.RecordBatch]:
-        """Packs as record batches of about TOKENS_PER_BATCH tokens, as one document each without borders."""
-        last = np.cumsum(per_pack)
-        ends = np.concatenate([[0], np.cumsum(pieces.length)])[last]
-        pack = 0
-        while pack < len(per_pack):
-            done = ends[pack - 1] if pack else 0
-            until = max(pack + 1, int(np.searchsorted(ends, done + TOKENS_PER_BATCH, side="right")))
-            window = slice(last[pack - 1] if pack else 0, last[until - 1])
-            part = _Pieces(self.rows[pieces.row[window]], pieces.start[window], pieces.length[window])
-            offsets = pa.array(np.concatenate([[0], ends[pack:until] - done]), pa.int32())
-            if borders:
-                inner = np.concatenate([[0], np.cumsum(per_pack[pack:until])])
-                seq_lengths = part.length
-            else:
-                inner = np.arange(until - pack + 1)
-                seq_lengths = np.diff(offsets.to_numpy())
-            columns = [
-                pa.ListArray.from_arrays(offsets, self.ids.gather(part)),
-                pa.ListArray.from_arrays(offsets, self.labels.gather(part)),
-                pa.ListArray.from_arrays(pa.array(inner, pa.int32()), pa.array(seq_lengths, pa.int32())),
-            ]
-            yield pa.record_batch(columns, schema=self.schema)
-            pack = until
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, tokens=_tokens(state["source"]))
 
-    def report(
-        self,
-        plan: tuple[_Pieces, Ints, _Pieces],
-        seq_length: int,
-        strategy: str,
-        overflow: str,
-        batch_size: int,
-        end_token_ids: Collection[int] | None,
-    ) -> PackingReport:
-        pieces, per_pack, documents = plan
-        long = np.flatnonzero(self.lengths > seq_length)
-        lost = unlabelled = unfinished = 0
-        if overflow != "split" and len(long):
-            rows, lengths = self.rows[long], self.lengths[long]
-            room = np.full(len(long), 0 if overflow == "drop" else seq_length)
-            lost = int(self.labels.counts(_Pieces(rows, room, lengths - room)).sum())
-            if overflow == "cut":
-                kept = self.labels.counts(_Pieces(rows, np.zeros_like(room), room))
-                unlabelled = int((kept == 0).sum())
-                last = self.labels.at(rows, room - 1)
-                inside = (last != IGNORED) & (self.labels.at(rows, room) != IGNORED)
-                if end_token_ids is not None:
-                    inside = (last != IGNORED) & ~np.isin(last, list(end_token_ids))
-                unfinished = int(inside.sum())
-        starts = np.zeros(len(pieces.row), dtype=bool)
-        starts[(np.cumsum(per_pack) - per_pack) if strategy == "wrapped" else slice(None)] = True
-        later = np.flatnonzero(starts & (pieces.start > 0))
-        lost += int((self.labels.at(self.rows[pieces.row[later]], pieces.start[later]) != IGNORED).sum())
-        tokens = int(pieces.length.sum())
-        lengths = np.random.default_rng(0).permutation(documents.length)
-        lengths = np.pad(lengths, (0, -len(lengths) % batch_size)).reshape(-1, batch_size)
-        filled = (lengths > 0).sum(axis=1) * lengths.max(axis=1, initial=0)
-        return PackingReport(
-            strategy=strategy,
-            overflow=overflow,
-            seq_length=seq_length,
-            rows=len(self.lengths),
-            rows_empty=int((self.lengths == 0).sum()),
-            rows_cut=len(long) if overflow == "cut" else 0,
-            rows_split=len(np.unique(pieces.row[pieces.start > 0])),
-            rows_dropped=len(long) if overflow == "drop" else 0,
-            rows_unlabelled=unlabelled,
-            rows_unfinished=unfinished,
-            cut_tokens=int(self.lengths.sum()) - tokens,
-            labels_lost=lost,
-            documents=len(documents.row),
-            packs=len(per_pack),
-            tokens=tokens,
-            batch_size=batch_size,
-            padded_tokens=int(filled.sum()),
-        )
+    def __deepcopy__(self, memo: Any) -> "Packs":
+        return self  # `datasets` copies a format with each data set, and nothing here is ever changed
+
+
+# For hashing alone: without it, `datasets` would hash all tokens that are in memory.
+@pklregister(Packs)  # type: ignore[untyped-decorator]
+def _hash(pickler: Any, packs: Packs) -> None:
+    pickler.save_reduce(str, (f"{packs.fingerprint} {packs.arrays} {packs.pad_token_id}",), obj=packs)
+
+
+def _tokens(source: datasets.Dataset) -> Tokens:
+    # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy it all.
+    rows = source._indices
+    return Tokens(source.data, slice(None) if rows is None else rows.column(0).to_numpy().astype(np.int64))
+
+
+def _parts(values: NDArray[Any], bounds: Ints, filler: int) -> list[NDArray[Any]]:
+    fill = np.array([filler], dtype=values.dtype)
+    return [values[begin:end] if end > begin else fill for begin, end in pairwise(bounds.tolist())]
+
+
+def _lists(arrays: Iterable[NDArray[Any]]) -> list[Any]:
+    return [array.tolist() for array in arrays]
 
 
 def pack(
     dataset: datasets.Dataset | datasets.IterableDataset,
     seq_length: int,
-    strategy: Strategy = "bfd",
+    strategy: str = "bfd",
     *,
-    overflow: Overflow | None = None,
+    overflow: str | None = None,
     seed: int | None = 42,
     end_token_ids: Collection[int] | None = None,
     buffer_size: int = 10_000,
@@ -207,9 +117,9 @@ def pack(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Put tokenised documents together in rows of at most `seq_length` tokens.
 
-    The result goes to `SFTTrainer` with `packing=False, padding_free=True, max_length=None`: its collator
-    turns `seq_lengths` into position ids that restart at each document, and every attention backend keeps
-    documents apart by them. Other columns than those below do not survive packing.
+    The result goes to `SFTTrainer` with `padding_free=True, max_length=None, packing=False` and
+    `dataset_kwargs={"skip_prepare_dataset": True}`: its collator turns `seq_lengths` into position ids that restart
+    at each document, by which every attention backend keeps documents apart. No other columns survive packing.
 
     Args:
         dataset: rows with `input_ids` and `labels`, lists of whole numbers of the same length. Without
@@ -218,145 +128,159 @@ def pack(
         strategy: "bfd" is best-fit decreasing over the whole data set; "bfd_split" the same with long
             documents split; "wrapped" joins all documents and cuts every `seq_length` tokens, so that
             documents in one pack see each other and are cut in two; "none" keeps one document in each row.
-        overflow: a document longer than `seq_length` is "cut", "split" into several, or dropped with "drop".
-            The default is "split" for "bfd_split" and "wrapped", else "cut".
+        overflow: a document longer than `seq_length` is "cut", "split" into several, left out with "drop", cut at
+            its beginning with "keep_end", or loses its oldest turns so that the last answer stays with
+            "keep_answer". The default is "split" for "bfd_split" and "wrapped", else "cut".
         seed: decides which documents of one length meet, and the order of the packs; None keeps the source's
             order.
         end_token_ids: tokens that end an answer; with them the report tells an answer cut short from one
             that ends right at the cut.
         buffer_size: rows that a streaming data set packs at a time.
-        keep_in_memory: hold the packs in memory instead of an Arrow file; by default as the data set itself
-            is.
-        cache_file_name: the Arrow file to write; by default in the data set's cache, under its fingerprint.
+        keep_in_memory, cache_file_name: those of `flatten`; where one is given, the packs are written there.
 
     Returns:
-        A data set with `input_ids` and `labels` (dtypes of the source) and `seq_lengths` (int32), the
-        lengths of the documents in each pack. `pack_with_report` gives the counts too.
+        A data set with `input_ids` and `labels` (lists of whole numbers) and `seq_lengths`, the lengths of the
+        documents in each pack. It holds numbers of packs; tokens are gathered from `dataset` when a pack is read.
+        `pack_with_report` gives the counts too, `as_arrays` what a trainer reads fastest, `flatten` real packs.
 
     Raises:
         RecipeError: settings that are unknown or contradict each other.
         FormatError: rows that are not tokenised.
         LabelError: a row whose labels do not fit its tokens.
     """
+    settings: dict[str, Any] = {"overflow": overflow, "seed": seed, "end_token_ids": end_token_ids}
     if isinstance(dataset, datasets.IterableDataset):
-        overflow_ = _check_settings(seq_length, strategy, overflow)
-        return _pack_stream(dataset, seq_length, strategy, overflow_, seed, end_token_ids, buffer_size)
-    return pack_with_report(
-        dataset,
-        seq_length,
-        strategy,
-        overflow=overflow,
-        seed=seed,
-        end_token_ids=end_token_ids,
-        keep_in_memory=keep_in_memory,
-        cache_file_name=cache_file_name,
-    )[0]
+        check_settings(seq_length, strategy, overflow)
+        buffer = partial(pack_table, seq_length=seq_length, strategy=strategy, **settings)
+        names = dataset.column_names or list(next(iter(dataset)))
+        extra = [name for name in names if name not in COLUMNS]
+        stream = dataset.with_format("arrow")
+        return stream.map(buffer, batched=True, batch_size=buffer_size, remove_columns=extra).with_format(None)
+    packs, _ = pack_with_report(dataset, seq_length, strategy, **settings)
+    if keep_in_memory is None and cache_file_name is None:
+        return packs
+    return flatten(packs, keep_in_memory=bool(keep_in_memory), cache_file_name=cache_file_name)
 
 
 def pack_with_report(
     dataset: datasets.Dataset,
     seq_length: int,
-    strategy: Strategy = "bfd",
+    strategy: str = "bfd",
     *,
-    overflow: Overflow | None = None,
+    overflow: str | None = None,
     seed: int | None = 42,
     end_token_ids: Collection[int] | None = None,
     batch_size: int = 8,
-    keep_in_memory: bool | None = None,
-    cache_file_name: str | None = None,
+    drop_unlabelled: bool = False,
+    groups: NDArray[Any] | None = None,
 ) -> tuple[datasets.Dataset, PackingReport]:
     """`pack` for a data set that is not a stream, and what it did.
 
     Args:
         batch_size: rows per batch that the report's padding, steps and speed-up assume.
+        drop_unlabelled: leave out the rows of which no label is left.
+        groups: the group of each row; rows of different groups share no pack.
 
     The other arguments, the result and the errors are those of `pack`.
     """
-    overflow_ = _check_settings(seq_length, strategy, overflow)
-    source = _Source.of(dataset)
-    plan = _plan(source.lengths, seq_length, strategy, overflow_, seed)
-    report = source.report(plan, seq_length, strategy, overflow_, batch_size, end_token_ids)
-    batches = source.batches(plan[0], plan[1], borders=strategy != "wrapped")
-    settings = {"seq_length": seq_length, "strategy": strategy, "overflow": overflow_, "seed": seed}
-    fingerprint = update_fingerprint(dataset._fingerprint, "ma_sft.pack", settings)
-    in_memory = keep_in_memory if keep_in_memory is not None else not (dataset.cache_files or cache_file_name)
-    if in_memory:
-        # Without a fingerprint, `datasets` would hash every token in memory.
-        return datasets.Dataset(_to_memory(batches, source.schema, report.tokens), fingerprint=fingerprint), report
-    path = Path(cache_file_name or dataset._get_cache_file_path(fingerprint))
-    if not (path.exists() and cache_file_name is None and datasets.is_caching_enabled()):
-        with _atomic_file(path) as scratch, pa.OSFile(str(scratch), "wb") as sink:
-            _write(batches, source.schema, sink)
-    return datasets.Dataset.from_file(str(path)), report
+    names = [name for name in COLUMNS[:2] if name in dataset.column_names]
+    tokens = _tokens(dataset)
+    overflow = check_settings(seq_length, strategy, overflow)
+    kept = documents(tokens.lengths, seq_length, overflow, partial(tokens.last_answers, seq_length=seq_length))
+    labelled = kept
+    if drop_unlabelled:
+        labels = np.bincount(kept.row, weights=tokens.trained(kept), minlength=len(tokens.lengths))
+        labelled = kept.take(np.flatnonzero(labels[kept.row]))
+    plan = arrange(labelled, seq_length, strategy, seed, groups)
+    report = make_report(tokens, kept, plan, (strategy, overflow, seq_length), batch_size, end_token_ids)
+    # The fingerprint of the rows has no public name.
+    settings = (dataset._fingerprint, seq_length, strategy, overflow, seed, drop_unlabelled, groups)
+    numbers = pa.array(np.arange(len(plan.bounds) - 1))
+    fingerprint = Hasher.hash(settings)
+    packs = datasets.Dataset(pa.table(dict.fromkeys(COLUMNS, numbers)), fingerprint=fingerprint)
+    return packs.with_transform(Packs(dataset.select_columns(names), tokens, plan, fingerprint)), report
 
 
-def _write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, sink: pa.NativeFile) -> None:
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+def pack_table(
+    table: pa.Table, seq_length: int, strategy: str, drop_unlabelled: bool = False, **settings: Any
+) -> pa.Table:
+    """A buffer of a stream's rows, as a table of packs; what is cut or left out is logged."""
+    rows = datasets.Dataset(pa.table(table), fingerprint="buffer")
+    packs, report = pack_with_report(rows, seq_length, strategy, drop_unlabelled=drop_unlabelled, **settings)
+    if report.rows_cut or report.rows_dropped:
+        logger.warning(
+            "packing %d rows: %d cut (%d without a label, %d unfinished), %d dropped, %d empty",
+            *(report.rows, report.rows_cut, report.rows_unlabelled),
+            *(report.rows_unfinished, report.rows_dropped, report.rows_empty),
+        )
+    found = cast(Packs, packs_of(as_arrays(packs)))
+    return pa.table(found.read(np.arange(len(packs))), schema=found.features.arrow_schema)
 
 
-def _to_memory(batches: Iterable[pa.RecordBatch], schema: pa.Schema, tokens: int) -> pa.Table:
-    """The batches as one table, with all tokens of a column in one block: a large block gets huge pages."""
-    blocks = [np.empty(tokens, dtype=schema.field(name).type.value_type.to_pandas_dtype()) for name in COLUMNS]
-    parts, done = [], 0
-    for batch in batches:
-        columns = batch.columns
-        count = len(columns[0].values)
-        for number, block in enumerate(blocks):
-            block[done : done + count] = columns[number].values.to_numpy()
-            values = pa.array(block[done : done + count])
-            columns[number] = pa.ListArray.from_arrays(columns[number].offsets, values)
-        parts.append(pa.record_batch(columns, schema=schema))
-        done += count
-    return pa.Table.from_batches(parts, schema=schema)
+def packs_of(dataset: datasets.Dataset) -> Packs | None:
+    """What `pack` put into a data set, None for others."""
+    transform = dataset.format["format_kwargs"].get("transform")
+    return transform if isinstance(transform, Packs) else None
 
 
-@contextmanager
-def _atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a scratch file that becomes `target` when the block ends well: processes may race."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        yield scratch
-        scratch.chmod(0o644)
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+def as_arrays(dataset: Any) -> Any:
+    """The same rows as NumPy arrays, of which a collator makes tensors several times as fast as of lists.
+
+    A stream is given back as it is.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    packs = packs_of(dataset)
+    return dataset.with_transform(replace(packs, arrays=True)) if packs else dataset.with_format("numpy")
 
 
-def _pack_stream(
-    dataset: datasets.IterableDataset,
-    seq_length: int,
-    strategy: Strategy,
-    overflow: str,
-    seed: int | None,
-    end_token_ids: Collection[int] | None,
-    buffer_size: int,
-) -> datasets.IterableDataset:
-    def pack_buffer(table: pa.Table) -> pa.Table:
-        source = _Source(table)
-        plan = _plan(source.lengths, seq_length, strategy, overflow, seed)
-        report = source.report(plan, seq_length, strategy, overflow, 1, end_token_ids)
-        if report.rows_cut or report.rows_dropped:
-            logger.warning(
-                "packing %d rows: %d cut (%d without a label, %d unfinished), %d dropped, %d empty",
-                report.rows,
-                report.rows_cut,
-                report.rows_unlabelled,
-                report.rows_unfinished,
-                report.rows_dropped,
-                report.rows_empty,
-            )
-        batches = source.batches(plan[0], plan[1], borders=strategy != "wrapped")
-        return pa.Table.from_batches(list(batches), schema=source.schema)
+def lengths(dataset: datasets.Dataset) -> Ints:
+    """The number of tokens in each pack, or in each row of a data set without packs; int64, shape (rows,)."""
+    packs = packs_of(dataset)
+    if packs is None:
+        return _tokens(dataset).lengths
+    tokens = np.concatenate([[0], np.cumsum(packs.plan.pieces.length)])[packs.plan.bounds]
+    return cast(Ints, np.diff(tokens)[dataset.with_format("numpy")["input_ids"][:]])
 
-    names = dataset.column_names or list(next(iter(dataset)))
-    packed = dataset.with_format("arrow").map(
-        pack_buffer,
-        batched=True,
-        batch_size=buffer_size,
-        remove_columns=[n for n in names if n not in COLUMNS],
+
+def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.Dataset:
+    """The packs, and `count` more of one padding token without a label."""
+    packs = cast(Packs, packs_of(dataset))
+    bounds = packs.plan.bounds
+    plan = replace(packs.plan, bounds=np.append(bounds, bounds[-1]))
+    empty = datasets.Dataset.from_dict(dict.fromkeys(COLUMNS, [len(bounds) - 1] * count))
+    filled = datasets.concatenate_datasets([dataset.with_format(None), empty])
+    fingerprint = Hasher.hash((packs.fingerprint, "filled"))
+    return filled.with_transform(replace(packs, plan=plan, fingerprint=fingerprint, pad_token_id=pad_token_id))
+
+
+def flatten(
+    packed: datasets.Dataset, *, keep_in_memory: bool = False, cache_file_name: str | None = None
+) -> datasets.Dataset:
+    """Real packs: the tokens of `pack`'s result once more, in one Arrow file, in the order of the packs.
+
+    Args:
+        packed: the result of `pack`.
+        keep_in_memory: hold them in memory; a data set in memory stays there anyway.
+        cache_file_name: the file to write; by default beside the rows, where the same call finds it again.
+
+    Returns:
+        `input_ids`, `labels` (dtypes of the rows) and `seq_lengths` (int32).
+    """
+    packs = cast(Packs, packs_of(packed))
+    name = Hasher.hash((packed._fingerprint, "flatten"))
+    if not keep_in_memory and cache_file_name is None and (files := packs.source.cache_files):
+        cache_file_name = str(Path(files[0]["filename"]).with_name(f"packs-{name}.arrow"))
+    return (
+        as_arrays(packed)
+        .map(
+            dict,
+            batched=True,
+            features=packs.features,
+            keep_in_memory=keep_in_memory,
+            cache_file_name=cache_file_name,
+            new_fingerprint=name,
+            desc="writing packs",
+        )
+        .with_format(None)
     )
-    return packed.with_format(None)

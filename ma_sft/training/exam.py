@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
@@ -102,6 +102,8 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
         dataset: columns `input_ids` and `labels`.
         sources: the source of each row.
     """
+    from ma_sft.training.processes import fill_up
+
     sums: list[torch.Tensor] = []
     accelerator, fresh = trainer.accelerator, not trainer.accelerator._models
     forward = trainer.model.__dict__.get("forward")  # TRL's, if the model is no PeftModel around it
@@ -118,12 +120,9 @@ def held_out_loss(trainer: "SFTTrainer", dataset: Dataset, sources: Sequence[str
     try:
         for source in dict.fromkeys(sources):
             rows = dataset.select([i for i, name in enumerate(sources) if name == source])
-            if world > 1 and (fill := -len(rows) % (world * trainer.args.per_device_eval_batch_size)):
-                unlabelled = {
-                    "input_ids": [rows[0]["input_ids"]] * fill,
-                    "labels": [[-100] * len(rows[0]["labels"])] * fill,
-                }
-                rows = concatenate_datasets([rows, Dataset.from_dict(unlabelled, features=rows.features)])
+            if world > 1:
+                batch = world * trainer.args.per_device_eval_batch_size
+                rows = fill_up(rows, batch, trainer.processing_class.pad_token_id)
             sums.clear()
             trainer.evaluate(rows, metric_key_prefix=f"eval_{source}")
             found[source] = torch.stack(sums).sum(0)

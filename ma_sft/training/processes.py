@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -112,18 +113,19 @@ def digest(*datasets: "Dataset | IterableDataset | None") -> str:
     """
     from datasets import Dataset, IterableDataset
 
+    from ma_sft.packing.view import as_arrays
+
     content = hashlib.sha256()
     for dataset in datasets:
         if dataset is None:
             continue
         if isinstance(dataset, IterableDataset):
             dataset = Dataset.from_list(list(dataset.take(100)))
-        for batch in dataset.with_format("arrow").iter(batch_size=10_000):
-            for column in sorted(batch.column_names):
-                values = batch[column].combine_chunks()
+        for batch in as_arrays(dataset).iter(batch_size=1000):
+            for column in sorted(batch):
                 content.update(column.encode())
-                content.update(values.value_lengths().to_numpy().tobytes())
-                content.update(values.flatten().to_numpy().tobytes())
+                content.update(np.array([len(row) for row in batch[column]]).tobytes())
+                content.update(np.concatenate(batch[column]).tobytes())
     return content.hexdigest()
 
 
@@ -149,9 +151,13 @@ def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: i
     """
     from datasets import Dataset, concatenate_datasets
 
+    from ma_sft.packing.view import fill, packs_of
+
     missing = -len(dataset) % multiple if isinstance(dataset, Dataset) else 0
     if not missing:
         return dataset
-    row = {"input_ids": [pad_token_id], "labels": [-100], "seq_lengths": [1]}
+    if packs_of(dataset):
+        return fill(dataset, missing, pad_token_id)
+    row = {"input_ids": [pad_token_id], "labels": [-100]}
     rows = {name: [row[name]] * missing for name in dataset.column_names}
     return concatenate_datasets([dataset, Dataset.from_dict(rows, features=dataset.features)])

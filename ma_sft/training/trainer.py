@@ -31,6 +31,7 @@ def make_trainer(
     from trl import get_quantization_config
 
     from ma_sft.hub import explain, model_folder
+    from ma_sft.packing.view import as_arrays
     from ma_sft.training.adapters import (
         CHANGE_BASE,
         add_loraplus,
@@ -49,8 +50,10 @@ def make_trainer(
 
     training, model = settings.training, settings.model
     model.attn_implementation = available_attention(model.attn_implementation)
-    training.padding_free = training.packing and training.packing_strategy != "wrapped"
+    packs = (training.packing or training.eval_packing) and training.packing_strategy != "wrapped"
+    training.padding_free = training.padding_free or bool(packs)
     training.packing, training.max_length, training.chat_template_path = False, None, None
+    training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
     training.model_init_kwargs = {
         "use_safetensors": True,
         "attn_implementation": model.attn_implementation,
@@ -64,15 +67,17 @@ def make_trainer(
         raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
     if model.load_in_8bit:  # one line a layer and step on how its input is cast
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    batch = training.world_size * training.per_device_train_batch_size
+    if not training.dataloader_drop_last:
+        batch = training.world_size * training.per_device_train_batch_size
+        train = fill_up(train, batch, tokenizer.pad_token_id)
     name, revision = str(model.model_name_or_path), model.model_revision
     folder = model_folder(name, revision, weights=True, code=training.trust_remote_code)
     try:
         trainer = ResumableTrainer(
             with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else str(folder),
             args=training,
-            train_dataset=fill_up(train, batch, tokenizer.pad_token_id),
-            eval_dataset=held_out,
+            train_dataset=as_arrays(train),
+            eval_dataset=as_arrays(held_out) if held_out else None,
             processing_class=tokenizer,
             quantization_config=None if added_tokens else quantization,
             peft_config=peft,
