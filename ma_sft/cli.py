@@ -324,7 +324,7 @@ def _plan(options: argparse.Namespace) -> None:
     from ma_sft.tools.memory import plan, show_plan
 
     recipe = Recipe.load(options.recipe)
-    if options.gpus and not {"fp16", "--fp16"} & {*recipe.settings, *options.rest}:
+    if options.gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
     settings = recipe.resolve(options.rest)
     load_tokenizer(settings)

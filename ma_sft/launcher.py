@@ -1,15 +1,12 @@
-"""What `accelerate launch` asked for, and whether this machine has it."""
+"""What `accelerate launch` and the settings ask for, and whether this machine has it."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from ma_sft.errors import RunError
-
-if TYPE_CHECKING:
-    pass
+from ma_sft.errors import RecipeError, RunError
 
 
 def wants_gpu() -> bool:
@@ -47,3 +44,57 @@ def check_launch(use_cpu: bool) -> None:
             f"{processes} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
             f"pass --num_processes {gpus} (make: GPUS={gpus})"
         )
+
+
+def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
+    """Make the optimiser's and the scheduler's settings and look for kernels, before any data is prepared.
+
+    Args:
+        training: TRL's `SFTConfig`.
+        model: TRL's `ModelConfig`.
+        chosen: what was set by hand: nothing is imported for what is not.
+
+    Raises:
+        RecipeError: a package that is missing, arguments that are missing or wrong, attention that does not exist.
+    """
+    from transformers import get_scheduler
+    from transformers.utils.import_utils import is_kernels_available, is_liger_kernel_available
+
+    try:
+        if {"optim", "optim_args"} & set(chosen):
+            _make_optimizer(training)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"optim={training.optim.value}: {_one_line(error)}") from None
+    kwargs = training.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        steps = {"num_warmup_steps": 1, "num_training_steps": 10**9}
+        get_scheduler(training.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError) as error:
+        name = training.lr_scheduler_type.value
+        raise RecipeError(f"lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}: {_one_line(error)}") from None
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
+    if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
+        raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
+    attention = model.attn_implementation
+    if attention not in (None, "eager") and "/" not in attention:
+        from transformers import AttentionInterface
+
+        known = sorted(AttentionInterface().valid_keys())
+        if attention not in known:
+            raise RecipeError(f"attn_implementation: {attention!r} does not exist; one of eager, {', '.join(known)}")
+
+
+def _make_optimizer(training: Any) -> None:
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ValueError as error:
+        if "model" not in str(error):  # some want the model, which is not loaded yet
+            raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

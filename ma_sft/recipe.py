@@ -1,186 +1,150 @@
 """What a fine-tune is made of: data and settings. Every setting is a keyword, a flag and a YAML key alike.
 
-The settings are those of TRL's `SFTConfig` and `ModelConfig` plus the dataclasses below, one a stage,
-parsed by TRL's `TrlParser`: who knows `trl sft` knows our flags. Later wins: TRL's default, ours, the
-recipe, `--config file.yaml`, flags.
+The settings are those of TRL's `SFTConfig` and `ModelConfig` plus the dataclasses below, one a stage: who knows
+`trl sft` knows our flags. Later wins: TRL's default, ours, the recipe, `--config file.yaml`, flags. `ma_sft.settings`
+says what each accepts.
 """
 
 import argparse
-import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ma_sft.errors import RecipeError
+from ma_sft.settings import PRESET, Chosen, Setting, nearest, settings_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
+
+
+def setting(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field with its default, its text in `ma-sft settings` and, if it is not free, its choices."""
+    metadata = {"help": help, **({"choices": list(choices)} if choices else {})}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RowsConfig:
     """Where the rows come from, and which of them are used."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "One source: a hub id, a file, a glob, or a folder. See docs/formats.md."}
+    dataset_name: str | None = setting(None, "One source: a hub id, a file, a glob, or a folder. See docs/formats.md.")
+    datasets: list[str] = setting(
+        [], "Several sources: each a path or hub id, or a mapping with path, format, weight, ..."
     )
-    datasets: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Several sources: each a path or hub id, or a mapping with path, format, weight, ..."},
+    eval_dataset: list[str] = setting([], "Held-out rows: sources like those of datasets, measured one by one.")
+    test_size: float | None = setting(
+        None, "Hold out this share (below 1) or number of rows; duplicates stay together."
     )
-    eval_dataset: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out rows: sources like those of datasets, measured one by one."}
+    test_near_duplicates: float | None = setting(
+        None, "Similarity from which near duplicates stay on one side of the split."
     )
-    test_size: float | None = field(
-        default=None, metadata={"help": "Hold out this share (below 1) or number of rows; duplicates stay together."}
+    filters: dict[str, Any] | str | None = setting(
+        None, "Rows to leave out, e.g. '{\"exact_duplicates\": true}'. See docs/formats.md."
     )
-    test_near_duplicates: float | None = field(
-        default=None, metadata={"help": "Similarity from which near duplicates stay on one side of the split."}
+    stopping_strategy: str = setting(
+        "first_exhausted",
+        "For sources with weights: stop when one runs dry, or repeat rows until all were seen.",
+        ["first_exhausted", "all_exhausted"],
     )
-    filters: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Rows to leave out, e.g. '{\"exact_duplicates\": true}'. See docs/formats.md."}
-    )
-    stopping_strategy: str = field(
-        default="first_exhausted",
-        metadata={
-            "help": "For sources with weights: stop when one runs dry, or repeat rows until all were seen.",
-            "choices": ["first_exhausted", "all_exhausted"],
-        },
-    )
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows while training; needs max_steps."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split of eval_dataset, if it has several."})
-    dataset_format: str | None = field(
-        default=None, metadata={"help": "Format of the rows, where detection by columns is not wanted."}
-    )
-    on_error: str = field(
-        default="raise",
-        metadata={"help": "What to do with a broken row: stop, or count and skip it.", "choices": ["raise", "skip"]},
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System message for conversations that have none."}
-    )
+    dataset_streaming: bool = setting(False, "Read rows while training; needs max_steps.")
+    dataset_config: str | None = setting(None, "Configuration of a hub data set, for sources that name none.")
+    dataset_train_split: str = setting("train", "Split of a hub data set to train on.")
+    dataset_test_split: str = setting("test", "Split of eval_dataset, if it has several.")
+    dataset_format: str | None = setting(None, "Format of the rows, where detection by columns is not wanted.")
+    on_error: str = setting("raise", "What to do with a broken row: stop, or count and skip it.", ["raise", "skip"])
+    system_prompt: str | None = setting(None, "System message for conversations that have none.")
 
 
 @dataclass
 class LabelsConfig:
     """How rows become token ids and labels, and that these are proven."""
 
-    template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, a .jinja file."
-        },
+    template: str | None = setting(
+        None, "Chat template: the tokenizer's own (default), chatml, question-answer, role-tags, a .jinja file."
     )
-    template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Variables for the chat template, e.g. '{\"enable_thinking\": false}'."}
+    template_kwargs: dict[str, Any] | str | None = setting(
+        None, "Variables for the chat template, e.g. '{\"enable_thinking\": false}'."
     )
-    train_on: str = field(
-        default="all", metadata={"help": "Train every assistant turn, or the last one.", "choices": ["all", "last"]}
+    train_on: str = setting("all", "Train every assistant turn, or the last one.", ["all", "last"])
+    history: str = setting(
+        "split",
+        "A turn that the template rewrites in history is trained in a sequence of its own, or masked.",
+        ["split", "mask"],
     )
-    history: str = field(
-        default="split",
-        metadata={
-            "help": "A turn that the template rewrites in history is trained in a sequence of its own, or masked.",
-            "choices": ["split", "mask"],
-        },
+    response_template: str | None = setting(
+        None, "Find labels by this text with DataCollatorForCompletionOnlyLM; needs formatting_func."
     )
-    response_template: str | None = field(
-        default=None,
-        metadata={"help": "Find labels by this text with DataCollatorForCompletionOnlyLM; needs formatting_func."},
+    instruction_template: str | None = setting(
+        None, "Text that begins a user turn, for multi-turn rows with response_template."
     )
-    instruction_template: str | None = field(
-        default=None, metadata={"help": "Text that begins a user turn, for multi-turn rows with response_template."}
+    formatting_func: str | None = setting(
+        None, "Function row -> text for the classic path: module:function, or question-answer."
     )
-    formatting_func: str | None = field(
-        default=None,
-        metadata={"help": "Function row -> text for the classic path: module:function, or question-answer."},
+    overflow: str | None = setting(
+        None,
+        "A sequence longer than max_length: cut its end (default; bfd_split and wrapped split) or its beginning "
+        "(keep_end), split it, drop it, or keep_answer: the oldest turns go first.",
+        ["cut", "split", "drop", "keep_answer", "keep_end"],
     )
-    overflow: str | None = field(
-        default=None,
-        metadata={
-            "help": "A sequence longer than max_length: cut its end (default; bfd_split and wrapped split) or its "
-            "beginning (keep_end), split it, drop it, or keep_answer: the oldest turns go first.",
-            "choices": ["cut", "split", "drop", "keep_answer", "keep_end"],
-        },
-    )
-    check: bool = field(default=True, metadata={"help": "Prove the labels before training; wrong ones stop the run."})
+    check: bool = setting(True, "Prove the labels before training; wrong ones stop the run.")
 
 
 @dataclass
 class AdapterConfig:
     """What of the model is trained, beside the `lora_*` settings of TRL's `ModelConfig`."""
 
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on with this adapter (a run's folder, or an adapter's); its own settings, no lora_* ones."
-        },
+    adapter_name_or_path: str | None = setting(
+        None, "Go on with this adapter (a run's folder, or an adapter's); its own settings, no lora_* ones."
     )
-    lora_preset: str = field(
-        default="all-linear",
-        metadata={
-            "help": "Modules that LoRA adapts, unless lora_target_modules is set.",
-            "choices": ["mini", "attention", "all-linear"],
-        },
+    lora_preset: str = setting(
+        "all-linear",
+        "Modules that LoRA adapts, unless lora_target_modules is set.",
+        ["mini", "attention", "all-linear"],
     )
-    lora_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": 'Any field of peft.LoraConfig by name, e.g. \'{"init_lora_weights": "pissa"}\'.'},
+    lora_config: dict[str, Any] | str | None = setting(
+        None, 'Any field of peft.LoraConfig by name, e.g. \'{"init_lora_weights": "pissa"}\'.'
     )
-    loraplus_lr_ratio: float | None = field(
-        default=None, metadata={"help": "LoRA+: the learning rate of every B is this many times that of A."}
+    loraplus_lr_ratio: float | None = setting(None, "LoRA+: the learning rate of every B is this many times that of A.")
+    freeze: list[str] = setting(
+        [], "Full fine-tuning: parameters whose name one of these regular expressions finds stay as is."
     )
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Full fine-tuning: parameters whose name one of these regular expressions finds stay as is."},
+    full_learning_rate: float | None = setting(
+        None, "Learning rate for full fine-tuning, where the recipe's learning_rate is meant for adapters."
     )
-    full_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate for full fine-tuning, where the recipe's learning_rate is meant for adapters."
-        },
-    )
-    merge: bool = field(default=True, metadata={"help": "Merge the adapter into the base model when training is done."})
+    merge: bool = setting(True, "Merge the adapter into the base model when training is done.")
 
 
 @dataclass
 class ExamConfig:
     """What held-out rows are asked before and after training."""
 
-    generate_eval: int = field(
-        default=0, metadata={"help": "Held-out answers to generate before and after training (-1: all)."}
+    generate_eval: int = setting(0, "Held-out answers to generate before and after training (-1: all).")
+    metric: str = setting(
+        "exact-match",
+        "How answers are graded: exact-match, or module:function, (answer, reference) -> a number or bool.",
     )
-    metric: str = field(
-        default="exact-match",
-        metadata={
-            "help": "How answers are graded: exact-match, or module:function, (answer, reference) -> a number or bool."
-        },
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to generate, in tokens."})
+    max_new_tokens: int = setting(128, "Longest answer to generate, in tokens.")
 
 
 @dataclass
 class RunConfig:
     """The run and its folder."""
 
-    name: str | None = field(default=None, metadata={"help": "Name of the run; its folder is runs/<name>."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in the output folder."}
-    )
-    resume: str = field(
-        default="auto",
-        metadata={
-            "help": "Go on with an unfinished run of the same recipe from its newest whole checkpoint, or start anew.",
-            "choices": ["auto", "never"],
-        },
+    name: str | None = setting(None, "Name of the run; its folder is runs/<name>.")
+    overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in the output folder.")
+    resume: str = setting(
+        "auto",
+        "Go on with an unfinished run of the same recipe from its newest whole checkpoint, or start anew.",
+        ["auto", "never"],
     )
 
 
-STAGES = (RowsConfig, LabelsConfig, AdapterConfig, ExamConfig, RunConfig)
+STAGES = {"rows": RowsConfig, "labels": LabelsConfig, "adapter": AdapterConfig, "exam": ExamConfig, "run": RunConfig}
 
 
 @dataclass
@@ -200,8 +164,8 @@ class Settings:
 class Recipe:
     """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.
 
-    Any field of the dataclasses above, TRL's `SFTConfig` or TRL's `ModelConfig` is a keyword. Nothing heavy is
-    imported and nothing is checked until `resolve`.
+    Any field of the dataclasses above, TRL's `SFTConfig` or TRL's `ModelConfig` is a keyword. Sources may be paths,
+    mappings or `datasets` objects. Nothing heavy is imported and nothing is checked until `resolve`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -230,105 +194,116 @@ class Recipe:
         return recipe
 
     def resolve(self, args: Sequence[str] = ()) -> Settings:
-        """Merge the recipe, `--config file.yaml` and flags into TRL's dataclasses.
+        """Merge the recipe, `--config` files and flags into one mapping, and that into the stages' dataclasses.
 
         Raises:
-            RecipeError: an unknown key (with the nearest right one) or a wrong value.
+            RecipeError: an unknown key (with the nearest right one), a wrong value, or a setting that would do
+                nothing; also a package that a setting needs and this machine lacks.
+            RunError: the launcher asks for what this machine has not.
         """
-        from trl import ModelConfig, SFTConfig, TrlParser
+        from trl import TrlParser
 
-        from ma_sft.launcher import check_launch
+        from ma_sft.launcher import check_installed, check_launch
 
-        args = [a for a in args if not a.startswith("--local_rank")]  # the DeepSpeed launcher adds it
-        chosen = dict(self.settings)
-        if "--config" in args:
-            at = list(args).index("--config")
-            if at + 1 == len(args):
-                raise RecipeError("--config needs a YAML file")
-            chosen |= read_yaml(Path(args[at + 1]))
-            args = [*args[:at], *args[at + 2 :]]
-
-        class Parser(TrlParser):  # type: ignore[misc]
-            def error(self, message: str) -> NoReturn:
-                raise RecipeError(message.removeprefix("argument "))
-
-        parser = Parser((*STAGES, SFTConfig, ModelConfig), allow_abbrev=False)
-        actions = {action.dest: action for action in parser._actions}
-        for key, value in chosen.items():
-            if key not in actions:
-                raise RecipeError(f"unknown setting {key!r}{nearest(key, actions)}")
-            _check_value(key, value, actions[key])
-        parser.set_defaults_with_config(**{**_our_defaults(chosen, args), **chosen})
-        values, unknown = parser.parse_known_args(list(args))
-        if unknown:
-            key = unknown[0].lstrip("-").split("=")[0]
-            raise RecipeError(f"unknown setting {unknown[0]!r}{nearest(key, actions)}")
-        check_launch(values.use_cpu)
-        try:
-            parsed = parser.parse_args_into_dataclasses(args=list(args))
-        except (ValueError, TypeError) as error:
-            raise RecipeError(" ".join(str(error).split())) from error
-        rows, labels, adapter, exam, run, training, model = parsed
-        _check_trackers(training.report_to)
-        flags = {a.removeprefix("--").split("=")[0] for a in args if a.startswith("--")}
-        for key in flags & set(actions):
-            chosen[key] = next(getattr(c, key) for c in parsed if hasattr(c, key))
-        if adapter.full_learning_rate is not None and not model.use_peft and "learning_rate" not in flags:
-            training.learning_rate = adapter.full_learning_rate
-        if not model.model_name_or_path:
+        known = known_settings()
+        flags = read_flags(args, known)
+        files = flags.pop("config", [])
+        chosen = Chosen(known)
+        for layer, said in enumerate([self.settings, *(read_yaml(Path(file)) for file in files), flags]):
+            chosen.add(layer, said)
+        values = with_defaults(chosen, known)
+        if not values["model_name_or_path"]:
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
-        if not (rows.dataset_name or rows.datasets):
+        if not (values["dataset_name"] or values["datasets"]):
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
-        if rows.dataset_name and rows.datasets and "dataset_name" in flags:
-            rows.datasets = []  # a flag replaces the recipe's sources
-        return Settings(rows, labels, adapter, exam, run, training, model, chosen)
+        check_launch(values["use_cpu"])
+        try:
+            parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
+        except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+            raise RecipeError(" ".join(str(error).split())) from error
+        chosen.refuse_what_does_nothing(values)
+        settings = Settings(*parsed, chosen=chosen.values)  # type: ignore[misc]  # mypy counts the unpacked ones as all
+        _check_trackers(settings.training.report_to)
+        check_installed(settings.training, settings.model, chosen.values)
+        return settings
+
+
+def _stages() -> dict[str, type]:
+    from trl import ModelConfig, SFTConfig
+
+    return {**STAGES, "training": SFTConfig, "model": ModelConfig}
+
+
+def known_settings() -> dict[str, Setting]:
+    """Every setting of a recipe by name: the fields of our dataclasses, and of TRL's."""
+    return settings_of(_stages())
 
 
 def all_settings() -> dict[str, dict[str, Any]]:
-    """Every setting of a recipe: name -> `help`, `default` and `choices` (None if it is free)."""
-    from trl import ModelConfig, SFTConfig, TrlParser
-
-    parser = TrlParser((*STAGES, SFTConfig, ModelConfig), allow_abbrev=False)
-    parser.set_defaults_with_config(**_our_defaults({}, []))
+    """Every setting of a recipe: name -> `stage`, `class`, `help`, the `default` that holds here, and `choices`."""
+    known = known_settings()
+    defaults = with_defaults(Chosen(known), known)
     return {
-        action.dest: {
-            "help": " ".join((action.help or "").split()),
-            "default": action.default,
-            "choices": list(action.choices) if action.choices else None,
+        name: {
+            "stage": what.stage,
+            "class": what.kind,
+            "help": what.help,
+            "default": defaults[name],
+            "choices": list(what.choices) or None,
         }
-        for action in parser._actions
-        if action.dest not in ("help", "config")
+        for name, what in known.items()
     }
 
 
-def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
-    """Defaults that depend on the machine or differ from TRL's."""
+def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, Any]:
+    """Split a command line into settings: name -> text, or a list of texts. Dashes do for underscores; the last wins.
+
+    Raises:
+        RecipeError: an unknown flag (with the nearest right one), or one without its value.
+    """
+
+    class Flags(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise RecipeError(message.removeprefix("argument "))
+
+    parser = Flags(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", action="append", nargs="?", const="", help="a YAML file of settings")
+    for name, what in known.items():
+        both = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        help = f"{what.help} (default: {what.default})".replace("%", "%%")
+        if bool in what.kinds:
+            parser.add_argument(*both, dest=name, nargs="?", const="true", help=help)
+            no = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+            parser.add_argument(*no, dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(*both, dest=name, nargs="+" if what.kinds == (list,) else None, help=help)
+    found, unknown = parser.parse_known_args(list(args))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise RecipeError(f"unknown setting {flag!r}{nearest(flag.lstrip('-').replace('-', '_'), known)}")
+    flags = vars(found)
+    flags.pop("local_rank", None)  # the DeepSpeed launcher adds it
+    return flags
+
+
+def with_defaults(chosen: Chosen, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """All settings' values: TRL's default, ours (which may depend on the machine and on what was chosen), the chosen.
+
+    Where we have a default of our own, null stands for it.
+    """
     import torch
 
     from ma_sft.launcher import cpu_deepspeed, wants_gpu
 
-    def given(key: str) -> Any:
-        """What the recipe or, before it, a flag says; flags are still text here."""
-        for at, arg in enumerate(args):
-            if arg == f"--{key}":
-                value = args[at + 1] if at + 1 < len(args) else ""
-                return value if value and not value.startswith("--") else "true"
-            if arg.startswith(f"--{key}="):
-                return arg.partition("=")[2]
-        return chosen.get(key)
-
-    def on(key: str) -> bool:
-        return str(given(key)).lower() in ("true", "1", "yes", "y", "t")
-
+    given = chosen.values.get
     name = given("name") or "sft"
-    if given("bf16") is not None:
-        bf16 = on("bf16")
-    elif torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported() and not on("fp16")
-    else:
-        bf16 = torch.cpu._is_avx512_bf16_supported() and not on("fp16") and not wants_gpu()
-    lora, quantised = on("use_peft"), on("load_in_4bit") or on("load_in_8bit")
-    return {
+    lora, quantised = given("use_peft"), given("load_in_4bit") or given("load_in_8bit")
+    bf16 = given("bf16")
+    if bf16 is None and not given("fp16"):
+        gpu = torch.cuda.is_available()
+        bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported() and not wants_gpu()
+    ours: dict[str, Any] = {
+        **{key: accepted[0] for key, (accepted, _) in PRESET.items()},
         "output_dir": f"runs/{name}",
         "bf16": bool(bf16),
         "use_cpu": not torch.accelerator.is_available() and not wants_gpu(),
@@ -343,8 +318,14 @@ def _our_defaults(chosen: dict[str, Any], args: Sequence[str]) -> dict[str, Any]
         # A tenth for full fine-tuning: https://thinkingmachines.ai/blog/lora
         "learning_rate": 2e-4 if lora else 2e-5,
         # QLoRA, https://arxiv.org/abs/2305.14314: double quantisation, 8-bit optimiser states that can leave the GPU
-        **({"use_bnb_nested_quant": on("load_in_4bit"), "optim": "paged_adamw_8bit"} if quantised else {}),
+        **({"use_bnb_nested_quant": bool(given("load_in_4bit")), "optim": "paged_adamw_8bit"} if quantised else {}),
     }
+    set_by_hand = {key: value for key, value in chosen.values.items() if value is not None or key not in ours}
+    values = {key: what.default for key, what in known.items()} | ours | set_by_hand
+    full = values["full_learning_rate"]
+    if full is not None and not lora and chosen.layer.get("learning_rate", 0) < chosen.flags:
+        values["learning_rate"] = full
+    return values
 
 
 def _check_trackers(report_to: Sequence[str]) -> None:
@@ -361,8 +342,16 @@ def _check_trackers(report_to: Sequence[str]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML or JSON file.
+
+    Raises:
+        RecipeError: no such file, not valid, or no mapping.
+    """
     import yaml
 
+    path = path.expanduser()
+    if str(path) == ".":
+        raise RecipeError("--config needs a YAML file")
     if not path.is_file():
         raise RecipeError(f"the config file {str(path)!r} does not exist")
     try:
@@ -372,20 +361,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
     return content
-
-
-def nearest(key: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "; `ma-sft settings` lists them all"
-
-
-def _check_value(key: str, value: Any, action: argparse.Action) -> None:
-    """argparse checks neither the choices of a default nor, unless it is text, its type."""
-    if value is None:
-        return
-    if action.choices is not None and value not in action.choices:
-        raise RecipeError(f"{key}: one of {list(action.choices)} expected, found {value!r}")
-    if action.type in (int, float) and action.nargs is None and not isinstance(value, str):
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or (action.type is int and value != int(value)):
-            raise RecipeError(f"{key}: {action.type.__name__} expected, found {value!r}")

@@ -54,6 +54,7 @@ def make_trainer(
     training.padding_free = training.padding_free or bool(packs)
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    training.assistant_only_loss = training.shuffle_dataset = False  # labels and order are made
     training.model_init_kwargs = {
         "use_safetensors": True,
         "attn_implementation": model.attn_implementation,
