@@ -7,7 +7,6 @@ at all rows: they hold some 150 bytes for each row in memory, never its text; Mi
 import itertools
 import json
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,8 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from ma_sft.data.code import code_of
-from ma_sft.data.formats import Message, load_function
+from ma_sft.data.functions import load_function
+from ma_sft.data.turns import Message
 from ma_sft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 EXAMPLES = 5  # kept of each filter
+
+
+PATTERN_SECONDS = 5  # that a regular expression may take for one answer
 
 
 NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
@@ -65,6 +68,7 @@ class Stage:
     seconds: float = 0.0
     removed: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)  # columns that a conversion did not read, with an example
 
     def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
         if count:
@@ -151,13 +155,13 @@ class Filters:
         shown: Any = None
         try:
             for shown in self.refusals if isinstance(self.refusals, list) else ():
-                re.compile(shown)
+                regex.compile(shown)
             for shown, share in (self.scripts or {}).items():
                 regex.compile(rf"\p{{{shown}}}")
                 low, high = share if isinstance(share, list | tuple) else (share, 1)
                 if not 0 <= low <= high <= 1:
                     raise ValueError(f"shares from 0 to 1 expected, found {share!r}")
-        except (re.error, regex.error, TypeError, ValueError, AttributeError) as error:
+        except (regex.error, TypeError, ValueError, AttributeError) as error:
             raise RecipeError(f"filters: {shown!r}: {' '.join(str(error).split())}") from None
 
     @property
@@ -185,7 +189,7 @@ class RowFilters:
         self.filters, self.grams = filters, grams
         self.code = code_of(filters.function)  # when it changes, `datasets` must not find what it gave before
         refusals = REFUSALS if filters.refusals is True else filters.refusals or ()
-        self.refusals = [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
+        self.refusals = [regex.compile(pattern, regex.IGNORECASE) for pattern in refusals]
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         rows = list(conversations(batch))
@@ -221,7 +225,7 @@ class RowFilters:
                     return "trivial", "the answer repeats the question"
         for pattern in self.refusals:
             for _, text in answers:
-                if match := pattern.search(text):
+                if match := _search(pattern, text):
                     return "refusals", f"{match.group()[:60]!r}"
         text = "\n".join(m["content"] for m in messages if m["role"] in ("user", "assistant"))
         for script, share in (f.scripts or {}).items():
@@ -238,6 +242,16 @@ class RowFilters:
                 if at < len(self.grams) and self.grams[at] == gram:
                     return "contamination", f"shares {words!r}"
         return "", ""
+
+
+def _search(pattern: "regex.Pattern[str]", text: str) -> "regex.Match[str] | None":
+    try:
+        return pattern.search(text, timeout=PATTERN_SECONDS)
+    except TimeoutError:
+        raise RecipeError(
+            f"filter refusals: {pattern.pattern!r} needs more than {PATTERN_SECONDS} s for one answer of {len(text):,} "
+            "characters; write it so that it does not try the same text again and again"
+        ) from None
 
 
 _TOKENIZERS: dict[str, Any] = {}

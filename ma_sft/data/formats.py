@@ -1,210 +1,296 @@
-"""Raw rows -> OpenAI-style messages, for every common format; and the classic text form for `formatting_func`.
+"""Raw rows -> OpenAI-style messages, for every common format.
 
-A format is known by its columns. Each error is a `FormatError` that names the source, the row and the field.
+A format is known by its columns: `FORMATS` lists them with the function that makes messages of them. What a row says in
+further columns is used (`ma_sft.data.context`), known to be harmless, refused, or named as unused.
 """
 
-import importlib
-import json
-import runpy
-from collections.abc import Callable, Iterable
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from ma_sft.errors import FormatError, RecipeError
+from ma_sft.data.context import to_template_kwargs, to_tools, with_context
+from ma_sft.data.functions import load_function
+from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
+from ma_sft.data.turns import MEDIA, Message, check_order, conversation, list_of_turns, merge_turns, unknown_keys
+from ma_sft.data.values import (
+    Row,
+    TrackedRow,
+    check_text,
+    is_empty,
+    parse_json,
+    show,
+    show_columns,
+    text_of,
+)
+from ma_sft.errors import FormatError
 
-Message = dict[str, Any]
-
-
-Row = dict[str, Any]
-
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bard", "claude", "chatbot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
-}
-
-
-CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: an assistant turn whose text is the call as JSON
-
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CHOICES = ("choices", "options")
 
 
-# What may come before a role; None is the start of the conversation.
-BEFORE: dict[str, tuple[str | None, ...]] = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
 
 
-def _alpaca(row: Row, suffix: str = "") -> list[Message]:
-    instruction, extra = _text(row, f"instruction{suffix}"), _text(row, f"input{suffix}", optional=True)
-    history = row.get("history") or []
-    if not isinstance(history, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in history):
-        raise FormatError(f"field 'history': a list of [question, answer] pairs expected, found {_show(history)}")
-    turns = [_check_text(text, f"history[{i}]") for i, pair in enumerate(history) for text in pair]
-    turns += [f"{instruction}\n\n{extra}" if extra else instruction, _text(row, f"output{suffix}")]
-    return system_message(row) + [
-        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
-    ]
+VERDICTS = ("label", "kto_tag")  # KTO's: whether an answer is a good one
 
 
-def _sharegpt(row: Row) -> list[Message]:
-    turns = _turns(row, "conversations")
-    role, content = ("from", "value") if "from" in turns[0] else ("role", "content")
-    return system_message(row) + [_message(t, f"conversations[{i}]", role, content) for i, t in enumerate(turns)]
+STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id", *MEDIA))  # of these, a text is only a part
 
 
-def _messages(row: Row) -> list[Message]:
-    return [_message(t, f"messages[{i}]", "role", "content") for i, t in enumerate(_turns(row, "messages"))]
+# Columns that say something about a row, and nothing that a conversation would lose.
+HARMLESS = re.compile(
+    r"(.*[_-])?(id|idx|index|uuid|hash|url|score|count|tokens|length|path|name|version|date|time|timestamp)|Unnamed: 0|"
+    r"|(data_?)?(source|set)|dataset|split|subset|config|origin|raw|lang|language|locale|license|licence|author|creator|"
+    r"(.*[_-])?model|generator|category|categories|type|kind|task|task_type|topic|topics|domain|subject|tag|tags|"
+    r"difficulty|level|quality|rating|created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|num_turns|"
+    r"group|title|toxic|toxicity|redacted|moderation|openai_moderation|deleted|key|keywords|rank|stars|upvotes|_.*",
+    re.IGNORECASE,
+)
 
 
-def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
-    """A text as one message of `role`, or a list of messages checked; for prompts, completions and preferences.
-
-    Raises:
-        FormatError: neither of the two.
-    """
-    if isinstance(value, list | tuple):
-        return [_message(t, f"{field}[{i}]", "role", "content") for i, t in enumerate(_turns({field: value}, field))]
-    return [{"role": role, "content": _check_text(value, field)}]
+MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
 
 
-def _prompt_completion(row: Row) -> list[Message]:
-    prompt = system_message(row) + conversation(row["prompt"], "prompt")
-    return prompt + conversation(row["completion"], "completion", "assistant")
+class BadAnswer(FormatError):
+    """A row whose answer is marked as a bad one: nothing to learn from here, and no fault of the file."""
 
 
-def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
-    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
-    messages = conversation(value, field, "assistant")
-    for start in (prompt, [m for m in prompt if m["role"] != "system"]):
-        if start and messages[: len(start)] == start:
-            return messages[len(start) :]
-    return messages
+@dataclass(frozen=True)
+class Conversation:
+    """What a raw row says: messages, tools and template variables as JSON text, and columns that nothing read."""
 
-
-def _preference(row: Row) -> list[Message]:
-    prompt = system_message(row) + conversation(row["prompt"], "prompt")
-    return prompt + completion(prompt, row["chosen"], "chosen")
-
-
-def hh_turns(text: Any, field: str) -> list[Message]:
-    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`.
-
-    Raises:
-        FormatError: not such a text.
-    """
-    text = _check_text(text, field)
-    pieces = ("\n\n" + text.lstrip("\n")).replace("\n\nAssistant:", "\0A").replace("\n\nHuman:", "\0H").split("\0")
-    if pieces[0].strip() or len(pieces) < 2:
-        raise FormatError(f"field {field!r}: '\\n\\nHuman: ...\\n\\nAssistant: ...' expected, found {_show(text)}")
-    return [{"role": {"H": "user", "A": "assistant"}[p[0]], "content": p[1:].strip()} for p in pieces[1:]]
-
-
-def _multiple_choice(row: Row) -> list[Message]:
-    choices = row["choices"]
-    if isinstance(choices, list | tuple) and choices and all(isinstance(choice, dict) for choice in choices):
-        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
-    if isinstance(choices, dict):
-        texts, labels = choices.get("text"), choices.get("label")
-    else:
-        texts, labels = choices, [chr(ord("A") + i) for i in range(26)]
-        labels = labels[: len(texts)] if isinstance(texts, list | tuple) else None
-    if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
-        raise FormatError(f"field 'choices': equally many texts and labels expected, found {_show(choices)}")
-    texts = [_check_text(text, f"choices[{i}]") for i, text in enumerate(texts)]
-    field = "answerKey" if row.get("answerKey") is not None else "answer"
-    for value in (*labels, row[field]):
-        if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
-            raise FormatError(f"field {field!r} and the labels: letters or numbers expected, found {_show(value)}")
-    labels, key = [_check_text(str(label), "choices.label") for label in labels], str(row[field])
-    if field == "answer" and key not in labels and key.isdecimal() and int(key) < len(labels):
-        key = labels[int(key)]  # MMLU-like: `answer` is a position
-    if labels.count(key) != 1:
-        raise FormatError(f"field {field!r}: one of {labels} expected, found {_show(row[field])}")
-    options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
-    question = f"{_text(row, 'question')}\n{options}"
-    answer = f"{key}. {texts[labels.index(key)]}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _pair(row: Row, question: str, answer: str) -> list[Message]:
-    return [
-        *system_message(row),
-        {"role": "user", "content": _text(row, question)},
-        {"role": "assistant", "content": _text(row, answer)},
-    ]
+    messages: list[Message]
+    tools: str | None
+    chat_template_kwargs: str | None
+    unused: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Format:
-    """Which columns a row must have, how it becomes messages, and whether these can hold more than text (`rich`)."""
+    """Which columns a row must have, how it becomes messages, and whether these can hold more than text (`rich`).
 
-    columns: frozenset[str]
-    convert: Callable[[Row], list[Message]]
+    Of `needs`, each a column and its other names, one must be there; `also` are further columns that are the format's.
+    """
+
+    needs: tuple[tuple[str, ...], ...]
+    convert: Callable[[TrackedRow], list[Message]]
     rich: bool = False
+    also: frozenset[str] = frozenset()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset(names[0] for names in self.needs)
+
+    def found(self, columns: set[str]) -> set[str]:
+        """Of these columns, those that are the format's."""
+        return {next(n for n in names if n in columns) for names in self.needs if columns.intersection(names)} | (
+            columns & self.also
+        )
+
+    def missing(self, columns: set[str]) -> list[str]:
+        return sorted(names[0] for names in self.needs if not columns.intersection(names))
 
 
-def _format(columns: str, convert: Callable[[Row], list[Message]], rich: bool = False) -> Format:
-    return Format(frozenset(columns.split()), convert, rich)
+def _format(needs: str, convert: Callable[[TrackedRow], list[Message]], rich: bool = False, also: str = "") -> Format:
+    """`needs` lists columns by spaces, and other names of a column by `|`."""
+    return Format(tuple(tuple(names.split("|")) for names in needs.split()), convert, rich, frozenset(also.split()))
+
+
+def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
+    def convert(row: TrackedRow) -> list[Message]:
+        field = row.first(columns) or columns[0]
+        return with_context(row, conversation(list_of_turns(row[field], field), field))
+
+    return convert
+
+
+def _pair(question: str, answer: str, extra: tuple[str, ...] = ()) -> Callable[[TrackedRow], list[Message]]:
+    """A question and its answer; `extra` are columns that go on with the question."""
+
+    def convert(row: TrackedRow) -> list[Message]:
+        further = (text_of(row, field, optional=True) for field in extra if field in row)
+        asked = "\n\n".join((text_of(row, question), *filter(None, further)))
+        user = {"role": "user", "content": asked}
+        return with_context(row, [user, {"role": "assistant", "content": text_of(row, answer)}])
+
+    return convert
+
+
+def _prompt_completion(row: TrackedRow) -> list[Message]:
+    prompt = conversation(row["prompt"], "prompt")
+    return with_context(row, prompt + completion(prompt, row["completion"], "completion"))
+
+
+def _chosen(row: TrackedRow) -> list[Message]:
+    return with_context(row, dialogue(row, row.first(ALIASES["chosen"]) or "chosen"))
+
+
+def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
+    def convert(row: TrackedRow) -> list[Message]:
+        sides = SIDES[name](row)
+        if sides is None:
+            raise BadAnswer("neither answer is a good one")
+        return sides["prompt"] + sides["chosen"]
+
+    return convert
+
+
+def _multiple_choice(row: TrackedRow) -> list[Message]:
+    labels, texts = _choices(row)
+    field = row.first(ANSWERS) or "answer"
+    at = _answer(row[field], field, labels, texts)
+    for other in ANSWERS:  # says the same in another way
+        row.get(other)
+    options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
+    question = text_of(row, "question" if "question" in row else "Question")
+    user = {"role": "user", "content": f"{question}\n{options}"}
+    return with_context(row, [user, {"role": "assistant", "content": f"{labels[at]}. {texts[at]}"}])
+
+
+def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
+    field = row.first(CHOICES)
+    choices: Any = row[field] if field else {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
+    field = field or "choices"
+    if isinstance(choices, str) and choices.lstrip()[:1] in ("[", "{"):
+        choices = parse_json(choices, field)
+    if isinstance(choices, list | tuple) and choices and all(isinstance(choice, dict) for choice in choices):
+        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    if isinstance(choices, dict) and "text" in choices:
+        texts, labels = choices.get("text"), choices.get("label")
+    elif isinstance(choices, dict):
+        texts, labels = list(choices.values()), list(choices)
+    else:
+        texts, labels = choices, list(string.ascii_uppercase)
+        labels = labels[: len(texts)] if isinstance(texts, list | tuple) else None
+    if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
+        raise FormatError(f"field {field!r}: equally many texts and labels expected, found {show(choices)}")
+    texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
+    labels = [check_text(_key(label, field), f"{field}.label") for label in labels]
+    marks = [re.match(rf"\(?{re.escape(label)}[).:]\s*", text) for label, text in zip(labels, texts, strict=True)]
+    if all(marks):  # AQuA's options begin with their letters
+        texts = [text[mark.end() :] for mark, text in zip(marks, texts, strict=True) if mark]
+    return labels, texts
+
+
+def _key(value: Any, field: str) -> str:
+    if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
+        raise FormatError(f"field {field!r} and the labels: letters or numbers expected, found {show(value)}")
+    return str(value)
+
+
+def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
+    """Which choice an answer means: by its label, its text, or its position from 0."""
+    key = _key(value, field)
+    found = {i for i, label in enumerate(labels) if label == key}
+    found = found or {i for i, text in enumerate(texts) if text == value}
+    if field != "answerKey" and key.isdecimal() and int(key) < len(labels) and (not found or key not in labels):
+        found = found | {int(key)}  # MMLU-like: the answer is a position
+    if len(found) != 1:
+        raise FormatError(f"field {field!r}: one of {labels} expected, found {show(value)}")
+    return found.pop()
+
+
+def _moss(row: TrackedRow) -> list[Message]:
+    """MOSS' `{"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": "<|MOSS|>: ...<eom>", ...}, ...}`; or turns."""
+    if not isinstance(row["chat"], dict):
+        return with_context(row, conversation(list_of_turns(row["chat"], "chat"), "chat"))
+    turns = []
+    for name, parts in row["chat"].items():
+        if not isinstance(parts, dict):
+            raise FormatError(f"field 'chat.{name}': an object with Human and MOSS expected, found {show(parts)}")
+        texts = {key: MOSS_MARKS.sub("", str(text)).strip() for key, text in parts.items()}
+        for key in texts.keys() - {"Human", "MOSS"}:
+            if texts[key] not in ("", "None"):
+                raise FormatError(f"field 'chat.{name}.{key}': MOSS' tools cannot be trained, found {show(texts[key])}")
+        turns.append({key: texts[key] for key in ("Human", "MOSS") if key in texts})
+    return with_context(row, conversation(turns, "chat"))
+
+
+def _calls(row: TrackedRow) -> list[Message]:
+    call = {"role": "tool_call", "content": row["answers"]}
+    return with_context(row, [{"role": "user", "content": text_of(row, "query")}, *conversation(call, "answers")])
 
 
 FORMATS = {
-    "messages": _format("messages", _messages, rich=True),
-    "sharegpt": _format("conversations", _sharegpt, rich=True),
-    "alpaca": _format("instruction output", _alpaca),
-    "alpaca-zh": _format("instruction_zh output_zh", lambda row: _alpaca(row, "_zh")),
+    "messages": _format("messages", _turns("messages"), rich=True),
+    "sharegpt": _format("conversations|conversation", _turns("conversations", "conversation"), rich=True),
+    "contents": _format("contents", _turns("contents"), rich=True),
+    "moss": _format("chat", _moss, rich=True),
+    "alpaca": _format("instruction output", _pair("instruction", "output", ("input",)), also="input"),
+    "alpaca-zh": _format("instruction_zh output_zh", _pair("instruction_zh", "output_zh", ("input_zh",))),
+    "dolly": _format("instruction response", _pair("instruction", "response", ("input", "context")), also="input"),
     "multiple-choice": _format("question choices answerKey", _multiple_choice),
     "mmlu": _format("question choices answer", _multiple_choice),
+    "options": _format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
+    "ceval": _format("question|Question A B answer|Answer|answerKey", _multiple_choice),
     "prompt-completion": _format("prompt completion", _prompt_completion, rich=True),
-    "preference": _format("prompt chosen rejected", _preference, rich=True),
-    "hh-rlhf": _format("chosen rejected", lambda row: hh_turns(row["chosen"], "chosen")),
-    "question-answer": _format("question answer", lambda row: _pair(row, "question", "answer")),
-    "query-response": _format("query response", lambda row: _pair(row, "query", "response")),
-    "problem-solution": _format("problem solution", lambda row: _pair(row, "problem", "solution")),
-    "text": _format("text", lambda row: [{"role": "assistant", "content": _text(row, "text")}]),
+    "preference": _format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
+    "hh-rlhf": _format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
+    "pku-saferlhf": _format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
+    "calls": _format("query tools answers", _calls, rich=True),
+    "question-answer": _format("question answer", _pair("question", "answer")),
+    "question-response": _format("question response", _pair("question", "response")),
+    "query-response": _format("query response", _pair("query", "response")),
+    "prompt-response": _format("prompt response", _pair("prompt", "response")),
+    "problem-solution": _format("problem solution", _pair("problem", "solution")),
+    "input-output": _format("input output", _pair("input", "output")),
+    "text": _format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
 }
 
 
-COLUMNS = frozenset().union(*(known.columns for known in FORMATS.values()))
+COLUMNS = frozenset(name for known in FORMATS.values() for names in known.needs for name in names)
 
 
-def detect_format(columns: Iterable[str]) -> str:
+def detect_format(row: Iterable[str]) -> str:
     """Name of the one format in `FORMATS` whose columns are all there.
 
     Of two that fit, one that needs all columns of the other and more wins (`mmlu` over `question-answer`). `text` is
-    only for rows that have no column of another format.
+    only for rows that have no column of another format, and none that makes the text a part of something.
+
+    Args:
+        row: the row, or the names of its columns alone; of several formats that fit, the row shows which ones work.
 
     Raises:
         FormatError: none fits, or several do; the message lists the columns and the formats that come nearest.
     """
-    columns = set(columns)
-    fits = [name for name, known in FORMATS.items() if known.columns <= columns]
-    fits = [n for n in fits if not any(FORMATS[n].columns < FORMATS[other].columns for other in fits)]
-    if "text" in fits and columns & COLUMNS != {"text"}:
-        fits.remove("text")
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
+    columns = set(row)
+    fits = {name: known.found(columns) for name, known in FORMATS.items() if not known.missing(columns)}
+    fits = {name: own for name, own in fits.items() if not any(own < other for other in fits.values())}
+    if columns & (COLUMNS | STRANGERS) != {"text"}:
+        fits.pop("text", None)
+    names = list(fits)
+    if len(names) > 1 and isinstance(row, Mapping):
+        names = [name for name in names if _works(dict(row), name)] or names
+    if len(names) == 1:
+        return names[0]
+    if names:
         raise FormatError(
-            f"ambiguous format: columns {sorted(columns)} fit {' and '.join(fits)}; "
+            f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(names)}; "
             "say which: format (dataset_format in a recipe)"
         )
-    near = [
-        f"{name} (misses {', '.join(sorted(f.columns - columns))})"
-        for name, f in FORMATS.items()
-        if f.columns & columns and name != "text"
-    ]
-    raise FormatError(
-        f"unknown format: columns {sorted(columns)}; "
-        + (f"nearest: {'; '.join(near)}" if near else f"known formats: {', '.join(FORMATS)}")
+    raise FormatError(f"unknown format: columns {show_columns(columns)}; {_nearest(columns)}")
+
+
+def _works(row: Row, name: str) -> bool:
+    try:
+        read_row(row, name)
+    except FormatError:
+        return False
+    return True
+
+
+def _nearest(columns: set[str]) -> str:
+    near = {name: known.missing(columns) for name, known in FORMATS.items() if known.found(columns) and name != "text"}
+    best = sorted(near, key=lambda name: len(near[name]))[:3]
+    if "text" in columns:
+        hint = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; "
+    else:
+        hint = ""
+    return (
+        hint
+        + ("nearest: " + "; ".join(f"{name} (misses {', '.join(near[name])})" for name in best) if best else "")
+        + ("" if best else f"known formats: {', '.join(FORMATS)}")
         + "; map columns to these names (datasets: [{path: ..., columns: {theirs: ours}}]), or pass format "
         "(dataset_format in a recipe)"
     )
@@ -214,7 +300,8 @@ def to_messages(row: Row, format: str | None = None) -> list[Message]:
     """One raw row as messages: `[{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]`.
 
     A message has `tool_calls`, `tool_call_id`, `name` and `reasoning_content` where the row has them, under these or
-    other common names. Tool calls are in OpenAI's form with their arguments as JSON text.
+    other common names, and `"train": False` where the row says that it must not be trained. Tool calls are in OpenAI's
+    form with their arguments as JSON text.
 
     Args:
         row: column -> value.
@@ -223,42 +310,85 @@ def to_messages(row: Row, format: str | None = None) -> list[Message]:
 
     Raises:
         FormatError: an unknown or ambiguous format, a missing or wrong field, roles out of order, no response to
-            train on.
+            train on, a column that would change what the row means.
+        BadAnswer: the row says that its answer is a bad one.
     """
-    name = format or detect_format(key for key, value in row.items() if value is not None)
-    if name in FORMATS:
-        missing = sorted(FORMATS[name].columns - {key for key, value in row.items() if value is not None})
-        if missing:
-            raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it")
-        messages = FORMATS[name].convert(row)
+    return read_row(row, format).messages
+
+
+def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Conversation:
+    """All that a raw row says; arguments and errors as `to_messages`, `merge` joins neighbours of one role."""
+    tracked = TrackedRow(row)
+    name = format or detect_format(tracked)
+    if name not in FORMATS:
+        messages, unused = conversation(load_function(name)(row), f"{name} gave messages"), {}
     else:
-        messages = conversation(load_function(name)(row), f"{name} gave messages")
-    if name == "text" and not messages[0]["content"].strip():
-        raise FormatError("field 'text' is empty, so there is nothing to train on")
-    if name in FORMATS and name != "text":
-        check_order(messages, ", ".join(sorted(FORMATS[name].columns)))
+        messages = _known(tracked, name, merge)
+    tools, variables = to_tools(tracked), to_template_kwargs(tracked)
+    unused = unused_columns(tracked) if name in FORMATS else {}
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
+    if all(m.get("train") is False for m in answers):
+        raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
     if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
+    return Conversation(messages, tools, variables, unused)
+
+
+def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
+    known = FORMATS[name]
+    missing = known.missing(set(row))
+    if name == "preference":
+        missing = [column for column in missing if column != "prompt"]  # it may be implicit
+    if missing:
+        raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it")
+    refuse_media(row)
+    messages = known.convert(row)
+    if name == "text":
+        if not messages[0]["content"].strip():
+            raise FormatError("field 'text' is empty, so there is nothing to train on")
+        return messages
+    _check_verdict(row)
+    messages = merge_turns(messages) if merge else messages
+    check_order(messages, ", ".join(sorted(known.columns)))
     return messages
 
 
-def to_tools(row: Row) -> str | None:
-    """The row's `tools`, a list of JSON schemas or its JSON text, as JSON text; None where it has none.
+def refuse_media(row: TrackedRow) -> None:
+    """Raise `FormatError` at a column of images, sounds or films: without them, the text says something else."""
+    for field in MEDIA:
+        if not is_empty(row.get(field)):
+            raise FormatError(
+                f"field {field!r}: only text can be trained on, found {show(row[field])}; drop the row, or, if the "
+                f"text needs no {field}, leave the column out (ignore: [{field}])"
+            )
 
-    Raises:
-        FormatError: not a list of objects.
-    """
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _json(tools, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-        raise FormatError(f"field 'tools': a list of JSON schemas expected, found {_show(tools)}")
-    return _check_text(json.dumps(tools, ensure_ascii=False, default=str), "tools")
+
+def _check_verdict(row: TrackedRow) -> None:
+    for field in row.keys() & set(VERDICTS) - row.used:
+        value = row[field]
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word is False or word == "false" or (field == "kto_tag" and word in (0, "0")):
+            raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
+        if word in (0, 1) and word is not True and field == "label":
+            raise FormatError(
+                f"field 'label': found {show(value)}; if it says whether the answer is good, write true or false, "
+                "if not, leave it out (ignore: [label])"
+            )
+
+
+def unused_columns(row: TrackedRow) -> dict[str, str]:
+    """The columns, and the keys of turns, that nothing read and that may mean something; each with its value, short."""
+    found = {}
+    for column, value in row.items():
+        if column not in row.used:
+            if not is_empty(value) and not HARMLESS.fullmatch(column):
+                found[column] = show(value)
+        elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
+            keys = unknown_keys(list(value))
+            found |= {f"{column}[].{key}": show(v) for key, v in keys.items() if not HARMLESS.fullmatch(key)}
+    return found
 
 
 def to_messages_batch(
@@ -274,12 +404,12 @@ def to_messages_batch(
     """
     columns: dict[str, list[Any]] = {"messages": [], "tools": []}
     for at, values in enumerate(zip(*batch.values(), strict=True)):
-        row = dict(zip(batch, values, strict=True))
         try:
-            columns["messages"].append(to_messages(row, format))
-            columns["tools"].append(to_tools(row))
+            found = read_row(dict(zip(batch, values, strict=True)), format)
         except FormatError as error:
             raise FormatError(f"row {indices[at] + 1}: {error}" if indices else str(error)) from None
+        columns["messages"].append(found.messages)
+        columns["tools"].append(found.tools)
     return columns
 
 
@@ -296,157 +426,5 @@ def message_features(*columns: str, rich: bool = True) -> Any:
     if rich:
         call = {"id": text, "type": text, "function": {"name": text, "arguments": text}}
         message |= {"reasoning_content": text, "tool_calls": List(call), "tool_call_id": text, "name": text}
+        message |= {"train": Value("bool")}
     return Features({**{column: List(message) for column in columns or ("messages",)}, "tools": text})
-
-
-def formatting_func(example: Row) -> str | list[str]:
-    """MA-RLHF's text form of Alpaca rows: `###Question: {instruction} {input}\\n###Answer: {output}`.
-
-    Args:
-        example: one row (strings) or a batch (lists of strings).
-
-    Returns:
-        The text of the row, or the batch's texts.
-    """
-    if isinstance(example["instruction"], str):
-        question = f"{example['instruction']} {example.get('input') or ''}".strip()
-        return f"###Question: {question}\n###Answer: {example['output']}"
-    keys = [key for key in ("instruction", "input", "output") if key in example]
-    rows = (dict(zip(keys, values, strict=True)) for values in zip(*(example[key] for key in keys), strict=True))
-    return [str(formatting_func(row)) for row in rows]
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that `question-answer`, `module:function` or `file.py:function` names.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if name == "question-answer":
-        return formatting_func
-    module, _, function = name.rpartition(":")
-    try:
-        if module.endswith(".py"):
-            found = _run_file(module, Path(module).stat().st_mtime_ns).get(function)
-        else:
-            found = getattr(importlib.import_module(module), function, None) if module else None
-    except (ImportError, OSError) as error:
-        raise RecipeError(f"cannot load the function {name!r}: {error}") from None
-    if not callable(found):
-        known = ", ".join(FORMATS)
-        raise RecipeError(
-            f"{name!r} is neither a known format ({known}) nor a function module:function or file.py:function"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-@lru_cache
-def _run_file(path: str, changed: int) -> dict[str, Any]:
-    return runpy.run_path(path)
-
-
-def check_order(messages: list[Message], field: str) -> None:
-    """Raise `FormatError` at a turn whose role cannot follow the one before it; see `BEFORE`."""
-    before: str | None = None
-    for i, message in enumerate(messages):
-        role = message["role"]
-        if before not in BEFORE[role]:
-            where = f"after {before!r}" if before else "first"
-            raise FormatError(
-                f"field {field!r}: roles out of order: message {i + 1} is {role!r}, which cannot come {where}"
-            )
-        before = role
-
-
-def _text(row: Row, field: str, *, optional: bool = False) -> str:
-    value = row.get(field)
-    return "" if optional and value is None else _check_text(value, field)
-
-
-def system_message(row: Row) -> list[Message]:
-    """The row's `system` column as a list of one message, or of none."""
-    text = _text(row, "system", optional=True)
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _turns(row: Row, field: str) -> list[dict[str, Any]]:
-    turns = row[field]
-    if not isinstance(turns, list | tuple) or not turns or not all(isinstance(t, dict) for t in turns):
-        raise FormatError(f"field {field!r}: a list of turns expected, found {_show(turns)}")
-    return list(turns)
-
-
-def _message(turn: dict[str, Any], where: str, role_key: str, content_key: str) -> Message:
-    role, content = turn.get(role_key), turn.get(content_key)
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    calls_at = f"{where}.{'tool_calls' if turn.get('tool_calls') else 'function_call'}"
-    if isinstance(role, str) and role.lower() in CALL_ROLES:
-        calls_at = f"{where}.{content_key}"
-        calls, role, content = _json(_check_text(content, calls_at), calls_at), "assistant", ""
-        calls = calls if isinstance(calls, list) else [calls]
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise FormatError(f"field '{where}.{role_key}': one of {sorted(ROLES)} expected, found {_show(role)}")
-    if turn.get("weight") == 0:
-        raise FormatError(f"field '{where}.weight': turns cannot be left out one by one; see train_on, or drop the row")
-    message: Message = {"role": ROLES[role.lower()]}
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise FormatError(
-                f"field '{where}.{content_key}': only text parts can be trained on, found {_show(content)}"
-            )
-        content = "".join(part["text"] for part in content)
-    message["content"] = _check_text("" if content is None and calls else content, f"{where}.{content_key}")
-    for key in REASONING_KEYS:
-        if turn.get(key):
-            message["reasoning_content"] = _check_text(turn[key], f"{where}.{key}")
-            break
-    if calls:
-        if not isinstance(calls, list | tuple):
-            raise FormatError(f"field '{calls_at}': a list of calls expected, found {_show(calls)}")
-        message["tool_calls"] = [_call(call, f"{calls_at}[{i}]") for i, call in enumerate(calls)]
-    for key in ("tool_call_id", "name"):
-        if turn.get(key):
-            message[key] = _check_text(turn[key], f"{where}.{key}")
-    return message
-
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call in OpenAI's form; Arrow cannot hold arguments of different shapes in a column, so they are text."""
-    function = call.get("function") or call if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FormatError(f"field '{where}': a call with 'name' and 'arguments' expected, found {_show(call)}")
-    arguments = function.get("arguments", function.get("parameters"))
-    arguments = _json(arguments, f"{where}.arguments") if isinstance(arguments, str) else arguments or {}
-    if not isinstance(arguments, dict):
-        raise FormatError(f"field '{where}.arguments': a JSON object expected, found {_show(arguments)}")
-    text = _check_text(json.dumps(arguments, ensure_ascii=False, default=str), f"{where}.arguments")
-    name = _check_text(function["name"], f"{where}.name")
-    identity = {"id": _check_text(call["id"], f"{where}.id")} if call.get("id") else {}
-    return {**identity, "type": "function", "function": {"name": name, "arguments": text}}
-
-
-def _json(text: str, field: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {_show(text)}") from None
-
-
-def _check_text(text: Any, field: str) -> str:
-    if not isinstance(text, str):
-        raise FormatError(f"field {field!r}: text expected, found {_show(text)}")
-    if "\0" in text:
-        raise FormatError(f"field {field!r} holds a NUL character; remove it")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise FormatError(
-            f"field {field!r} holds a lone surrogate at character {error.start}; the text is broken"
-        ) from None
-    return text
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    text = (text if len(text) <= 60 else text[:60] + "...").encode("utf-8", "backslashreplace").decode()
-    return f"{type(value).__name__} {text}"

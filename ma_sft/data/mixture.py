@@ -1,7 +1,9 @@
 """Sources -> one data set of conversations or preferences: convert, filter, split, draw, shuffle; with counts."""
 
 import inspect
+import itertools
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -19,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ma_sft.data.code import code_of
+from ma_sft.data.context import to_template_kwargs, to_tools
 from ma_sft.data.filters import (
     EXAMPLES,
     Filters,
@@ -29,10 +32,24 @@ from ma_sft.data.filters import (
     split_held_out,
     stream_filters,
 )
-from ma_sft.data.formats import FORMATS, Message, Row, detect_format, message_features, to_messages, to_tools
+from ma_sft.data.formats import (
+    FORMATS,
+    BadAnswer,
+    detect_format,
+    message_features,
+    read_row,
+    refuse_media,
+    unused_columns,
+)
+from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
-from ma_sft.data.sources import Source, load_rows, rows_of
+from ma_sft.data.reader import TOO_DEEP
+from ma_sft.data.sources import Source, check_columns, load_rows, rows_of
+from ma_sft.data.values import SHOWN_COLUMNS, Row, TrackedRow
 from ma_sft.errors import FormatError, RecipeError
+
+logger = logging.getLogger(__name__)
+
 
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -63,6 +80,11 @@ class Report:
             counts.update({why: n for why, n in stage.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)})
         return dict(counts)
 
+    @property
+    def unused(self) -> dict[str, dict[str, str]]:
+        """Of each source, the columns that nothing read and that may mean something, with an example."""
+        return {stage.name.rpartition(": convert")[0]: stage.unused for stage in self.stages if stage.unused}
+
     def to_dict(self) -> dict[str, Any]:
         return {"sources": self.sources, "stages": [asdict(stage) for stage in self.stages]}
 
@@ -81,10 +103,21 @@ class Report:
             for why, count in stage.removed.items():
                 table.add_row(f"  {why}", "", f"{count:,}", "", "")
                 examples += [Text(f"{why}: {example}") for example in stage.examples.get(why, [])[:2]]
-        return Group(table, *examples)
+        return Group(table, *examples, *map(Text, unused_lines(self.unused)))
 
 
-NOT_CONVERTED = ("broken rows", "no better side")
+def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each source whose rows have columns that are not used."""
+    lines = []
+    for source, columns in unused.items():
+        some = itertools.islice(columns.items(), SHOWN_COLUMNS)
+        shown = ", ".join(f"{column} ({example})" for column, example in some)
+        more = f" and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else ""
+        lines.append(f"{source}: columns that are not used: {shown}{more}")
+    return lines
+
+
+BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
 
 
 NOT_DRAWN = ("left out by weight", "held out")
@@ -107,6 +140,7 @@ def load_mixture(
     on_error: str = "raise",
     format: str | None = None,
     system_prompt: str | None = None,
+    merge_turns: bool = False,
     split: str = "train",
     filters: Any = None,
     test_size: float | None = None,
@@ -124,11 +158,11 @@ def load_mixture(
     call has them again.
 
     Args:
-        datasets: paths, or mappings with the fields of `ma_sft.data.sources.Source`.
+        datasets: paths, data sets of `datasets`, or mappings with the fields of `ma_sft.data.sources.Source`.
         kind: `"conversation"`, or `"preference"`.
         seed: of draws and shuffles; the same seed and files give the same rows in the same order.
         on_error: `"raise"` at the first broken row, or `"skip"` it and count it.
-        format, system_prompt, split: for sources that do not say themselves.
+        format, system_prompt, merge_turns, split: for sources that do not say themselves.
         filters: of all rows together; see `ma_sft.data.filters.Filters`.
         test_size: share of the rows (below 1) or number of rows to hold out, before rows are drawn by weight; see
             `ma_sft.data.filters.split_held_out`.
@@ -148,62 +182,96 @@ def load_mixture(
         raise RecipeError(f"kind: conversation or preference, on_error: raise or skip; found {kind!r}, {on_error!r}")
     if isinstance(datasets, str | dict) or not datasets:
         raise RecipeError(f"datasets: a list of sources expected, found {datasets!r}")
-    sources = [Source.of(s, format=format, system_prompt=system_prompt, split=split) for s in datasets]
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights and (len(weights) != len(sources) or sum(weights) <= 0):
-        raise RecipeError("weight: all sources need one, or none; and one above 0")
-    probabilities = [weight / sum(weights) for weight in weights] or None
+    defaults = {"format": format, "system_prompt": system_prompt, "merge_turns": merge_turns, "split": split}
+    sources = [Source.of(source, **defaults) for source in datasets]
+    probabilities = _probabilities(sources)
+    if streaming and (test_size is not None or (len(sources) > 1 and not probabilities)):
+        raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
     everywhere = Filters.of(filters, tokenizer)
     report = Report()
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=probabilities)
-
-    if streaming and (test_size is not None or (len(sources) > 1 and not probabilities)):
-        raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
-
     loaded = [_read(source, kind, seed, on_error, streaming, num_proc, report) for source in sources]
-    rich = any(source.format not in FORMATS or FORMATS[str(source.format)].rich for source, _, _ in loaded)
-    features = message_features(*(SIDES if kind == "preference" else ()), rich=rich)
-    texts = ("source", "origin", "raw", "error", *(["group"] if any(source.group_by for source in sources) else []))
-    features = Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
-    load = partial(_load, on_error=on_error, features=features, report=report, tokenizer=tokenizer)
-    parts = [load(*each, part=part, num_proc=num_proc) for part, each in enumerate(loaded)]
+    features = _features([source for source, _, _ in loaded], kind)
+    load = partial(_load, on_error=on_error, features=features, report=report, tokenizer=tokenizer, num_proc=num_proc)
+    parts = [load(*each, part=part) for part, each in enumerate(loaded)]
     if streaming:
-        stream = combine(parts) if probabilities else parts[0]
-        report.stages.append(stage := Stage("all: row filters"))
-        stream = stream_filters(stream.remove_columns("_part"), everywhere, stage, _grams(everywhere, num_proc))
-        return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, report)
-    rows, grams = concatenate_datasets(parts), _grams(everywhere, num_proc)
-    rows, stages = apply_filters(rows, everywhere, name="all", grams=grams, num_proc=processes(num_proc, len(rows)))
+        return _stream(combine(parts) if probabilities else parts[0], everywhere, report, seed, num_proc)
+    rows = _filter_all(_drop_empty(concatenate_datasets(parts)), everywhere, report, num_proc)
+    test = None
+    if test_size is not None:
+        rows, test = _hold_out(rows, test_size, test_near_duplicates, seed, report, num_proc)
+    available = np.bincount(_parts(rows), minlength=len(sources))
+    rows = _draw(rows, available, sources, combine if probabilities else None, seed, report)
+    used = np.bincount(_parts(rows), minlength=len(sources))
+    for i, (source, _, _) in enumerate(loaded):
+        report.sources.append(source.described() | {"available": int(available[i]), "used": int(used[i])})
+    return Mixture(rows.remove_columns("_part"), test, report)
+
+
+def _probabilities(sources: Sequence[Source]) -> list[float] | None:
+    """The share of each source, None where none has a weight."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and (len(weights) != len(sources) or sum(weights) <= 0):
+        raise RecipeError("weight: all sources need one, or none; and one above 0")
+    return [weight / sum(weights) for weight in weights] or None
+
+
+def _features(sources: Sequence[Source], kind: str) -> Features:
+    """The columns of converted rows."""
+    rich = any(source.format not in FORMATS or FORMATS[str(source.format)].rich for source in sources)
+    features = message_features(*(SIDES if kind == "preference" else ()), rich=rich)
+    texts = ["chat_template_kwargs", "source", "origin", "raw", "error", "removed_by", "unused"]
+    texts += ["group"] if any(source.group_by for source in sources) else []
+    return Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
+
+
+def _stream(rows: Any, filters: Filters, report: Report, seed: int, num_proc: int | None) -> Mixture:
+    report.stages.append(stage := Stage("all: row filters"))
+    rows = stream_filters(rows.remove_columns("_part"), filters, stage, _grams(filters, num_proc))
+    return Mixture(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, report)
+
+
+def _drop_empty(rows: Dataset) -> Dataset:
+    """Without the column of template variables where no row has any: TRL would take its nulls for variables."""
+    column = "chat_template_kwargs"
+    return rows.remove_columns(column) if rows.data.column(column).null_count == len(rows.data) else rows
+
+
+def _filter_all(rows: Dataset, filters: Filters, report: Report, num_proc: int | None) -> Dataset:
+    procs = processes(num_proc, len(rows))
+    rows, stages = apply_filters(rows, filters, name="all", grams=_grams(filters, num_proc), num_proc=procs)
     report.stages += stages
     if len(rows) == 0:
         raise FormatError(f"every row was filtered: {', '.join(f'{n:,} by {w}' for w, n in report.filtered.items())}")
-    test = None
-    if test_size is not None:
-        stage, start = Stage("hold out", len(rows)), time.monotonic()
-        procs = processes(num_proc, len(rows))
-        train_at, test_at = split_held_out(rows, test_size, seed=seed, near=test_near_duplicates, num_proc=procs)
-        rows, test = rows.select(train_at), rows.select(test_at).shuffle(seed=seed).remove_columns("_part")
-        stage.remove("held out", len(test))
-        _done(stage, len(rows), start, report)
+    return rows
+
+
+def _hold_out(
+    rows: Dataset, size: float, near: float | None, seed: int, report: Report, num_proc: int | None
+) -> tuple[Dataset, Dataset]:
+    stage, start = Stage("hold out", len(rows)), time.monotonic()
+    procs = processes(num_proc, len(rows))
+    train_at, test_at = split_held_out(rows, size, seed=seed, near=near, num_proc=procs)
+    train, test = rows.select(train_at), rows.select(test_at).shuffle(seed=seed).remove_columns("_part")
+    stage.remove("held out", len(test))
+    _done(stage, len(train), start, report)
+    return train, test
+
+
+def _draw(rows: Dataset, available: Any, sources: Sequence[Source], combine: Any, seed: int, report: Report) -> Dataset:
+    """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
     stage, start = Stage("draw and shuffle", len(rows)), time.monotonic()
-    part = _parts(rows)
-    available = np.bincount(part, minlength=len(sources))
-    if probabilities:
+    if combine:
         if not available.all():
             raise FormatError(f"{sources[int(available.argmin())].path}: no row is left to draw by weight")
-        shuffled = [rows.select(np.flatnonzero(part == i)).shuffle(seed=seed) for i in range(len(sources))]
-        rows = combine(shuffled)
         part = _parts(rows)
+        rows = combine([rows.select(np.flatnonzero(part == i)).shuffle(seed=seed) for i in range(len(sources))])
         stage.rows_in = max(len(rows), int(available.sum()))  # drawn again, rows come in more than once
         stage.remove("left out by weight", stage.rows_in - len(rows))
     else:
         rows = rows.shuffle(seed=seed)
     _done(stage, len(rows), start, report)
-    used = np.bincount(part, minlength=len(sources))
-    for i, (source, _, _) in enumerate(loaded):
-        counts = {"available": int(available[i]), "used": int(used[i])}
-        report.sources.append({k: v for k, v in asdict(source).items() if v is not None} | counts)
-    return Mixture(rows.remove_columns("_part"), test, report)
+    return rows
 
 
 def read_mixture(path: str | Path) -> dict[str, Any]:
@@ -259,7 +327,7 @@ def _load(
     start = time.monotonic()
     convert = partial(
         _convert,
-        source=source,
+        source=replace(source, rows=None),
         part=part,
         columns=list(features),
         on_error=on_error,
@@ -268,26 +336,21 @@ def _load(
     )
     settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
     stage = Stage(f"{source.path}: convert from {source.format}")
-    filters = Filters.of(source.filters, tokenizer)
+    filters, own = Filters.of(source.filters, tokenizer), ["error", "removed_by", "unused"]
     if isinstance(rows, IterableDataset):
         report.stages.append(stage)
 
-        def keep(errors: list[str]) -> list[bool]:
-            whys = [error and ("no better side" if error == DROPPED else "broken rows") for error in errors]
-            return stage.stream(whys, errors.__getitem__)
+        def keep(errors: list[str], reasons: list[str], unused: list[str | None]) -> list[bool]:
+            _note_unused(stage, unused)
+            return stage.stream(reasons, errors.__getitem__)
 
-        converted = rows.map(convert, **settings).filter(keep, batched=True, input_columns="error")
+        converted = rows.map(convert, **settings).filter(keep, batched=True, input_columns=own)
         report.stages.append(filtering := Stage(f"{source.path}: row filters"))
-        return stream_filters(converted.remove_columns("error"), filters, filtering, _grams(filters, num_proc))
+        return stream_filters(converted.remove_columns(own), filters, filtering, _grams(filters, num_proc))
     num_proc = processes(num_proc, len(rows))
     converted = rows.map(convert, **settings, num_proc=num_proc, desc=f"converting {Path(source.path).name}")
-    stage.rows_in = len(rows)
-    errors = converted.data.column("error")
-    good, dropped = (pc.equal(errors, text).to_numpy() for text in ("", DROPPED))
-    for why, which in (("broken rows", ~good & ~dropped), ("no better side", dropped)):
-        at = np.flatnonzero(which)
-        stage.remove(why, len(at), errors.take(at[:EXAMPLES]).to_pylist())
-    converted = converted.remove_columns("error")
+    errors, good = converted.data.column("error"), _count_removed(converted, stage)
+    converted = converted.remove_columns(own)
     converted = converted if good.all() else converted.select(np.flatnonzero(good))
     _done(stage, len(converted), start, report)
     if len(converted) == 0:
@@ -300,7 +363,24 @@ def _load(
     return converted
 
 
-DROPPED = "neither side is better"
+def _count_removed(converted: Dataset, stage: Stage) -> Any:
+    """Which rows were converted; the others are counted in the stage, and the columns that were not used noted."""
+    errors, removed = (converted.data.column(name) for name in ("error", "removed_by"))
+    stage.rows_in = len(converted)
+    for why in NOT_CONVERTED:
+        at = np.flatnonzero(pc.equal(removed, why).to_numpy())
+        stage.remove(why, len(at), errors.take(at[:EXAMPLES]).to_pylist())
+    _note_unused(stage, converted.data.column("unused").drop_null().to_pylist())
+    return pc.equal(removed, "").to_numpy()
+
+
+def _note_unused(stage: Stage, found: Sequence[str | None]) -> None:
+    """Keep the first example of each column that was not used; on a stream, say it when it comes."""
+    new = {column: shown for text in found if text for column, shown in json.loads(text).items()}
+    new = {column: shown for column, shown in new.items() if column not in stage.unused}
+    stage.unused |= new
+    for line in unused_lines({stage.name.rpartition(": convert")[0]: new} if new else {}):
+        logger.warning(line)
 
 
 def _detect(rows: Any, source: Source, kind: str, on_error: str) -> str:
@@ -310,12 +390,16 @@ def _detect(rows: Any, source: Source, kind: str, on_error: str) -> str:
     if not head:
         raise FormatError(f"{source.path}: the data set is empty; give at least one row")
     batch = {key: [row[key] for row in head] for key in head[0]}
+    unmapped = rows_of(batch, range(len(head)), replace(source, columns=None, ignore=()))
+    known = [(where, row) for where, _, row in unmapped if isinstance(row, dict)]
     for where, _, row in rows_of(batch, range(len(head)), source):
         try:
+            if known:
+                check_columns([row for _, row in known], source)
             if isinstance(row, FormatError):
                 raise row
-            known = {key: value for key, value in row.items() if value is not None}
-            return detect_preference(known) if kind == "preference" else detect_format(known)
+            found = {key: value for key, value in row.items() if value is not None}
+            return detect_preference(found) if kind == "preference" else detect_format(found)
         except FormatError as error:
             first = first or f"{where}: {error}"
             if on_error == "raise":
@@ -335,27 +419,42 @@ def _convert(
 ) -> dict[str, list[Any]]:
     """A batch of raw rows as new columns. `code` is here for the fingerprint alone: an edited function is run again."""
     records: list[dict[str, Any]] = []
+    known: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
     for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
-        record: dict[str, Any] = {"source": source.path, "origin": origin, "error": "", "_part": part}
+        record: dict[str, Any] = {"source": source.path, "origin": origin, "error": "", "removed_by": "", "_part": part}
         try:
             if isinstance(row, FormatError):
                 raise row
             record["raw"] = json.dumps(row, default=str)
-            record |= _record(row, source, preference="prompt" in columns) or {"error": DROPPED}
-        except FormatError as error:
-            record["error"] = f"{where}: {error}"
+            record |= _record(row, source, preference="prompt" in columns)
+            new = {column: shown for column, shown in record.pop("unused").items() if column not in known}
+            known.update(new)
+            record["unused"] = json.dumps(new) if new else None
+        except BadAnswer as error:
+            record |= {"error": f"{where}: {error}", "removed_by": BAD_ANSWER}
+        except (FormatError, RecursionError) as error:
+            what = TOO_DEEP if isinstance(error, RecursionError) else error
+            record |= {"error": f"{where}: {what}", "removed_by": BROKEN}
             if on_error == "raise":
                 raise FormatError(record["error"]) from None
         records.append(record)
     return {name: [record.get(name) for record in records] for name in columns}
 
 
-def _record(row: Row, source: Source, preference: bool) -> dict[str, Any] | None:
-    found: dict[str, list[Message]] | None
-    found = to_preference(row, source.format) if preference else {"messages": to_messages(row, source.format)}
-    if found is None:
-        return None
-    start = found["prompt" if preference else "messages"]
+def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
+    """The columns of a converted row."""
+    if preference:
+        tracked = TrackedRow(row)
+        refuse_media(tracked)
+        found = to_preference(tracked, source.format)
+        tools, kwargs = to_tools(tracked), to_template_kwargs(tracked)
+        if found is None:
+            return {"error": "neither side is better", "removed_by": NO_BETTER, "unused": {}}
+        sides, unused = dict(found), unused_columns(tracked) if source.format in PREFERENCES else {}
+    else:
+        read = read_row(row, source.format, merge=source.merge_turns)
+        sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused
+    start = sides["prompt" if preference else "messages"]
     if source.system_prompt and start[0]["role"] != "system":
         start.insert(0, {"role": "system", "content": source.system_prompt})
     group = None
@@ -363,7 +462,8 @@ def _record(row: Row, source: Source, preference: bool) -> dict[str, Any] | None
         if row.get(source.group_by) is None:
             raise FormatError(f"field {source.group_by!r} is missing or null; group_by needs it")
         group = json.dumps(row[source.group_by], sort_keys=True, default=str)
-    return {**found, "tools": to_tools(row), "group": group}
+        unused = {column: shown for column, shown in unused.items() if column != source.group_by}
+    return {**sides, "tools": tools, "chat_template_kwargs": kwargs, "group": group, "unused": unused}
 
 
 def _grams(filters: Filters, num_proc: int | None) -> Any:

@@ -2,30 +2,25 @@
 
 | format | columns |
 | --- | --- |
-| `preference` | `prompt, chosen, rejected`: text or messages; CValues, Chinese-dpo-pairs, UltraFeedback |
+| `preference` | a prompt, a good and a bad answer under one of `ALIASES`, as texts, turns or messages |
 | `hh-rlhf` | `chosen, rejected`: two dialogues that differ in their last answer |
 | `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
 """
 
 from typing import Any
 
-from ma_sft.data.formats import (
-    Message,
-    Row,
-    check_order,
-    completion,
-    conversation,
-    hh_turns,
-    load_function,
-    system_message,
-)
+from ma_sft.data.context import with_context
+from ma_sft.data.functions import load_function
+from ma_sft.data.turns import Message, check_order, conversation, list_of_turns
+from ma_sft.data.values import Row, TrackedRow, check_text, show, show_columns
 from ma_sft.errors import FormatError
 
-# Other names for the same three columns: CValues' first release, Intel's orca_dpo_pairs, Alpaca-like sets.
+# The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,
+# ms-swift's, OpenAI's.
 ALIASES = {
-    "prompt": ("prompt", "question", "instruction"),
-    "chosen": ("chosen", "pos_resp", "chosen_response"),
-    "rejected": ("rejected", "neg_resp", "rejected_response"),
+    "prompt": ("prompt", "question", "instruction", "query", "conversations", "conversation", "messages"),
+    "chosen": ("chosen", "pos_resp", "chosen_response", "chosen_messages", "preferred_output"),
+    "rejected": ("rejected", "neg_resp", "rejected_response", "rejected_messages", "non_preferred_output"),
 }
 
 
@@ -53,22 +48,15 @@ def to_preference(row: Row, format: str | None = None) -> Preference | None:
     Raises:
         FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = row if isinstance(row, TrackedRow) else TrackedRow(row)
     name = format or detect_preference(row)
-    if name == "pku-saferlhf":
-        found = _pku(row)
-        if found is None:
-            return None
-    elif name == "hh-rlhf":
-        found = _hh_rlhf(row)
-    elif name == "preference":
-        columns = {column: next((a for a in ALIASES[column] if a in row), column) for column in ALIASES}
-        found = _plain(row, columns["prompt"], columns["chosen"], columns["rejected"])
+    if name in SIDES:
+        found = SIDES[name](row)
     else:
-        found = load_function(name)(row)
-        if found is None:
-            return None
-        found = _plain(found, "prompt", "chosen", "rejected")
+        given = load_function(name)(dict(row))
+        found = given and _plain(TrackedRow(given))
+    if found is None:
+        return None
     for side in ("chosen", "rejected"):
         check_order(found["prompt"] + found[side], f"prompt, {side}")
         if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in found[side]):
@@ -86,44 +74,95 @@ def detect_preference(row: Row) -> str:
     """
     if "prompt" in row and any(column in row for column in PKU):
         return "pku-saferlhf"
+    row = _spread(TrackedRow(row))
     has = {column: any(alias in row for alias in aliases) for column, aliases in ALIASES.items()}
     if has["chosen"] and has["rejected"]:
         return "preference" if has["prompt"] or not isinstance(row.get("chosen"), str) else "hh-rlhf"
     missing = [column for column, there in has.items() if not there]
     raise FormatError(
-        f"unknown preference format: columns {sorted(row)}; nearest: preference (misses {', '.join(missing)}); "
+        f"unknown preference format: columns {show_columns(row)}; nearest: preference (misses {', '.join(missing)}); "
         "known formats: preference, hh-rlhf, pku-saferlhf; rename columns, or pass format"
     )
 
 
-def _plain(row: Row, prompt: str, chosen: str, rejected: str) -> Preference:
+def _spread(row: TrackedRow) -> TrackedRow:
+    """The row with three columns, where one column holds two of them."""
+    output, request = dict.get(row, "output"), dict.get(row, "input")
+    messages = dict.get(row, "messages")
+    chosen, rejected = (row.first(ALIASES[side]) for side in ("chosen", "rejected"))
+    parted: Row = {}
+    if isinstance(output, list) and len(output) == 2 and not chosen:  # Alpaca's ranking: the good answer, the bad one
+        parted = {"output": None, "chosen": output[0], "rejected": output[1]}
+    elif isinstance(request, dict) and "messages" in request and chosen:  # OpenAI's
+        parted = {"input": None, **request}
+    elif rejected and not chosen and isinstance(messages, list) and len(messages) > 1:  # ms-swift's
+        parted = {"messages": None, "chosen": messages}
+        if rejected != "rejected_messages":
+            parted = {"messages": messages[:-1], "chosen": messages[-1]}
+    if not parted:
+        return row
+    found = TrackedRow({**row, **parted})
+    found.used = row.used  # what is read of the one is read of the other
+    found.used |= {key for key, value in parted.items() if value is None}
+    return found
+
+
+def _plain(row: TrackedRow) -> Preference:
+    row = _spread(row)
+    prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
     sides = {}
     for name, field in (("chosen", chosen), ("rejected", rejected)):
         if row.get(field) is None:
             raise FormatError(f"field {field!r} is missing or null; format 'preference' needs it")
         sides[name] = row[field]
-    if row.get(prompt) is None:  # TRL's implicit prompt: what two lists of messages begin with
-        return _shared_prompt(*(conversation(sides[name], name, "assistant") for name in sides))
+    if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
+        return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
     text = row[prompt]
     if prompt == "instruction" and row.get("input"):
-        text = "\n\n".join(conversation(row[f], f)[0]["content"] for f in ("instruction", "input"))
+        text = "\n\n".join(check_text(row[field], field) for field in ("instruction", "input"))
     messages = conversation(text, prompt)
     if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
         messages = [m for m in hh_turns(text, prompt) if m["content"]]
         sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
-    if not messages or messages[0]["role"] != "system":
-        messages = system_message(row) + messages
+    messages = with_context(row, messages)
     return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
 
 
-def _hh_rlhf(row: Row) -> Preference:
-    for field in ("chosen", "rejected"):
-        if field not in row:
-            raise FormatError(f"field {field!r} is missing or null; format 'hh-rlhf' needs it")
-    return _shared_prompt(hh_turns(row["chosen"], "chosen"), hh_turns(row["rejected"], "rejected"))
+def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
+    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
+    messages = conversation(value, field, "assistant")
+    for start in (prompt, [m for m in prompt if m["role"] != "system"]):
+        if start and messages[: len(start)] == start:
+            return messages[len(start) :]
+    return messages
 
 
-def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> Preference:
+def hh_turns(text: Any, field: str) -> list[Message]:
+    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`.
+
+    Raises:
+        FormatError: not such a text.
+    """
+    text = check_text(text, field)
+    pieces = ("\n\n" + text.lstrip("\n")).replace("\n\nAssistant:", "\0A").replace("\n\nHuman:", "\0H").split("\0")
+    if pieces[0].strip() or len(pieces) < 2:
+        raise FormatError(f"field {field!r}: '\\n\\nHuman: ...\\n\\nAssistant: ...' expected, found {show(text)}")
+    return [{"role": {"H": "user", "A": "assistant"}[p[0]], "content": p[1:].strip()} for p in pieces[1:]]
+
+
+def dialogue(row: TrackedRow, field: str) -> list[Message]:
+    """A whole dialogue of one side: hh-rlhf's text, or messages."""
+    if field not in row:
+        raise FormatError(f"field {field!r} is missing or null; format 'hh-rlhf' needs it")
+    value = row[field]
+    return hh_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
+
+
+def _hh_rlhf(row: TrackedRow) -> Preference:
+    return _shared_prompt(row, dialogue(row, "chosen"), dialogue(row, "rejected"))
+
+
+def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Message]) -> Preference:
     """Two dialogues cut where they part; an answer is everything behind it."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
@@ -134,10 +173,10 @@ def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> Preference
             "fields 'chosen' and 'rejected': two dialogues that first differ in an answer expected; "
             f"they differ at turn {at + 1} ({sides[0]} and {sides[1]})"
         )
-    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
+    return {"prompt": with_context(row, chosen[:at]), "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
-def _pku(row: Row) -> Preference | None:
+def _pku(row: TrackedRow) -> Preference | None:
     for field in ("prompt", *PKU):
         if field not in row:
             raise FormatError(f"field {field!r} is missing or null; format 'pku-saferlhf' needs it")
@@ -151,4 +190,8 @@ def _pku(row: Row) -> Preference | None:
     if not any(safe):
         return None
     best = int(better) if all(safe) else safe.index(True)
-    return _plain(row, "prompt", f"response_{best}", f"response_{1 - best}")
+    sides = {"chosen": row[f"response_{best}"], "rejected": row[f"response_{1 - best}"]}
+    return _plain(TrackedRow({"prompt": row["prompt"], **sides}))
+
+
+SIDES = {"preference": _plain, "hh-rlhf": _hh_rlhf, "pku-saferlhf": _pku}

@@ -14,19 +14,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ArrowBasedBuilder, DatasetInfo, Features, SplitGenerator, Value
+from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, SplitGenerator, Value
 from datasets.builder import Key
 
+from ma_sft.data.values import plain, show_columns
 from ma_sft.errors import FormatError, RecipeError
-
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 
@@ -37,10 +36,22 @@ CHUNK = 4 << 20  # bytes that are read at a time
 BATCH = 10_000  # rows that are handed on at a time
 
 
+WHOLE = 1 << 30  # bytes of the longest object or document that is read as one
+
+
+UNPACKED = 256 << 20  # bytes that any small archive may become; beyond, 200 times its size
+
+
+TOO_DEEP = f"nested deeper than Python reads, some {sys.getrecursionlimit():,} levels"
+
+
 BOM = b"\xef\xbb\xbf"
 
 
-ROW, FILE, LINE = RAW = ("_row", "_file", "_line")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+ROW, FILE, PLACE = RAW = ("_row", "_file", "_place")
 
 
 def kind_of(path: str) -> str:
@@ -49,11 +60,23 @@ def kind_of(path: str) -> str:
     return (os.path.splitext(stem)[1] if suffix in PACKED else suffix).lower()
 
 
+@dataclass
+class ReaderConfig(BuilderConfig):  # type: ignore[misc]
+    """How files are read: see `ma_sft.data.sources.Source`."""
+
+    field: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    sample_by: str = "line"
+
+
 class RowReader(ArrowBasedBuilder):  # type: ignore[misc]
-    """Files -> their rows as JSON text, with file and line. Holds some megabytes of a file at a time."""
+    """Files -> their rows as JSON text, with file and place (`line 3`, `row 3`). Holds some megabytes at a time."""
+
+    BUILDER_CONFIG_CLASS = ReaderConfig
 
     def _info(self) -> DatasetInfo:
-        return DatasetInfo(features=Features({ROW: Value("binary"), FILE: Value("string"), LINE: Value("int64")}))
+        return DatasetInfo(features=Features({ROW: Value("binary"), FILE: Value("string"), PLACE: Value("string")}))
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
         return [SplitGenerator(name="train", gen_kwargs={"files": list(self.config.data_files["train"])})]
@@ -63,56 +86,166 @@ class RowReader(ArrowBasedBuilder):  # type: ignore[misc]
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Key, pa.Table]]:
         for number, file in enumerate(files):
-            for batch, (lines, rows) in enumerate(_read(file)):
-                columns = [
-                    pa.array(rows, pa.binary()),
-                    pa.array([_short(file)] * len(rows)),
-                    pa.array(lines, pa.int64()),
-                ]
+            rows = _read(file, self.config)
+            batches = iter(lambda rows=rows: list(itertools.islice(rows, BATCH)), [])  # type: ignore[misc]
+            for batch, placed in enumerate(batches):
+                places, texts = zip(*placed, strict=True)
+                columns = [pa.array(texts, pa.binary()), pa.array([_short(file)] * len(texts)), pa.array(places)]
                 yield Key(number, batch), pa.table(columns, names=list(RAW))
 
 
-Batch = tuple[list[int], list[bytes]]
+Rows = Iterator[tuple[str, bytes]]  # place, row as JSON
 
 
-def _read(file: str) -> Iterator[Batch]:
-    """Batches of (line numbers, rows as JSON) of one file; of .parquet, row numbers."""
-    kind = kind_of(file)
-    where = _short(file)
+def _read(file: str, config: ReaderConfig) -> Rows:
+    """The rows of one file."""
+    where, kind = _short(file), kind_of(file)
     if file.endswith(".zst") and not importlib.util.find_spec("zstandard"):
         raise RecipeError(f"{where}: reading .zst needs another package: pip install 'ma-sft[data]'")
-    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     try:
         with fsspec.open(file, "rb", compression="infer") as stream:
-            yield from readers[kind](stream if kind == ".parquet" else io.BufferedReader(stream, CHUNK), where)
+            kind = kind if kind in READERS else _sniff(file, where)
+            if kind in (".parquet", ".arrow"):
+                yield from READERS[kind](stream, where, config)
+            else:
+                yield from READERS[kind](_text_stream(stream, file, where, config), where, config)
     except FormatError:
         raise
     except UnicodeDecodeError as error:
-        raise FormatError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise FormatError(f"{where}: {not_utf_8(error)}") from None
     except Exception as error:  # each compression library and Arrow have their own
         raise FormatError(f"{where}: cannot be read as {kind[1:]}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _json_lines(stream: io.BufferedReader, where: str) -> Iterator[Batch]:
-    done = 0
-    while chunk := stream.read(CHUNK):
-        lines = (chunk + stream.readline()).removesuffix(b"\n").split(b"\n")
-        if done == 0:
-            lines[0] = lines[0].removeprefix(BOM)
-        numbered = [(number, line) for number, line in enumerate(lines, done + 1) if line.strip()]
-        done += len(lines)
-        if numbered:
-            yield [number for number, _ in numbered], [line for _, line in numbered]
+def not_utf_8(error: UnicodeDecodeError) -> str:
+    """What to do about a text in another encoding."""
+    try:
+        error.object.decode("gb18030")
+        guess = "gb18030 would fit"
+    except UnicodeDecodeError:
+        guess = "such as utf-16 or cp1252"
+    return f"not UTF-8 text: {error.reason} at byte {error.start}; if it is another encoding, set encoding: ({guess})"
 
 
-def _json(stream: io.BufferedReader, where: str) -> Iterator[Batch]:
-    """A list of rows, of which a chunk is held at a time; or JSON Lines under another name."""
-    if stream.peek(1).lstrip(BOM + b" \t\r\n").startswith(b"["):
-        rows = _json_list(io.TextIOWrapper(stream, encoding="utf-8-sig"), where)
-        while batch := list(itertools.islice(rows, BATCH)):
-            yield [line for line, _ in batch], [row for _, row in batch]
+def _sniff(file: str, where: str) -> str:
+    """What a file is whose name does not say it."""
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        head = stream.read(1000)
+    for kind, magic in ((".parquet", b"PAR1"), (".arrow", b"ARROW1")):
+        if head.startswith(magic):
+            return kind
+    if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
+        return ".json"
+    raise FormatError(
+        f"the file {where!r} exists, but it is none of {', '.join(READERS)}; save its rows as one of them "
+        "(a spreadsheet as CSV in UTF-8), and end its name so"
+    )
+
+
+class _Stream(io.RawIOBase):
+    """What a function reads, as a stream."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self.read_some = read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _text_stream(stream: Any, file: str, where: str, config: ReaderConfig) -> Any:
+    """The file's text in UTF-8; an archive that unpacks to far more than text does is an error."""
+    left = max(UNPACKED, 200 * os.stat(file).st_size) if file.endswith(PACKED) else sys.maxsize
+    limit = left
+
+    def read(size: int) -> bytes:
+        nonlocal left
+        data: bytes = stream.read(size)
+        left -= len(data)
+        if left < 0:
+            raise FormatError(f"{where}: unpacks to more than {limit:,} bytes, 200 times its size; unpack it yourself")
+        return data
+
+    packed = io.BufferedReader(_Stream(read), CHUNK)
+    encoding = config.encoding or ("utf-16" if packed.peek(2)[:2] in UTF_16 else None)
+    if encoding is None:
+        return packed
+    text = io.TextIOWrapper(packed, encoding=encoding, newline="")
+    return io.BufferedReader(_Stream(lambda size: text.read(max(1, size // 4)).encode()), CHUNK)
+
+
+def _json_lines(stream: Any, where: str, config: ReaderConfig) -> Rows:
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            yield f"line {number}", line.removesuffix(b"\n")
+
+
+def _json(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
+    """A row a line; or a list of rows, read in chunks; or one object, which is a row or holds them."""
+    head = stream.peek(1).removeprefix(BOM).lstrip()
+    first, end, rest = head.partition(b"\n")
+    try:
+        value, whole = json.loads(first), bool(rest.strip())
+        problem = -1
+    except (ValueError, RecursionError) as error:
+        value, whole, problem = None, False, getattr(error, "pos", 0)
+    if head.startswith(b"[") and not (isinstance(value, list) and (whole or _is_dialogue(value))):
+        yield from _list_rows(io.TextIOWrapper(stream, encoding="utf-8-sig"), where)
+    elif config.field or (head.startswith(b"{") and not whole and (value or not end or problem >= len(first.rstrip()))):
+        yield from _object(stream, where, config)
     else:
-        yield from _json_lines(stream, where)
+        yield from _json_lines(stream, where, config)
+
+
+def _is_dialogue(value: list[Any]) -> bool:
+    """Whether a list is one conversation rather than a list of rows."""
+    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _list_rows(text: io.TextIOWrapper, where: str) -> Rows:
+    last = 0
+    for number, (line, row) in enumerate(_json_list(text, where), 1):
+        yield (f"line {line}" if line > last else f"row {number}"), row
+        last = line
+
+
+def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
+    """One object that is written over several lines: a row, or an object that holds the rows as a list."""
+    data = stream.read(WHOLE + 1)
+    if len(data) > WHOLE:
+        raise FormatError(f"{where}: one JSON object of more than {WHOLE:,} bytes; write a row a line (.jsonl)")
+    try:
+        value = json.loads(data.removeprefix(BOM))
+    except json.JSONDecodeError as error:
+        if data.partition(b"\n")[2].startswith(b"{"):  # a line that is cut off, among good ones
+            yield from _json_lines(io.BytesIO(data), where, config)
+            return
+        raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: not valid JSON: {TOO_DEEP}") from None
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+    held = (
+        {config.field: value.get(config.field)}
+        if config.field
+        else {key: rows for key, rows in lists.items() if key not in OWN_LISTS and not _is_dialogue(rows)}
+    )
+    if config.field and not isinstance(held[config.field], list):
+        raise FormatError(f"{where}: field: {config.field!r} is no list of rows; found {show_columns(value)}")
+    if len(held) > 1:
+        raise FormatError(f"{where}: rows may be in {show_columns(held)}; say which: field")
+    if not held:
+        yield "line 1", data.removeprefix(BOM)
+    for number, row in enumerate(next(iter(held.values()), []), 1):
+        yield f"row {number}", json.dumps(row).encode()
+
+
+# Columns of a row that hold objects, and are no rows themselves.
+OWN_LISTS = ("messages", "conversations", "conversation", "contents", "history", "tools", "functions", "choices")
 
 
 def _json_list(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, bytes]]:
@@ -155,34 +288,82 @@ def _json_list(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, bytes]
         buffer, at = buffer[at:] + chunk, 0
 
 
-def _csv(stream: io.BufferedReader, where: str) -> Iterator[Batch]:
+def _csv(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter="\t" if kind_of(where) == ".tsv" else ",", strict=True)
-    lines: list[int] = []
-    rows: list[bytes] = []
+    delimiter = config.delimiter or ("\t" if kind_of(where) == ".tsv" else ",")
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     line = 1
     try:
+        names = list(reader.fieldnames or [])
+        line = reader.line_num
+        _check_header(names, f"{where}, line 1")
         for row in reader:
-            line, last = reader.line_num, line
             extra = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
-            lines.append(last + 1)
-            rows.append(json.dumps(extra or row).encode())
-            if len(rows) == BATCH:
-                yield lines, rows
-                lines, rows = [], []
+            yield f"line {line + 1}", json.dumps(extra or row).encode()
+            line = reader.line_num
     except csv.Error as error:
         raise FormatError(f"{where}, line {line + 1}: not valid CSV: {error}") from None
-    if rows:
-        yield lines, rows
 
 
-def _parquet(stream: Any, where: str) -> Iterator[Batch]:
-    done = 0
-    for batch in pq.ParquetFile(stream).iter_batches(1000):
-        rows = [json.dumps(row, default=str).encode() for row in batch.to_pylist()]
-        yield list(range(done + 1, done + 1 + len(rows))), rows
-        done += len(rows)
+def _check_header(names: list[str], where: str) -> None:
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise FormatError(f"{where}: column {twice[0]!r} stands twice in the first line; rename one of them")
+    mark = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
+    if mark:
+        raise FormatError(f"{where}: one column {names[0]!r}; if {mark!r} parts its cells, set delimiter: {mark!r}")
+
+
+def _parquet(stream: Any, where: str, config: ReaderConfig) -> Rows:
+    yield from _arrow_rows(pq.ParquetFile(stream).iter_batches(1000))
+
+
+def _arrow(stream: Any, where: str, config: ReaderConfig) -> Rows:
+    try:
+        file = pa.ipc.open_file(stream)
+        batches = (file.get_batch(i) for i in range(file.num_record_batches))
+    except pa.ArrowInvalid:  # what `datasets` caches is a stream
+        stream.seek(0)
+        batches = iter(pa.ipc.open_stream(stream))
+    yield from _arrow_rows(batches)
+
+
+def _arrow_rows(batches: Iterator[pa.RecordBatch]) -> Rows:
+    pieces = (batch[at : at + 1000] for batch in batches for at in range(0, batch.num_rows, 1000))
+    for number, row in enumerate(itertools.chain.from_iterable(piece.to_pylist() for piece in pieces), 1):
+        yield f"row {number}", json.dumps(plain(row), default=str).encode()
+
+
+def _text(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
+    """A text a line, a paragraph or a file, as `datasets`' own reader has it; blank ones are none."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    if config.sample_by == "line":
+        for number, line in enumerate(text, 1):
+            if line.strip():
+                yield f"line {number}", json.dumps({"text": line.removesuffix("\n")}).encode()
+        return
+    whole = text.read(WHOLE)
+    if text.read(1):
+        raise FormatError(f"{where}: more than {WHOLE:,} characters in one file; set sample_by: line")
+    pieces = [whole] if config.sample_by == "document" else re.split(r"\n\s*\n", whole.strip("\n"))
+    for number, piece in enumerate((piece for piece in pieces if piece.strip()), 1):
+        yield f"row {number}", json.dumps({"text": piece}).encode()
+
+
+READERS: dict[str, Callable[..., Rows]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".ndjson": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".txt": _text,
+}
+
+
+KINDS = tuple(READERS)
 
 
 def _short(file: str) -> str:

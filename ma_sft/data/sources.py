@@ -4,7 +4,7 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ma_sft.data.formats import Row
-from ma_sft.data.reader import FILE, KINDS, LINE, ROW, RowReader, kind_of
+from ma_sft.data.reader import FILE, KINDS, PLACE, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
+from ma_sft.data.values import Row, plain, show_columns
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.version import __version__
@@ -26,20 +26,27 @@ class Source:
     """One place that rows come from.
 
     Args:
-        path: a hub id, also as `owner/name@revision:configuration`, a file (.jsonl, .json, .csv, .tsv, .parquet; also
-            .gz, .zst, .bz2, .xz), a glob, or a `save_to_disk` folder.
+        path: a hub id, also as `owner/name@revision:configuration`, a file (`ma_sft.data.reader.KINDS`; also .gz, .zst,
+            .bz2, .xz), a glob, or a `save_to_disk` folder.
         name: configuration of a hub data set.
         split: split of a hub data set or folder.
         revision: branch, tag or commit of a hub data set; resolved once in a run.
         data_files, data_dir: which files of a hub data set, as in `datasets.load_dataset`.
         format: as in `ma_sft.to_messages`, or `ma_sft.to_preference` in a mixture of preferences.
         columns: `{name in the data: name that the format wants}`, as in `Dataset.rename_columns`.
+        ignore: columns that are left out, whatever they say.
+        merge_turns: join neighbouring turns of one role.
+        field: key of the JSON object that holds the list of rows.
+        encoding: of text files; UTF-8, and UTF-16 with its mark, are known without it.
+        delimiter: between the cells of a CSV file.
+        sample_by: what one row of a .txt file is: a `line`, a `paragraph` or the `document`.
         limit: take this many rows, drawn with the mixture's seed (the first ones of a stream); None takes all.
         weight: share of this source among the rows drawn, relative to the other weights.
         system_prompt: system message for conversations that have none.
         filters: filters of this source alone; see `ma_sft.data.filters.Filters`.
         group_by: column that holds the same value in rows which a split must not part, e.g. a conversation's id.
         license: for the card.
+        rows: a data set in memory, in place of what lies at `path`.
     """
 
     path: str
@@ -50,40 +57,68 @@ class Source:
     data_dir: str | None = None
     format: str | None = None
     columns: dict[str, str] | None = None
+    ignore: tuple[str, ...] = ()
+    merge_turns: bool = False
+    field: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    sample_by: str = "line"
     limit: int | None = None
     weight: float | None = None
     system_prompt: str | None = None
     filters: dict[str, Any] | None = None
     group_by: str | None = None
     license: str | None = None
+    rows: Dataset | IterableDataset | None = None
 
     @classmethod
     def of(cls, value: Any, **defaults: Any) -> "Source":
-        """A source from a path or a mapping of the fields above.
+        """A source from a path, a data set of `datasets`, or a mapping of the fields above.
 
         Raises:
             RecipeError: an unknown key or a value of a wrong type.
         """
         if isinstance(value, cls):
             return value
-        settings = {"path": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+        settings = dict(value) if isinstance(value, Mapping) and not isinstance(value, DatasetDict) else {"path": value}
+        given = settings.get("path")
+        if isinstance(given, DatasetDict):
+            given = _of_split(given, settings.get("split") or defaults.get("split", "train"), "the data set")
+        if isinstance(given, Dataset | IterableDataset):
+            settings |= {"path": f"{type(given).__name__} {given.info.dataset_name or 'in memory'}", "rows": given}
+        elif isinstance(given, Path):
+            settings["path"] = str(given)
         unknown = sorted(set(settings) - {f.name for f in fields(cls)})
         if unknown or not isinstance(settings.get("path"), str):
             raise RecipeError(
                 f"source {value!r}: {'unknown key ' + repr(unknown[0]) if unknown else 'no path'}; "
-                f"keys are {', '.join(f.name for f in fields(cls))}"
+                f"keys are {', '.join(f.name for f in fields(cls) if f.name != 'rows')}"
             )
-        for key, types, low in (("limit", int, 1), ("weight", (int, float), 0)):
-            number = settings.get(key)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, types) or number < low):
-                raise RecipeError(f"source {settings['path']}: {key} must be a number from {low}, found {number!r}")
-        if not isinstance(settings.get("columns") or {}, dict):
-            raise RecipeError(f"source {settings['path']}: columns must map names to names")
         found = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", settings["path"])
-        if found and is_hub_id(found[1]):
+        if found and is_hub_id(found[1]) and "rows" not in settings:
             short = {"path": found[1], "revision": found[2], "name": found[3]}
             settings |= {key: value for key, value in short.items() if value}
-        return cls(**{**defaults, **settings})
+        source = cls(**{**defaults, **settings})
+        source._check()
+        return replace(source, ignore=tuple(source.ignore))
+
+    def _check(self) -> None:
+        kinds: dict[str, Any] = {"limit": int, "weight": int | float, "merge_turns": bool, "columns": dict}
+        kinds |= {"ignore": list | tuple} | dict.fromkeys(("field", "encoding", "delimiter", "name", "revision"), str)
+        for key, kind in kinds.items():
+            value, low = getattr(self, key), {"limit": 1, "weight": 0}.get(key)
+            wrong = not isinstance(value, kind) or (low is not None and (isinstance(value, bool) or value < low))
+            if value is not None and wrong:
+                what = "map names to names" if key == "columns" else f"be {getattr(kind, '__name__', kind)}"
+                what = what if low is None else f"be a number from {low}"
+                raise RecipeError(f"source {self.path}: {key} must {what}, found {value!r}")
+        if self.sample_by not in ("line", "paragraph", "document"):
+            raise RecipeError(f"source {self.path}: sample_by: line, paragraph or document, found {self.sample_by!r}")
+
+    def described(self) -> dict[str, Any]:
+        """What a report says of it: the fields that are set."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def load_rows(
@@ -110,40 +145,58 @@ def load_rows(
 
 def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
     path, local = source.path, Path(source.path)
-    if local.is_dir():
+    if source.rows is not None:
+        return _in_memory(source, streaming)
+    if local.is_dir() and not (source.data_files or source.data_dir):
         if not ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
         saved = load_from_disk(path)
-        if isinstance(saved, DatasetDict):
-            if source.split not in saved:
-                known = ", ".join(saved)
-                raise RecipeError(f"{path} has no split {source.split!r}, it has {known}; set split")
-            saved = saved[source.split]
+        saved = _of_split(saved, source.split, path) if isinstance(saved, DatasetDict) else saved
         return saved.to_iterable_dataset() if streaming else saved
-    if kind_of(path) in KINDS:
-        files = [path] if local.is_file() else sorted(f for f in glob.glob(path, recursive=True) if Path(f).is_file())
-        if not files:
-            raise RecipeError(f"the file {path!r} does not exist")
-        size = sum(Path(file).stat().st_size for file in files)
-        if size == 0:
-            raise FormatError(f"{path}: the file is empty")
-        builder = RowReader(
-            data_files={"train": [glob.escape(str(Path(f).resolve())) for f in files]}, hash=__version__
-        )
-        if streaming:
-            return builder.as_streaming_dataset(split="train")
-        try:
-            builder.download_and_prepare(num_proc=num_proc if len(files) > 1 and size > MANY_BYTES else None)
-        except DatasetGenerationError as error:
-            cause = error.__cause__
-            raise cause if isinstance(cause, FormatError | RecipeError | OSError) else error from None
-        if not builder.info.splits["train"].num_examples:
-            raise FormatError(f"{path}: the data set is empty; give at least one row")
-        return builder.as_dataset(split="train")
+    if local.is_file() or kind_of(path) in KINDS:
+        return _load_files(source, streaming, num_proc)
     if glob.has_magic(path):
         raise RecipeError(f"the files {path!r} must end in one of {', '.join(KINDS)}, and .gz or .zst if compressed")
     chosen = {key: value for key in ("data_files", "data_dir") if (value := getattr(source, key))}
     return load_dataset(path, source.name, source.split, source.revision, streaming=streaming, **chosen)
+
+
+def _in_memory(source: Source, streaming: bool) -> Any:
+    if isinstance(source.rows, IterableDataset) and not streaming:
+        raise RecipeError(f"{source.path} is a stream: set dataset_streaming (streaming=True), or pass a Dataset")
+    return source.rows.to_iterable_dataset() if streaming and isinstance(source.rows, Dataset) else source.rows
+
+
+def _of_split(saved: DatasetDict, split: str, path: str) -> Dataset:
+    if split not in saved:
+        raise RecipeError(f"{path} has no split {split!r}, it has {', '.join(saved)}; set split")
+    return saved[split]
+
+
+def _load_files(source: Source, streaming: bool, num_proc: int | None) -> Any:
+    path = source.path
+    files = [path] if Path(path).is_file() else sorted(f for f in glob.glob(path, recursive=True) if Path(f).is_file())
+    if not files:
+        counted = "" if Path(path).is_absolute() else f" (counted from {Path.cwd()})"
+        raise RecipeError(f"the file {path!r} does not exist{counted}")
+    size = sum(Path(file).stat().st_size for file in files)
+    if size == 0:
+        raise FormatError(f"{path}: the file is empty")
+    builder = RowReader(
+        data_files={"train": [glob.escape(str(Path(f).resolve())) for f in files]},
+        hash=__version__,
+        **{key: getattr(source, key) for key in ("field", "encoding", "delimiter", "sample_by")},
+    )
+    if streaming:
+        return builder.as_streaming_dataset(split="train")
+    try:
+        builder.download_and_prepare(num_proc=num_proc if len(files) > 1 and size > MANY_BYTES else None)
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, FormatError | RecipeError | OSError) else error from None
+    if not builder.info.splits["train"].num_examples:
+        raise FormatError(f"{path}: the data set is empty; give at least one row")
+    return builder.as_dataset(split="train")
 
 
 def rows_of(
@@ -153,35 +206,52 @@ def rows_of(
     for at, index in enumerate(indices):
         row: Any
         if ROW in batch:
-            file, line = batch[FILE][at], batch[LINE][at]
-            where, origin = f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}", f"{file}:{line}"
-            try:
-                row = json.loads(batch[ROW][at])
-                if isinstance(row, str) and kind_of(file) in (".csv", ".tsv"):
-                    raise FormatError(row)
-                if not isinstance(row, dict):
-                    raise FormatError(f"a JSON object expected, found {type(row).__name__} {str(row)[:60]!r}")
-            except FormatError as error:
-                row = error
-            except json.JSONDecodeError as error:
-                row = FormatError(f"not valid JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:
-                row = FormatError(f"not valid JSON: {error}")
+            file, place = batch[FILE][at], batch[PLACE][at]
+            where, origin = f"{file}, {place}", f"{file}:{place.rpartition(' ')[2]}"
+            row = _parse(batch[ROW][at], is_table=kind_of(file) in (".csv", ".tsv"))
         else:
             where, origin = f"{source.path}, row {index + 1}", f"{source.path}:{index + 1}"
             origin = batch["origin"][at] if "origin" in batch else origin  # what `ma-sft data build` wrote
-            row = _without_nulls({key: values[at] for key, values in batch.items()})
-        if isinstance(row, dict):
-            for old, new in (source.columns or {}).items():
-                if old not in row:
-                    row = FormatError(f"field {old!r} of the column map is missing; found {sorted(row)}")
-                    break
-                row = {**{key: value for key, value in row.items() if key != old}, new: row[old]}
-        yield where, origin, row
+            row = plain({key: values[at] for key, values in batch.items()})
+        yield where, origin, _mapped(row, source) if isinstance(row, dict) else row
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives each object every key that any row has; a null argument of a tool call would be learned."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _parse(text: bytes, is_table: bool) -> Row | FormatError:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        return FormatError(f"not valid JSON: {error.msg} at column {error.colno}")
+    except UnicodeDecodeError as error:
+        return FormatError(f"not valid JSON: {not_utf_8(error)}")
+    except RecursionError:
+        return FormatError(f"not valid JSON: {TOO_DEEP}")
+    except ValueError as error:
+        return FormatError(f"not valid JSON: {error}")
+    if isinstance(row, str) and is_table:
+        return FormatError(row)
+    if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+        return {"messages": row}  # a bare conversation
+    if not isinstance(row, dict):
+        return FormatError(f"a JSON object expected, found {type(row).__name__} {str(row)[:60]!r}")
+    return row
+
+
+def _mapped(row: Row, source: Source) -> Row | FormatError:
+    """The row under the names of the column map; a column that this row lacks is null."""
+    if not source.columns and not source.ignore:
+        return row
+    columns = source.columns or {}
+    kept = {key: value for key, value in row.items() if key not in columns and key not in source.ignore}
+    for old, new in columns.items():
+        if row.get(old) is not None and kept.get(new) is not None:
+            return FormatError(f"the column map would write {old!r} over {new!r}; ignore: [{new}], or map it as well")
+        kept[new] = row.get(old)
+    return kept
+
+
+def check_columns(rows: Sequence[Row], source: Source) -> None:
+    """Raise `FormatError` if none of the (unmapped) rows has a column of the column map."""
+    known = set().union(*rows)
+    for old in source.columns or {}:
+        if old not in known:
+            raise FormatError(f"field {old!r} of the column map is missing; found {show_columns(known)}")

@@ -192,7 +192,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
     from ma_sft.data.code import code_of
-    from ma_sft.data.formats import load_function
+    from ma_sft.data.functions import load_function
     from ma_sft.data.sources import Source, load_rows, rows_of
 
     data, labels = settings.rows, settings.labels
@@ -224,7 +224,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         return {"input_ids": ids, "labels": labels}
 
     how = (code_of(labels.formatting_func), labels.response_template, labels.instruction_template, labels.check)
-    key = label_fingerprint(rows._fingerprint, tokenizer, None, asdict(source), *how)
+    key = label_fingerprint(rows._fingerprint, tokenizer, None, source.described(), *how)
     labelled = _mapped(rows, label, key, "formatting and tokenising", settings.training.dataset_num_proc)
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
 

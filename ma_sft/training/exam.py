@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ma_sft.data.formats import load_function
+from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError
 from ma_sft.labels.encoder import ChatEncoder, Message
 from ma_sft.recipe import Settings

@@ -8,7 +8,9 @@ from conftest import ROOT
 from datasets import Dataset
 
 from ma_sft import FormatError, to_messages, to_messages_batch
-from ma_sft.data.formats import FORMATS, detect_format, formatting_func, message_features, to_tools
+from ma_sft.data.context import to_tools
+from ma_sft.data.formats import FORMATS, detect_format, message_features
+from ma_sft.data.functions import formatting_func
 
 FIXTURES = ROOT / "tests/files/formats"
 
@@ -115,7 +117,11 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 is 'user', which cannot come after 'user'"),
         ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),
-        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "field 'messages[1].weight'"),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
+            "field 'messages[1].weight': a turn is",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every answer is marked not to be trained"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': a list of calls"),
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},

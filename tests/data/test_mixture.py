@@ -68,7 +68,7 @@ def test_sources(files, name, streaming):
     expected = {
         "bom.jsonl": "bom.jsonl:25",
         "list.json": "list.json:62",  # the line on which the row begins
-        "list.json.zst": "list.json.zst:1",
+        "list.json.zst": "list.json.zst:13",  # many rows on one line: the row's number
         "rows.csv": "rows.csv:14",
         "rows.tsv": "rows.tsv:14",
         "part*.jsonl": "part[1].jsonl:3",
@@ -149,7 +149,7 @@ def test_csv_cells_stay_text(tmp_path):
         ("a.jsonl", "ä".encode("latin-1"), "a.jsonl, line 1: not valid JSON"),
         ("a.json", b'[{"instruction": "x", "output": "y"},\n {"instr', "a.json, line 2: not valid JSON"),
         ("a.json", b'[{"instruction": "x", "output": "y"}] 7', "line 1: not valid JSON: something follows the end"),
-        ("a.json", b'{"data": [\n1]}', "a.json, line 1: not valid JSON"),
+        ("a.json", b'{"data": [\n1}', "a.json, line 2: not valid JSON"),
         (
             "a.jsonl.gz",
             b'{"instruction": "x", "output": "y"}\n',

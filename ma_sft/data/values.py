@@ -1,0 +1,109 @@
+"""Values of raw rows: which are text, which are JSON, which are nothing; and how an error shows them."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ma_sft.errors import FormatError
+
+Row = dict[str, Any]
+
+
+SHOWN_COLUMNS = 20
+
+
+class TrackedRow(Row):
+    """A row without its nulls that knows which of its columns were read (`used`)."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__({key: value for key, value in row.items() if value is not None})
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first of these columns that is there; it counts as read only when it is."""
+        return next((name for name in names if name in self), None)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, "", or a list or object without a value in it."""
+    if isinstance(value, list | tuple):
+        return all(item is None for item in value)
+    return value is None or (isinstance(value, str | dict) and not value)
+
+
+def plain(value: Any) -> Any:
+    """A value from Arrow as the JSON that it was made from, as far as Arrow can tell.
+
+    Arrow gives each object every key that any row has: a null argument of a tool call would be learned. So the nulls of
+    objects go, written ones too. Bytes are text, or an object that no format takes for text.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return {"bytes": f"{len(value)}, which are no UTF-8 text"}
+    return value
+
+
+def check_text(text: Any, field: str) -> str:
+    """The value, if it is a text that can be trained on.
+
+    Raises:
+        FormatError: no text, or one with a NUL or a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise FormatError(f"field {field!r}: text expected, found {show(text)}")
+    if "\0" in text:
+        raise FormatError(f"field {field!r} holds a NUL character; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"field {field!r} holds a lone surrogate at character {error.start}; the text is broken"
+        ) from None
+    return text
+
+
+def text_of(row: Row, field: str, *, optional: bool = False) -> str:
+    """A column's text; "" where it is missing and `optional`."""
+    value = row.get(field)
+    return "" if optional and value is None else check_text(value, field)
+
+
+def parse_json(text: str, field: str) -> Any:
+    """The value of a JSON text; raises `FormatError` naming the field."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(text)}") from None
+
+
+def to_json(value: Any, field: str) -> str:
+    """A value as JSON text that can be trained on; raises `FormatError` as `check_text`."""
+    return check_text(json.dumps(value, ensure_ascii=False, default=str), field)
+
+
+def show(value: Any) -> str:
+    """A value for an error: its type and its first 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = (text if len(text) <= 60 else text[:60] + "...").encode("utf-8", "backslashreplace").decode()
+    return f"{type(value).__name__} {text}"
+
+
+def show_columns(columns: Iterable[str]) -> str:
+    """Columns for an error, at most twenty."""
+    names = sorted(columns)
+    more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
+    return f"{names[:SHOWN_COLUMNS]}{more}"
