@@ -199,7 +199,8 @@ def _moss(row: TrackedRow) -> list[Message]:
     for name, parts in row["chat"].items():
         if not isinstance(parts, dict):
             raise FormatError(f"field 'chat.{name}': an object with Human and MOSS expected, found {show(parts)}")
-        texts = {key: MOSS_MARKS.sub("", str(text)).strip() for key, text in parts.items()}
+        parts = {key: check_text(text, f"chat.{name}.{key}") for key, text in parts.items() if text is not None}
+        texts = {key: MOSS_MARKS.sub("", text).strip() for key, text in parts.items()}
         for key in texts.keys() - {"Human", "MOSS"}:
             if texts[key] not in ("", "None"):
                 raise FormatError(f"field 'chat.{name}.{key}': MOSS' tools cannot be trained, found {show(texts[key])}")

@@ -48,7 +48,7 @@ TOO_DEEP = f"nested deeper than Python reads, some {sys.getrecursionlimit():,} l
 BOM = b"\xef\xbb\xbf"
 
 
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+UTF_16 = re.compile(rb"\xff\xfe[^\0]\0|\xfe\xff\0[^\0]")  # the mark, and a first letter of ASCII
 
 
 ROW, FILE, PLACE = RAW = ("_row", "_file", "_place")
@@ -171,7 +171,7 @@ def _text_stream(stream: Any, file: str, where: str, config: ReaderConfig) -> An
         return data
 
     packed = io.BufferedReader(_Stream(read), CHUNK)
-    encoding = config.encoding or ("utf-16" if packed.peek(2)[:2] in UTF_16 else None)
+    encoding = config.encoding or ("utf-16" if UTF_16.match(packed.peek(4)) else None)
     if encoding is None:
         return packed
     text = io.TextIOWrapper(packed, encoding=encoding, newline="")
@@ -221,13 +221,15 @@ def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows
         raise FormatError(f"{where}: one JSON object of more than {WHOLE:,} bytes; write a row a line (.jsonl)")
     try:
         value = json.loads(data.removeprefix(BOM))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if data.partition(b"\n")[2].startswith(b"{"):  # a line that is cut off, among good ones
             yield from _json_lines(io.BytesIO(data), where, config)
             return
-        raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise FormatError(f"{where}: not valid JSON: {TOO_DEEP}") from None
+        if isinstance(error, json.JSONDecodeError):
+            raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        if isinstance(error, RecursionError):
+            raise FormatError(f"{where}: not valid JSON: {TOO_DEEP}") from None
+        raise
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
     held = (
         {config.field: value.get(config.field)}
