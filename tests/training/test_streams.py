@@ -1,0 +1,125 @@
+"""Streams: each row of an epoch once, whatever files, loader workers and processes, packed or not."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import datasets
+import pytest
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from ma_sft.data.mixture import load_mixture
+from ma_sft.errors import LabelError
+from ma_sft.packing.view import COLUMNS, pack_table
+from ma_sft.training.streams import Order, Share, share_out
+
+FILES = {"unequal": (5, 400), "three equal": (40, 40, 40), "one": (50,)}
+SOME, MORE = [(0, 1), (2, 1), (1, 2), (2, 2)], [(1, 1), (4, 1), (0, 2), (4, 2)]  # loader workers, processes
+FEATURES = datasets.Features(dict.fromkeys(COLUMNS, datasets.List(datasets.Value("int64"))))
+
+
+def label(batch, numbers):
+    """A row's number, once for each of 1 to 7 tokens."""
+    rows = [int(messages[0]["content"]) for messages in batch["messages"]]
+    ids = [[row] * (row % 7 + 1) for row in rows]
+    return {"input_ids": ids, "labels": ids}
+
+
+class Packer:
+    def __init__(self, strategy):
+        self.settings = {"seq_length": 16, "strategy": strategy, "seed": 0}
+
+    def __call__(self, table):
+        return pack_table(table, **self.settings)
+
+
+def source(tmp_path, sizes, kind):
+    start = 0
+    for name, size in enumerate(sizes):
+        rows = [{"prompt": str(row), "completion": "a"} for row in range(start, start + size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        start += size
+    if kind == "mixture":
+        return load_mixture([str(tmp_path / "*.jsonl")], streaming=True).train
+    # as a hub's: a shard is a file
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "*.jsonl"), split="train", streaming=True)
+    return rows.map(
+        lambda row: {"messages": [{"content": row["prompt"]}]}, remove_columns=["prompt", "completion"]
+    ).shuffle(seed=0, buffer_size=100)
+
+
+def read(rows, workers, processes, strategy, batch, steps):
+    """What each process gets in `steps` batches, through accelerate's loader."""
+    order = Order(max(1, workers), processes, batch, 32 if strategy == "bfd" else 1)
+    share = Share(
+        rows,
+        label,
+        Packer(strategy),
+        parts=order.workers * processes,
+        block=batch if strategy == "none" else 1,
+        buffer=order.buffer,
+    )
+    found = []
+    for rank in range(processes):
+        loader = DataLoader(share_out(share, order, FEATURES), batch_size=batch, num_workers=workers, collate_fn=list)
+        loader = prepare_data_loader(
+            loader, num_processes=processes, process_index=rank, put_on_device=False, dispatch_batches=False
+        )
+        found.append(list(islice(loader, steps)))
+    return found
+
+
+def documents(pack):
+    at = 0
+    for length in pack["seq_lengths"]:
+        yield pack["input_ids"][at]
+        at += length
+
+
+@pytest.mark.parametrize(("kind", "files"), [("mixture", "unequal"), ("hub", "unequal"), ("mixture", "three equal")])
+@pytest.mark.parametrize(
+    ("workers", "processes"), SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
+)
+def test_batches_are_those_of_one_process_without_workers(tmp_path, kind, files, workers, processes):
+    rows = source(tmp_path, FILES[files], kind)
+    total = sum(FILES[files])
+    steps = -(-2 * total // (5 * processes))
+    found = read(rows, workers, processes, "none", 5, steps)
+    together = [row["input_ids"][0] for step in zip(*found, strict=True) for batch in step for row in batch]
+    assert Counter(together[:total]) == dict.fromkeys(range(total), 1)
+    assert Counter(together[total : 2 * total]) == dict.fromkeys(range(total), 1)
+    assert together[:total] != together[total : 2 * total], "each epoch comes in another order"
+    alone = read(rows, 0, 1, "none", 5, -(-2 * total // 5))[0]
+    assert together[: 2 * total] == [row["input_ids"][0] for batch in alone for row in batch][: 2 * total]
+
+
+@pytest.mark.parametrize("files", ["unequal", "one"])
+@pytest.mark.parametrize(
+    ("workers", "processes"), SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
+)
+def test_packs_of_an_epoch_hold_each_row_once(tmp_path, files, workers, processes):
+    rows = source(tmp_path, FILES[files], "mixture")
+    total, parts = sum(FILES[files]), max(1, workers) * processes
+    packs = read(rows, workers, processes, "bfd", 1, 130)
+    streams = [packs[rank][worker :: max(1, workers)] for rank in range(processes) for worker in range(max(1, workers))]
+    rows_of = [[row for batch in stream for pack in batch for row in documents(pack)] for stream in streams]
+    share = -(-total // parts)  # of each part's rows of an epoch: as many as of any other, or one less
+    assert all(len(found) >= share for found in rows_of)
+    first = Counter(row for found in rows_of for row in found[: share - 1])
+    assert max(first.values()) == 1, "a row came twice before all came once"
+    assert set(range(total)) == {row for found in rows_of for row in found[:share]}
+
+
+def test_a_stream_without_a_label_ends_with_an_error(tmp_path):
+    rows = source(tmp_path, (3,), "mixture")
+    share = Share(
+        rows,
+        lambda batch, numbers: {"input_ids": [[1]] * len(numbers), "labels": [[-100]] * len(numbers)},
+        lambda table: pack_table(table, 16, "none", drop_unlabelled=True),
+        parts=1,
+        block=1,
+        buffer=1,
+    )
+    with pytest.raises(LabelError, match="no row with anything to train on"):
+        next(iter(share_out(share, Order(1, 1, 1, 1), FEATURES)))
