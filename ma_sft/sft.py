@@ -70,10 +70,10 @@ def _run(settings: Settings, stop: "Stop", checkpoint: Path | None) -> dict[str,
     content = digest(data.dataset, held_out.dataset if held_out else None)
     agree(content)
     if checkpoint:
-        check_same_data(checkpoint, content)
+        check_same_data(checkpoint, content, data.order)
     memory = _forecast(settings, data) if settings.training.process_index == 0 else None
     trainer = make_trainer(settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None)
-    journal, survival = Journal(out / "log.jsonl"), Survival(trainer, stop, content)
+    journal, survival = Journal(out / "log.jsonl"), Survival(trainer, stop, content, data.order)
     trainer.add_callback(journal)  # first: survival stops at a loss that is no number
     trainer.add_callback(survival)
     main = trainer.is_world_process_zero()

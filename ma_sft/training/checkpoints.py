@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from ma_sft.training.processes import largest, once
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
+    from ma_sft.training.streams import Order
 
 
 COMPLETE = "complete.json"
@@ -112,14 +114,22 @@ def _empty(out: Path) -> None:
             path.unlink()
 
 
-def check_same_data(checkpoint: Path, digest: str) -> None:
-    """Compare the data with what the checkpoint was trained on.
+def check_same_data(checkpoint: Path, digest: str, order: "Order | None" = None) -> None:
+    """Compare the data, and of a stream what its order depends on, with what the checkpoint was trained on.
 
     Raises:
         RecipeError: they differ, so that going on would train some rows twice and others never.
     """
-    marker = checkpoint / COMPLETE
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["data"] != digest:
+    if not (checkpoint / COMPLETE).exists():
+        return
+    known = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    for name, value in asdict(order).items() if order and known.get("stream") else ():
+        if (before := known["stream"][name]) != value:
+            raise RecipeError(
+                f"{checkpoint} was trained with {name}={before}, on which a stream's order depends, and not {value}: "
+                f"bring {before} back, or start anew with --resume never"
+            )
+    if known["data"] != digest:
         raise RecipeError(
             f"the data is not what {checkpoint} was trained on; bring the old rows back, or start anew with "
             "--resume never"
@@ -177,8 +187,8 @@ class Stop:
 class Survival(TrainerCallback):
     """Marks checkpoints as whole, saves before a stop, and ends a run whose loss is no number before it is saved."""
 
-    def __init__(self, trainer: SFTTrainer, stop: Stop, digest: str) -> None:
-        self.trainer, self.stop, self.digest = trainer, stop, digest
+    def __init__(self, trainer: SFTTrainer, stop: Stop, digest: str, order: "Order | None" = None) -> None:
+        self.trainer, self.stop, self.digest, self.order = trainer, stop, digest, order
         # An older checkpoint goes when the newer one is whole, which transformers cannot know.
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self.tokens_before = 0
@@ -227,7 +237,8 @@ class Survival(TrainerCallback):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        write_whole(folder / COMPLETE, json.dumps({"step": state.global_step, "data": self.digest}))
+        marker = {"step": state.global_step, "data": self.digest, "stream": self.order and asdict(self.order)}
+        write_whole(folder / COMPLETE, json.dumps(marker))
         rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)
 
     def on_train_end(

@@ -161,8 +161,8 @@ def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) ->
         _mixture(settings).train,
         make_encoder(settings, tokenizer).tokenize_batch,
         partial(pack_table, seed=training.seed, **how),
-        parts=order.workers * order.processes,
-        block=1 if training.packing else order.batch_size,
+        parts=len(order.parts()),
+        block=1 if training.packing else order.per_device_train_batch_size,
         buffer=order.buffer,
     )
     features = Features(dict.fromkeys(COLUMNS, List(Value("int64"))))

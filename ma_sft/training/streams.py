@@ -21,11 +21,14 @@ ROWS_AT_A_TIME = 1000
 
 @dataclass
 class Order:
-    """What the order of a stream's rows depends on, beside the rows and the seed: kept with each checkpoint."""
+    """What the order of a stream's rows depends on, beside the rows and the seed: kept with each checkpoint.
 
-    workers: int
+    No loader worker counts as one: the order is the same.
+    """
+
+    dataloader_num_workers: int
     processes: int
-    batch_size: int
+    per_device_train_batch_size: int
     buffer: int
 
     @classmethod
@@ -46,7 +49,11 @@ class Order:
 
         Process and worker of part n read batches n, n + parts, ... of the stream: those that the loader hands to them.
         """
-        return [worker * self.processes + rank for rank in range(self.processes) for worker in range(self.workers)]
+        return [
+            worker * self.processes + rank
+            for rank in range(self.processes)
+            for worker in range(self.dataloader_num_workers)
+        ]
 
 
 @dataclass

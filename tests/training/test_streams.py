@@ -9,8 +9,9 @@ import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from ma_sft import Recipe, run
 from ma_sft.data.mixture import load_mixture
-from ma_sft.errors import LabelError
+from ma_sft.errors import LabelError, RecipeError
 from ma_sft.packing.view import COLUMNS, pack_table
 from ma_sft.training.streams import Order, Share, share_out
 
@@ -56,7 +57,7 @@ def read(rows, workers, processes, strategy, batch, steps):
         rows,
         label,
         Packer(strategy),
-        parts=order.workers * processes,
+        parts=len(order.parts()),
         block=batch if strategy == "none" else 1,
         buffer=order.buffer,
     )
@@ -123,3 +124,35 @@ def test_a_stream_without_a_label_ends_with_an_error(tmp_path):
     )
     with pytest.raises(LabelError, match="no row with anything to train on"):
         next(iter(share_out(share, Order(1, 1, 1, 1), FEATURES)))
+
+
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_qwen3, packing):
+    rows = [{"prompt": f"{row}?", "completion": "so " * (row % 9) + f"{row}."} for row in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(
+        model_name_or_path=str(tiny_qwen3),
+        dataset_name=str(tmp_path / "rows.jsonl"),
+        dataset_streaming=True,
+        dataloader_num_workers=2,
+        packing=packing,
+        max_length=64,
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        report_to=[],
+        merge=False,
+    )
+
+    def losses(name, *args):
+        run(recipe, ["--output_dir", str(tmp_path / name), *args])
+        state = json.loads((tmp_path / name / "checkpoint-6" / "trainer_state.json").read_text())
+        return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+    going_on = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")]
+    whole = losses("whole")
+    assert len(whole) == 6 and losses("again", *going_on) == whole
+    with pytest.raises(RecipeError, match=r"dataloader_num_workers=2, .* and not 4: bring 2 back"):
+        run(recipe, ["--output_dir", str(tmp_path / "other"), *going_on, "--dataloader_num_workers", "4"])
