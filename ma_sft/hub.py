@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy 
 
 # What a model is beside its weights; code comes only where it may run.
 PLAIN_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+
+OTHERS = "name what is cached, or try again when the hub answers"
+
+
+class DamagedError(Exception):
+    """A file that is not what the hub says it sent."""
 
 
 # What each revision was when it was first asked for, so that one that moves meanwhile changes nothing.
@@ -48,7 +55,9 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
         try:
             if not is_offline_mode():
                 _knock(name, revision, kind)
-            _commits[key] = HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
+            offline = is_offline_mode()
+            found = HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=offline)
+            _commits[key] = found.resolved
         except Exception as error:
             raise RecipeError(explain(error, name, kind, revision)) from None
     return _commits[key]
@@ -162,24 +171,69 @@ def load_dataset(
     from huggingface_hub import is_offline_mode
 
     commit = pin(path, revision, "dataset")
-    for attempt in (1, 2):
+    if is_offline_mode() and not files:
+        return _cached_rows(path, name, split, commit, streaming)
+
+    def read() -> Any:
         start = time.time()
         try:
             rows = datasets.load_dataset(path, name, split=split, revision=commit, streaming=streaming, **files)
         except Exception as error:
-            if not _remove_damaged(path, "dataset", start) or attempt == 2:
-                raise RecipeError(explain(error, path, "dataset", revision)) from None
-            continue
-        if streaming or not _remove_damaged(path, "dataset", start):
-            break
-        for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
-            shutil.rmtree(folder, ignore_errors=True)  # made from damaged files
+            if damaged := _remove_damaged(path, "dataset", start):
+                raise DamagedError(damaged[0]) from error
+            raise
+        if not streaming and (damaged := _remove_damaged(path, "dataset", start)):
+            for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
+                shutil.rmtree(folder, ignore_errors=True)  # made from damaged files
+            raise DamagedError(damaged[0])
+        return rows
+
+    rows = _persist(read, path, "dataset", revision)
     if is_offline_mode() and not streaming and not any(commit in file["filename"] for file in rows.cache_files):
-        raise RecipeError(
-            f"the data {path!r} is cached in another revision than {commit[:12]}, and the hub cannot be asked; name "
-            "the revision that is cached, or try again with the hub"
-        )
+        raise RecipeError(f"{_what(path, 'dataset')} is cached in other revisions than {commit[:12]} alone; {OTHERS}")
     return rows
+
+
+def _cached_rows(path: str, name: str | None, split: str, commit: str, streaming: bool) -> Any:
+    """A split from the Arrow files of this commit; `datasets` alone takes the revision that was cached last."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    folders = {folder.parts[-3]: folder for folder in Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}")}
+    name = next(iter(folders)) if name is None and len(folders) == 1 else name
+    if name not in folders:
+        known = f" in the configurations {', '.join(sorted(folders))}" if folders else ", or not in this revision"
+        raise RecipeError(f"{_what(path, 'dataset')} is not cached{known}; {OTHERS}")
+    version = folders[name].parts[-2]
+    builder = Cache(repo_id=path, dataset_name=path.split("/")[-1], config_name=name, version=version, hash=commit)
+    try:
+        return builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+    except ValueError as error:
+        raise RecipeError(explain(error, path, "dataset")) from None
+
+
+def _persist(get: Callable[[], Any], name: str, kind: str, revision: str | None) -> Any:
+    """What `get` gives, again after a while where a hub is busy or something came damaged.
+
+    Raises:
+        RecipeError: it failed otherwise, or four times.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in (1, 2, 4, 0):
+        try:
+            return get()
+        except DamagedError as error:
+            reason, final = f"{error} arrived damaged and was removed", None
+        except Exception as error:
+            status = next((e.response.status_code for e in _chain(error) if isinstance(e, HfHubHTTPError)), 0)
+            reason, final = f"the hub answers {status}", explain(error, name, kind, revision)
+            if status not in (429, 500, 502, 503, 504):
+                break
+        if wait:
+            say(f"{_what(name, kind)}: {reason}; once more in {wait} s", error=True)
+            time.sleep(wait)
+    raise RecipeError(final or f"{_what(name, kind)}: {reason}, each time; try again later") from None
 
 
 def _knock(name: str, revision: str | None, kind: str) -> None:
@@ -230,17 +284,15 @@ def _go_offline(reason: str) -> None:
 def _download(name: str, commit: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    damaged: list[str] = []
-    for _ in range(2):
+    def get() -> Path:
         start = time.time()
-        try:
-            folder = snapshot_download(name, revision=commit, allow_patterns=patterns)
-        except Exception as error:
-            raise RecipeError(explain(error, name, "model", commit)) from None
-        damaged = _remove_damaged(name, "model", start)
-        if not damaged:
-            return Path(folder)
-    raise RecipeError(f"{damaged[0]} of the model {name!r} arrived damaged twice and was removed; try again later")
+        folder = snapshot_download(name, revision=commit, allow_patterns=patterns)
+        if damaged := _remove_damaged(name, "model", start):
+            raise DamagedError(damaged[0])
+        return Path(folder)
+
+    folder: Path = _persist(get, name, "model", commit)
+    return folder
 
 
 def _remove_damaged(name: str, kind: str, since: float) -> list[str]:
@@ -285,7 +337,7 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
 
     chain = [*_chain(error)]
     text = " ".join(str(error).split())
-    what = f"the {'data' if kind == 'dataset' else kind} {name!r}"
+    what = _what(name, kind)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     login = "log in with `hf auth login` or set HF_TOKEN"
     status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
@@ -327,6 +379,10 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
     if kind == "dataset" and "onfig" in text:
         return f"{what}: {_short(said)}; set name in the source, or dataset_config"
     return f"{what} cannot be loaded: {type(inner).__name__}: {_short(said)}"
+
+
+def _what(name: str, kind: str) -> str:
+    return f"the {'data' if kind == 'dataset' else kind} {name!r}"
 
 
 def _pass(kind: str) -> str:

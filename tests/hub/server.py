@@ -62,7 +62,7 @@ def etag_of(name: str, content: bytes) -> tuple[str, bool]:
 
 
 class Hub:
-    """The server; `with Hub() as hub` starts it, and `hub.env` points a process at it."""
+    """The server; `with Hub() as hub` stops it at the end, and `hub.env` points a process at it."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -70,18 +70,30 @@ class Hub:
         self.log: list[tuple[str, str, int]] = []
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
+        self.port = 0
+        self.start()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Listen, on the same port as before."""
+        self.closing.clear()
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "Hub":
+        self._server.block_on_close = False
+        self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Be a hub that is down: connections are refused."""
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def __enter__(self) -> "Hub":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def add(
         self, kind: str, name: str, files: Path | dict[str, bytes], branch: str = "main", access: str = "public"
