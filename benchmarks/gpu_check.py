@@ -32,7 +32,7 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.tools.memory import forecast
 from ma_sft.training.prepare import prepare
 from ma_sft.training.processes import available_attention
-from ma_sft.training.trainer import make_trainer
+from ma_sft.training.trainer import build_trainer
 
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 16}
 CASES: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def ours(settings: dict[str, Any], warm_up: int) -> dict[str, float]:
     tokenizer, added = load_tokenizer(resolved)
     data: Any = prepare(resolved, tokenizer).dataset
     expected = forecast(resolved, max(map(len, data["input_ids"]))).peak
-    found = train(make_trainer(resolved, tokenizer, added, data, None), warm_up)
+    found = train(build_trainer(resolved, tokenizer, added, data, None), warm_up)
     return {**found, "forecast_peak_bytes": expected}
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ma_sft.packing.view import pack
     from ma_sft.recipe import Recipe
     from ma_sft.sft import run
+    from ma_sft.training.trainer import make_trainer
 
 # TRL and PEFT import DeepSpeed where it is installed; on a machine without a GPU it says so on stdout.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
@@ -44,6 +45,7 @@ _LAZY = {
     "Recipe": "ma_sft.recipe",
     "tokenize_conversation": "ma_sft.labels.encoder",
     "run": "ma_sft.sft",
+    "make_trainer": "ma_sft.training.trainer",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "TemplateError",
     "__version__",
     "launch",
+    "make_trainer",
     "pack",
     "run",
     "to_messages",

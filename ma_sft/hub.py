@@ -145,9 +145,9 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     """
     weights = "CausalLM" in auto.__name__
     folder = model_folder(name, revision, weights=weights, code=code)
-    more = {"use_safetensors": True} if weights else {}
+    kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
-        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **more, **kwargs)
+        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
     except Exception as error:
         raise RecipeError(explain(error, name)) from None
     if "Tokenizer" in auto.__name__:

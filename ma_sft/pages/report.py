@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ma_sft.recipe import Settings
     from ma_sft.training.prepare import Prepared
-from ma_sft.training.exam import evaluation_rows
+from ma_sft.training.grades import evaluation_rows
 
 SHOWN_TOKENS = 600  # of a row in the mask preview
 

@@ -8,11 +8,10 @@ import difflib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import write_whole
@@ -236,47 +235,6 @@ def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
 
 
-def keep_gradients(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
-
-    With AVX-512 BF16, the first forward pass in evaluation mode repacks them for a kernel without a backward pass, and
-    they stay so when training goes on: after any evaluation, no gradient would go through a layer (bitsandbytes 0.50).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-@contextmanager
-def repacked(model: Any) -> Iterator[None]:
-    """Let bitsandbytes repack 4-bit weights on a CPU while answers are generated, many times as fast.
-
-    Afterwards the layers have the very weights and scales that they had: bitsandbytes' own way back rounds the scales.
-    """
-    layers = [
-        module
-        for module in model.modules()
-        if hasattr(module, "support_avx512bf16_for_cpu")
-        and module.weight.device.type == "cpu"
-        and getattr(module.weight, "quant_state", None) is not None
-        and module.weight.quant_state.shape[0] % 32 == 0
-        and module.weight.quant_state.shape[1] % 64 == 0  # the kernel's blocks; other layers stay as they are
-    ]
-    kept = [
-        (layer.weight.data, copy.copy(layer.weight.quant_state), layer.support_avx512bf16_for_cpu) for layer in layers
-    ]
-    if layers:
-        from bitsandbytes.functional import has_avx512bf16
-
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = has_avx512bf16()
-    try:
-        yield
-    finally:
-        for layer, (data, state, fast) in zip(layers, kept, strict=True):
-            layer.weight.data, layer.weight.quant_state, layer.support_avx512bf16_for_cpu = data, state, fast
-
-
 def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
     """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
     from peft.optimizers import create_loraplus_optimizer
@@ -336,9 +294,13 @@ def save_converted(model: Any, folder: Path, initial: Path) -> None:
 
 
 def with_new_tokens(
-    settings: "Settings", added: list[str], tokenizer: "PreTrainedTokenizerBase", peft: "PeftConfig | None"
+    model: "str | PreTrainedModel",
+    settings: "Settings",
+    added: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    peft: "PeftConfig | None",
 ) -> "PreTrainedModel":
-    """The recipe's model with embedding rows for new tokens, which an adapter then trains as well.
+    """The model, or the one in the folder `model`, with embedding rows for new tokens, which an adapter then trains.
 
     New rows are the mean of the old ones. Only these rows are trained, not the whole matrix; a separate `lm_head` has
     to learn to write the tokens too, and TRL can only train it whole.
@@ -353,14 +315,10 @@ def with_new_tokens(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
             "save a model with the tokens first, or use a template that the tokenizer knows"
         )
-    model: PreTrainedModel = load_pretrained(
-        AutoModelForCausalLM,
-        str(settings.model.model_name_or_path),
-        settings.model.model_revision,
-        code=settings.training.trust_remote_code,
-        **settings.training.model_init_kwargs,
-    )
-    settings.training.model_init_kwargs = None
+    if isinstance(model, str):
+        code, kwargs = settings.training.trust_remote_code, settings.training.model_init_kwargs
+        model = cast("PreTrainedModel", load_pretrained(AutoModelForCausalLM, model, code=code, **kwargs))
+        settings.training.model_init_kwargs = None
     embedding: Any = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -45,19 +45,27 @@ class Prepared:
     order: Order | None = None  # of a stream
 
 
-def prepare(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Prepared:
+def prepare(
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False, given: Dataset | None = None
+) -> Prepared:
     """Load, label, cut and pack the recipe's rows (those held out only if `eval_packing` says so).
+
+    Args:
+        given: rows of `input_ids` and `labels` that take the recipe's place; they are cut and packed, not judged.
 
     Raises:
         MaSftError: a source, row, template or label that is wrong; the message says which.
     """
-    if settings.rows.dataset_streaming and not held_out:
+    if given is not None:
+        labelled = Labelled(given.select_columns(["input_ids", "labels"]), Counts(rows=len(given)))
+    elif settings.rows.dataset_streaming and not held_out:
         return _prepare_stream(settings, tokenizer)
-    labelled = label(settings, tokenizer, held_out=held_out)
+    else:
+        labelled = label(settings, tokenizer, held_out=held_out)
     report = None
     if len(labelled.dataset) == 0:
         raise LabelError("the data set is empty: no rows to train on")
-    if settings.labels.check and not held_out:
+    if settings.labels.check and not held_out and given is None:
         report = check(settings, tokenizer, labelled)
         report.raise_errors()
     dataset, conversations, counts = labelled.dataset, labelled.conversations, labelled.counts
@@ -117,19 +125,28 @@ def _nothing_left(rows: Dataset, max_length: int) -> LabelError:
     )
 
 
-def prepare_once(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
+def prepare_once(
+    settings: "Settings",
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset | None = None,
+    test: Dataset | None = None,
+) -> tuple[Prepared, Prepared | None]:
     """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
 
     A stream is read by each process, which then keeps its share.
+
+    Args:
+        train: labelled rows that take the recipe's place.
+        test: the same for those held out.
 
     Raises:
         MaSftError: `prepare`'s, in every process alike.
     """
 
     def make() -> tuple[Prepared, Prepared | None]:
-        data = prepare(settings, tokenizer)
-        holds_out = settings.rows.eval_dataset or settings.rows.test_size
-        return data, prepare(settings, tokenizer, held_out=True) if holds_out else None
+        data = prepare(settings, tokenizer, given=train)
+        holds_out = test is not None or settings.rows.eval_dataset or (train is None and settings.rows.test_size)
+        return data, prepare(settings, tokenizer, held_out=True, given=test) if holds_out else None
 
     def make_to_send() -> tuple[Prepared, Prepared | None]:
         data, held_out = make()

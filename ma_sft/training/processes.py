@@ -86,16 +86,21 @@ def once(make: Callable[[], T], *, per_machine: bool = False) -> T:
     return everyone[state.process_index - state.local_process_index if per_machine else 0][0]  # type: ignore[return-value]
 
 
+_kept: list[Any] = []  # transformers holds its DeepSpeed configuration by a weak reference
+
+
 @contextmanager
 def outside_zero3() -> Iterator[None]:
     """Models that are made inside are whole and where they are asked to be, also while ZeRO-3 splits all others."""
-    from transformers.integrations import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_config, unset_hf_deepspeed_config
 
-    reference, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    config = deepspeed_config()
+    unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+        if config is not None:
+            _kept[:] = [HfDeepSpeedConfig(config)]
 
 
 def leave_together() -> None:
@@ -129,8 +134,8 @@ def digest(*datasets: "Dataset | IterableDataset | None") -> str:
     return content.hexdigest()
 
 
-def agree(mine: str) -> None:
-    """Compare the digest of all processes.
+def agree(mine: str) -> str:
+    """The digest, if it is that of all processes.
 
     Raises:
         RunError: they differ.
@@ -141,6 +146,7 @@ def agree(mine: str) -> None:
             f"the processes prepared different data: rank 0 has {digests[0][:12]}, rank {other[0]} has "
             f"{digests[other[0]][:12]}; give every machine the same files, tokenizer, template and package versions"
         )
+    return mine
 
 
 def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: int) -> "Dataset | IterableDataset":

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
-    from ma_sft.training.exam import HeldOut
+    from trl import SFTTrainer
+
+
+def add_callbacks(trainer: "SFTTrainer", *callbacks: TrainerCallback) -> None:
+    """Add callbacks before the bar, which begins when the first step does."""
+    bar = trainer.pop_callback(TrainingBar)
+    for callback in (*callbacks, *([bar] if bar else [])):
+        trainer.add_callback(callback)
 
 
 class TrainingBar(ProgressCallback):
@@ -50,10 +57,6 @@ class Journal(TrainerCallback):
     def write(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry | {"time": time.time()}) + "\n")
-
-    def held_out(self, step: int, found: "HeldOut") -> None:
-        """What was measured before or after training, by the names of the trainer's own evaluations."""
-        self.write({"step": step, "eval_loss": found.loss, "eval_mean_token_accuracy": found.token_accuracy})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

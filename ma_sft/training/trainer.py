@@ -1,53 +1,145 @@
-"""Labelled rows -> TRL's `SFTTrainer`."""
+"""Labelled rows -> TRL's `SFTTrainer`, and all that ma_sft knows of the inside of TRL and transformers.
 
-import logging
-from importlib.util import find_spec
+Each use of a name that they do not document stands here with the reason for it; `tests/training/test_assumptions.py`
+holds every one by name, so that a new release fails with the name of what changed. (`quantized.py` is the same for
+bitsandbytes.)
+"""
+
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProgressCallback
+from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.errors import RecipeError
-from ma_sft.recipe import Settings
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.packing.view import as_arrays
+from ma_sft.recipe import Recipe, Settings
+from ma_sft.training import adapters, quantized
+from ma_sft.training.prepare import prepare_once
+from ma_sft.training.processes import available_attention, fill_up
+from ma_sft.training.progress import TrainingBar
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from peft import PeftConfig
 
 
-def make_trainer(
+def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
+    """TRL's trainer as the recipe says, with the recipe's rows labelled, proven and packed; call its `train`.
+
+    Args:
+        recipe: data and settings. What `sft_trainer_arguments` give need not be in it.
+        args: flags that win over the recipe.
+        sft_trainer_arguments: `SFTTrainer`'s own, such as `callbacks`, `compute_metrics`, `compute_loss_func`,
+            `optimizers`, `data_collator`. `model` is a model or a name, `peft_config` takes the place of the recipe's
+            adapter, `processing_class` of its tokenizer. `train_dataset` and `eval_dataset` hold rows of any format
+            that a source may have, or `input_ids` and `labels`, which are cut and packed as they are.
+
+    Raises:
+        MaSftError: anything wrong with settings, data or labels.
+    """
+    settings = _settings_for(recipe, args, sft_trainer_arguments)
+    tokenizer, added_tokens = sft_trainer_arguments.pop("processing_class", None), list[str]()
+    if tokenizer is None:
+        tokenizer, added_tokens = load_tokenizer(settings)
+    train, held_out = (_as_source(settings, sft_trainer_arguments, name) for name in ("train_dataset", "eval_dataset"))
+    data, test = prepare_once(settings, tokenizer, train, held_out)
+    return build_trainer(
+        settings, tokenizer, added_tokens, data.dataset, test.dataset if test else None, **sft_trainer_arguments
+    )
+
+
+def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any]) -> Settings:
+    """The recipe resolved, with a name in the place of a model and of data that are given as objects."""
+    own = dict(recipe.settings)
+    if given.get("train_dataset") is not None:
+        own |= {"dataset_name": "train_dataset", "datasets": []}
+    if isinstance(given.get("model"), str):
+        own["model_name_or_path"] = given.pop("model")
+    elif given.get("model") is not None:
+        own["model_name_or_path"] = given["model"].name_or_path or "model"
+    return Recipe(**own).resolve(args)
+
+
+def _as_source(settings: Settings, given: dict[str, Any], name: str) -> Dataset | None:
+    """Take rows that are given as objects: labelled ones are returned, others become the settings' sources."""
+    rows = given.pop(name, None)
+    if rows is None:
+        return None
+    if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
+        return rows
+    if name == "eval_dataset":
+        settings.rows.eval_dataset = [*rows.values()] if isinstance(rows, dict) else [rows]
+    else:
+        settings.rows.dataset_name, settings.rows.datasets = None, [rows]
+        settings.rows.dataset_streaming |= isinstance(rows, IterableDataset)
+    return None
+
+
+def build_trainer(
     settings: Settings,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     added_tokens: list[str],
-    train: "Dataset | IterableDataset",
-    held_out: "Dataset | IterableDataset | None",
-) -> "SFTTrainer":
+    train: Dataset | IterableDataset,
+    held_out: Dataset | IterableDataset | None,
+    **given: Any,
+) -> "ResumableTrainer":
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
 
     Packed rows carry `seq_lengths`; TRL's padding-free collator turns them into position ids that restart at each
     document, from which transformers keeps attention inside the documents.
+
+    Args:
+        given: arguments of `SFTTrainer` that win over the settings.
+
+    Raises:
+        RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
     from safetensors import SafetensorError
-    from transformers import ProgressCallback
-    from trl import get_quantization_config
 
-    from ma_sft.hub import explain, model_folder
-    from ma_sft.packing.view import as_arrays
-    from ma_sft.training.adapters import (
-        CHANGE_BASE,
-        add_loraplus,
-        check_targets,
-        continue_adapter,
-        freeze,
-        keep_gradients,
-        keep_initial,
-        lora_config,
-        model_skeleton,
-        with_new_tokens,
-    )
-    from ma_sft.training.checkpoints import ResumableTrainer
-    from ma_sft.training.processes import available_attention, fill_up
-    from ma_sft.training.progress import TrainingBar
+    from ma_sft.hub import explain
 
+    training = settings.training
+    _leave_nothing_to_prepare(settings)
+    if given.get("data_collator") is not None and training.padding_free:
+        raise RecipeError("data_collator: packed rows need TRL's own; leave one of packing and data_collator out")
+    model, peft, quantization = _model(settings, given)
+    if not training.dataloader_drop_last:
+        batch = training.world_size * training.per_device_train_batch_size
+        train = fill_up(train, batch, tokenizer.pad_token_id)
+    try:
+        if added_tokens:
+            model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
+            quantization = None
+        trainer = ResumableTrainer(
+            model,
+            args=training,
+            train_dataset=as_arrays(train),
+            eval_dataset=as_arrays(held_out) if held_out else None,
+            processing_class=tokenizer,
+            quantization_config=quantization,
+            peft_config=peft,
+            **given,
+        )
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
+    _finish_model(trainer, settings, tokenizer, peft)
+    if settings.adapter.loraplus_lr_ratio is not None:
+        if trainer.optimizer is not None:
+            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optimizers out")
+        adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingBar)
+    return trainer
+
+
+def _leave_nothing_to_prepare(settings: Settings) -> None:
+    """Tell TRL of rows that are packed and cut already, and how the model is to be loaded."""
     training, model = settings.training, settings.model
     model.attn_implementation = available_attention(model.attn_implementation)
     packs = (training.packing or training.eval_packing) and training.packing_strategy != "wrapped"
@@ -61,42 +153,77 @@ def make_trainer(
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    peft, quantization = lora_config(settings), get_quantization_config(model)
+
+
+def _model(settings: Settings, given: dict[str, Any]) -> "tuple[Any, PeftConfig | None, Any]":
+    """(the model or its folder, the adapter's configuration, the quantisation), checked against each other."""
+    from ma_sft.hub import model_folder
+
+    own, peft = given.pop("model", None), given.pop("peft_config", None)
+    quantization = get_quantization_config(settings.model)
+    if quantization is not None:
+        quantized.check_installed()
+    if own is not None and hasattr(own, "peft_config"):  # an adapter of its own
+        return own, None, None
+    peft = peft or adapters.lora_config(settings)
     if peft is not None:
-        check_targets(model_skeleton(settings), peft)
-    if quantization is not None and find_spec("bitsandbytes") is None:
-        raise RecipeError("4-bit and 8-bit weights need bitsandbytes: pip install 'ma-sft[quant]'")
-    if model.load_in_8bit:  # one line a layer and step on how its input is cast
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if not training.dataloader_drop_last:
-        batch = training.world_size * training.per_device_train_batch_size
-        train = fill_up(train, batch, tokenizer.pad_token_id)
-    name, revision = str(model.model_name_or_path), model.model_revision
-    folder = model_folder(name, revision, weights=True, code=training.trust_remote_code)
-    try:
-        trainer = ResumableTrainer(
-            with_new_tokens(settings, added_tokens, tokenizer, peft) if added_tokens else str(folder),
-            args=training,
-            train_dataset=as_arrays(train),
-            eval_dataset=as_arrays(held_out) if held_out else None,
-            processing_class=tokenizer,
-            quantization_config=None if added_tokens else quantization,
-            peft_config=peft,
-        )
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(explain(error, name)) from None
-    head = trainer.model.get_output_embeddings()
+        adapters.check_targets(own if own is not None else adapters.model_skeleton(settings), peft)
+    if own is not None:
+        settings.training.model_init_kwargs = None
+        return own, peft, None
+    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
+    return str(model_folder(name, revision, weights=True, code=settings.training.trust_remote_code)), peft, quantization
+
+
+def _finish_model(
+    trainer: SFTTrainer, settings: Settings, tokenizer: PreTrainedTokenizerBase, peft: "PeftConfig | None"
+) -> None:
+    """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
+    model, adapter, training = trainer.model, settings.adapter, settings.training
+    head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None
-    freeze(trainer.model, settings.adapter.freeze)
-    keep_gradients(trainer.model)
-    if settings.adapter.adapter_name_or_path:
-        continue_adapter(trainer.model, Path(settings.adapter.adapter_name_or_path), tokenizer)
-    if settings.adapter.loraplus_lr_ratio is not None:
-        add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
-    if peft is not None and str(peft.init_lora_weights).startswith(CHANGE_BASE) and training.process_index == 0:
-        keep_initial(trainer.model, Path(training.output_dir) / "initial_adapter")
-    if not training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(TrainingBar)
-    return trainer
+    adapters.freeze(model, adapter.freeze)
+    quantized.keep_gradients(model)
+    if adapter.adapter_name_or_path:
+        adapters.continue_adapter(model, Path(adapter.adapter_name_or_path), tokenizer)
+    changes_base = str(getattr(peft, "init_lora_weights", "")).startswith(adapters.CHANGE_BASE)
+    if changes_base and training.process_index == 0:
+        adapters.keep_initial(model, Path(training.output_dir) / "initial_adapter")
+
+
+class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which takes no step more when resumed after its last one, and names a full disk as such."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens computed so far, by TRL's own count (`num_tokens` of its logs), which a resume sets back to 0."""
+        return int(self._total_train_tokens)
+
+    @tokens_seen.setter
+    def tokens_seen(self, count: int) -> None:
+        self._total_train_tokens = count
+
+    def label_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Of a batch: the summed loss of its labels, how many are the model's first choice, and how many there are.
+
+        They come from the head that TRL puts into the model, which never holds the logits of a whole batch.
+        """
+        out = model(**inputs, use_cache=False, fused_lm_head=True)
+        return torch.stack([part.double().sum() for part in (-out.log_probs, out.is_top1, out.label_mask)])
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers begins another epoch, and takes its first step, when a run is resumed after its last step
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError:  # torch.save loses what the system said; ask it again
+            with tempfile.TemporaryFile(dir=self.args.output_dir) as file:
+                file.write(bytes(1 << 20))
+                file.flush()
+            raise

@@ -12,7 +12,8 @@ from ma_sft import to_messages
 from ma_sft.demo import demo_model
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.release.merge import load_adapter, merge
-from ma_sft.training.exam import exact_match, generate_answers
+from ma_sft.training.exam import generate_answers
+from ma_sft.training.grades import exact_match
 
 METHODS = {
     "lora": (),

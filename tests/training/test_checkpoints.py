@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import Run
 
-from ma_sft.training.checkpoints import COMPLETE, newest
+from ma_sft.training.folder import COMPLETE, newest
 
 ROWS = [
     {

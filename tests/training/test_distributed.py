@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler
 
 from ma_sft import RunError
 from ma_sft.launcher import check_launch
-from ma_sft.training.checkpoints import COMPLETE
+from ma_sft.training.folder import COMPLETE
 from ma_sft.training.processes import fill_up
 
 STEPS = 10

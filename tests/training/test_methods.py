@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from ma_sft import Recipe, RecipeError, run
 from ma_sft.release.manifest import read_manifest
 from ma_sft.release.merge import load_adapter
-from ma_sft.training.adapters import keep_gradients, repacked
+from ma_sft.training.quantized import keep_gradients, repacked
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def test_adapter(train, tiny_qwen3, method, quantization, capsys):
 def test_loraplus_gives_b_the_higher_rate(train):
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.training.prepare import prepare
-    from ma_sft.training.trainer import make_trainer
+    from ma_sft.training.trainer import build_trainer
 
     out, _ = train()
     chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), "loraplus_lr_ratio": 8.0}
     settings = Recipe(**chosen).resolve()
     tokenizer, added = load_tokenizer(settings)
-    trainer = make_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None)
+    trainer = build_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None)
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     rates = {
         ("lora_B" in names[id(p)], group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]
@@ -89,13 +89,13 @@ def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train,
     """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs, and then has no backward pass."""
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.training.prepare import prepare
-    from ma_sft.training.trainer import make_trainer
+    from ma_sft.training.trainer import build_trainer
 
     out, _ = train(merge=False)
     chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), f"load_in_{bits}bit": True}
     settings = Recipe(**chosen).resolve()
     tokenizer, added = load_tokenizer(settings)
-    model = make_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
+    model = build_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
     ids = torch.arange(1000, 1064)[None]
 
     def gradient():

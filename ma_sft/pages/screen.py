@@ -1,0 +1,90 @@
+"""What a run says in the terminal: before its first step what will be trained, after its last one what came of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import MaSftError
+from ma_sft.terminal import console, say
+from ma_sft.training.grades import evaluation_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from trl import SFTTrainer
+
+    from ma_sft.recipe import Settings
+    from ma_sft.tools.memory import Forecast
+    from ma_sft.training.prepare import Prepared
+
+
+def forecast_memory(settings: "Settings", data: "Prepared") -> "Forecast | None":
+    """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
+    from ma_sft.packing.view import lengths
+    from ma_sft.tools.memory import forecast
+
+    rows: Any = data.dataset
+    try:
+        return forecast(settings, int(lengths(rows).max()) if hasattr(rows, "num_rows") else None)
+    except MaSftError:
+        raise
+    except Exception as error:
+        say(f"no forecast of memory: one step on fake tensors failed with {type(error).__name__}: {error}")
+        return None
+
+
+def show_start(
+    settings: "Settings", data: "Prepared", trainer: "SFTTrainer", memory: "Forecast | None", checkpoint: str | None
+) -> list[tuple[str, str]]:
+    """Print what will be trained; the (what, how much) lines of it."""
+    from rich.table import Table
+
+    from ma_sft.labels.tokenize import counts_table
+    from ma_sft.tools.memory import memory_table
+
+    table = Table(title=f"{settings.run.name}: what will be trained", show_header=False)
+    lines = counts_table(data.counts) + memory_table(settings, trainer.model, memory)
+    for key, value in lines:
+        table.add_row(key, value)
+    screen = console()
+    screen.print(table)
+    if data.check is not None:
+        screen.print(data.check)
+    if data.packing is not None:
+        screen.print(str(data.packing))
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    return lines
+
+
+def show_end(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> None:
+    """Print answers and figures, and where everything is."""
+    from rich.table import Table
+
+    screen = console()
+    if answers:
+        table = Table("message", "before", "after", title="held-out answers", show_lines=True)
+        for question, before, after, _ in answers[:5]:
+            table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
+        screen.print(table)
+    if found := summary.get("evaluation"):
+        screen.print(evaluation_table(found))
+    if summary.get("exact_match_after") is not None:
+        first = summary["exact_match_before"]
+        screen.print(
+            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
+            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
+        )
+    for what in ("adapter", "merged", "model", "report.html"):
+        if (out / what).exists():
+            screen.print(f"{what:>12}  {out / what}", soft_wrap=True)
+    screen.print(f"{'chat':>12}  ma-sft chat {out}", soft_wrap=True)
+
+
+def evaluation_table(found: dict[str, Any]) -> "Table":
+    """The evaluation for the terminal: before -> after, by source where there are several."""
+    from rich.table import Table
+
+    rows = evaluation_rows(found)
+    table = Table("held-out", *rows[0]["cells"])
+    for row in rows:
+        table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
+    return table
