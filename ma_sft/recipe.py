@@ -58,6 +58,7 @@ class RowsConfig:
     dataset_format: str | None = setting(None, "Format of the rows, where detection by columns is not wanted.")
     on_error: str = setting("raise", "What to do with a broken row: stop, or count and skip it.", ["raise", "skip"])
     system_prompt: str | None = setting(None, "System message for conversations that have none.")
+    merge_turns: bool = setting(False, "Join neighbouring turns of one role, which most chat templates refuse.")
 
 
 @dataclass

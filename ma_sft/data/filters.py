@@ -88,6 +88,11 @@ class Stage:
         return [not why for why in reasons]
 
 
+def unused_columns(stages: Iterable[Stage]) -> dict[str, dict[str, str]]:
+    """Of each source, the columns that nothing read and that may mean something, with an example."""
+    return {stage.name.rpartition(": convert")[0]: stage.unused for stage in stages if stage.unused}
+
+
 @dataclass(frozen=True)
 class Filters:
     """What a conversation must be to stay; None and False leave a filter out.

@@ -326,7 +326,7 @@ def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Con
     else:
         messages = _known(tracked, name, merge)
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_columns(tracked) if name in FORMATS else {}
+    unused = unused_of(tracked) if name in FORMATS else {}
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
@@ -379,7 +379,7 @@ def _check_verdict(row: TrackedRow) -> None:
             )
 
 
-def unused_columns(row: TrackedRow) -> dict[str, str]:
+def unused_of(row: TrackedRow) -> dict[str, str]:
     """The columns, and the keys of turns, that nothing read and that may mean something; each with its value, short."""
     found = {}
     for column, value in row.items():

@@ -31,6 +31,7 @@ from ma_sft.data.filters import (
     held_out_phrases,
     split_held_out,
     stream_filters,
+    unused_columns,
 )
 from ma_sft.data.formats import (
     FORMATS,
@@ -39,7 +40,7 @@ from ma_sft.data.formats import (
     message_features,
     read_row,
     refuse_media,
-    unused_columns,
+    unused_of,
 )
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
@@ -83,7 +84,7 @@ class Report:
     @property
     def unused(self) -> dict[str, dict[str, str]]:
         """Of each source, the columns that nothing read and that may mean something, with an example."""
-        return {stage.name.rpartition(": convert")[0]: stage.unused for stage in self.stages if stage.unused}
+        return unused_columns(self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         return {"sources": self.sources, "stages": [asdict(stage) for stage in self.stages]}
@@ -450,7 +451,7 @@ def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
         tools, kwargs = to_tools(tracked), to_template_kwargs(tracked)
         if found is None:
             return {"error": "neither side is better", "removed_by": NO_BETTER, "unused": {}}
-        sides, unused = dict(found), unused_columns(tracked) if source.format in PREFERENCES else {}
+        sides, unused = dict(found), unused_of(tracked) if source.format in PREFERENCES else {}
     else:
         read = read_row(row, source.format, merge=source.merge_turns)
         sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused

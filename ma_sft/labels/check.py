@@ -55,7 +55,8 @@ class CheckReport:
     `histogram` maps a length in tokens to the number of rows that are at most that long and longer than the one
     before. `turns` are stretches of labels; `compared_turns` of them came before the judge, who found `proven_turns`
     right, `witnessed_turns` of them by generation marks too. `judged` says which rows; `losses` and `not_proven` count
-    what rows say and no sequence shows, and what could not be judged and why.
+    what rows say and no sequence shows, and what could not be judged and why. `unused_columns` are those of each source
+    that nothing read, with an example.
     """
 
     rows: int = 0
@@ -82,6 +83,7 @@ class CheckReport:
     special_text_rows: int = 0
     special_text: dict[str, int] = field(default_factory=dict)
     duplicate_rows: int = 0
+    unused_columns: dict[str, dict[str, str]] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 

@@ -91,12 +91,13 @@ def check(
     settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> "CheckReport":
     """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`."""
+    from ma_sft.data.filters import unused_columns
     from ma_sft.labels.check import check_dataset
     from ma_sft.labels.judge import Judge
 
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     judge = Judge(tokenizer, template_kwargs=kwargs, train_on=settings.labels.train_on)
-    return check_dataset(
+    report = check_dataset(
         labelled.dataset,
         tokenizer,
         conversations=labelled.conversations,
@@ -105,6 +106,8 @@ def check(
         max_length=settings.training.max_length,
         **({"sample": None} if every_row else {}),
     )
+    report.unused_columns = unused_columns(labelled.stages)
+    return report
 
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
@@ -127,6 +130,7 @@ def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
         on_error=data.on_error,
         format=data.dataset_format,
         system_prompt=data.system_prompt,
+        merge_turns=data.merge_turns,
         split=data.dataset_test_split if own_file else data.dataset_train_split,
         streaming=data.dataset_streaming and not held_out,
         num_proc=training.dataset_num_proc,
@@ -194,6 +198,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     from ma_sft.data.code import code_of
     from ma_sft.data.functions import load_function
     from ma_sft.data.sources import Source, load_rows, rows_of
+    from ma_sft.data.values import check_text
 
     data, labels = settings.rows, settings.labels
     if data.filters or data.test_size or len(_sources(settings, held_out)) != 1:
@@ -213,6 +218,8 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
             found.append(row)
         names = dict.fromkeys(name for row in found for name in row)
         texts = function({name: [row.get(name) for row in found] for name in names})
+        for number, text in zip(indices, texts, strict=False):
+            check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [[*bos, *row, tokenizer.eos_token_id] for row in encoded]

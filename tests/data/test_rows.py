@@ -579,3 +579,27 @@ def test_formatting_func_never_trains_none():
     ):
         with pytest.raises(FormatError, match="text expected, found NoneType null"):
             formatting_func(example)
+
+
+def test_check_tells_columns_that_are_not_used_and_report_keeps_them(tmp_path, capsys):
+    from ma_sft.cli import main
+
+    rows = [{"question": f"{i}?", "answer": f"{i}", "rationale": "because"} for i in range(4)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model_name_or_path: demo\ndataset_name: {path}\nreport_to: none\n")
+    main(["check", str(recipe), "--json"])
+    assert json.loads(capsys.readouterr().out)["unused_columns"] == {str(path): {"rationale": 'str "because"'}}
+
+
+def test_a_formatting_func_that_makes_no_text_is_refused(tmp_path):
+    from ma_sft import Recipe
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import label
+
+    (tmp_path / "mine.py").write_text("def text(example):\n    return [None for _ in example['question']]\n")
+    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    function = f"{tmp_path}/mine.py:text"
+    settings = Recipe(model_name_or_path="demo", dataset_name=str(path), formatting_func=function).resolve()
+    with pytest.raises(FormatError, match=r"field 'row 1 by .*mine\.py:text': text expected, found NoneType null"):
+        label(settings, load_tokenizer(settings)[0])
