@@ -228,7 +228,8 @@ NEEDS = (
         lambda values: bool(values["response_template"]),
     ),
     Need(
-        "system_prompt merge_turns train_on history template_kwargs dataset_format on_error dataset_text_field template_now",
+        "system_prompt merge_turns train_on history template_kwargs dataset_format on_error dataset_text_field "
+        "template_now",
         "formatting_func",
         "is for conversations, and formatting_func makes the whole text; leave one of them out",
         lambda values: not values["formatting_func"],
