@@ -275,17 +275,17 @@ def _data_show(options: argparse.Namespace) -> None:
     arg("--json", action="store_true", help="print what the page is made of as JSON instead"),
 )
 def _report(options: argparse.Namespace) -> None:
-    from ma_sft.pages.report import read_run, watch, write_report
+    from ma_sft.pages.report import only_runs, read_run, watch, write_report
 
+    runs = only_runs(options.runs)
     if options.json:
-        return _print_json([read_run(run) for run in options.runs])
-    one = len(options.runs) == 1
-    page = options.out or (options.runs[0] / "report.html" if one else Path("comparison.html"))
+        return _print_json([read_run(run) for run in runs])
+    page = options.out or (runs[0] / "report.html" if len(options.runs) == 1 else Path("comparison.html"))
     if options.watch:
-        say(f"report: {page} (reloads itself; Ctrl-C ends the watch)")
-        watch(options.runs, page)
+        say(f"report: {page} (reloads itself; Ctrl-C ends the watch)", flush=True)
+        watch(runs, page)
     else:
-        write_report(options.runs, page)
+        write_report(runs, page)
         say(f"report: {page}")
 
 

@@ -1,13 +1,18 @@
 """Where ma_sft keeps what is made once and used again: converted models, fetched tokenizers, tokenised data."""
 
 import glob
+import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ma_sft.errors import MaSftError, RecipeError
 
 from ma_sft.errors import RecipeError
 
@@ -42,10 +47,52 @@ def over_bound() -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name first, so that a reader sees the old or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    """Write a file under another name first, so that a reader sees the old or the new one, never a part.
+
+    The other name cannot be foreseen and must be new, and a link at `path` is replaced, not followed: nobody who
+    prepared the folder decides where the text goes.
+    """
+    scratch = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    try:
+        with scratch.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_json(path: Path, default: Any = ...) -> Any:
+    """What a JSON file holds; `default`, where given, if there is none.
+
+    Raises:
+        RecipeError: the file is not there, or is no JSON.
+    """
+    if default is not ... and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
+
+
+@contextmanager
+def as_written(what: object) -> Iterator[None]:
+    """Reading what ma_sft wrote once: whatever is not as it was written is an error of that file, in one line.
+
+    Raises:
+        RecipeError: anything in the block failed but the operating system.
+    """
+    try:
+        yield
+    except (MaSftError, OSError):
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{what} is not as ma_sft writes it ({type(error).__name__}: {error}); it was changed, or is of "
+            "another version"
+        ) from error
 
 
 def _is_alive(process: int) -> bool:

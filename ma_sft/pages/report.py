@@ -5,19 +5,24 @@ A run writes `run.json` before its first step (what is trained, on what), a line
 """
 
 import json
-import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import write_whole
+from ma_sft.files import as_written, read_json, write_whole
+from ma_sft.pages.charts import BOTTOM, COLOURS, HEIGHT, LEFT, WIDTH, charts
+from ma_sft.terminal import say, visible
 from ma_sft.version import versions
 
 if TYPE_CHECKING:
@@ -28,39 +33,38 @@ if TYPE_CHECKING:
 from ma_sft.training.grades import evaluation_rows
 
 SHOWN_TOKENS = 600  # of a row in the mask preview
-
-
 SHOWN_ANSWERS = 200
+MOST_WORDS = 1500  # of an answer that are compared
+WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+|\s+|.")
 
 
-# title, format of its values, key of the training log, key of the held-out log
-CHARTS = (
-    ("loss", ".3g", "loss", "eval_loss"),
-    ("token accuracy", ".0%", "mean_token_accuracy", "eval_mean_token_accuracy"),
-    ("learning rate", ".2g", "learning_rate", None),
-    ("tokens per second", ",.0f", "tokens_per_second", None),
-    ("gradient norm", ".3g", "grad_norm", None),
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a finished run: its group and label, its format, where `summary.json` has it, now and before
+    training (keys joined by dots), and what is better."""
+
+    group: str
+    label: str
+    how: str
+    key: str
+    before: str = ""
+    better: Literal["", "more", "less"] = ""
+
+
+FIGURES = (
+    Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", "more"),
+    Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", "more"),
+    Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", "less"),
+    Figure("result", "token accuracy", ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more"),
+    Figure("training", "mean training loss", ".4f", "train_loss"),
+    Figure("training", "rows", ",", "rows"),
+    Figure("training", "trained tokens in them", ",", "trained_tokens"),
+    Figure("training", "steps", ",", "steps"),
+    Figure("training", "tokens computed", ",", "tokens"),
+    Figure("cost", "time", "duration", "train_seconds", better="less"),
+    Figure("cost", "tokens per second", ",.0f", "tokens_per_second", better="more"),
+    Figure("cost", "peak memory", "bytes", "peak_memory", better="less"),
 )
-
-
-# The figures of summary.json that come first: label and format.
-FIGURES = {
-    "exact_match_before": ("exact match before", ".1%"),
-    "exact_match_after": ("exact match after", ".1%"),
-    "eos_rate": ("answers stopped by themselves", ".1%"),
-    "eval_loss": ("held-out loss", ".4f"),
-    "eval_mean_token_accuracy": ("held-out token accuracy", ".1%"),
-    "train_loss": ("mean training loss", ".4f"),
-    "rows": ("rows", ","),
-    "trained_tokens": ("trained tokens in them", ","),
-    "steps": ("steps", ","),
-    "tokens": ("tokens computed", ","),
-    "train_seconds": ("seconds", ",.0f"),
-    "tokens_per_second": ("tokens per second", ",.0f"),
-}
-
-
-WIDTH, HEIGHT, LEFT, BOTTOM = 360, 190, 46, 20  # of a chart and its axes, in SVG units
 
 
 def write_start(
@@ -112,20 +116,26 @@ def read_run(folder: Path) -> dict[str, Any]:
             else f"{folder} is not a run's folder; give one that `ma-sft train` made, such as runs/NAME"
         )
 
-    def read(name: str, default: Any) -> Any:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+    with as_written(folder):
+        log, planned = _read_log(folder / "log.jsonl")
+        return {
+            **read_json(folder / "run.json"),
+            "folder": str(folder),
+            "settings": read_json(folder / "recipe.json", {}),
+            "log": log,
+            "planned_steps": planned,
+            "answers": read_json(folder / "answers.json", []),
+            "summary": read_json(folder / "summary.json", None),
+        }
 
-    log, planned = _read_log(folder / "log.jsonl")
-    return {
-        **read("run.json", {}),
-        "folder": str(folder),
-        "settings": read("recipe.json", {}),
-        "log": log,
-        "planned_steps": planned,
-        "answers": read("answers.json", []),
-        "summary": read("summary.json", None),
-    }
+
+def only_runs(folders: Sequence[Path]) -> Sequence[Path]:
+    """Those of several folders that are runs', as `runs/*` names others too; what is left out is said."""
+    runs = [folder for folder in folders if (folder / "recipe.json").is_file()]
+    if not runs or len(folders) == 1:
+        return folders
+    say(*(f"{folder} is not a run's folder: left out" for folder in folders if folder not in runs), error=True)
+    return runs
 
 
 def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
@@ -158,22 +168,65 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
         RecipeError: as `read_run`.
     """
     runs = [read_run(folder) for folder in folders]
-    for run in runs:
-        run |= {"state": _state(run), "figures": _figures(run), "yaml": _yaml(run["settings"])}
-        run["again"] = shlex.join(["ma-sft", "train", f"{run['folder']}/recipe.json", "--name", f"{run['name']}-again"])
-        evaluation = (run["summary"] or {}).get("evaluation")
-        run["evaluation"] = evaluation_rows(evaluation) if evaluation else []
-    page = environment().get_template("report.html.jinja").render(
-        runs=runs,
-        charts=[chart for spec in CHARTS if (chart := _chart(spec, [run["log"] for run in runs]))],
-        differences=_differences([run["settings"] for run in runs]),
-        figure_names=[label for label, _ in FIGURES.values() if any(label in run["figures"] for run in runs)],
-        refresh=refresh,
-        shown_answers=SHOWN_ANSWERS,
-        size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
-    )  # fmt: skip
+    with as_written(", ".join(map(str, folders))):
+        names = [run["name"] for run in runs]
+        for run in runs:
+            run["title"] = run["name"] if names.count(run["name"]) == 1 else f"{run['name']} ({run['folder']})"
+            _tell(run)
+        page = environment().get_template("report.html.jinja").render(
+            runs=runs,
+            charts=charts([run["log"] for run in runs]),
+            differences=_differences([run["settings"] for run in runs]),
+            compared=_compared([run["summary"] or {} for run in runs]),
+            refresh=refresh,
+            shown_answers=SHOWN_ANSWERS,
+            size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
+            colours=COLOURS,
+        )  # fmt: skip
     write_whole(path, page)
     return all(run["summary"] for run in runs)
+
+
+def _tell(run: dict[str, Any]) -> None:
+    """Add what the page says of a run and its folder does not."""
+    summary = run["summary"] or {}
+    evaluation = summary.get("evaluation")
+    run |= {
+        "state": _state(run),
+        "groups": _groups(summary),
+        "verdict": _verdict(evaluation) if evaluation else "",
+        "evaluation": evaluation_rows(evaluation) if evaluation else [],
+        "yaml": yaml.safe_dump(run["settings"], allow_unicode=True, sort_keys=False),
+        "again": shlex.join(["ma-sft", "train", f"{run['folder']}/recipe.json", "--name", f"{run['name']}-again"]),
+    }
+    answers = [
+        {"question": question, "before": before, "after": compare(after, reference), "same": after == reference,
+         "reference": compare(reference, after)}
+        for question, before, after, reference in run["answers"]
+    ]  # fmt: skip
+    run["answers"] = sorted(answers, key=lambda answer: answer["same"])
+
+
+def _verdict(evaluation: dict[str, Any]) -> str:
+    """Whether it worked, in a line: by the answers' score where there is one, else by the held-out loss."""
+    before, after = evaluation["before"], evaluation["after"]
+    if not before:
+        return "How the model did on the held-out rows before training was not measured."
+    key, sign, name, how = ("score", 1, "the held-out answers' score", ".1%")
+    if key not in before or key not in after:
+        key, sign, name, how = ("loss", -1, "the held-out loss", ".3f")
+    gain = sign * (after[key] - before[key])
+    word = "It worked" if gain > 0 else "No change" if gain == 0 else "It got worse"
+    return f"{word}: {name} went from {before[key]:{how}} to {after[key]:{how}}."
+
+
+def compare(text: str, other: str) -> list[tuple[str, bool]]:
+    """The text in parts: (part, whether `other` lacks it), by words, and by characters in scripts without spaces."""
+    words, others = (WORD.findall(side)[:MOST_WORDS] for side in (text, other))
+    matcher = SequenceMatcher(None, others, words, autojunk=False)
+    parts = [("".join(words[a:b]), kind != "equal") for kind, _, _, a, b in matcher.get_opcodes() if b > a]
+    rest = text[sum(map(len, words)) :]
+    return [*parts, (rest, False)] if rest else parts
 
 
 def watch(folders: Sequence[Path], path: Path, seconds: int = 5) -> None:
@@ -191,10 +244,15 @@ def watch(folders: Sequence[Path], path: Path, seconds: int = 5) -> None:
 
 
 def environment() -> Any:
-    """Jinja, with everything from data escaped."""
+    """Jinja, with everything from data escaped, and no character of it obeyed."""
     from jinja2 import Environment, PackageLoader
 
-    jinja = Environment(loader=PackageLoader("ma_sft", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    def plain(value: Any) -> Any:  # what a template writes itself is Markup
+        return visible(value) if type(value) is str else value
+
+    jinja = Environment(
+        loader=PackageLoader("ma_sft", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=plain
+    )
     jinja.filters |= {"comma": "{:,}".format, "percent": "{:.1%}".format}
     return jinja
 
@@ -208,13 +266,53 @@ def _state(run: dict[str, Any]) -> str:
     return f"not finished: step {step:,} of {run['planned_steps']:,}, last heard of at {at}"
 
 
-def _figures(run: dict[str, Any]) -> dict[str, str]:
-    summary = run["summary"] or {}
-    return {
-        label: format(summary[key], how)
-        for key, (label, how) in FIGURES.items()
-        if isinstance(summary.get(key), int | float)
-    }
+def _groups(summary: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """The figures of a finished run by group: (label, before training or nothing, now)."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for figure in FIGURES:
+        if (now := _value(summary, figure.key)) is not None:
+            before = _value(summary, figure.before)
+            texts = ("" if before is None else _text(before, figure.how), _text(now, figure.how))
+            groups.setdefault(figure.group, []).append((_label(figure, summary), *texts))
+    return groups
+
+
+def _compared(summaries: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
+    """The figures of several runs: label -> (three digits, whether it is the best) of each."""
+    rows = {}
+    for figure in FIGURES:
+        values = [_value(summary, figure.key) for summary in summaries]
+        known = [value for value in values if value is not None]
+        if known:
+            best = {"more": max, "less": min}[figure.better](known) if figure.better and len(set(known)) > 1 else None
+            how = ".3g" if figure.how.endswith("f") else figure.how
+            texts = ["" if value is None else _text(value, how) for value in values]
+            rows[_label(figure, next(filter(None, summaries), {}))] = [
+                (text, value == best) for text, value in zip(texts, values, strict=True)
+            ]
+    return rows
+
+
+def _label(figure: Figure, summary: dict[str, Any]) -> str:
+    return figure.label.format(metric=summary.get("evaluation", {}).get("after", {}).get("metric", "score"))
+
+
+def _value(summary: dict[str, Any], key: str) -> float | None:
+    found: Any = summary
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, int | float) else None
+
+
+def _text(value: float, how: str) -> str:
+    if how == "bytes":
+        return f"{value / 2**30:.2f} GiB"
+    if how == "duration":
+        minutes, seconds = divmod(round(value), 60)
+        if minutes < 60:
+            return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return format(value, how) if abs(value) < 1000 or "," in how else format(value, ",.0f")
 
 
 def _differences(settings: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -222,63 +320,6 @@ def _differences(settings: list[dict[str, Any]]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for one in settings for key in one)
     texts = {key: [json.dumps(one.get(key), ensure_ascii=False) for one in settings] for key in keys}
     return {key: values for key, values in texts.items() if len(set(values)) > 1}
-
-
-def _chart(spec: tuple[str, str, str, str | None], logs: list[list[dict[str, float]]]) -> dict[str, Any] | None:
-    """A chart with one line a run for training and one for held-out rows, scaled to SVG units; None without values."""
-    title, how, *keys = spec
-    lines: list[dict[str, Any]] = []
-    missing = 0
-    for run, log in enumerate(logs):
-        for held_out, key in enumerate(keys):
-            values = {int(entry["step"]): float(entry[key]) for entry in log if key in entry}
-            points = [(step, value) for step, value in sorted(values.items()) if math.isfinite(value)]
-            missing += len(values) - len(points)
-            if points:
-                lines.append({"run": run, "held_out": bool(held_out), "values": points})
-    if not lines:
-        return None
-    steps: list[int] = [step for line in lines for step, _ in line["values"]]
-    numbers: list[float] = [value for line in lines for _, value in line["values"]]
-    xticks, yticks = _ticks(min(steps), max(steps), whole=True), _ticks(min(numbers), max(numbers))
-    low, high = min(*numbers, yticks[0]), max(*numbers, yticks[-1])
-    first, last = min(steps), max(*steps, min(steps) + 1)
-
-    def x(step: float) -> float:
-        return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 10), 1)
-
-    def y(value: float) -> float:
-        return round(8 + (high - value) / ((high - low) or 1) * (HEIGHT - BOTTOM - 12), 1)
-
-    for line in lines:
-        points = line.pop("values")
-        line["dots"] = [(x(step), y(value), f"step {step:,}: {format(value, how)}") for step, value in points]
-        line["points"] = " ".join(f"{a},{b}" for a, b, _ in line["dots"])
-        line["ends"] = [format(value, how) for _, value in (points[0], points[-1])]
-    return {
-        "title": title,
-        "lines": lines,
-        "missing": missing,
-        "x": [(x(tick), f"{tick:,.0f}") for tick in xticks],
-        "y": [(y(tick), format(tick, how)) for tick in yticks],
-    }
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Three to six round numbers that span [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / 4))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= span / 5)
-    step = max(1.0, round(step)) if whole else step
-    first, last = math.floor(low / step), math.ceil(high / step)
-    ticks = [round(n * step, 12) for n in range(first, last + 1)]
-    return [tick for tick in ticks if low <= tick <= high] if whole else ticks
-
-
-def _yaml(settings: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
 
 
 def _hardware(settings: "Settings") -> dict[str, str]:

@@ -8,6 +8,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from check_pages import chromium, findings
 
 from ma_sft import Recipe, run
 from ma_sft.cli import main
@@ -160,6 +161,81 @@ def test_compares_runs(finished, copy, tmp_path, monkeypatch, capsys):
     assert page.tags.count("polyline") == 14 and page.tags.count("details") >= 2
 
 
+def changed(run, **summary):
+    """The run with another summary."""
+    path = run / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | summary))
+    return run
+
+
+def evaluated(before, after):
+    return {"evaluation": {"before": before, "after": {"sources": {}, **after}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"loss": 2.0, "sources": {}}, {"loss": 0.5}, "It worked: the held-out loss went from 2.000 to 0.500."),
+        ({"loss": 2.0, "sources": {}}, {"loss": 2.5}, "It got worse: the held-out loss went from 2.000 to 2.500."),
+        (
+            {"loss": 2.0, "score": 0.1, "sources": {}},
+            {"loss": 2.5, "score": 0.9, "metric": "exact-match"},
+            "It worked: the held-out answers' score went from 10.0% to 90.0%.",
+        ),
+        (None, {"loss": 1.0}, "before training was not measured"),
+    ],
+)
+def test_first_thing_seen_is_whether_it_worked(before, after, says, copy):
+    both = [side and {"perplexity": 2.0, "token_accuracy": 0.5, **side} for side in (before, after)]
+    write_report([changed(copy, **evaluated(*both))], copy / "report.html")
+    text = " ".join(Page(copy / "report.html").text.split("first <b>")[2].split())
+    assert says in text[:200]
+
+
+def test_comparison_marks_the_better_value_and_tells_namesakes_apart(copy, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "runs" / "other")
+    changed(copy, eval_loss=0.123456, train_seconds=100)
+    changed(other, eval_loss=0.234567, train_seconds=50)
+    write_report([copy, other], tmp_path / "two.html")
+    text = " ".join(Page(tmp_path / "two.html").text.split())
+    assert "held-out loss 0.123 ✓ best 0.235" in text and "time 1 min 40 s 50 s ✓ best" in text
+    assert f"first <b> ({copy})" in text and f"first <b> ({other})" in text
+
+
+def test_answers_that_differ_come_first_with_the_difference_marked(copy):
+    answers = [["q", "b", "same", "same"], ["long " * 400, "b", "It is 4.", "It is 5."], ["שלום", "", "送货", "送餐"]]
+    (copy / "answers.json").write_text(json.dumps(answers))
+    write_report([copy], copy / "report.html")
+    source = (copy / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<mark>(.*?)</mark>", source) == ["4", "5", "货", "餐"]
+    assert source.index("It is <mark>") < source.index(">same<") and "(2,000 characters)</summary>" in source
+    assert 'dir="auto">שלום' in source
+
+
+def test_no_character_of_a_run_is_obeyed(finished):
+    source = (finished / "report.html").read_text(encoding="utf-8")
+    assert "\u202e" not in source and "\\u202e" in source
+
+
+def test_a_glob_of_runs_passes_over_what_is_none(copy, tmp_path, capsys):
+    (tmp_path / "runs" / "Nov25_host").mkdir()
+    runs = sorted(map(str, (tmp_path / "runs").iterdir()))
+    assert main(["report", *runs, "-o", str(tmp_path / "all.html")]) == 0
+    assert "Nov25_host is not a run's folder" in capsys.readouterr().err
+    assert "first <b>" in Page(tmp_path / "all.html").text
+
+
+def test_report_follows_no_link_that_someone_left(copy, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for name in (".report.html", "report.html"):
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(mine)
+    write_report([copy], copy / "report.html")
+    assert mine.read_text() == "mine" and not (copy / "report.html").is_symlink()
+    assert {path.name for path in copy.iterdir() if path.name.startswith(".")} == {".report.html", ".lock"}
+
+
 def test_watch_reloads_until_the_run_is_finished(copy, tmp_path):
     summary = (copy / "summary.json").read_text()
     (copy / "summary.json").unlink()
@@ -202,3 +278,15 @@ def test_settings_of_a_run_train_again(finished, tmp_path):
     again = Recipe.load(finished / "recipe.json")
     settings = again.resolve(["--output_dir", str(tmp_path / "again")])
     assert (settings.training.learning_rate, settings.training.max_steps, settings.rows.test_size) == (1e-3, 4, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_are_readable_in_a_browser(width, dark, finished, tmp_path):
+    """Contrast, names and keyboard by axe-core, and nothing wider than the window."""
+    write_report([finished], tmp_path / "one.html")
+    write_report([finished] * 9, tmp_path / "many.html")
+    for page in ("one.html", "many.html"):
+        assert findings(tmp_path / page, width, dark) == []
