@@ -14,8 +14,6 @@ from typing import Any
 
 from ma_sft.errors import MaSftError, RecipeError
 
-from ma_sft.errors import RecipeError
-
 
 def cache_dir() -> Path:
     """The user's cache folder: `$MA_SFT_CACHE`, else `$XDG_CACHE_HOME/ma_sft`, else `~/.cache/ma_sft`."""
