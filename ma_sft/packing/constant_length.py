@@ -19,33 +19,39 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
     cut every `seq_length` tokens, so documents in one row see each other; `pack` keeps them apart.
 
     What differs from TRL 0.x:
-        - Rows that carry `input_ids` (and `labels`) are used as they are; the concat token gets no label
-          there, and is not added twice.
+        - Rows that carry `input_ids` need neither text field nor function, and keep their `labels`. A concat token
+          after labelled ids has no label, and none is put after ids that end with it.
         - No token is lost: what a buffer leaves over goes to the next one, and the last row is filled up
           with tokens that carry no label.
         - Each data loader worker reads its own share of the rows. accelerate's loaders share rows between
           ranks by themselves; with a plain loader take `shard(world_size, rank)` on each rank.
-        - The order depends on `seed` and `set_epoch` alone, and `state_dict` takes it up in the middle.
+        - The order depends on `seed` and the epoch alone: `set_epoch`, or how often the stream was read to its end.
+          `state_dict` takes it up in the middle.
         - `len` is the number of rows of `seq_length` tokens (TRL gave the number of documents).
 
     Args:
         tokenizer: tokenizer of the texts; its end token joins documents.
         dataset: rows, as a data set or any iterable that can be iterated again.
-        dataset_text_field: the text's column, when there is no `formatting_func` and rows are not tokenised.
-        formatting_func: row -> text. Special tokens in the text are parsed, as the text is a rendered
+        dataset_text_field: the column of the text, or of token ids.
+        formatting_func: row -> text or token ids. Special tokens in the text are parsed, as the text is a rendered
             template.
         infinite: start again at the end instead of stopping.
         seq_length: tokens in each row.
         num_of_sequences: rows in the buffer.
         chars_per_token: characters per token, to fill the buffer with text of the right length.
         eos_token_id: joins documents if the tokenizer has no end token.
-        shuffle: shuffle the rows of a buffer.
+        shuffle: shuffle the documents, and the rows made of them, within a buffer.
         append_concat_token: put the end token after each document.
         add_special_tokens: let the tokenizer add its special tokens to each text.
         seed: seed of `shuffle`.
 
+    Attributes:
+        current_size: items given so far, in this process.
+        pretokenized: whether the rows have a column `input_ids`.
+
     Raises:
-        FormatError: a row that has neither tokens nor the text field, or an infinite stream without a token.
+        RecipeError: neither text field nor function for rows that are not tokenised.
+        FormatError: a row that has neither tokens nor text, or an infinite stream without a token.
         LabelError: a row whose labels do not fit its tokens.
     """
 
@@ -54,7 +60,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         tokenizer: Any,
         dataset: Any,
         dataset_text_field: str | None = None,
-        formatting_func: Callable[[Any], str] | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
         infinite: bool = False,
         seq_length: int = 1024,
         num_of_sequences: int = 1024,
@@ -67,7 +73,6 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
     ) -> None:
         self.tokenizer = tokenizer
         self.dataset = dataset
-        self.dataset_text_field = dataset_text_field
         self.formatting_func = formatting_func
         self.infinite = infinite
         self.seq_length = seq_length
@@ -79,6 +84,14 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         self.seed = seed
         # `is None` and not falsy: 0 is a token id.
         self.concat_token_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        names = getattr(dataset, "column_names", None)
+        if names is None and dataset_text_field is None and formatting_func is None:
+            names = next(iter(dataset), {"input_ids": []})
+        self.pretokenized = names is not None and "input_ids" in names
+        if dataset_text_field is None and formatting_func is None and not self.pretokenized:
+            raise RecipeError(f"rows with the columns {list(names or [])}: set dataset_text_field or formatting_func")
+        self.dataset_text_field = dataset_text_field or "input_ids"
+        self.current_size = 0
         self.epoch = 0
         self._shard = (0, 1)
         self._state: dict[str, Any] = {}
@@ -109,13 +122,75 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
             raise TypeError("an infinite or streaming ConstantLengthDataset has no length; set max_steps")
         if self._length is None:
             tokens, rows = 0, self._rows(0, self._shard)
-            while True:
-                ids, _, count = self._read_buffer(rows)
-                if not count:
-                    break
-                tokens += len(ids)
+            while documents := self._read_buffer(rows):
+                tokens += sum(len(ids) for ids, _ in documents)
             self._length = -(-tokens // self.seq_length)
         return self._length
+
+    def to_iterable_dataset(self) -> datasets.IterableDataset:
+        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for.
+
+        Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`; its `set_epoch` is the stream's.
+        """
+        items = _Items(self)
+        # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
+        items.around = datasets.IterableDataset.from_generator(items, gen_kwargs={"shard": self._shard})
+        return items.around
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        shard = self._shard
+        # A streaming data set of `datasets` shares its files between the workers by itself.
+        if worker is not None and not isinstance(self.dataset, datasets.IterableDataset):
+            shard = shard[0] + worker.id * shard[1], shard[1] * worker.num_workers
+        yield from self.iterate(shard, self.epoch)
+        self.epoch = int(self._state.get("epoch", self.epoch)) + 1
+
+    def iterate(self, shard: tuple[int, int], epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The items of every `shard[1]`-th row from row `shard[0]` on."""
+        fresh = {"epoch": epoch, "row": 0, "ids": [], "labels": [], "yielded": 0, "shard": list(shard)}
+        state: dict[str, Any] = self._resume or fresh
+        self._resume = None
+        if state["shard"] != list(shard):
+            raise RecipeError(
+                f"the saved state is of shard {state['shard']}, this is {list(shard)}; "
+                "resume with as many workers and ranks"
+            )
+        rows = self._rows(state["row"], shard)
+        empty = not state["ids"] and not state["row"]
+        while True:
+            documents = self._read_buffer(rows)
+            rng = np.random.default_rng((self.seed, state["epoch"], shard[0], state["row"]))
+            order = rng.permutation(len(documents)) if self.shuffle else range(len(documents))
+            ids, labels = list(state["ids"]), list(state["labels"])
+            for number in order:
+                ids += documents[number][0]
+                labels += documents[number][1]
+            empty = empty and not ids
+            if not documents and self.infinite:
+                if empty and shard[0]:
+                    return  # fewer rows than workers: the first one says whether there is a token
+                if empty:
+                    raise FormatError("an infinite ConstantLengthDataset over rows without a token; give it data")
+                state = {**state, "epoch": state["epoch"] + 1, "row": 0, "yielded": 0}
+                rows, empty = self._rows(0, shard), not ids
+                continue
+            if not documents:
+                fill = -len(ids) % self.seq_length
+                ids, labels = ids + [self.concat_token_id] * fill, labels + [IGNORED] * fill
+            full = len(ids) // self.seq_length
+            windows = rng.permutation(full) if self.shuffle else np.arange(full)
+            for number in windows[state["yielded"] :].tolist():
+                window = slice(number * self.seq_length, (number + 1) * self.seq_length)
+                state = {**state, "yielded": state["yielded"] + 1}
+                self._state = state
+                self.current_size += 1
+                yield {"input_ids": torch.tensor(ids[window]), "labels": torch.tensor(labels[window])}
+            if not documents:
+                return
+            rest = slice(full * self.seq_length, None)
+            row = state["row"] + len(documents)
+            state = {**state, "row": row, "ids": ids[rest], "labels": labels[rest], "yielded": 0}
 
     def _rows(self, start: int, shard: tuple[int, int]) -> Iterator[Any]:
         """Rows of one shard, from its `start`-th on."""
@@ -126,108 +201,53 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
             return iter(self.dataset.select(chosen)) if chosen else iter(())
         return islice(iter(self.dataset), first, None, count)
 
-    def _read_buffer(self, rows: Iterator[Any]) -> tuple[list[int], list[int], int]:
-        """Tokens and labels of the next buffer of rows, and how many rows it took."""
-        texts: list[str] = []
-        documents: list[tuple[list[int], list[int]] | None] = []
+    def _read_buffer(self, rows: Iterator[Any]) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of the next rows, as many as fill the buffer."""
+        found: list[tuple[Any, list[int] | None]] = []
         size = 0.0
         while size < self.max_buffer_size and (row := next(rows, None)) is not None:
-            if self.formatting_func is None and "input_ids" in row:
-                ids = list(row["input_ids"])
-                labels = list(row.get("labels", ids))
-                if len(ids) != len(labels):
-                    raise LabelError(f"a row has {len(ids)} input_ids but {len(labels)} labels; each needs one label")
-                if self.append_concat_token and ids and ids[-1] != self.concat_token_id:
-                    labels.append(IGNORED if "labels" in row else self.concat_token_id)
-                    ids.append(self.concat_token_id)
-                documents.append((ids, labels))
-                size += len(ids) * self.chars_per_token
-                continue
-            if self.formatting_func is None and self.dataset_text_field not in row:
-                raise FormatError(
-                    f"a row with the fields {list(row)} has no '{self.dataset_text_field}'; "
-                    "set dataset_text_field or formatting_func"
-                )
-            text = self.formatting_func(row) if self.formatting_func else row[self.dataset_text_field]
-            texts.append(text)
-            documents.append(None)
-            size += max(len(text), 1)
-        tokens: Iterator[list[int]] = iter(())
-        if texts:
-            settings = {"add_special_tokens": self.add_special_tokens, "truncation": False}
-            tokens = iter(self.tokenizer(texts, **settings)["input_ids"])
-        all_ids: list[int] = []
-        all_labels: list[int] = []
-        for document in documents:
-            if document is None:
-                ids = next(tokens) + [self.concat_token_id] * self.append_concat_token
-                document = ids, ids
-            all_ids += document[0]
-            all_labels += document[1]
-        return all_ids, all_labels, len(documents)
+            found.append(self._document(row))
+            text = isinstance(found[-1][0], str)
+            size += max(len(found[-1][0]), 1) * (1 if text else self.chars_per_token)
+        texts = [value for value, _ in found if isinstance(value, str)]
+        how = {"add_special_tokens": self.add_special_tokens, "truncation": False}
+        encoded = iter(self.tokenizer(texts, **how)["input_ids"] if texts else ())
+        documents = []
+        for value, labels in found:
+            text = isinstance(value, str)
+            ids = list(next(encoded) if text else value)
+            labels = ids if labels is None else labels
+            if self.append_concat_token and (text or (ids and ids[-1] != self.concat_token_id)):
+                labels = [*labels, self.concat_token_id if labels is ids else IGNORED]
+                ids = [*ids, self.concat_token_id]
+            documents.append((ids, labels))
+        return documents
 
-    def _worker_shard(self) -> tuple[int, int]:
-        worker = torch.utils.data.get_worker_info()
-        # A streaming data set of `datasets` shares its files between the workers by itself.
-        if worker is None or isinstance(self.dataset, datasets.IterableDataset):
-            return self._shard
-        return self._shard[0] + worker.id * self._shard[1], self._shard[1] * worker.num_workers
-
-    def to_iterable_dataset(self) -> datasets.IterableDataset:
-        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for.
-
-        Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`.
-        """
-        # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
-        return datasets.IterableDataset.from_generator(self._iterate, gen_kwargs={"shard": self._shard})
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return self._iterate(self._worker_shard())
-
-    def _iterate(self, shard: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
-        fresh: dict[str, Any] = {
-            "epoch": self.epoch,
-            "row": 0,
-            "ids": [],
-            "labels": [],
-            "yielded": 0,
-            "shard": list(shard),
-        }
-        state, self._resume = self._resume or fresh, None
-        if state["shard"] != list(shard):
-            raise RecipeError(
-                f"the saved state is of shard {state['shard']}, this is {list(shard)}; "
-                "resume with as many workers and ranks"
+    def _document(self, row: Any) -> tuple[Any, list[int] | None]:
+        """A row's text or ids, and its labels if it carries any."""
+        if self.formatting_func is not None:
+            value = self.formatting_func(row)
+            if not isinstance(value, str) and (len(value) and isinstance(value[0], str)):
+                raise FormatError("formatting_func gave several texts for a row; one text, or its ids, are needed")
+            return value, None
+        if self.dataset_text_field not in row:
+            raise FormatError(
+                f"a row with the fields {list(row)} has no '{self.dataset_text_field}'; "
+                "set dataset_text_field or formatting_func"
             )
-        rows = self._rows(state["row"], shard)
-        while True:
-            ids, labels, count = self._read_buffer(rows)
-            if not count and self.infinite:
-                if not state["row"]:
-                    raise FormatError("an infinite ConstantLengthDataset over no rows; give it data")
-                state = {**state, "epoch": state["epoch"] + 1, "row": 0, "yielded": 0}
-                rows = self._rows(0, shard)
-                continue
-            ids, labels = state["ids"] + ids, state["labels"] + labels
-            if not count and ids:
-                fill = -len(ids) % self.seq_length
-                ids, labels = ids + [self.concat_token_id] * fill, labels + [IGNORED] * fill
-            full = len(ids) // self.seq_length
-            order = np.arange(full)
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, state["epoch"], shard[0], state["row"])).permutation(full)
-            for number in order[state["yielded"] :].tolist():
-                window = slice(number * self.seq_length, (number + 1) * self.seq_length)
-                state = {**state, "yielded": state["yielded"] + 1}
-                self._state = state
-                yield {"input_ids": torch.tensor(ids[window]), "labels": torch.tensor(labels[window])}
-            if not count:
-                return
-            rest = slice(full * self.seq_length, None)
-            state = {
-                **state,
-                "row": state["row"] + count,
-                "ids": ids[rest],
-                "labels": labels[rest],
-                "yielded": 0,
-            }
+        value = row[self.dataset_text_field]
+        labels = row.get("labels") if self.dataset_text_field == "input_ids" else None
+        if labels is not None and len(labels) != len(value):
+            raise LabelError(f"a row has {len(value)} input_ids but {len(labels)} labels; each needs one label")
+        return value, labels
+
+
+class _Items:
+    """The generator of a stream's items, in the epoch of the data set around it."""
+
+    def __init__(self, stream: ConstantLengthDataset) -> None:
+        self.stream = stream
+        self.around: Any = None
+
+    def __call__(self, shard: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
+        return self.stream.iterate(shard, self.stream.epoch + (self.around.epoch if self.around else 0))

@@ -1,6 +1,5 @@
 """Packing: tokens, labels and borders survive, no document sees another, and every loss is counted."""
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import torch
 from conftest import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from ma_sft import ConstantLengthDataset, FormatError, LabelError, RecipeError, pack
+from ma_sft import FormatError, LabelError, RecipeError, pack
 from ma_sft.packing.plan import best_fit_decreasing
 from ma_sft.packing.tokens import IGNORED
 from ma_sft.packing.view import flatten, pack_with_report
@@ -266,112 +264,3 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, pac
     trainer = one_step(blind, attention, packs, tmp_path)
     assert abs(trainer.loss.item() - loss) > 1e-4
     assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
-
-
-def stream(rows: Any, **settings: Any) -> ConstantLengthDataset:
-    settings = {"seq_length": 8, "num_of_sequences": 4, "append_concat_token": False, **settings}
-    return ConstantLengthDataset(load_tokenizer("smollm2"), rows, **settings)
-
-
-def trained(items: Any) -> list[int]:
-    return sorted(int(token) for item in items for token in item["labels"].flatten() if token != IGNORED)
-
-
-def labels_of(rows: datasets.Dataset) -> list[int]:
-    return sorted(token for row in rows for token in row["labels"] if token != IGNORED)
-
-
-def test_constant_length_rows_have_one_length_and_keep_their_labels() -> None:
-    rows = make_rows([5, 9, 1, 30, 2, 11, 17])
-    items = list(stream(rows))
-    assert len(items) == len(stream(rows))
-    for item in items:
-        assert item["input_ids"].shape == item["labels"].shape == (8,) and item["labels"].dtype == torch.int64
-        assert all(label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True))
-    assert trained(items) == labels_of(rows)
-
-
-def test_texts_become_the_joined_tokens_of_trl_0x() -> None:
-    tokenizer = load_tokenizer("smollm2")
-    rows = [{"text": "The sky is blue."}, {"text": "Grass is green, and so are trees."}] * 4
-    expected = flat([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows)
-    for source in ({"dataset_text_field": "text"}, {"formatting_func": lambda row: row["text"]}):
-        items = list(stream(rows, shuffle=False, append_concat_token=True, **source))
-        ids = torch.cat([item["input_ids"] for item in items]).tolist()
-        labels = torch.cat([item["labels"] for item in items]).tolist()
-        assert ids[: len(expected)] == labels[: len(expected)] == expected
-        assert set(labels[len(expected) :]) <= {IGNORED}
-    with pytest.raises(FormatError, match="no 'prompt'"):
-        next(iter(stream(rows, dataset_text_field="prompt")))
-
-
-def test_the_concat_token_of_a_labelled_row_is_not_trained() -> None:
-    items = list(stream(make_rows([5, 3]), append_concat_token=True, shuffle=False))
-    end = load_tokenizer("smollm2").eos_token_id
-    assert items[0]["input_ids"].tolist() == [10, 11, 12, 13, 14, end, 15, 16]
-    assert items[0]["labels"].tolist() == [IGNORED, 11, 12, 13, 14, IGNORED, IGNORED, 16]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0), (2, 2)])
-def test_workers_and_ranks_share_the_rows(ranks: int, workers: int, streaming: bool) -> None:
-    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 4, 4, 12])
-    source = rows.to_iterable_dataset() if streaming else rows
-    items = []
-    for rank in range(ranks):
-        items += list(DataLoader(stream(source).shard(ranks, rank), batch_size=1, num_workers=workers))
-    assert trained(items) == labels_of(rows)
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    rows = make_rows([7] * 60)
-
-    def order(seed: int, epoch: int = 0) -> list[int]:
-        data = stream(rows, seed=seed)
-        data.set_epoch(epoch)
-        return [int(item["input_ids"][0]) for item in data]
-
-    assert order(1) == order(1)
-    assert order(1) != order(2) and order(1) != order(1, epoch=1)
-    assert sorted(order(1)) == sorted(order(2))
-
-
-@pytest.mark.parametrize("infinite", [False, True])
-@pytest.mark.parametrize("stop", [1, 5, 14, 23])
-def test_a_stream_is_taken_up_where_it_was_left(stop: int, infinite: bool) -> None:
-    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 40, 3, 25, 40])
-    whole = iter(stream(rows, infinite=infinite))
-    wanted = [item["input_ids"].tolist() for item, _ in zip(whole, range(40), strict=False)]
-    left = stream(rows, infinite=infinite)
-    iterator = iter(left)
-    for _ in range(stop):
-        next(iterator)
-    again = stream(rows, infinite=infinite)
-    again.load_state_dict(json.loads(json.dumps(left.state_dict())))
-    rest = [item["input_ids"].tolist() for item, _ in zip(again, range(40 - stop), strict=False)]
-    assert rest == wanted[stop:]
-
-
-def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = Recorder(
-        model=tiny_model("sdpa"),
-        args=args,
-        train_dataset=stream(make_rows([30] * 6), shuffle=False).to_iterable_dataset(),
-        processing_class=load_tokenizer("smollm2"),
-    )
-    assert trainer.train().global_step == 2
-    assert trainer.seen["input_ids"].tolist() == [list(range(26, 34)), list(range(34, 42))]
-    assert trainer.seen["labels"].tolist()[1][6] == IGNORED

@@ -1,0 +1,246 @@
+"""`ConstantLengthDataset`: rows of one length, no token lost, each epoch in another order, resumed in the middle."""
+
+import json
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import load_tokenizer
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from ma_sft import ConstantLengthDataset, FormatError, RecipeError
+from ma_sft.packing.tokens import IGNORED
+
+
+def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Dataset:
+    """Rows of distinct tokens, so that a token says where it comes from; the first `prompt` have no label."""
+    ids, labels, next_id = [], [], 10
+    for length in lengths:
+        row = list(range(next_id, next_id + length))
+        next_id += length
+        ids.append(row)
+        labels.append([IGNORED if i < prompt else token for i, token in enumerate(row)])
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
+
+
+def flat(lists: Any) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
+def tiny_model(attention: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=400, **sizes, attn_implementation=attention)
+    return LlamaForCausalLM(config).float()
+
+
+class Recorder(SFTTrainer):
+    """SFTTrainer that keeps the gradients and the loss of its one step."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.seen = inputs
+        self.loss = super().training_step(model, inputs, num_items_in_batch)
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        return self.loss
+
+
+def trainer_settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def stream(rows: Any, **settings: Any) -> ConstantLengthDataset:
+    settings = {"seq_length": 8, "num_of_sequences": 4, "append_concat_token": False, **settings}
+    return ConstantLengthDataset(load_tokenizer("smollm2"), rows, **settings)
+
+
+def trained(items: Any) -> list[int]:
+    return sorted(int(token) for item in items for token in item["labels"].flatten() if token != IGNORED)
+
+
+def labels_of(rows: datasets.Dataset) -> list[int]:
+    return sorted(token for row in rows for token in row["labels"] if token != IGNORED)
+
+
+def test_constant_length_rows_have_one_length_and_keep_their_labels() -> None:
+    rows = make_rows([5, 9, 1, 30, 2, 11, 17])
+    items = list(stream(rows))
+    assert len(items) == len(stream(rows))
+    for item in items:
+        assert item["input_ids"].shape == item["labels"].shape == (8,) and item["labels"].dtype == torch.int64
+        assert all(label in (IGNORED, token) for token, label in zip(item["input_ids"], item["labels"], strict=True))
+    assert trained(items) == labels_of(rows)
+
+
+def test_texts_become_the_joined_tokens_of_trl_0x() -> None:
+    tokenizer = load_tokenizer("smollm2")
+    rows = [{"text": "The sky is blue."}, {"text": "Grass is green, and so are trees."}] * 4
+    expected = flat([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows)
+    for source in ({"dataset_text_field": "text"}, {"formatting_func": lambda row: row["text"]}):
+        items = list(stream(rows, shuffle=False, append_concat_token=True, **source))
+        ids = torch.cat([item["input_ids"] for item in items]).tolist()
+        labels = torch.cat([item["labels"] for item in items]).tolist()
+        assert ids[: len(expected)] == labels[: len(expected)] == expected
+        assert set(labels[len(expected) :]) <= {IGNORED}
+    with pytest.raises(FormatError, match="no 'prompt'"):
+        next(iter(stream(rows, dataset_text_field="prompt")))
+
+
+def test_the_concat_token_of_a_labelled_row_is_not_trained() -> None:
+    items = list(stream(make_rows([5, 3]), append_concat_token=True, shuffle=False))
+    end = load_tokenizer("smollm2").eos_token_id
+    assert items[0]["input_ids"].tolist() == [10, 11, 12, 13, 14, end, 15, 16]
+    assert items[0]["labels"].tolist() == [IGNORED, 11, 12, 13, 14, IGNORED, IGNORED, 16]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0), (2, 2)])
+def test_workers_and_ranks_share_the_rows(ranks: int, workers: int, streaming: bool) -> None:
+    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 4, 4, 12])
+    source = rows.to_iterable_dataset() if streaming else rows
+    items = []
+    for rank in range(ranks):
+        items += list(DataLoader(stream(source).shard(ranks, rank), batch_size=1, num_workers=workers))
+    assert trained(items) == labels_of(rows)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    rows = make_rows([7] * 60)
+
+    def order(seed: int, epoch: int = 0) -> list[int]:
+        data = stream(rows, seed=seed)
+        data.set_epoch(epoch)
+        return [int(item["input_ids"][0]) for item in data]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2) and order(1) != order(1, epoch=1)
+    assert trained(stream(rows, seed=1)) == trained(stream(rows, seed=2)) == labels_of(rows)
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("stop", [1, 5, 14, 23])
+def test_a_stream_is_taken_up_where_it_was_left(stop: int, infinite: bool) -> None:
+    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 40, 3, 25, 40])
+    whole = iter(stream(rows, infinite=infinite))
+    wanted = [item["input_ids"].tolist() for item, _ in zip(whole, range(40), strict=False)]
+    left = stream(rows, infinite=infinite)
+    iterator = iter(left)
+    for _ in range(stop):
+        next(iterator)
+    again = stream(rows, infinite=infinite)
+    again.load_state_dict(json.loads(json.dumps(left.state_dict())))
+    rest = [item["input_ids"].tolist() for item, _ in zip(again, range(40 - stop), strict=False)]
+    assert rest == wanted[stop:]
+
+
+def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
+    args = SFTConfig(
+        **trainer_settings(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+    )
+    trainer = Recorder(
+        model=tiny_model("sdpa"),
+        args=args,
+        train_dataset=stream(make_rows([30] * 6), shuffle=False).to_iterable_dataset(),
+        processing_class=load_tokenizer("smollm2"),
+    )
+    assert trainer.train().global_step == 2
+    assert trainer.seen["input_ids"].tolist() == [list(range(26, 34)), list(range(34, 42))]
+    assert trainer.seen["labels"].tolist()[1][6] == IGNORED
+
+
+def test_each_epoch_comes_in_another_order_by_itself_and_through_the_trainer(tmp_path: Path) -> None:
+    rows = make_rows([7] * 60)
+
+    def first(items: Any) -> list[int]:
+        return [int(item["input_ids"][0]) for item in items]
+
+    data = stream(rows)
+    epochs = [first(data) for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = stream(rows).to_iterable_dataset()
+    for epoch in range(3):
+        again.set_epoch(epoch)
+        assert first(again) == epochs[epoch]
+
+    seen: list[list[int]] = []
+
+    class Watched(Recorder):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    items = stream(make_rows([8] * 4)).to_iterable_dataset()
+    args = SFTConfig(**trainer_settings(tmp_path), num_train_epochs=3, max_steps=6, per_device_train_batch_size=2)
+    Watched(
+        model=tiny_model("sdpa"), args=args, train_dataset=items, processing_class=load_tokenizer("smollm2")
+    ).train()
+    in_epochs = [flat(seen[at : at + 2]) for at in (0, 2, 4)]
+    assert all(sorted(epoch) == [10, 18, 26, 34] for epoch in in_epochs)
+    assert len({tuple(epoch) for epoch in in_epochs}) > 1
+
+
+def test_documents_are_shuffled_before_they_are_joined() -> None:
+    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 4, 4, 12])
+    whole = flat(item["input_ids"].tolist() for item in stream(rows, seq_length=95))
+    assert sorted(whole) == sorted(flat(rows["input_ids"])) and whole != flat(rows["input_ids"])
+    assert flat(item["input_ids"].tolist() for item in stream(rows, seq_length=95, shuffle=False)) == flat(
+        rows["input_ids"]
+    )
+
+
+def test_a_function_or_a_field_that_gives_ids() -> None:
+    rows = [{"tokens": [1, 2, 3]}, {"tokens": [4, 5]}]
+    end = load_tokenizer("smollm2").eos_token_id
+    for how in ({"formatting_func": lambda row: row["tokens"]}, {"dataset_text_field": "tokens"}):
+        data = stream(rows, seq_length=7, shuffle=False, append_concat_token=True, **how)
+        assert not data.pretokenized
+        (item,) = data
+        assert item["input_ids"].tolist() == item["labels"].tolist() == [1, 2, 3, end, 4, 5, end]
+        assert data.current_size == 1
+
+
+def test_the_text_field_wins_over_a_column_of_ids() -> None:
+    rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "text": "The sky is blue."}])
+    data = stream(rows, dataset_text_field="text", seq_length=4)
+    assert data.pretokenized
+    assert next(iter(data))["input_ids"].tolist() == load_tokenizer("smollm2")("The sky is blue.")["input_ids"][:4]
+
+
+@pytest.mark.parametrize("kind", ["data set", "stream", "list"])
+def test_rows_without_ids_need_a_field_or_a_function(kind: str) -> None:
+    rows: Any = [{"text": "a"}]
+    if kind != "list":
+        rows = datasets.Dataset.from_list(rows)
+    with pytest.raises(RecipeError, match=r"\['text'\]: set dataset_text_field or formatting_func"):
+        stream(rows.to_iterable_dataset() if kind == "stream" else rows)
+
+
+@pytest.mark.parametrize("rows", [[], [{"input_ids": []}], [{"input_ids": []}] * 50])
+def test_an_infinite_stream_without_a_token_ends_with_an_error(rows: Any) -> None:
+    with pytest.raises(FormatError, match="without a token"):
+        next(iter(stream(rows, infinite=True)))
+
+
+def test_an_infinite_stream_goes_round_its_rows() -> None:
+    rows = make_rows([3] * 8, prompt=0)
+    items = list(islice(stream(rows, infinite=True), 9))
+    assert len(flat(item["input_ids"].tolist() for item in items)) == 72
+    ids = flat(item["input_ids"].tolist() for item in items)
+    assert all(sorted(ids[at : at + 24]) == sorted(flat(rows["input_ids"])) for at in (0, 24, 48))
