@@ -1,0 +1,135 @@
+"""What `training/trainer.py` and `training/quantized.py` take for granted of other libraries, each by its name.
+
+A release that changes one fails here with the name of what changed, before it can train anything wrong.
+"""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback
+from transformers.integrations import deepspeed
+from trl import SFTConfig, SFTTrainer
+
+from ma_sft.training.processes import outside_zero3
+from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
+from ma_sft.training.trainer import ResumableTrainer
+
+ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
+
+
+@pytest.fixture
+def trainer(tiny_bpe, tmp_path):
+    args = SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to="none",
+        disable_tqdm=True, logging_steps=1, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    return ResumableTrainer(AutoModelForCausalLM.from_pretrained(tiny_bpe), args=args, train_dataset=ROWS)
+
+
+def test_trl_counts_tokens_in_total_train_tokens(trainer):
+    assert trainer._total_train_tokens == trainer.tokens_seen == 0
+    trainer.tokens_seen = 100
+    trainer.train()
+    logged = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+    assert logged[0] == 100 + 8 and trainer.tokens_seen == trainer._total_train_tokens == 100 + 16
+
+
+def test_trl_puts_a_fused_head_into_the_model_which_gives_log_probs_is_top1_and_label_mask(trainer):
+    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, 6, -100, 8]])
+    loss, right, count = trainer.label_sums(trainer.model, {"input_ids": ids, "labels": labels}).tolist()
+    logits = trainer.model(ids).logits[0, [0, 2]].float()
+    targets = torch.tensor([6, 8])
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-4)
+    assert (right, count) == ((logits.argmax(-1) == targets).sum().item(), 2)
+
+
+def test_transformers_runs_an_epoch_through_run_epoch(trainer, monkeypatch):
+    """Else a run that is resumed after its last step would take another one."""
+    called = []
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, *args, **kwargs: called.append(kwargs["epoch"]))
+    trainer.train()
+    assert called[0] == 0
+
+
+def test_transformers_saves_through_save_checkpoint(trainer, monkeypatch):
+    saved = []
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", lambda self, *args: saved.append(self.state.global_step))
+    trainer.args.save_steps = 1
+    trainer.state.compute_steps(trainer.args, 2)
+    trainer.train()
+    assert saved == [1, 2]
+
+
+def test_transformers_prepares_the_model_before_on_train_begin(trainer):
+    """So that figures before training are those of the model as the launcher's engine runs it."""
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.prepared, self.training, self.step = (
+                trainer.accelerator._models,
+                trainer.is_in_train,
+                state.global_step,
+            )
+
+    look = Look()
+    trainer.add_callback(look)
+    trainer.train()
+    assert len(look.prepared) == 1 and look.training and look.step == 0
+
+
+def test_trl_asks_the_head_for_a_bias_which_pefts_wrapper_of_a_tied_head_lacks(tiny_bpe, tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    peft = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]})
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    head = SFTTrainer(model, args, train_dataset=ROWS, peft_config=peft).model.get_output_embeddings()
+    assert not hasattr(head, "bias")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_names(tmp_path, caplog, bits):
+    from bitsandbytes.functional import has_avx512bf16
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    assert has_avx512bf16() in (True, False)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    if bits == 4:
+        assert hasattr(layer, REPACKS)
+        assert tuple(layer.weight.quant_state.shape) == (64, 64)
+    else:
+        with caplog.at_level(logging.WARNING, NOISY_LOGGER):
+            layer(torch.ones(1, 64))
+        assert [record.name for record in caplog.records] == [NOISY_LOGGER]
+
+
+def test_transformers_deepspeed_configuration_comes_back(monkeypatch):
+    """By public calls alone, though transformers holds it by a weak reference."""
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    held = deepspeed.HfDeepSpeedConfig(config)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    with outside_zero3():
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+    del held
+    assert deepspeed.is_deepspeed_zero3_enabled() and deepspeed.deepspeed_config() == config
+    deepspeed.unset_hf_deepspeed_config()
+    with outside_zero3():
+        pass
+    assert deepspeed.deepspeed_config() is None
+
+
+def test_peft_names():
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    assert check_target_module_exists(LoraConfig(target_modules=["q_proj"]), "layers.0.q_proj")
+    assert {"get_base_layer", "merge"} <= set(dir(BaseTunerLayer))
+    assert inspect.isclass(ModulesToSaveWrapper) and inspect.isclass(TrainableTokensWrapper)
