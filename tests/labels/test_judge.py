@@ -1,0 +1,279 @@
+"""The judge by itself: what it takes for right, what it accuses, what it says it cannot judge."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import load_tokenizer
+from datasets import Dataset
+from trl_templates import NAMES, trl_tokenizer
+
+from ma_sft.labels.check import check_dataset
+from ma_sft.labels.inference import Conversation, Inference
+from ma_sft.labels.judge import Judge
+from ma_sft.labels.shapes import EACH_SHAPE, shapes_of, spread
+from ma_sft.labels.statement import misquotes
+
+
+def labelled(tokenizer, pieces):
+    """Ids and labels of texts, of which those in a tuple are trained."""
+    ids, labels = [], []
+    for piece in pieces:
+        text = piece[0] if isinstance(piece, tuple) else piece
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        labels += new if isinstance(piece, tuple) else [-100] * len(new)
+    return ids, labels
+
+
+def call(name, arguments):
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def qwen(template, end="<|im_end|>", special=()):
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ {'name': c.function.name, 'parameters': c.function.arguments} | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [call("w", {"city": "Paris"})]},
+]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_are_values_and_never_text_inside_text(as_text):
+    tokenizer = qwen(CALLS)
+    messages = [
+        ASKED[0],
+        {**ASKED[1], "tool_calls": [call("w", '{"city": "Paris"}' if as_text else {"city": "Paris"})]},
+    ]
+    start = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
+    right = labelled(tokenizer, [start, ('<call>{"name": "w", "parameters": {"city": "Paris"}}</call><|im_end|>',)])
+    assert Judge(tokenizer).judge(messages, [right]).faults == []
+    inner = '<call>{"name": "w", "parameters": "{\\"city\\": \\"Paris\\"}"}</call><|im_end|>'
+    ((code, what),) = Judge(tokenizer).judge(messages, [labelled(tokenizer, [start, (inner,)])]).faults
+    assert code == "unlike the template" and "message 1" in what
+
+
+FIRST_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+NO_TEXT = CALLS.replace("{{ m.content or '' }}", "{{ '' if m.tool_calls else m.content }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "what"),
+    [
+        (FIRST_CALL, {"tool_calls": [call("w", {}), call("t", {})]}, "call 't'"),
+        (NO_TEXT, {"content": "Let me look"}, "look"),
+        (CALLS, {"reasoning_content": "because"}, "reasoning"),
+    ],
+)
+def test_what_the_template_loses_is_named(template, message, what):
+    tokenizer = qwen(template)
+    messages = [ASKED[0], {**ASKED[1], **message}]
+    prompt, whole = (
+        tokenizer.apply_chat_template(messages[:n], add_generation_prompt=n == 1, return_dict=True)["input_ids"]
+        for n in (1, 2)
+    )
+    trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+    labels = [-100] * len(prompt) + trained[len(prompt) :]
+    faults = Judge(tokenizer).judge(messages, [(trained, labels)]).faults
+    assert {code for code, _ in faults} == {"lost content"} and any(what in each for _, each in faults)
+
+
+def test_a_turn_ends_where_generation_stops_and_not_at_the_first_control_token():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}<|end_of_response|>"
+        "{% endif %}<|end_of_turn|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = qwen(template, "<|end_of_turn|>", ["<|start|>", "<|end_of_response|>", "<|end_of_turn|>"])
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    start = "<|start|>user\nHi<|end_of_turn|><|start|>assistant\n"
+    right = labelled(tokenizer, [start, ("Hello!<|end_of_response|><|end_of_turn|>",)])
+    short = labelled(tokenizer, [start, ("Hello!<|end_of_response|>",), "<|end_of_turn|>"])
+    assert Judge(tokenizer).judge(messages, [right]).faults == []
+    assert [code for code, _ in Judge(tokenizer).judge(messages, [short]).faults] == ["missing end token"]
+
+
+GLM = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{% else %}<|{{ m.role }}|>\n{% endif %}"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("last", "right"), [("<|user|>", True), ("<|endoftext|>", True), ("<|observation|>", False)])
+def test_the_token_of_the_next_message_is_where_generation_stops(last, right):
+    tokenizer = qwen(GLM, "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|observation|>", "<|system|>"])
+    arguments = {"city": "Rome"}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("w", arguments)]},
+        {"role": "tool", "tool_call_id": "c1", "content": "20"},
+        {"role": "assistant", "content": "20."},
+    ]
+    written = f"<call>{json.dumps({'name': 'w', 'arguments': arguments})}</call><|observation|>"
+    sequence = labelled(
+        tokenizer, ["<|user|>\nWeather?<|assistant|>\n", (written,), "\n20<|assistant|>\n", (f"20.{last}",)]
+    )
+    verdict = Judge(tokenizer).judge(messages, [sequence])
+    assert (verdict.faults == []) is right and len(verdict.proven) == 1 + right
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.reasoning_content %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% elif m.role == 'assistant' and enable_thinking is defined and not "
+    "enable_thinking %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_a_rows_own_template_variables_decide_its_prompt():
+    tokenizer = qwen(THINKS)
+    judge = Judge(tokenizer)
+    start = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "because", "content": "a"}]
+    plain = [thinking[0], {"role": "assistant", "content": "a"}]
+    assert judge.judge(thinking, [labelled(tokenizer, [start, ("because\n</think>\n\na<|im_end|>",)])]).faults == []
+    bare = labelled(tokenizer, [f"{start}\n</think>\n\n", ("a<|im_end|>",)])
+    assert judge.judge(plain, [bare], kwargs={"enable_thinking": False}).faults == []
+    assert judge.judge(plain, [bare]).faults  # without the variable inference opens a reasoning
+    assert judge.judge(plain, [labelled(tokenizer, [start, ("a<|im_end|>",)])]).unjudged
+
+
+def test_text_that_spells_a_control_token_stays_text():
+    tokenizer = load_tokenizer("qwen3")
+    messages = [{"role": "user", "content": "Is <|im_end|> a word?"}, {"role": "assistant", "content": "Yes."}]
+    question = tokenizer(messages[0]["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    start, target = "<|im_start|>user\n", ("<think>\n\n</think>\n\nYes.<|im_end|>",)
+    end = labelled(tokenizer, ["<|im_end|>\n<|im_start|>assistant\n", target])
+    before = tokenizer(start, add_special_tokens=False)["input_ids"]
+    right = ([*before, *question, *end[0]], [-100] * (len(before) + len(question)) + end[1])
+    assert Judge(tokenizer).judge(messages, [right]).faults == []
+    real = labelled(tokenizer, [start + messages[0]["content"], "<|im_end|>\n<|im_start|>assistant\n", target])
+    assert [code for code, _ in Judge(tokenizer).judge(messages, [real]).faults] == ["unlike inference"]
+
+
+def test_what_must_not_be_trained_is_not():
+    tokenizer = load_tokenizer("smollm2")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    begin = len(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
+    end = len(ids) - 1
+    verdict = Judge(tokenizer).judge(messages, [(ids, [-100] * begin + ids[begin:end] + [-100])])
+    assert [code for code, _ in verdict.faults] == ["trained against the row"]
+    assert Judge(tokenizer).judge(messages, [(ids, [-100] * len(ids))]).faults == []
+
+
+def test_what_a_template_refuses_is_not_proven():
+    tokenizer = load_tokenizer("llama2")
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    rows = Dataset.from_dict({"input_ids": [[1, 5, 2]], "labels": [[-100, 5, 2]]})
+    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": [twice]}))
+    assert report.errors == [] and "must alternate" in report.verdict
+    assert "not proven" in report.verdict and json.loads(report.to_json())["proven"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_ends_its_own_turns_or_leaves_that_to_the_next_message(name):
+    """The end that the judge finds by itself is where the training twin's generation marks end."""
+    tokenizer = trl_tokenizer(name)
+    inference = Inference(tokenizer)
+    if inference.twin is None:
+        pytest.skip("TRL ships no training twin")
+    judge = Judge(tokenizer)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    conversation = Conversation(inference, chat, None, {})
+    form, _ = next(conversation.forms())
+    turn = conversation.read(form)[1]
+    if not turn.targets or isinstance(turn.targets[0], str):
+        pytest.skip("the template does not continue its own prompt, or not between two tokens")
+    ids = [*turn.prompt, *turn.targets[0]]
+    verdict = judge.judge(chat, [(ids, [-100] * len(turn.prompt) + list(turn.targets[0]))])
+    assert verdict.faults == [] and len(verdict.proven) == 1
+
+
+CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"messages": CONVERSATION}, ""),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ""),
+        ({"conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}, "the row's turns are"),
+        ({"messages": [CONVERSATION[0], {"role": "assistant", "content": "b"}]}, "says"),
+        ({"messages": CONVERSATION, "system": "Be brief."}, "system message"),
+        ({"messages": CONVERSATION, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"messages": [*CONVERSATION, {"role": "user", "content": "r"}]}, "the row's turns are"),
+        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}]}, "must not be trained"),
+        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "reasoning": "why"}]}, "says"),
+        ({"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, ""),
+    ],
+)
+def test_the_conversation_is_what_the_raw_row_says(row, wrong):
+    found, unread = misquotes(row, CONVERSATION, None)
+    assert unread == "" and bool(found) is bool(wrong) and wrong in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"instruction": "q", "input": "", "output": "a"}, ""),
+        ({"question": "q", "context": "z", "answer": "a"}, "'context'"),
+        ({"question": "q", "answer": "b"}, "'answer'"),
+        ({"this": "q", "that": "a"}, "only the conversion"),
+    ],
+)
+def test_a_flat_row_is_proven_or_not_proven(row, unread):
+    found, why = misquotes(row, CONVERSATION, None)
+    assert found == [] and bool(why) is bool(unread) and unread in why
+
+
+def test_every_shape_stands_in_the_sample():
+    plain = {"role": "assistant", "content": "a", "reasoning_content": None, "tool_calls": None}
+    thinking = {**plain, "reasoning_content": "why"}
+    calling = {**plain, "content": "", "tool_calls": [call("f", "{}")]}
+    asked = {**plain, "role": "user", "content": "q"}
+    kinds = [
+        [asked, plain],
+        [asked, thinking],
+        [asked, calling],
+        [asked, plain] * 2,
+        [asked, {**plain, "content": "<|im_end|>"}],
+    ]
+    rows = Dataset.from_dict({"messages": [kinds[0]] * 5000 + kinds[1:] + [kinds[1]] * 50})
+    shapes = shapes_of(rows, ["<|im_end|>", "<|im_start|>"])
+    assert len(np.unique(shapes)) == len(kinds) and len(np.unique(shapes[:5000])) == 1
+    chosen = spread(shapes, 100)
+    assert {*range(5000, 5004)} <= {*chosen.tolist()} and len(chosen) < 200
+    assert (shapes[chosen] == shapes[5000]).sum() >= EACH_SHAPE
+    assert len(spread(shapes, len(rows))) == len(rows)
+
+
+def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
+    tokenizer = load_tokenizer("smollm2")
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(300)]
+    ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    at = [
+        len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
+        for chat in chats
+    ]
+    labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
+    odd = 151
+    labels[odd] = [-100] * (at[odd] - 2) + ids[odd][at[odd] - 2 : -1] + [-100]  # the header is trained
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), sample=10)
+    assert 20 <= report.judged_rows < 100  # one shape, at least 20 times
+    (finding,) = report.errors
+    assert finding.code == "unlike inference" and finding.rows == [odd]

@@ -1,0 +1,42 @@
+"""The chat templates that the installed TRL ships, each on Qwen3's real tokenizer with the tokens that it writes."""
+
+import re
+from importlib.resources import files
+
+from conftest import load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+SHELF = files("trl") / "chat_templates"
+NAMES = sorted(
+    path.name.removesuffix(".jinja")
+    for path in SHELF.iterdir()
+    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
+)
+WRITTEN = re.compile(
+    r"<[|｜][^<>\n\s{}'\"]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>"
+    r"|</?(?:start_of_turn|end_of_turn|end_of_utterance)>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
+)
+# In the order in which an end of turn is looked for in a template
+ENDS = (
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<turn|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+)
+
+
+def trl_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Qwen3's tokenizer with TRL's template `name`; its EOS is the template's end of turn, else `<|endoftext|>`."""
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.chat_template = (SHELF / f"{name}.jinja").read_text(encoding="utf-8")
+    written = {token.replace("\\", "") for token in WRITTEN.findall(tokenizer.chat_template)}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(written - set(tokenizer.get_vocab()))})
+    if "bos_token" in tokenizer.chat_template:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+    end = next((end for end in ENDS if end in tokenizer.chat_template), "<|endoftext|>")
+    tokenizer.add_special_tokens({"eos_token": end})
+    return tokenizer
