@@ -8,9 +8,7 @@ from ma_sft.errors import FormatError
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction")
 
-
 CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
-
 
 TURNS = ("messages", "conversations", "conversation")
 

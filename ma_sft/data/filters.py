@@ -33,18 +33,13 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 5  # kept of each filter
 
-
 PATTERN_SECONDS = 5  # that a regular expression may take for one answer
-
 
 NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
 
-
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{N}]+")
 
-
 LETTER = regex.compile(r"\p{L}")
-
 
 REFUSALS = (
     r"\bas an? (ai|artificial intelligence|large language model|language model)\b",

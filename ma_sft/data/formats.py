@@ -13,7 +13,7 @@ from typing import Any
 from ma_sft.data.context import to_template_kwargs, to_tools, with_context
 from ma_sft.data.functions import load_function
 from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
-from ma_sft.data.turns import MEDIA, Message, check_order, conversation, list_of_turns, merge_turns, unknown_keys
+from ma_sft.data.turns import Message, check_order, conversation, list_of_turns, merge_turns, unknown_keys
 from ma_sft.data.values import (
     Row,
     TrackedRow,
@@ -26,17 +26,22 @@ from ma_sft.data.values import (
 )
 from ma_sft.errors import FormatError
 
-CHOICES = ("choices", "options")
+SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
 
+CHOICES = ("choices", "options")
 
 ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
 
-
 VERDICTS = ("label", "kto_tag")  # KTO's: whether an answer is a good one
 
+STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id"))  # of these, a text is only a part
 
-STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id", *MEDIA))  # of these, a text is only a part
-
+# Columns that change what a row says: where no format reads them, the row is refused.
+CHANGING = re.compile(
+    r"((image|img|picture|audio|video)s?|pixel_values)([_-]?(path|url|file|byte|list)s?)?|"
+    r"choices|options|endings|distractors?_?\d*|(option|choice|ending|op|sol)[ _]?[a-e1-9]|[a-e]",
+    re.IGNORECASE,
+)
 
 # Columns that say something about a row, and nothing that a conversation would lose.
 HARMLESS = re.compile(
@@ -44,10 +49,9 @@ HARMLESS = re.compile(
     r"|(data_?)?(source|set)|dataset|split|subset|config|origin|raw|lang|language|locale|license|licence|author|creator|"
     r"(.*[_-])?model|generator|category|categories|type|kind|task|task_type|topic|topics|domain|subject|tag|tags|"
     r"difficulty|level|quality|rating|created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|num_turns|"
-    r"group|title|toxic|toxicity|redacted|moderation|openai_moderation|deleted|key|keywords|rank|stars|upvotes|_.*",
+    r"group|title|toxic|toxicity|redacted|moderation|openai_moderation|key|keywords|rank|stars|upvotes|_.*",
     re.IGNORECASE,
 )
-
 
 MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
 
@@ -105,14 +109,14 @@ def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
     return convert
 
 
-def _pair(question: str, answer: str, extra: tuple[str, ...] = ()) -> Callable[[TrackedRow], list[Message]]:
+def _pair(question: str, *answer: str, extra: tuple[str, ...] = ()) -> Callable[[TrackedRow], list[Message]]:
     """A question and its answer; `extra` are columns that go on with the question."""
 
     def convert(row: TrackedRow) -> list[Message]:
         further = (text_of(row, field, optional=True) for field in extra if field in row)
         asked = "\n\n".join((text_of(row, question), *filter(None, further)))
         user = {"role": "user", "content": asked}
-        return with_context(row, [user, {"role": "assistant", "content": text_of(row, answer)}])
+        return with_context(row, [user, {"role": "assistant", "content": text_of(row, row.first(answer) or answer[0])}])
 
     return convert
 
@@ -215,12 +219,14 @@ def _calls(row: TrackedRow) -> list[Message]:
 
 FORMATS = {
     "messages": _format("messages", _turns("messages"), rich=True),
-    "sharegpt": _format("conversations|conversation", _turns("conversations", "conversation"), rich=True),
+    "sharegpt": _format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
     "contents": _format("contents", _turns("contents"), rich=True),
     "moss": _format("chat", _moss, rich=True),
-    "alpaca": _format("instruction output", _pair("instruction", "output", ("input",)), also="input"),
-    "alpaca-zh": _format("instruction_zh output_zh", _pair("instruction_zh", "output_zh", ("input_zh",))),
-    "dolly": _format("instruction response", _pair("instruction", "response", ("input", "context")), also="input"),
+    "alpaca": _format("instruction output", _pair("instruction", "output", extra=("input",)), also="input"),
+    "alpaca-zh": _format("instruction_zh output_zh", _pair("instruction_zh", "output_zh", extra=("input_zh",))),
+    "dolly": _format(
+        "instruction response", _pair("instruction", "response", extra=("input", "context")), also="input"
+    ),
     "multiple-choice": _format("question choices answerKey", _multiple_choice),
     "mmlu": _format("question choices answer", _multiple_choice),
     "options": _format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
@@ -233,12 +239,11 @@ FORMATS = {
     "question-answer": _format("question answer", _pair("question", "answer")),
     "question-response": _format("question response", _pair("question", "response")),
     "query-response": _format("query response", _pair("query", "response")),
-    "prompt-response": _format("prompt response", _pair("prompt", "response")),
+    "prompt-response": _format("prompt response|output|answer", _pair("prompt", "response", "output", "answer")),
     "problem-solution": _format("problem solution", _pair("problem", "solution")),
     "input-output": _format("input output", _pair("input", "output")),
     "text": _format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
 }
-
 
 COLUMNS = frozenset(name for known in FORMATS.values() for names in known.needs for name in names)
 
@@ -344,8 +349,8 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
         missing = [column for column in missing if column != "prompt"]  # it may be implicit
     if missing:
         raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it")
-    refuse_media(row)
     messages = known.convert(row)
+    refuse_changing(row, name)
     if name == "text":
         if not messages[0]["content"].strip():
             raise FormatError("field 'text' is empty, so there is nothing to train on")
@@ -356,23 +361,25 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     return messages
 
 
-def refuse_media(row: TrackedRow) -> None:
-    """Raise `FormatError` at a column of images, sounds or films: without them, the text says something else."""
-    for field in MEDIA:
-        if not is_empty(row.get(field)):
+def refuse_changing(row: TrackedRow, format: str) -> None:
+    """Raise `FormatError` at a column that nothing read and that would change what the row says."""
+    for field, value in row.items():
+        if field not in row.used and CHANGING.fullmatch(field) and not is_empty(value):
             raise FormatError(
-                f"field {field!r}: only text can be trained on, found {show(row[field])}; drop the row, or, if the "
-                f"text needs no {field}, leave the column out (ignore: [{field}])"
+                f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
+                f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
 
 
 def _check_verdict(row: TrackedRow) -> None:
     for field in row.keys() & set(VERDICTS) - row.used:
-        value = row[field]
+        value = dict.get(row, field)
         word = value.strip().lower() if isinstance(value, str) else value
         if word is False or word == "false" or (field == "kto_tag" and word in (0, "0")):
             raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
-        if word in (0, 1) and word is not True and field == "label":
+        if word is True or word == "true" or field == "kto_tag":
+            row.used.add(field)
+        elif word in (0, 1):
             raise FormatError(
                 f"field 'label': found {show(value)}; if it says whether the answer is good, write true or false, "
                 "if not, leave it out (ignore: [label])"

@@ -39,7 +39,7 @@ from ma_sft.data.formats import (
     detect_format,
     message_features,
     read_row,
-    refuse_media,
+    refuse_changing,
     unused_of,
 )
 from ma_sft.data.preference import SIDES as PREFERENCES
@@ -54,9 +54,7 @@ logger = logging.getLogger(__name__)
 
 SIDES = ("prompt", "chosen", "rejected")
 
-
 MANY_ROWS = 20_000  # from here on, other processes are worth their start
-
 
 SHUFFLE_BUFFER = 10_000
 
@@ -119,7 +117,6 @@ def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
 
 
 BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
-
 
 NOT_DRAWN = ("left out by weight", "held out")
 
@@ -446,11 +443,12 @@ def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
     """The columns of a converted row."""
     if preference:
         tracked = TrackedRow(row)
-        refuse_media(tracked)
         found = to_preference(tracked, source.format)
         tools, kwargs = to_tools(tracked), to_template_kwargs(tracked)
         if found is None:
             return {"error": "neither side is better", "removed_by": NO_BETTER, "unused": {}}
+        if source.format in PREFERENCES:
+            refuse_changing(tracked, source.format)
         sides, unused = dict(found), unused_of(tracked) if source.format in PREFERENCES else {}
     else:
         read = read_row(row, source.format, merge=source.merge_turns)

@@ -23,9 +23,7 @@ ALIASES = {
     "rejected": ("rejected", "neg_resp", "rejected_response", "rejected_messages", "non_preferred_output"),
 }
 
-
 PKU = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id")
-
 
 Preference = dict[str, list[Message]]
 

@@ -29,27 +29,19 @@ from ma_sft.errors import FormatError, RecipeError
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 
-
 CHUNK = 4 << 20  # bytes that are read at a time
-
 
 BATCH = 10_000  # rows that are handed on at a time
 
-
 WHOLE = 1 << 30  # bytes of the longest object or document that is read as one
-
 
 UNPACKED = 256 << 20  # bytes that any small archive may become; beyond, 200 times its size
 
-
 TOO_DEEP = f"nested deeper than Python reads, some {sys.getrecursionlimit():,} levels"
-
 
 BOM = b"\xef\xbb\xbf"
 
-
 UTF_16 = re.compile(rb"\xff\xfe[^\0]\0|\xfe\xff\0[^\0]")  # the mark, and a first letter of ASCII
-
 
 ROW, FILE, PLACE = RAW = ("_row", "_file", "_place")
 
@@ -363,7 +355,6 @@ READERS: dict[str, Callable[..., Rows]] = {
     ".arrow": _arrow,
     ".txt": _text,
 }
-
 
 KINDS = tuple(READERS)
 

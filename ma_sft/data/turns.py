@@ -20,9 +20,7 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
 }
 
-
 CALL_ROLES = ("function_call", "tool_call")  # an assistant turn whose text is the call, or the calls, as JSON
-
 
 PAIR_ROLES = {
     "system": "system",
@@ -30,25 +28,18 @@ PAIR_ROLES = {
     **dict.fromkeys(("assistant", "bot", "output", "answer", "MOSS"), "assistant"),
 }
 
-
 ROLE_KEYS = ("role", "from")
-
 
 CONTENT_KEYS = ("content", "value", "text", "parts")
 
-
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
-
-WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "train", "training")
-
+WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss", "train", "training")
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
-
 TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PAIR_ROLES}
 TURN_KEYS |= {"tool_calls", "function_call", "tool_call_id", "name", "tools", "mask", "masked", "train_detail"}
-
 
 # What may come before a role; None is the start of the conversation.
 BEFORE: dict[str, tuple[str | None, ...]] = {
@@ -129,7 +120,8 @@ def unknown_keys(turns: list[Any]) -> dict[str, Any]:
     """The keys of turns that nothing reads, each with its first value that says something."""
     found: dict[str, Any] = {}
     for turn in turns:
-        for key in turn.keys() - TURN_KEYS if isinstance(turn, dict) else ():
+        is_turn = isinstance(turn, dict) and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES))
+        for key in turn.keys() - TURN_KEYS if is_turn else ():
             if not is_empty(turn[key]):
                 found.setdefault(key, turn[key])
     return found

@@ -140,8 +140,19 @@ def test_bad_answers_are_counted_and_never_trained(tmp_path):
     for mark in ({"kto_tag": False}, {"kto_tag": 0}, {"label": "False"}):
         with pytest.raises(BadAnswer):
             to_messages({"messages": [user("q"), assistant("x")], **mark})
-    with pytest.raises(FormatError, match="write true or false"):
-        to_messages({"question": "q", "answer": "a", "label": 0})
+    for label in (0, 1):
+        with pytest.raises(FormatError, match="write true or false"):
+            to_messages({"question": "q", "answer": "a", "label": label})
+    assert read_row({"question": "q", "answer": "a", "label": "positive"}).unused == {"label": 'str "positive"'}
+
+
+def test_columns_that_change_the_meaning_are_never_left_out():
+    plain = {"question": "q", "answer": "a"}
+    for column in ("options", "choice_a", "optionB", "A", "image_path", "videos", "distractor1"):
+        row = {**plain, column: ["x", "y"] if column == "options" else "x"}
+        with pytest.raises(FormatError, match=f"field '{column}': .*no place for"):
+            to_messages(row, "question-answer")
+        assert to_messages({**plain, column: None}) == [user("q"), assistant("a")]
 
 
 def test_a_bare_text_is_not_a_part_of_something_else():
