@@ -51,11 +51,19 @@ tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_tokenizers.py
 	$(BIN)/python scripts/fetch_converter.py
 
-test: tokenizers data/demo/train.jsonl  ## run the tests, one real train-merge-chat run among them
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+# A process for each core, one thread each; a file's tests stay together, as they share what is made once.
+JOBS ?= 2
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test-slow: tokenizers data/demo/train.jsonl  ## run the long end-to-end tests as well
-	$(BIN)/python -m pytest $(ARGS)
+test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; 10 minutes
+	$(TEST) -m 'not slow' $(ARGS)
+
+test-slow: tokenizers data/demo/train.jsonl  ## the long proofs: kills, launchers, whole recipes, faults; an hour
+	$(TEST) -m slow $(ARGS)
+
+coverage: tokenizers data/demo/train.jsonl  ## both, with the lines of ma_sft that no test ran
+	$(TEST) -m 'not slow' --cov=ma_sft --cov-report= $(ARGS)
+	$(TEST) -m slow --cov=ma_sft --cov-append --cov-report=term-missing:skip-covered $(ARGS)
 
 test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
 	$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_checkpoints.py $(ARGS)
@@ -65,6 +73,9 @@ fuzz: tokenizers  ## random conversations against each tokenizer's template; N=1
 
 test-docs: tokenizers  ## run what README and docs show
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+check-pages: $(STAMP)  ## hold PAGES="runs/demo/report.html" against axe-core in Chromium
+	PYTHONPATH=scripts $(BIN)/python scripts/check_pages.py $(PAGES)
 
 docs-images: $(STAMP)  ## the pictures of the README, from runs/demo, with Chromium
 	$(BIN)/python scripts/draw_pages.py
@@ -96,5 +107,5 @@ lora-rank: $(STAMP) data/demo/train.jsonl  ## plot what rank the full update nee
 clean:  ## remove .venv, runs and build leftovers; the cache folder stays
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help env sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs docs-images \
+.PHONY: help env coverage check-pages sft-demo sft-qwen3 sft-alpaca-qlora sft-alpaca-pack tokenizers test test-slow test-distributed fuzz test-docs docs-images \
         lint types bench bench-data bench-memory gpu-check handoff-check lora-rank clean

@@ -5,6 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from patience import PATIENCE, end_what_it_started
+
+os.environ.setdefault("PYTEST_TIMEOUT", f"{900 * PATIENCE:.0f}")  # for hangs, not for slow machines
+
 import copy
 import functools
 import importlib.resources
@@ -26,6 +30,8 @@ from transformers import (
 )
 
 from ma_sft.demo import demo_model
+
+__all__ = ["end_what_it_started"]  # a fixture of every test
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from patience import PATIENCE
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["ma_sft.training.checkpoints", "ma_sft.training.prepare", "ma_sft.pages.report", "peft.tuners.lora"]
@@ -85,14 +87,14 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait_for(self, path: str, seconds: float = 60) -> None:
+    def wait_for(self, path: str, seconds: float = 60 * PATIENCE) -> None:
         """Until something in the run's folder matches the glob `path`."""
         end = time.monotonic() + seconds
         while not any(self.out.glob(path)):
             assert time.monotonic() < end and self.processes[0].is_alive(), self.text
             time.sleep(0.002)
 
-    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+    def wait_for_step(self, step: int, seconds: float = 60 * PATIENCE) -> None:
         """Until a checkpoint of this step or a later one begins, or the run is over."""
         end = time.monotonic() + seconds
         while self.processes[0].is_alive() and step > max(
@@ -109,7 +111,7 @@ class Run:
         for process in self.processes:
             process.kill()
 
-    def finish(self, seconds: float = 60) -> int:
+    def finish(self, seconds: float = 60 * PATIENCE) -> int:
         """The first process's exit code. If it is not 0 the others are ended, as every launcher does."""
         for process in self.processes:
             process.join(seconds)
