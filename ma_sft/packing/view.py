@@ -195,10 +195,13 @@ def pack_with_report(
     report = make_report(tokens, kept, plan, (strategy, overflow, seq_length), batch_size, end_token_ids)
     # The fingerprint of the rows has no public name.
     settings = (dataset._fingerprint, seq_length, strategy, overflow, seed, drop_unlabelled, groups)
-    numbers = pa.array(np.arange(len(plan.bounds) - 1))
     fingerprint = Hasher.hash(settings)
-    packs = datasets.Dataset(pa.table(dict.fromkeys(COLUMNS, numbers)), fingerprint=fingerprint)
+    packs = _numbers(np.arange(len(plan.bounds) - 1), fingerprint)
     return packs.with_transform(Packs(dataset.select_columns(names), tokens, plan, fingerprint)), report
+
+
+def _numbers(packs: Ints, fingerprint: str) -> datasets.Dataset:
+    return datasets.Dataset(pa.table(dict.fromkeys(COLUMNS, pa.array(packs))), fingerprint=fingerprint)
 
 
 def pack_table(
@@ -248,9 +251,9 @@ def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.D
     packs = cast(Packs, packs_of(dataset))
     bounds = packs.plan.bounds
     plan = replace(packs.plan, bounds=np.append(bounds, bounds[-1]))
-    empty = datasets.Dataset.from_dict(dict.fromkeys(COLUMNS, [len(bounds) - 1] * count))
-    filled = datasets.concatenate_datasets([dataset.with_format(None), empty])
     fingerprint = Hasher.hash((packs.fingerprint, "filled"))
+    empty = _numbers(np.full(count, len(bounds) - 1), fingerprint)
+    filled = datasets.concatenate_datasets([dataset.with_format(None), empty])
     return filled.with_transform(replace(packs, plan=plan, fingerprint=fingerprint, pad_token_id=pad_token_id))
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tokenizer
+from datasets.fingerprint import Hasher
+from datasets.utils import _dill
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
-from ma_sft.packing.plan import best_fit_decreasing
+from ma_sft.packing.plan import STRATEGIES, Strategy, best_fit_decreasing
 from ma_sft.packing.tokens import IGNORED
-from ma_sft.packing.view import flatten, pack_with_report
+from ma_sft.packing.view import Packs, as_arrays, fill, flatten, lengths, pack_with_report, packs_of
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -264,3 +267,139 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, pac
     trainer = one_step(blind, attention, packs, tmp_path)
     assert abs(trainer.loss.item() - loss) > 1e-4
     assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
+
+
+def turns(*sizes: tuple[int, int]) -> dict[str, list[int]]:
+    """A conversation of distinct tokens: of each turn so many of the prompt, and so many trained ones."""
+    ids = list(range(10, 10 + sum(map(sum, sizes))))
+    mask = flat([False] * prompt + [True] * answer for prompt, answer in sizes)
+    return {"input_ids": ids, "labels": [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "start", "end"),
+    [
+        (turns((3, 2), (3, 2), (2, 2)), 5, 14),  # the oldest turn goes
+        (turns((3, 2), (6, 2), (2, 2)), 13, 17),  # what would be half a turn goes with it
+        (turns((9, 4)), 3, 13),  # there is one turn: the prompt's beginning goes
+        (turns((2, 3), (9, 0)), 0, 10),  # the answer is there already
+        (turns((12, 0)), 2, 12),  # nothing is trained
+    ],
+)
+def test_keep_answer_lets_the_oldest_turns_go(row: dict[str, list[int]], start: int, end: int) -> None:
+    packed, report = pack_with_report(datasets.Dataset.from_list([row]), 10, overflow="keep_answer")
+    if not any(label != IGNORED for label in row["labels"]):
+        assert report.rows_unlabelled == 1
+        return
+    assert packed[0]["input_ids"] == row["input_ids"][start:end]
+    assert packed[0]["labels"] == row["labels"][start:end]
+    assert (report.rows_cut, report.rows_unfinished, report.rows_dropped) == (1, 0, 0)
+    assert report.cut_tokens == len(row["input_ids"]) - end + start
+
+
+def test_keep_answer_drops_and_counts_a_row_whose_answer_does_not_fit() -> None:
+    rows = datasets.Dataset.from_list([turns((2, 10)), turns((2, 3))])
+    packed, report = pack_with_report(rows, 10, overflow="keep_answer")
+    assert documents(packed) == pairs(rows.select([1]))
+    assert (report.rows_dropped, report.cut_tokens, report.labels_lost) == (1, 12, 10)
+
+
+def test_keep_end_cuts_the_beginning() -> None:
+    rows = datasets.Dataset.from_list([turns((4, 8)), turns((2, 3))])
+    packed, report = pack_with_report(rows, 10, overflow="keep_end")
+    assert (rows[0]["input_ids"][2:], rows[0]["labels"][2:]) in documents(packed)
+    assert (report.rows_cut, report.cut_tokens, report.rows_unfinished, report.rows_split) == (1, 2, 0, 0)
+
+
+def test_rows_without_a_label_are_left_out_if_asked() -> None:
+    rows = datasets.Dataset.from_list([turns((12, 3)), turns((4, 0)), turns((2, 3))])
+    packed, report = pack_with_report(rows, 10, drop_unlabelled=True)
+    assert documents(packed) == pairs(rows.select([2]))
+    assert (report.rows, report.documents, report.rows_unlabelled) == (3, 1, 1)
+
+
+def test_a_strategy_is_a_function_in_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pairwise(kept: Any, seq_length: int, seed: int | None) -> Any:
+        return kept, np.full(len(kept.row) // 2, 2)
+
+    monkeypatch.setitem(STRATEGIES, "pairwise", Strategy(pairwise))
+    assert pack(make_rows([3, 4, 2, 1]), 8, "pairwise")["seq_lengths"][:] == [[3, 4], [2, 1]]
+
+
+def test_groups_share_no_pack() -> None:
+    rows = make_rows([3, 4, 2, 1, 5, 6, 2, 2])
+    groups = np.array(["a", "b"] * 4)
+    packed, _ = pack_with_report(rows, 16, groups=groups)
+    of = {token: group for row, group in zip(rows["input_ids"], groups, strict=True) for token in row}
+    assert all(len({of[token] for token in pack["input_ids"]}) == 1 for pack in packed)
+    assert documents(packed) == pairs(rows)
+
+
+@pytest.fixture(params=["memory", "disk", "shards", "shuffled", "large lists"])
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> datasets.Dataset:
+    """The same 60 rows, as data sets of every kind hold them."""
+    plain = make_rows([1 + n % 13 for n in range(60)])
+    if request.param == "memory":
+        return plain
+    if request.param == "large lists":
+        large = datasets.LargeList(datasets.Value("int64"))
+        return plain.cast(datasets.Features({"input_ids": large, "labels": large}))
+    plain.save_to_disk(tmp_path / "rows", num_shards=3 if request.param == "shards" else 1)
+    saved = datasets.load_from_disk(str(tmp_path / "rows"))
+    return saved.shuffle(seed=1) if request.param == "shuffled" else saved
+
+
+def test_packs_of_every_kind_of_data_set(rows: datasets.Dataset, tmp_path: Path) -> None:
+    packed = pack(rows, 16)
+    assert documents(packed) == pairs(rows)
+    real = flatten(packed)
+    assert real[:] == packed[:] and not packs_of(real)
+    assert bool(real.cache_files) == bool(rows.cache_files)
+    assert flatten(packed, cache_file_name=str(tmp_path / "packs.arrow"))[:] == packed[:]
+    assert pack(rows, 16, cache_file_name=str(tmp_path / "same.arrow"))[:] == packed[:]
+    assert packed.shuffle(seed=2).select(range(3))[:] == real.shuffle(seed=2).select(range(3))[:]
+    assert lengths(packed.select([2, 0])).tolist() == [len(real[2]["input_ids"]), len(real[0]["input_ids"])]
+    assert packed["labels"][1] == real["labels"][1] and packed[0:0] == real[0:0]
+    arrays = as_arrays(packed)[:3]
+    assert all(array.dtype == np.dtype(rows.features["labels"].feature.dtype) for array in arrays["labels"])
+    assert [array.tolist() for array in arrays["input_ids"]] == packed[:3]["input_ids"]
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_loader_workers_read_packs(rows: datasets.Dataset, start: str) -> None:
+    packed = as_arrays(pack(rows, 16))
+    loader = DataLoader(packed, batch_size=2, num_workers=1, collate_fn=list, multiprocessing_context=start)
+    read = [pack for batch in loader for pack in batch]
+    assert [pack["input_ids"].tolist() for pack in read] == [pack["input_ids"].tolist() for pack in packed]
+
+
+def test_a_view_holds_no_tokens_and_knows_its_rows() -> None:
+    tokens = np.zeros(1_000_000, np.int32)
+    many = datasets.Dataset.from_dict({"input_ids": np.split(tokens, 1000)})
+    packed = pack(many, 4000)
+    assert packed.data.nbytes < 10_000
+    assert packed._fingerprint != pack(many, 3000)._fingerprint != pack(many, 3000, seed=1)._fingerprint
+    assert len(Hasher.hash(packs_of(packed))) == 16
+    few = datasets.Dataset.from_dict({"input_ids": [[1]]})
+    assert packed._fingerprint != pack(few, 4000)._fingerprint
+
+
+def test_what_is_mapped_or_filled_up_stays_readable() -> None:
+    packed = pack(make_rows([3, 5, 2]), 8)
+    doubled = packed.map(lambda row: {"labels": [2 * label for label in row["labels"]]})
+    assert doubled[0]["input_ids"] == packed[0]["input_ids"]
+    assert doubled[0]["labels"] == [2 * label for label in packed[0]["labels"]]
+    filled = fill(packed, 3, pad_token_id=7)
+    assert filled[: len(packed)] == packed[:]
+    assert filled[-1] == {"input_ids": [7], "labels": [IGNORED], "seq_lengths": [1]}
+    assert len(filled) == len(packed) + 3 and lengths(filled)[-1] == 0
+    wrapped = fill(pack(make_rows([3, 5, 2]), 8, "wrapped"), 1, pad_token_id=7)
+    assert wrapped[-1] == {"input_ids": [7], "labels": [IGNORED], "seq_lengths": [1]}
+
+
+def test_names_of_datasets_that_are_not_public() -> None:
+    """What `view.py` uses of the inside of `datasets`; a release without it is named here."""
+    rows = make_rows([1] * 9).shuffle(seed=0)
+    assert sorted(rows._indices.column(0).to_pylist()) == list(range(9))
+    assert rows._fingerprint and make_rows([1])._indices is None
+    assert Packs in _dill.Pickler.dispatch
