@@ -44,6 +44,7 @@ class Counts:
     trained_tokens: int = 0
     cut_sequences: int = 0
     dropped_sequences: int = 0
+    left_out_of_each_epoch: int = 0
     filtered_rows: dict[str, int] = field(default_factory=dict)
     untrained_turns: dict[str, int] = field(default_factory=dict)
     special_text_rows: int = 0

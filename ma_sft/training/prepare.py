@@ -83,6 +83,9 @@ def prepare(
     counts.sequences, counts.cut_sequences = len(np.unique(kept.row)), packed.rows_cut
     counts.dropped_sequences = packed.rows - counts.sequences
     counts.tokens, counts.trained_tokens = packed.tokens, int(packs.tokens.trained(kept).sum())
+    if settings.training.dataloader_drop_last and not held_out:
+        batch = settings.training.per_device_train_batch_size * settings.training.world_size
+        counts.left_out_of_each_epoch = len(dataset) % batch
     first = packs.plan.pieces.row[packs.plan.bounds[:-1]]  # of each pack
     return Prepared(
         dataset,
