@@ -34,7 +34,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     Args:
         recipe: data and settings. What `sft_trainer_arguments` give need not be in it.
         args: flags that win over the recipe.
-        sft_trainer_arguments: `SFTTrainer`'s own, such as `callbacks`, `compute_metrics`, `compute_loss_func`,
+        **sft_trainer_arguments: `SFTTrainer`'s own, such as `callbacks`, `compute_metrics`, `compute_loss_func`,
             `optimizers`, `data_collator`. `model` is a model or a name, `peft_config` takes the place of the recipe's
             adapter, `processing_class` of its tokenizer. `train_dataset` and `eval_dataset` hold rows of any format
             that a source may have, or `input_ids` and `labels`, which are cut and packed as they are.
@@ -42,22 +42,25 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     Raises:
         MaSftError: anything wrong with settings, data or labels.
     """
-    settings = _settings_for(recipe, args, sft_trainer_arguments)
-    tokenizer, added_tokens = sft_trainer_arguments.pop("processing_class", None), list[str]()
+    given = sft_trainer_arguments
+    rows, test, tokenizer = (given.pop(name, None) for name in ("train_dataset", "eval_dataset", "processing_class"))
+    settings = _settings_for(recipe, args, given, rows, test)
+    added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
-    train, held_out = (_as_source(settings, sft_trainer_arguments, name) for name in ("train_dataset", "eval_dataset"))
-    data, test = prepare_once(settings, tokenizer, train, held_out)
+    data, held_out = prepare_once(settings, tokenizer, *(part if _is_labelled(part) else None for part in (rows, test)))
     return build_trainer(
-        settings, tokenizer, added_tokens, data.dataset, test.dataset if test else None, **sft_trainer_arguments
+        settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None, **given
     )
 
 
-def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any]) -> Settings:
-    """The recipe resolved, with a name in the place of a model and of data that are given as objects."""
+def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], rows: Any, test: Any) -> Settings:
+    """The recipe resolved, with what is given as objects in the place of its model and sources."""
     own = dict(recipe.settings)
-    if given.get("train_dataset") is not None:
-        own |= {"dataset_name": "train_dataset", "datasets": []}
+    if rows is not None:
+        own |= {"dataset_name": None, "datasets": [rows], "dataset_streaming": isinstance(rows, IterableDataset)}
+    if test is not None:
+        own |= {"eval_dataset": [*test.values()] if isinstance(test, dict) else [test], "test_size": None}
     if isinstance(given.get("model"), str):
         own["model_name_or_path"] = given.pop("model")
     elif given.get("model") is not None:
@@ -65,19 +68,8 @@ def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any]) ->
     return Recipe(**own).resolve(args)
 
 
-def _as_source(settings: Settings, given: dict[str, Any], name: str) -> Dataset | None:
-    """Take rows that are given as objects: labelled ones are returned, others become the settings' sources."""
-    rows = given.pop(name, None)
-    if rows is None:
-        return None
-    if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
-        return rows
-    if name == "eval_dataset":
-        settings.rows.eval_dataset = [*rows.values()] if isinstance(rows, dict) else [rows]
-    else:
-        settings.rows.dataset_name, settings.rows.datasets = None, [rows]
-        settings.rows.dataset_streaming |= isinstance(rows, IterableDataset)
-    return None
+def _is_labelled(rows: Any) -> bool:
+    return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
 
 
 def build_trainer(

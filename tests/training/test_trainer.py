@@ -1,0 +1,163 @@
+"""The trainer is handed over: whatever `SFTTrainer` takes, `make_trainer` takes, with rows prepared and proven."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
+
+from ma_sft import LabelError, Recipe, RecipeError, make_trainer, run
+from ma_sft.labels.templates import set_chat_template
+
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(12)]
+MESSAGES = [
+    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for row in ROWS
+]
+
+
+@pytest.fixture
+def settings(tiny_bpe, tmp_path):
+    """A recipe's settings without its data."""
+    return {
+        **{"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run"), "max_steps": 2, "report_to": []},
+        **{"save_strategy": "no", "bf16": False, "dtype": "float32", "disable_tqdm": True, "logging_steps": 1},
+        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+    }
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def text(trainer, dataset):
+    """What is trained of each row, as text."""
+    return [
+        trainer.processing_class.decode([t for t in row["labels"] if t != -100])
+        for row in dataset
+        if set(row["labels"].tolist()) != {-100}
+    ]
+
+
+def test_recipe_gives_trls_trainer_with_labelled_rows(settings, file):
+    trainer = make_trainer(Recipe(**settings, dataset_name=file), ["--max_steps", "1"])
+    assert isinstance(trainer, SFTTrainer) and trainer.args.max_steps == 1
+    assert sorted(text(trainer, trainer.train_dataset)) == sorted(f"{row['completion']}<|im_end|>" for row in ROWS)
+    assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize("rows", [ROWS, MESSAGES], ids=["rows", "messages"])
+def test_data_sets_are_rows_of_any_format(settings, rows):
+    data = Dataset.from_list(rows)
+    trainer = make_trainer(
+        Recipe(**settings, eval_strategy="steps", eval_steps=1), train_dataset=data, eval_dataset=data.select(range(3))
+    )
+    assert len(text(trainer, trainer.train_dataset)) == len(ROWS) and len(trainer.eval_dataset) == 3
+    trainer.train()
+    assert any("eval_loss" in log for log in trainer.state.log_history)
+
+
+def test_wrong_rows_are_refused_before_there_is_a_trainer(settings):
+    with pytest.raises(ValueError, match="response is empty"):
+        make_trainer(Recipe(**settings), train_dataset=Dataset.from_list([{"prompt": "q", "completion": ""}]))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
+    rows = Dataset.from_list([{"input_ids": [7] * 10, "labels": [-100] * 4 + [7] * 6, "other": "x"}] * 6)
+    trainer = make_trainer(Recipe(**settings, max_length=8 if not packing else 20, packing=packing), train_dataset=rows)
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert lengths[:3] == [20] * 3 if packing else lengths == [8] * 6
+    assert trainer.train().global_step == 2
+
+
+def test_labelled_rows_that_train_nothing(settings):
+    rows = Dataset.from_list([{"input_ids": [7, 8], "labels": [-100, -100]}])
+    with pytest.raises(LabelError, match="no row has anything to train on"):
+        make_trainer(Recipe(**settings), train_dataset=rows)
+
+
+def test_model_is_an_object(settings, file, tiny_bpe):
+    del settings["model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    trainer = make_trainer(Recipe(**settings, dataset_name=file), model=model)
+    assert trainer.model is model
+    trainer.train()
+    assert not model.model.layers[0].mlp.up_proj.weight.equal(before)
+
+
+def test_model_with_an_adapter_of_its_own(settings, file, tiny_bpe):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
+    trainer = make_trainer(Recipe(**settings, dataset_name=file, use_peft=True), model=model)
+    assert {n.split(".")[-3] for n, p in trainer.model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert trainer.train().global_step == 2
+
+
+def test_peft_config_takes_the_place_of_the_recipes_adapter(settings, file):
+    peft = LoraConfig(r=3, target_modules=["v_proj"])
+    trainer = make_trainer(Recipe(**settings, dataset_name=file), peft_config=peft)
+    trained = {name: p.shape for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all("v_proj" in name and 3 in shape for name, shape in trained.items())
+    with pytest.raises(RecipeError, match="'query' matches no module"):
+        make_trainer(Recipe(**settings, dataset_name=file), peft_config=LoraConfig(target_modules=["query"]))
+
+
+def test_processing_class_is_the_tokenizer(settings, file, tiny_bpe):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    set_chat_template(tokenizer, "role-tags")
+    trainer = make_trainer(Recipe(**settings, dataset_name=file), processing_class=tokenizer)
+    assert trainer.processing_class is tokenizer
+    assert "#ASSISTANT:It is 0 so" in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_loss_optimizers_callbacks_and_metrics_are_the_callers(settings, file, tiny_bpe):
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = {"losses": 0, "steps": 0}
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen["losses"] += 1
+        return outputs.logits.float().pow(2).mean()
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen["steps"] += 1
+
+    trainer = make_trainer(
+        Recipe(**settings, dataset_name=file, eval_strategy="steps", eval_steps=2),
+        model=model, optimizers=(optimizer, None), callbacks=[Count()], compute_loss_func=loss,
+        eval_dataset=Dataset.from_list(ROWS[:2]), compute_metrics=lambda found: {"rows": len(found.predictions)},
+    )  # fmt: skip
+    before = model.lm_head.weight.clone()
+    trainer.train()
+    assert seen["losses"] >= 2 and seen["steps"] == 2 and model.lm_head.weight.equal(before)
+    assert [log["eval_rows"] for log in trainer.state.log_history if "eval_rows" in log] == [2]
+
+
+def test_data_collator(settings, file):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, pad_to_multiple_of=32)
+    trainer = make_trainer(Recipe(**settings, dataset_name=file), data_collator=collator)
+    assert trainer.data_collator is collator and trainer.train().global_step == 2
+    with pytest.raises(RecipeError, match="data_collator: packed rows need TRL's own"):
+        make_trainer(Recipe(**settings, dataset_name=file, packing=True, max_length=64), data_collator=collator)
+
+
+def test_run_hands_its_trainer_over_before_the_first_step(settings, file):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    summary = run(Recipe(**settings, dataset_name=file), on_trainer=lambda trainer: trainer.add_callback(Look()))
+    assert seen == [1, 2] and summary["steps"] == 2
