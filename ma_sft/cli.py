@@ -233,6 +233,7 @@ def _preview(options: argparse.Namespace) -> None:
     arg("mixture", type=Path, help="a YAML file; see docs/formats.md"),
     arg("-o", "--out", type=Path, required=True, help="folder of the data set; must not exist"),
     arg("--num_proc", type=int, help="processes (default: all cores if there are many rows)"),
+    arg("--allow_code", choices=("true", "false"), default="false", help="run Python files that it names"),
 )
 def _data_build(options: argparse.Namespace) -> None:
     from ma_sft.data.card import build
@@ -248,7 +249,7 @@ def _data_build(options: argparse.Namespace) -> None:
     overrides = {"num_proc": options.num_proc} if options.num_proc else {}
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        console().print(build(options.mixture, options.out, **overrides))
+        console().print(build(options.mixture, options.out, allow_code=options.allow_code == "true", **overrides))
     finally:
         signal.signal(signal.SIGTERM, before)
     say(f"data set: {options.out} (ma-sft data show {options.out})")

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -109,8 +110,6 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         RecipeError: an index that is broken.
     """
-    import json
-
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return ["adapter_model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -145,6 +144,8 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     """
     weights = "CausalLM" in auto.__name__
     folder = model_folder(name, revision, weights=weights, code=code)
+    if "Tokenizer" in auto.__name__ and not code:
+        _refuse_tokenizer_code(name, folder)
     kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
         loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
@@ -153,6 +154,19 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     if "Tokenizer" in auto.__name__:
         loaded.name_or_path = name
     return loaded
+
+
+def _refuse_tokenizer_code(name: str, folder: Path) -> None:
+    """Where a tokenizer's class is in its own code, transformers without that code takes another one in silence."""
+    import transformers
+
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        own, kind = "AutoTokenizer" in config.get("auto_map", {}), str(config.get("tokenizer_class"))
+    except (OSError, ValueError, AttributeError, TypeError):  # whoever loads it says so
+        return
+    if own and not hasattr(transformers, kind):
+        raise RecipeError(explain(ValueError("trust_remote_code"), name))
 
 
 def load_dataset(
@@ -335,6 +349,8 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
     """One line of what a library said in many: which repository, what happened, what to do."""
     from huggingface_hub import constants, errors
 
+    if found := re.search(r"models--([^/]+)/snapshots/[^/]+$", name):
+        name = found[1].replace("--", "/", 1)
     chain = [*_chain(error)]
     text = " ".join(str(error).split())
     what = _what(name, kind)

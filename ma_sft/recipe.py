@@ -7,6 +7,7 @@ says what each accepts.
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -171,6 +172,7 @@ class Recipe:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
+        self.file: Path | None = None  # where settings of others may come from: YAML or JSON
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
@@ -183,7 +185,9 @@ class Recipe:
         if not path.is_file():
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
         if path.suffix in (".yaml", ".yml", ".json"):
-            return cls(**{"name": path.stem, **read_yaml(path)})
+            recipe = cls(**{"name": path.stem, **read_yaml(path)})
+            recipe.file = path
+            return recipe
         if path.suffix != ".py":
             raise RecipeError(f"{path} is no recipe; give a .py or .yaml file (ma-sft init --data {path} writes one)")
         import runpy
@@ -208,9 +212,12 @@ class Recipe:
 
         known = known_settings()
         flags = read_flags(args, known)
-        files = flags.pop("config", [])
+        files = {file: read_yaml(Path(file)) for file in flags.pop("config", [])}
+        if flags.pop("allow_code", "false") != "true":
+            for file, said in {**({str(self.file): self.settings} if self.file else {}), **files}.items():
+                refuse_code(said, file)
         chosen = Chosen(known)
-        for layer, said in enumerate([self.settings, *(read_yaml(Path(file)) for file in files), flags]):
+        for layer, said in enumerate([self.settings, *files.values(), flags]):
             chosen.add(layer, said)
         values = with_defaults(chosen, known)
         if not values["model_name_or_path"]:
@@ -269,6 +276,8 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
 
     parser = Flags(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", action="append", nargs="?", const="", help="a YAML file of settings")
+    yes, how = "run Python files that a YAML or JSON file names", ("--allow_code", "--allow-code")
+    parser.add_argument(*how, nargs="?", const="true", choices=("true", "false"), help=yes)
     for name, what in known.items():
         both = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         help = f"{what.help} (default: {what.default})".replace("%", "%%")
@@ -340,6 +349,19 @@ def _check_trackers(report_to: Sequence[str]) -> None:
             )
     if "wandb" in report_to and HF_HUB_OFFLINE:
         os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def refuse_code(said: Any, file: str | Path, name: str = "") -> None:
+    """Stop where the settings of a file, which may be a stranger's, name a Python file that would run.
+
+    Raises:
+        RecipeError: the first such setting.
+    """
+    if isinstance(said, dict | list):
+        for key, value in said.items() if isinstance(said, dict) else enumerate(said):
+            refuse_code(value, file, f"{name}.{key}" if name else str(key))
+    elif isinstance(said, str) and re.fullmatch(r".+\.py:\w+", said):
+        raise RecipeError(f"{file}: {name} names code, {said}; read it, and if it may run pass --allow_code true")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

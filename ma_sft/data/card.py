@@ -12,23 +12,26 @@ from ma_sft.data.filters import conversations
 from ma_sft.data.mixture import Report, load_mixture, processes, read_mixture
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, must_be_new
+from ma_sft.recipe import refuse_code
 from ma_sft.terminal import console
 from ma_sft.version import __version__
 
 REPORT = "report.json"
 
 
-def build(config: Path, out: Path, **overrides: Any) -> Report:
+def build(config: Path, out: Path, *, allow_code: bool = False, **overrides: Any) -> Report:
     """Make the mixture that a YAML file describes and save it in `out`, which is there whole or not at all.
 
     `out` then holds the data set (`save_to_disk`; splits `train` and `test` if rows were held out), `README.md`, its
     card with sources, counts and licences, and `report.json`, the table of stages and filters with examples.
 
     Raises:
-        MaSftError: as `load_mixture`; or `out` exists.
+        MaSftError: as `load_mixture`; `out` exists; or a Python file is named and `allow_code` is false.
     """
     must_be_new(out, "pass another folder with -o, or delete it")
     settings = read_mixture(config) | overrides
+    if not allow_code:
+        refuse_code(settings, config)
     if settings.get("streaming"):
         raise RecipeError(f"{config}: streaming: a stream cannot be saved; leave it out, memory stays constant anyway")
     mixture = load_mixture(**settings)

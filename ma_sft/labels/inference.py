@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.nonsense import Message, Words, one_of_each_kind, shape, with_objects, with_parts, with_text
 
 # What an assistant itself writes in its content as structure; everybody else's is ordinary text.
@@ -68,14 +69,18 @@ class Inference:
 
         Raises:
             Refused: the template raised.
+            RunawayTemplateError: it does not come to an end.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs
-            )
+            with bounded():
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs
+                )
+            return check_size(text)
+        except RunawayTemplateError:
+            raise
         except Exception as error:  # templates raise what they like
             raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from None
-        return str(text)
 
     def ids(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Ids of rendered texts, as `apply_chat_template` makes them."""
