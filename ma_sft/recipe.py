@@ -185,9 +185,9 @@ class Recipe:
         if not path.is_file():
             raise RecipeError(f"the recipe {str(path)!r} does not exist")
         if path.suffix in (".yaml", ".yml", ".json"):
-            recipe = cls(**{"name": path.stem, **read_yaml(path)})
-            recipe.file = path
-            return recipe
+            found = cls(**{"name": path.stem, **read_yaml(path)})
+            found.file = path
+            return found
         if path.suffix != ".py":
             raise RecipeError(f"{path} is no recipe; give a .py or .yaml file (ma-sft init --data {path} writes one)")
         import runpy

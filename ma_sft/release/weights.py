@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
-from ma_sft.hub import weight_files
+from ma_sft.hub import refuse_pickles, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ def read_weights(folder: Path) -> Weights:
     names = weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
+        refuse_pickles(str(folder), names, [path.name for path in folder.iterdir()])
         raise RecipeError(
             f"{folder} lacks {', '.join(missing[:3])}, {len(missing)} of {len(names)}; get the whole model"
         )
