@@ -219,10 +219,13 @@ def _preview(options: argparse.Namespace) -> None:
     from ma_sft.labels.tokenize import label
     from ma_sft.pages.preview import preview
     from ma_sft.recipe import Recipe
+    from ma_sft.training.prepare import as_trained
 
     settings = Recipe.load(options.recipe).resolve(options.rest)
     tokenizer, _ = load_tokenizer(settings)
-    preview(label(settings, tokenizer).dataset, tokenizer, n=options.n, html=options.html, borders=options.borders)
+    rows = label(settings, tokenizer).dataset
+    rows = rows.select(range(min(max(options.n, 0), len(rows))))
+    preview(as_trained(settings, rows), tokenizer, n=options.n, html=options.html, borders=options.borders)
     if options.html:
         say(f"preview: {options.html}")
 

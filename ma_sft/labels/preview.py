@@ -84,6 +84,8 @@ def preview_text(
             text.append(visible.replace("\n", "↵\n") if piece.trained else visible, style + " reverse" * piece.control)
             if borders:
                 text.append("│", "blue")
+        if row.get("cut"):
+            text.append(" ✂ max_length", "bold red")
         parts += [Rule(heading(row, number), align="left"), text]
     return Group(*parts)
 
@@ -92,4 +94,5 @@ def heading(row: dict[str, Any], number: int) -> str:
     """Which row it is, and how much of it is trained."""
     total = len(row["labels"])
     trained = sum(label != IGNORE_INDEX for label in row["labels"])
-    return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%})"
+    cut = f"; cut by max_length: {row['cut']}" if row.get("cut") else ""
+    return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%}){cut}"

@@ -26,7 +26,7 @@ def preview_html(
 
 
 def preview(
-    dataset: Dataset,
+    dataset: Dataset | Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     n: int = 3,

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
+from ma_sft.packing.plan import check_settings
 from ma_sft.packing.tokens import IGNORED
 from ma_sft.packing.view import COLUMNS, lengths, pack_table, pack_with_report, packs_of
 from ma_sft.training.processes import once
@@ -115,6 +116,19 @@ def _how_to_pack(settings: "Settings", held_out: bool = False) -> dict[str, Any]
         "batch_size": training.per_device_train_batch_size,
         "drop_unlabelled": True,
     }
+
+
+def as_trained(settings: "Settings", rows: Dataset) -> list[dict[str, Any]]:
+    """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
+    how = _how_to_pack(settings)
+    limit = how["seq_length"] or max(1, int(lengths(rows).max(initial=1)))
+    packs, _ = pack_with_report(rows, limit, "none", overflow=check_settings(limit, how["strategy"], how["overflow"]))
+    plan: Any = packs_of(packs)
+    shown, whole, pieces = [], lengths(rows), plan.plan.pieces
+    for number, (row, start, length) in enumerate(zip(pieces.row, pieces.start, pieces.length, strict=True)):
+        left = f"tokens {start + 1:,} to {start + length:,} of {whole[row]:,}" if length < whole[row] else None
+        shown.append({**rows[int(row)], **{name: packs[number][name] for name in ("input_ids", "labels")}, "cut": left})
+    return shown
 
 
 def _nothing_left(rows: Dataset, max_length: int) -> LabelError:

@@ -614,3 +614,17 @@ def test_a_formatting_func_that_makes_no_text_is_refused(tmp_path):
     settings = Recipe(model_name_or_path="demo", dataset_name=str(path), formatting_func=function).resolve()
     with pytest.raises(FormatError, match=r"field 'row 1 by .*mine\.py:text': text expected, found NoneType null"):
         label(settings, load_tokenizer(settings)[0])
+
+
+def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
+    from ma_sft.cli import main
+
+    path = write(tmp_path / "a.jsonl", {"question": "How are you?", "answer": "I am very " + "very " * 60 + "well."})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model_name_or_path: demo\ndataset_name: {path}\nreport_to: none\nmax_length: 40\n")
+    main(["preview", str(recipe)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "row 0: 40 tokens" in shown and "cut by max_length: tokens 1 to 40 of" in shown
+    assert "well." not in shown and "✂ max_length" in shown
+    main(["preview", str(recipe), "--max_length", "400"])
+    assert "✂" not in (shown := capsys.readouterr().out) and "well." in shown
