@@ -310,8 +310,10 @@ def with_defaults(chosen: Chosen, known: Mapping[str, Setting]) -> dict[str, Any
     lora, quantised = given("use_peft"), given("load_in_4bit") or given("load_in_8bit")
     bf16 = given("bf16")
     if bf16 is None and not given("fp16"):
-        gpu = torch.cuda.is_available()
-        bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported() and not wants_gpu()
+        if torch.cuda.is_available() and not given("use_cpu"):
+            bf16 = torch.cuda.is_bf16_supported()
+        else:  # transformers takes bf16 on a CPU only with use_cpu
+            bf16 = torch.cpu._is_avx512_bf16_supported() and not wants_gpu() and given("use_cpu") is not False
     ours: dict[str, Any] = {
         **{key: accepted[0] for key, (accepted, _) in PRESET.items()},
         "output_dir": f"runs/{name}",
@@ -341,12 +343,20 @@ def with_defaults(chosen: Chosen, known: Mapping[str, Setting]) -> dict[str, Any
 def _check_trackers(report_to: Sequence[str]) -> None:
     """Stop where a tracker is not installed; keep wandb on this machine where the hub is not to be asked either."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
+    from transformers.integrations.integration_utils import (
+        get_available_reporting_integrations,
+        get_reporting_integration_callbacks,
+    )
 
-    for name in {"tensorboard", "trackio", "wandb"}.intersection(report_to):
-        if find_spec(name) is None:
-            raise RecipeError(
-                f"report_to: {name} is not installed; pip install 'ma-sft[trackers]', or --report_to none"
-            )
+    for name in report_to:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError:
+            raise RecipeError(f"report_to: {name!r} does not exist; tensorboard, trackio, wandb, none, ...") from None
+        ours = name in ("tensorboard", "trackio", "wandb")
+        if find_spec(name) is None if ours else name not in get_available_reporting_integrations():
+            package = "'ma-sft[trackers]'" if ours else name
+            raise RecipeError(f"report_to: {name} is not installed; pip install {package}, or --report_to none")
     if "wandb" in report_to and HF_HUB_OFFLINE:
         os.environ.setdefault("WANDB_MODE", "offline")
 

@@ -188,6 +188,18 @@ NEEDS = (
         "needs held-out rows; set eval_dataset or test_size",
         _held_out,
     ),
+    Need(
+        "completion_only_loss",
+        "formatting_func",
+        "needs response_template, which finds what is trained in the text of formatting_func; set it",
+        lambda values: not values["formatting_func"] or values["response_template"] is not None,
+    ),
+    Need(
+        "assistant_only_loss response_template",
+        "completion_only_loss",
+        "trains a part of each row, and completion_only_loss=false all of it; leave one of them out",
+        lambda values: values["completion_only_loss"] is not False,
+    ),
     Need("metric max_new_tokens", "generate_eval", "needs generate_eval", lambda values: values["generate_eval"]),
     Need("eval_steps", "eval_strategy", "needs eval_strategy=steps", lambda values: values["eval_strategy"] == "steps"),
     Need(
@@ -290,7 +302,7 @@ class Setting:
             RecipeError: null where none is meant, another type, no choice, out of range, broken JSON.
         """
         value = _plain(value)
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and self.kinds[0] is not str):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in self.kinds):
             if not self.nullable:
                 raise RecipeError(f"{self.name}: a value is missing (null); give one, or leave the line out")
             return None
@@ -321,7 +333,7 @@ class Setting:
                 raise ValueError(f"str expected, found {self._seen(value)}")
             return self._path(str(value))
         if kind is bool:
-            return _bool(value)
+            return _bool(value, words=("true", "false") if str in self.kinds else ())
         if kind in (int, float):
             return _number(kind, value)
         if not isinstance(value, kind):
@@ -401,6 +413,8 @@ def _kinds(parts: Sequence[Any]) -> tuple[type, ...]:
             kinds |= {type(value) for value in get_args(part)}
         elif part is not type(None):
             kinds.add(str if isinstance(part, type) and issubclass(part, Enum) else origin or part)
+    if dict in kinds:
+        kinds.discard(str)  # text is JSON
     order = (dict, list, bool, int, float, str)
     return tuple(sorted(kinds, key=lambda kind: order.index(kind) if kind in order else -1))
 
@@ -420,11 +434,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _bool(value: Any) -> bool:
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
-    if isinstance(value, bool | int | str) and str(value).lower() in words:
-        return words[str(value).lower()]
+def _bool(value: Any, words: Sequence[str]) -> bool:
+    known = {"true": True, "yes": True, "t": True, "y": True, "1": True}
+    known |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+    if isinstance(value, bool | int | str) and str(value).lower() in (words or known):
+        return known[str(value).lower()]
     raise ValueError(f"true or false expected, found {value!r}")
 
 
@@ -438,6 +452,30 @@ def _number(kind: type, value: Any) -> Any:
     if not math.isfinite(number) or (isinstance(value, float) and number != value):
         raise ValueError(f"{kind.__name__} expected, found {value!r}")
     return number
+
+
+OF_THE_MACHINE = ("bf16", "use_cpu", "report_to", "ddp_backend")  # settings whose default depends on it
+
+
+def settings_page(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """`docs/settings.md`: what `ma_sft.recipe.all_settings` gives, as one table a stage."""
+    lines = [
+        "# Settings",
+        "",
+        "Every setting is a keyword of `Recipe(...)`, a YAML key and a flag. Later wins: TRL's default, ours, the",
+        "recipe, `--config` files, flags. Dashes do for underscores. `ma-sft settings WORD` shows those with a word.",
+        "",
+        "**ours** is done by ma_sft; **trainer** is passed on to TRL, transformers or PEFT as it is; **preset** is",
+        "decided by ma_sft, and a contrary value is refused; **refused** takes its default alone.",
+    ]
+    for stage in dict.fromkeys(about["stage"] for about in settings.values()):
+        lines += ["", f"## {stage}", "", "| setting | class | default | what it does |", "| --- | --- | --- | --- |"]
+        for name, about in settings.items():
+            if about["stage"] == stage:
+                help = about["help"].replace("|", "\\|").replace("<", "&lt;")
+                default = "by machine" if name in OF_THE_MACHINE else f"`{json.dumps(about['default'])}`"
+                lines.append(f"| `{name}` | {about['class']} | {default} | {help} |")
+    return "\n".join(lines) + "\n"
 
 
 def is_secret(name: str) -> bool:
@@ -454,6 +492,23 @@ def shown(value: Any) -> Any:
     if hasattr(value, "num_rows"):  # rows that were handed over
         return f"{type(value).__name__} with {value.num_rows} rows"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def shown_command(args: Sequence[str]) -> list[str]:
+    """A command line as it may be shown: three stars for each secret."""
+    hidden, secret = [], False
+    for arg in args:
+        flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+        if secret or (equals and is_secret(flag.lstrip("-").replace("-", "_"))):
+            value = "***"
+        elif value.startswith("{"):  # a mapping in JSON
+            try:
+                value = json.dumps(shown(json.loads(value)))
+            except ValueError:
+                value = "***"
+        secret = bool(flag) and not equals and is_secret(flag.lstrip("-").replace("-", "_"))
+        hidden.append(f"{flag}{equals}{value}")
+    return hidden
 
 
 def nearest(key: str, known: Any, otherwise: str = "; `ma-sft settings` lists them all") -> str:

@@ -26,7 +26,7 @@ from ma_sft.training.folder import claimed, enter
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import agree, digest, leave_together, once, outside_zero3
 from ma_sft.training.progress import Journal, add_callbacks
-from ma_sft.training.trainer import build_trainer
+from ma_sft.training.trainer import build_trainer, check_early
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -54,6 +54,7 @@ def run(
         folder.recall_revisions()
         recall(once(lambda: pin_model(settings)))
         tokenizer, added_tokens = load_tokenizer(settings)
+        check_early(settings)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         test = held_out.dataset if held_out else None
         content = {"data": agree(digest(data.dataset, test)), "stream": data.order and asdict(data.order)}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import TemplateError
+from ma_sft.errors import RecipeError, TemplateError
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
@@ -91,11 +91,60 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
     pin_model(settings)
     name, code = str(model.model_name_or_path), settings.training.trust_remote_code
     tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, model.model_revision, code=code)
-    data = settings.labels
-    if data.formatting_func is None or data.template or data.formatting_func in TEMPLATES:
-        added = set_chat_template(tokenizer, data.template or data.formatting_func)
-    else:
-        added = []
+    training, labels = settings.training, settings.labels
+    added: list[str] = []
+    if training.chat_template_path:
+        added = _take_template(tokenizer, training.chat_template_path, code)
+    elif labels.formatting_func is None or labels.template or labels.formatting_func in TEMPLATES:
+        added = set_chat_template(tokenizer, labels.template or labels.formatting_func)
+    for setting in ("eos_token", "pad_token"):
+        if (token := getattr(training, setting)) is not None:
+            if token not in tokenizer.get_vocab():
+                raise RecipeError(f"{setting}: the tokenizer has no token {token!r}")
+            setattr(tokenizer, setting, token)
+    if training.eos_token and labels.formatting_func is None:
+        _check_end(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, added
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) -> list[str]:
+    """What `trl.clone_chat_template` does to a tokenizer: another one's template, added tokens and end token.
+
+    Returns:
+        The tokens that are new, for which the model's embedding has to grow.
+
+    Raises:
+        RecipeError: neither a .jinja file nor a tokenizer.
+        TemplateError: a tokenizer without a template.
+    """
+    from transformers import AutoTokenizer
+
+    from ma_sft.hub import load_pretrained
+
+    if path.endswith((".jinja", ".j2")):
+        return set_chat_template(tokenizer, path)
+    source = load_pretrained(AutoTokenizer, path, None, code=code)
+    if not source.chat_template:
+        raise TemplateError(f"chat_template_path: the tokenizer {path!r} has no chat template")
+    tokenizer.chat_template = source.get_chat_template()
+    new = [token for token in source.added_tokens_decoder.values() if token.content not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new)
+    tokenizer.eos_token = source.eos_token
+    return [token.content for token in new]
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare the end token that was asked for with what the template writes after an answer.
+
+    Raises:
+        RecipeError: the template ends a turn with another token, so that the one asked for would never be trained.
+    """
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Hello")[2]
+    if str(tokenizer.eos_token) not in text:
+        raise RecipeError(
+            f"eos_token: the chat template ends a turn with {text!r}, not with {tokenizer.eos_token!r}; "
+            "set template or chat_template_path to one that does, or remove eos_token"
+        )

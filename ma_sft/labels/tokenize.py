@@ -1,16 +1,16 @@
 """Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import FormatError, RecipeError
+from ma_sft.errors import FormatError, RecipeError, first_line
 from ma_sft.files import atomic_dir, cache_dir, over_bound
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
@@ -66,19 +66,22 @@ class Labelled:
     stages: "list[Stage]" = field(default_factory=list)
 
 
+class WholeRowEncoder(ChatEncoder):
+    """Trains every token of a conversation (`completion_only_loss=False`), which stays one sequence."""
+
+    def tokenize_batch(self, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        columns = super().tokenize_batch(*args, **kwargs)
+        return {**columns, "labels": columns["input_ids"], "untrained": [[] for _ in columns["input_ids"]]}
+
+
 def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
     """The encoder of the recipe's conversations."""
-    kwargs = settings.labels.template_kwargs
-    if isinstance(kwargs, str):
-        try:
-            kwargs = json.loads(kwargs)
-        except ValueError:
-            raise RecipeError(f"template_kwargs: a JSON object expected, found {kwargs!r}") from None
-    return ChatEncoder(
+    labels, whole = settings.labels, settings.training.completion_only_loss is False
+    return (WholeRowEncoder if whole else ChatEncoder)(
         tokenizer,
-        train_on=settings.labels.train_on,  # type: ignore[arg-type]
-        history=settings.labels.history,  # type: ignore[arg-type]
-        template_kwargs=kwargs,
+        train_on=labels.train_on,  # type: ignore[arg-type]
+        history="mask" if whole else labels.history,  # type: ignore[arg-type]
+        template_kwargs=labels.template_kwargs,  # type: ignore[arg-type]  # text was parsed with the recipe
     )
 
 
@@ -96,6 +99,8 @@ def check(
     from ma_sft.labels.check import check_dataset
     from ma_sft.labels.judge import Judge
 
+    if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
+        labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     judge = Judge(tokenizer, template_kwargs=kwargs, train_on=settings.labels.train_on)
     report = check_dataset(
@@ -112,10 +117,29 @@ def check(
 
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
-    data = settings.rows
-    if held_out and data.eval_dataset:
-        return [data.eval_dataset] if isinstance(data.eval_dataset, str) else list(data.eval_dataset)
-    return [data.dataset_name] if data.dataset_name else list(data.datasets)
+    """The recipe's sources with the settings that hold for those that do not say themselves."""
+    from ma_sft.data.reader import KINDS, kind_of
+    from ma_sft.data.sources import Source
+
+    data, text = settings.rows, settings.training.dataset_text_field
+    own_file = held_out and bool(data.eval_dataset)
+    defaults = {
+        "name": data.dataset_config,
+        "split": data.dataset_test_split if own_file else data.dataset_train_split,
+        "format": data.dataset_format,
+        "columns": {text: "text"} if text != "text" else None,
+        "system_prompt": data.system_prompt,
+        "merge_turns": data.merge_turns,
+    }
+    sources = data.eval_dataset if own_file else data.datasets if data.datasets else [data.dataset_name]
+    found = [Source.of(source, **defaults) for source in sources]
+    for source in found if data.dataset_config else []:
+        if source.rows is not None or Path(source.path).exists() or kind_of(source.path) in KINDS:
+            raise RecipeError(
+                f"dataset_config={data.dataset_config}: {source.path} is no hub data set; remove it, or give those of "
+                "datasets that are one a name"
+            )
+    return found
 
 
 def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
@@ -129,10 +153,6 @@ def _mixture(settings: "Settings", held_out: bool = False) -> "Mixture":
         _sources(settings, held_out),
         seed=training.seed,
         on_error=data.on_error,
-        format=data.dataset_format,
-        system_prompt=data.system_prompt,
-        merge_turns=data.merge_turns,
-        split=data.dataset_test_split if own_file else data.dataset_train_split,
         streaming=data.dataset_streaming and not held_out,
         num_proc=training.dataset_num_proc,
         tokenizer=str(model_folder(str(settings.model.model_name_or_path), settings.model.model_revision)),
@@ -160,7 +180,8 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
-    settings = (encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.wanted)
+    what = type(encoder).__name__
+    settings = (what, encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.wanted)
     key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
@@ -198,14 +219,14 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
     from ma_sft.data.code import code_of
     from ma_sft.data.functions import load_function
-    from ma_sft.data.sources import Source, load_rows, rows_of
+    from ma_sft.data.sources import load_rows, rows_of
     from ma_sft.data.values import check_text
 
     data, labels = settings.rows, settings.labels
-    if data.filters or data.test_size or len(_sources(settings, held_out)) != 1:
+    sources = _sources(settings, held_out)
+    if data.filters or data.test_size or len(sources) != 1:
         raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
-    split = data.dataset_test_split if held_out else data.dataset_train_split
-    source = Source.of(_sources(settings, held_out)[0], split=split)
+    source = sources[0]
     rows, numbers = load_rows(source, seed=settings.training.seed)
     function = load_function(str(labels.formatting_func))
     collator = make_collator(settings, tokenizer)
@@ -218,7 +239,13 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
                 raise FormatError(f"{where}: {row}")
             found.append(row)
         names = dict.fromkeys(name for row in found for name in row)
-        texts = function({name: [row.get(name) for row in found] for name in names})
+        try:
+            texts = function({name: [row.get(name) for row in found] for name in names})
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise RecipeError(
+                f"formatting_func {settings.labels.formatting_func} on {source.path}, whose columns are "
+                f"{', '.join(names)}: {type(error).__name__}: {first_line(error)}"
+            ) from error
         for number, text in zip(indices, texts, strict=False):
             check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.

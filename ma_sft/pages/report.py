@@ -22,6 +22,7 @@ import yaml
 from ma_sft.errors import RecipeError
 from ma_sft.files import as_written, read_json, write_whole
 from ma_sft.pages.charts import BOTTOM, COLOURS, HEIGHT, LEFT, WIDTH, charts
+from ma_sft.settings import shown_command
 from ma_sft.terminal import say, visible
 from ma_sft.version import versions
 
@@ -356,5 +357,5 @@ def _command() -> str:
             break
         at = next((i for i, word in enumerate(words[:3]) if Path(word).name in ("accelerate", "torchrun")), None)
         if at is not None:
-            return shlex.join([Path(words[at]).name, *words[at + 1 :]])
-    return shlex.join(command)
+            return shlex.join(shown_command([Path(words[at]).name, *words[at + 1 :]]))
+    return shlex.join(shown_command(command))

@@ -12,6 +12,7 @@ from ma_sft.hub import model_folder as hub_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.release.weights import read_weights
+from ma_sft.settings import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
         },
         "data": {
             "digest": digest(data.dataset),
-            "sources": [settings.rows.dataset_name] if settings.rows.dataset_name else settings.rows.datasets,
+            "sources": shown(settings.rows.datasets or [settings.rows.dataset_name]),
             "packing": data.packing is not None,
             **asdict(data.counts),
         },

@@ -108,9 +108,9 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     from peft import get_peft_model
     from torch import nn
 
-    from ma_sft.training.adapters import check_targets, freeze, lora_config, model_skeleton
+    from ma_sft.training.adapters import fitting_adapter, freeze, model_skeleton
 
-    training, config = settings.training, lora_config(settings)
+    training = settings.training
     length = min(filter(None, (longest, training.max_length)), default=None)
     if length is None:
         raise RecipeError("the plan needs max_length, the longest row in tokens")
@@ -118,8 +118,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
     head = model.get_output_embeddings()
     base = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    config = fitting_adapter(settings, model)
     if config is not None:
-        check_targets(model, config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -338,6 +338,8 @@ def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | Non
     """What a run prints of its memory before the first step, as (what, how much) lines."""
     from transformers.trainer_pt_utils import get_model_param_count
 
+    from ma_sft.training.adapters import adapted_layers
+
     weights = weight_bytes(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
@@ -350,6 +352,8 @@ def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | Non
         ("gradients", _gb(sum(p.nbytes for p in trained))),
         (f"states of {settings.training.optim.value}", _gb(states)),
     ]
+    if settings.model.use_peft:
+        lines.insert(0, ("the adapter is on", adapted_layers(model)))
     if found:
         lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
     if quantised and settings.training.use_cpu:

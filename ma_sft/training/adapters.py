@@ -8,6 +8,8 @@ import difflib
 import json
 import re
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     own keys, then the preset's.
 
     Raises:
-        RecipeError: quantisation or LoRA+ without an adapter, frozen layers with one, an unknown or wrong PEFT field.
+        RecipeError: frozen layers with an adapter, an unknown or wrong PEFT field.
     """
     from peft import LoraConfig
     from trl import get_peft_config
@@ -56,13 +58,6 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     model, adapter = settings.model, settings.adapter
     quantised = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
     if not model.use_peft:
-        for key, value in (
-            (quantised, quantised),
-            ("loraplus_lr_ratio", adapter.loraplus_lr_ratio),
-            ("adapter_name_or_path", adapter.adapter_name_or_path),
-        ):
-            if value:
-                raise RecipeError(f"{key} trains an adapter and use_peft is false; set use_peft, or remove {key}")
         return None
     if adapter.freeze:
         raise RecipeError(
@@ -70,7 +65,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
             'lora_target_modules and lora_config={"layers_to_transform": [...]}'
         )
     if adapter.adapter_name_or_path:
-        own = next((key for key in settings.chosen if key.startswith("lora_")), None)
+        own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
         if own:
             raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
         saved = read_adapter_config(adapter_dir(Path(adapter.adapter_name_or_path)))
@@ -83,12 +78,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    more = adapter.lora_config or {}
-    if isinstance(more, str):
-        try:
-            more = json.loads(more)
-        except ValueError:
-            raise RecipeError(f"lora_config: a JSON object expected, found {more!r}") from None
+    more: dict[str, Any] = dict(adapter.lora_config or {})  # type: ignore[arg-type]  # text was parsed with the recipe
     hints = get_type_hints(LoraConfig)
     for key, value in more.items():
         if key not in hints:
@@ -161,6 +151,61 @@ def model_skeleton(settings: "Settings") -> Any:
         raise _cannot_load(model.model_name_or_path, error) from None
 
 
+def fitting_adapter(
+    settings: "Settings", model: "PreTrainedModel | None" = None, config: "PeftConfig | None" = None
+) -> "PeftConfig | None":
+    """The recipe's adapter (or `config`) for a model (or its skeleton), tried out without weights; None without one.
+
+    PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
+
+    Raises:
+        RecipeError: as `lora_config` and `check_targets`; what PEFT cannot adapt, with its reason.
+    """
+    from peft import get_peft_model
+
+    by_hand = config is not None or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
+    config = config or lora_config(settings)
+    if config is None:
+        return None
+    model = model if model is not None else model_skeleton(settings)
+    check_targets(model, config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_peft_model(_on_meta(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
+        if by_hand:
+            raise RecipeError(
+                "lora_dropout: PEFT cannot drop out on fused experts; set lora_dropout=0, or lora_target_modules to "
+                "layers outside of the experts"
+            ) from None
+        config.lora_dropout = 0.0
+    return config
+
+
+def _on_meta(model: "PreTrainedModel") -> Any:
+    """A copy of the model without its weights."""
+    import torch
+
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def adapted_layers(model: "nn.Module") -> str:
+    """What the adapter is on: how many layers of each name, e.g. `28 x q_proj, 28 x experts.down_proj`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    counts: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = getattr(module, "parameter_name", None)  # of a block of fused experts
+            path = [part for part in name.split(".") if part != "base_layer"]
+            counts[f"{path[-1]}.{parameter}" if parameter else path[-1]] += 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
 def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
     """Check that every target of an adapter is a layer of the model that PEFT can adapt and TRL will train.
 
@@ -206,6 +251,14 @@ def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
                     f"lora_target_modules: {target!r} is a {type(modules[name]).__name__}, a block of layers; "
                     f"name layers: {', '.join(sorted(linear))}"
                 )
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in getattr(config, "target_parameters", None) or []:
+        if not any(found == name or found.endswith(f".{name}") for found in parameters):
+            shown = sorted({re.sub(r"^.*\.\d+\.", "", found) for found in parameters})
+            raise RecipeError(
+                f"lora_target_parameters: {name!r} matches no parameter of {type(model).__name__}; there are "
+                f"{', '.join(shown)}"
+            )
     for name in one.exclude_modules or [] if not isinstance(one.exclude_modules, str) else []:
         if not any(m == name or m.endswith(f".{name}") for m in modules):
             raise RecipeError(f"exclude_modules: {name!r} matches no module of {type(model).__name__}")

@@ -134,6 +134,7 @@ class Survival(TrainerCallback):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with the hub's token in it
         enter(folder.parent, folder.name, folder)
         write_whole(folder / COMPLETE, json.dumps({"step": state.global_step, **self.content}))
         rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.files import write_whole
 from ma_sft.hub import commits, recall
+from ma_sft.settings import shown
 from ma_sft.training.processes import once
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ class RunFolder:
         write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
 
     def _recipe(self) -> Any:
-        chosen = {key: value for key, value in self.settings.chosen.items() if key not in _NOT_THE_RUN}
-        return json.loads(json.dumps(chosen, default=str))
+        return shown({key: value for key, value in self.settings.chosen.items() if key not in _NOT_THE_RUN})
 
     def _to_go_on_from(self) -> Path | None:
         chosen = self.settings.training.resume_from_checkpoint

@@ -15,10 +15,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
+from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.view import as_arrays
 from ma_sft.recipe import Recipe, Settings
+from ma_sft.settings import shown
 from ma_sft.training import adapters, quantized
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import available_attention, fill_up
@@ -26,6 +28,8 @@ from ma_sft.training.progress import TrainingBar
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+TRL_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime")  # of an evaluation
 
 
 def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
@@ -52,6 +56,24 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     return build_trainer(
         settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None, **given
     )
+
+
+def check_early(settings: Settings) -> None:
+    """Find, before any row is read, what would end the run once all are prepared.
+
+    Raises:
+        RecipeError: an adapter, frozen layers or a quantisation that cannot be; a metric that does not exist.
+    """
+    if get_quantization_config(settings.model) is not None:
+        quantized.check_installed()
+    adapters.fitting_adapter(settings)
+    if settings.adapter.freeze:
+        adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
+    if settings.exam.metric != "exact-match":
+        load_function(settings.exam.metric)
+    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in TRL_METRICS and not best.endswith("_loss"):
+        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(TRL_METRICS)}")
 
 
 def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], rows: Any, test: Any) -> Settings:
@@ -119,6 +141,7 @@ def build_trainer(
         )
     except (OSError, SafetensorError) as error:
         raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
+    training.model_init_kwargs = shown(training.model_init_kwargs)  # trackers write down all arguments
     _finish_model(trainer, settings, tokenizer, peft)
     if settings.adapter.loraplus_lr_ratio is not None:
         if trainer.optimizer is not None:
@@ -157,9 +180,7 @@ def _model(settings: Settings, given: dict[str, Any]) -> "tuple[Any, PeftConfig 
         quantized.check_installed()
     if own is not None and hasattr(own, "peft_config"):  # an adapter of its own
         return own, None, None
-    peft = peft or adapters.lora_config(settings)
-    if peft is not None:
-        adapters.check_targets(own if own is not None else adapters.model_skeleton(settings), peft)
+    peft = adapters.fitting_adapter(settings, own, peft)
     if own is not None:
         settings.training.model_init_kwargs = None
         return own, peft, None
