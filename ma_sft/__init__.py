@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ma_sft.cli import launch
     from ma_sft.data.formats import to_messages, to_messages_batch
     from ma_sft.data.preference import to_preference
+    from ma_sft.labels.audit import audit
     from ma_sft.labels.encoder import tokenize_conversation
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.packing.constant_length import ConstantLengthDataset
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 _LAZY = {
+    "audit": "ma_sft.labels.audit",
     "DataCollatorForCompletionOnlyLM": "ma_sft.labels.response",
     "launch": "ma_sft.cli",
     "to_messages": "ma_sft.data.formats",
@@ -60,6 +62,7 @@ __all__ = [
     "RunError",
     "TemplateError",
     "__version__",
+    "audit",
     "launch",
     "make_trainer",
     "pack",

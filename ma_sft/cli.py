@@ -206,6 +206,44 @@ def _check(options: argparse.Namespace) -> int:
 
 
 @command(
+    "audit",
+    "judge token ids and labels that another tool prepared; exit code 1 if any is wrong",
+    arg(
+        "folder", type=Path, help="a saved data set with input_ids and labels, of TRL, axolotl, LLaMA-Factory, ms-swift"
+    ),
+    arg("--tokenizer", required=True, help="folder or hub id of the model's tokenizer"),
+    arg("--rows", help="the raw rows that were given to the tool, in any format that recipes take"),
+    arg("--max_length", type=int, help="where the tool cut sequences, in tokens"),
+    arg("-n", type=int, default=3, help="wrong rows to show (default: 3)"),
+    JSON,
+)
+def _audit(options: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from ma_sft.errors import RecipeError
+    from ma_sft.labels.audit import audit_folder, read_folder
+    from ma_sft.labels.preview import preview_text
+
+    if options.json:
+        _silence()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--tokenizer {options.tokenizer!r}: {str(error).splitlines()[0]}") from None
+    report = audit_folder(options.folder, tokenizer, options.rows, max_length=options.max_length)
+    if options.json:
+        say(report.to_json())
+        return 1 if report.errors else 0
+    console().print(report)
+    worst = list(dict.fromkeys(row for finding in report.errors for row in finding.rows))[: options.n]
+    if worst:
+        sequences = read_folder(options.folder)
+        shown = [{"row": n, "input_ids": sequences[n][0], "labels": sequences[n][1]} for n in worst]
+        console().print(preview_text(shown, tokenizer))
+    return 1 if report.errors else 0
+
+
+@command(
     "preview",
     "show which tokens of a recipe's rows are trained",
     RECIPE,

@@ -371,8 +371,13 @@ class _Court:
     def judge(self, sample: int | None) -> None:
         """Judge a sample, then rows with an edge (see `_Facts._add_edges`) that no proven turn had."""
         total = len(self.conversations)
-        shapes = shapes_of(self.conversations, list(self._judge.inference.controls))
-        chosen = spread(shapes, total if sample is None else sample)
+        everything = sample is None or sample >= total
+        shapes = (
+            np.zeros(0, dtype=np.uint64)
+            if everything
+            else shapes_of(self.conversations, list(self._judge.inference.controls))
+        )
+        chosen = np.arange(total) if everything else spread(shapes, sample or 0)
         self._judge_all(chosen)
         odd = [row for edge, rows in self.facts.edges.items() if edge not in self.proven_edges for row in rows]
         more = np.setdiff1d(self.owner[odd], chosen) if odd else np.zeros(0, dtype=np.int64)
@@ -400,7 +405,7 @@ class _Court:
                 at += len(span)
 
     def _judge_one(self, row: int, conversation: dict[str, Any], sequences: list[Any], excused: int) -> None:
-        messages = [_without_nulls(message) for message in conversation["messages"]]
+        messages = [_without_nulls(message) for message in _read(conversation["messages"])]
         tools, kwargs = (_read(conversation.get(name)) for name in ("tools", "chat_template_kwargs"))
         verdict = self._judge.judge(messages, sequences, tools=tools, kwargs=kwargs)
         if raw := _read(conversation.get("raw")):
@@ -423,6 +428,8 @@ class _Court:
             if code == "missing end token" and row in self.facts.open_rows:
                 continue  # it was counted with the facts
             self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
+        for remark in dict.fromkeys(verdict.remarks):
+            self.found.add("harmless", [row], remark)
         if verdict.losses:
             self.found.add("said but not shown", [row])
         if not verdict.faults:
@@ -496,6 +503,7 @@ def _explain(
         ("error", "unknown rest", "what follows the last trained turn is not the conversation"),
         ("error", "unlike the row", "the conversation is not what the raw row says"),
         ("error", "response template missing", f"nothing is trained in these rows{hint}"),
+        ("warning", "harmless", "what the model learns beside its turns and generation never shows"),
         ("warning", "said but not shown", f"the template leaves it out of the history: {losses}"),
         ("warning", "untrained turns", f"turns without a label: {reasons}"),
         ("warning", "cut rows", f"longer than max_length={max_length}; what is behind it is not trained"),

@@ -26,7 +26,8 @@ class Verdict:
 
     `proven` are the spans (sequence, begin, end) of turns that are right, `witnessed` of them confirmed by generation
     marks. `faults` are (code, what is wrong); `losses` name what the row says and no sequence shows; `unjudged` says
-    what could not be judged and why; `untrained` are the assistant messages that no sequence trains.
+    what could not be judged and why; `remarks` what does no harm; `untrained` are the assistant messages that no
+    sequence trains.
     """
 
     proven: list[tuple[int, int, int]] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Verdict:
     faults: list[tuple[str, str]] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
     unjudged: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     untrained: list[int] = field(default_factory=list)
 
 
@@ -71,6 +73,8 @@ class Judge:
 
         A message with `"train": False` must not be trained. Nothing is raised: what cannot be judged is said.
         """
+        if not any(message["role"] == "assistant" for message in messages):
+            return Verdict(unjudged=["turns cannot be read back from the ids"])
         conversation = Conversation(self.inference, messages, tools, {**self.template_kwargs, **(kwargs or {})})
         allowed = [k for k in conversation.turns if messages[k].get("train", True) is not False]
         wanted = allowed if self.train_on == "all" else [k for k in allowed if k == conversation.turns[-1]]
@@ -145,8 +149,11 @@ class _Hearing:
         if len(said) < len(right) and starts(right, said):
             return "missing end token", f"trained up to {self._spell(said[-8:])}, not to {self._spell(right[-1:])}"
         if starts(said, right):
-            rest = self._spell(said[len(right) :])
-            return "trained past the end", f"{rest} is trained behind {self._spell(right[-1:])}"
+            rest = said[len(right) :]
+            if not self.inference.spell(rest).strip():
+                self.verdict.remarks.append("whitespace behind the end token is trained too")
+                return None
+            return "trained past the end", f"{self._spell(rest)} is trained behind {self._spell(right[-1:])}"
         return "unlike the template", self._difference(said, right)
 
     def _is_bare(self, said: Any, target: Any) -> bool:

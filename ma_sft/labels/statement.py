@@ -20,22 +20,11 @@ SIDES = {
 }
 SAID = ("content", "value", "text", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 SYSTEM = ("system", "system_prompt", "system_message")
-ASKED = "instruction input question query problem prompt context choices A B C D".split()
-ANSWERED = "output response answer solution completion chosen".split()
-BY_LETTER = {"choices", "A"}  # columns beside which an answer is a letter or a number
+ASKED = "instruction input question query problem prompt context choices options A B C D".split()
+ANSWERED = "output response answer solution completion chosen answers".split()
+BY_LETTER = {"choices", "options", "A"}  # columns beside which an answer is a letter or a number
 # Keys that say how a value is wrapped, not what it is
-WRAPPING = {
-    "function",
-    "name",
-    "arguments",
-    "parameters",
-    "tool_call",
-    "tool_calls",
-    "think",
-    "content",
-    "text",
-    "tools",
-}
+WRAPPING = set("function name arguments parameters tool_call tool_calls think content text label tools".split())
 MARKS = {"type", "id", "index", "tool_call_id"}
 
 
@@ -63,7 +52,7 @@ def misquotes(row: dict[str, Any], messages: list[Message], tools: list[Any] | N
     for n, ((side, raw), (_, made)) in enumerate(zip(theirs, ours, strict=True)):
         if not _same(list(map(_said, raw)), list(map(_said, made))):
             wrong.append(f"turn {n} ({side}) says {_show(made)}, the row {_show(raw)}")
-        if any(map(_forbidden, raw)) and all(message.get("train", True) for message in made):
+        if side == "assistant" and any(map(_forbidden, raw)) and all(message.get("train", True) for message in made):
             wrong.append(f"turn {n} ({side}) must not be trained, says the row")
     return wrong, ""
 
@@ -74,9 +63,10 @@ def _turns(row: dict[str, Any]) -> list[Message] | None:
         if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
             return value
     answer = row.get("completion", row.get("chosen"))
-    if not isinstance(answer, list) or not isinstance(row.get("prompt"), list | str):
+    prompt = row.get("prompt") or []
+    if not isinstance(answer, list) or not isinstance(prompt, list | str):
         return None
-    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return answer if answer[: len(prompt)] == prompt else prompt + answer
 
 
@@ -87,12 +77,14 @@ def _side(turn: Message) -> str:
 def _said(turn: Message) -> list[Any]:
     said = [turn.get(key) for key in SAID]
     if isinstance(said[0], list):  # text in parts is one text
-        said[0] = "".join(str(part.get("text", "") if isinstance(part, dict) else part) for part in said[0])
+        said[0] = "".join(
+            str(part.get("text", part.get("value", "")) if isinstance(part, dict) else part) for part in said[0]
+        )
     return said
 
 
 def _forbidden(turn: Message) -> bool:
-    return turn.get("train") is False or turn.get("loss") is False or turn.get("weight") == 0
+    return turn.get("train") is False or turn.get("loss") is False or 0 in (turn.get("weight"), turn.get("loss_weight"))
 
 
 def _same(one: Any, other: Any) -> bool:

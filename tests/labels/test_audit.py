@@ -1,0 +1,183 @@
+"""The judge on what others prepared: trainers as users of TRL build them, and folders of ids and labels."""
+
+import json
+
+import pytest
+from conftest import load_tokenizer
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling
+from trl import SFTConfig, SFTTrainer
+
+import ma_sft
+from ma_sft import LabelError
+from ma_sft.cli import main
+from ma_sft.labels.audit import audit_folder, unpacked
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What is {n} plus {n}?"},
+        {"role": "assistant", "content": f"It is {n + n},\nnaturally."},
+        {"role": "user", "content": "Thanks!"},
+        {"role": "assistant", "content": "You are welcome. " * (n % 3 + 1)},
+    ]
+    for n in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_qwen3):
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(tiny_qwen3)
+
+
+def trainer(model, folder, *, collator=None, chats=CHATS, template=None, **settings):
+    tokenizer = load_tokenizer("smollm2")  # ChatML without a trick, and no training twin
+    tokenizer.chat_template = template or tokenizer.chat_template
+    args = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=3, **settings)
+    rows = Dataset.from_dict({"messages": chats})
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, data_collator=collator)
+
+
+# SmolLM2's own template with generation marks, as users write them for assistant_only_loss
+MARKED = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"packing": True, "padding_free": True, "max_length": 256},
+        {"padding_free": True, "max_length": None},
+    ],
+)
+def test_a_right_trainer_is_proven(model, tmp_path, settings):
+    mine = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True, **settings)
+    report = ma_sft.audit(mine)
+    assert report.errors == [] and report.verdict.startswith("every label is right")
+    assert report.rows == len(CHATS) and report.proven_turns == report.witnessed_turns == 2 * len(CHATS)
+
+
+UNCLOSED = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}")
+HEADED = MARKED.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' }}",
+).replace("{% else %}", "{% else %}{{ '<|im_start|>' + message['role'] + '\n' }}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({}, "unlike inference"),  # TRL's default: prompts are trained too
+        ({"template": UNCLOSED, "assistant_only_loss": True}, "missing end token"),
+        ({"template": HEADED, "assistant_only_loss": True}, "unlike inference"),
+    ],
+)
+@pytest.mark.parametrize("packed", [{}, {"packing": True, "padding_free": True, "max_length": 256}])
+def test_each_fault_of_a_trainer_is_found(model, tmp_path, settings, code, packed):
+    report = ma_sft.audit(trainer(model, tmp_path, **settings, **packed))
+    assert code in {finding.code for finding in report.errors}
+
+
+def test_a_collator_that_masks_the_end_with_the_padding_is_found(model, tmp_path):
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.pad_token = tokenizer.eos_token
+
+    class Collator(DataCollatorForLanguageModeling):
+        def __call__(self, rows):
+            batch = super().__call__([{"input_ids": row["input_ids"]} for row in rows])
+            for n, row in enumerate(rows):
+                for at, label in enumerate(row["labels"]):
+                    if label == -100:
+                        batch["labels"][n, at] = -100
+            return batch
+
+    right = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True)
+    labels = [row["labels"] for row in right.train_dataset]
+    assert any(label != -100 for label in labels[0])
+    mine = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True, collator=Collator(tokenizer, mlm=False))
+    report = ma_sft.audit(mine)
+    assert {finding.code for finding in report.errors} == {"missing end token"}
+
+
+def prepared(chats, change=lambda ids, labels: (ids, labels)):
+    tokenizer = load_tokenizer("smollm2")
+    ids, labels = [], []
+    for chat in chats:
+        row = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+        masked = [-100] * len(row)
+        for k in (1, 3):
+            begin, end = (
+                len(
+                    tokenizer.apply_chat_template(chat[:n], add_generation_prompt=n == k, return_dict=True)["input_ids"]
+                )
+                for n in (k, k + 1)
+            )
+            masked[begin : end - 1] = row[begin : end - 1]
+        row, masked = change(row, masked)
+        ids.append(row)
+        labels.append(masked)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]})
+
+
+def test_a_folder_is_judged_with_and_without_its_rows(tmp_path, capsys, smollm2):
+    prepared(CHATS).save_to_disk(tmp_path / "prepared" / "0123")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    assert audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).verdict.startswith("every label is right")
+    command = ["audit", str(tmp_path / "prepared"), "--tokenizer", str(smollm2), "--rows", str(rows)]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proven"] is True
+    other = [[chat[0], {**chat[1], "content": "It is what it is."}, *chat[2:]] for chat in CHATS]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in other))
+    assert main(command) == 1  # the data hold another answer than the rows
+    shown = capsys.readouterr().out
+    assert "unlike the template" in shown and "naturally" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda ids, labels: (ids, [*labels[1:], -100]), "foreign labels"),
+        (lambda ids, labels: (ids[1:], labels[1:]), "unlike inference"),
+        (lambda ids, labels: (ids, list(ids)), "unlike inference"),
+        (lambda ids, labels: (ids[:-2], labels[:-2]), "missing end token"),
+        (lambda ids, labels: ([*ids, ids[-2]], [*labels[:-1], *ids[-1:], ids[-2]]), "trained past the end"),
+    ],
+)
+def test_each_fault_of_a_folder_is_found_without_its_rows(tmp_path, change, code):
+    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
+    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
+    assert code in {finding.code for finding in report.errors} and "wrong" in report.verdict
+
+
+def test_what_cannot_be_read_back_is_not_proven(tmp_path):
+    ids = load_tokenizer("smollm2")("Once upon a time.<|im_end|>")["input_ids"]
+    Dataset.from_dict({"input_ids": [ids], "labels": [ids]}).save_to_disk(tmp_path / "text")
+    report = audit_folder(tmp_path / "text", load_tokenizer("smollm2"))
+    assert report.errors == [] and report.not_proven == {"turns cannot be read back from the ids": 1}
+    assert "not proven" in report.verdict
+
+
+def test_packs_come_apart_where_their_sequences_begin():
+    ids, labels = [[1, 2, 3, 4, 5, 0]], [[-100, 2, 3, -100, 5, -100]]
+    right = [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])]
+    assert [*unpacked({"input_ids": ids, "labels": labels, "position_ids": [[0, 1, 2, 0, 1, 0]]})] == right
+    assert [*unpacked({"input_ids": ids, "labels": labels, "attention_mask": [[1, 1, 1, 2, 2, 0]]})] == right
+    whole = {"input_ids": [ids[0][:5]], "labels": [labels[0][:5]], "seq_lengths": [[3, 2]]}
+    assert [*unpacked(whole)] == right
+
+
+def test_a_folder_without_data_is_an_error_in_one_line(tmp_path):
+    with pytest.raises(LabelError, match="no folder with a saved data set"):
+        audit_folder(tmp_path, load_tokenizer("smollm2"))
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "raw")
+    with pytest.raises(LabelError, match="no column 'input_ids'; it has text"):
+        audit_folder(tmp_path / "raw", load_tokenizer("smollm2"))
