@@ -1,11 +1,6 @@
-"""Which piece of which row goes into which pack: arithmetic on lengths alone.
+"""Which piece of which row goes into which pack: arithmetic on lengths alone. A strategy is one in `STRATEGIES`."""
 
-A strategy is one function in `STRATEGIES`, what happens to a row that is too long is one in `OVERFLOWS`.
-"""
-
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ma_sft.errors import RecipeError
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Where each piece lies: `length` tokens of row `row` from token `start` on; int64 arrays of shape (pieces,)."""
-
-    row: Ints
-    start: Ints
-    length: Ints
-
-    def take(self, which: NDArray[Any] | slice) -> "Pieces":
-        return Pieces(self.row[which], self.start[which], self.length[which])
-
-    @classmethod
-    def join(cls, parts: "Sequence[Pieces]") -> "Pieces":
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "start", "length")))
+from ma_sft.packing.best_fit import argsort, best_fit_decreasing
+from ma_sft.packing.overflow import OVERFLOWS, Answers
+from ma_sft.packing.pieces import Ints, Pieces
 
 
 @dataclass(frozen=True)
@@ -50,122 +30,10 @@ class Plan:
     apart: bool
 
 
-# From the lengths of all rows and the room of a pack, what is kept of each row. `answers` gives, for rows too long,
-# the start and the length of the part that holds the last answer; length 0 where there is none.
-Answers = Callable[[Ints], tuple[Ints, Ints]]
-Overflow = Callable[[Ints, int, Answers], Pieces]
-
-
-def _cut(lengths: Ints, seq_length: int, answers: Answers) -> Pieces:
-    """The beginning of each row."""
-    rows = np.arange(len(lengths))
-    return Pieces(rows, np.zeros_like(rows), np.minimum(lengths, seq_length))
-
-
-def _keep_end(lengths: Ints, seq_length: int, answers: Answers) -> Pieces:
-    """The end of each row."""
-    kept = np.minimum(lengths, seq_length)
-    return Pieces(np.arange(len(lengths)), lengths - kept, kept)
-
-
-def _keep_answer(lengths: Ints, seq_length: int, answers: Answers) -> Pieces:
-    """The last answer with as many of the turns before it as there is room for; rows without room for it go."""
-    kept = _cut(lengths, seq_length, answers)
-    long = np.flatnonzero(lengths > seq_length)
-    kept.start[long], kept.length[long] = answers(long)
-    return kept
-
-
-def _split(lengths: Ints, seq_length: int, answers: Answers) -> Pieces:
-    """All of each row, a long one as several documents."""
-    count = -(-lengths // seq_length)
-    rows = np.repeat(np.arange(len(lengths)), count)
-    start = (np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)) * seq_length
-    return Pieces(rows, start, np.minimum(lengths[rows] - start, seq_length))
-
-
-def _drop(lengths: Ints, seq_length: int, answers: Answers) -> Pieces:
-    """The rows that are not too long."""
-    rows = np.flatnonzero(lengths <= seq_length)
-    return Pieces(rows, np.zeros_like(rows), lengths[rows])
-
-
-OVERFLOWS: dict[str, Overflow] = {
-    "cut": _cut,
-    "split": _split,
-    "drop": _drop,
-    "keep_answer": _keep_answer,
-    "keep_end": _keep_end,
-}
-
-
 def documents(lengths: Ints, seq_length: int, overflow: str, answers: Answers) -> Pieces:
     """What is kept of rows of these lengths: no piece is empty, none longer than `seq_length`."""
     kept = OVERFLOWS[overflow](lengths, seq_length, answers)
     return kept.take(np.flatnonzero(kept.length))
-
-
-def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
-    """The bin of each item when the longest go first, each into the bin with the least space that holds it.
-
-    Works on the histogram of lengths (Krell et al. 2021, arXiv:2107.02027). Bins with the same space are
-    alike, so the items of one length fill them in runs: a run of n bins takes k items each in one step. The
-    result is the same as that of placing item by item.
-
-    Args:
-        lengths: int array of shape (items,), each from 1 to `capacity`.
-        capacity: room of one bin.
-
-    Returns:
-        int64 array of shape (items,): bin numbers from 0, without gaps.
-    """
-    histogram = np.bincount(lengths, minlength=1)
-    runs: dict[int, deque[tuple[int, int]]] = {}  # space -> runs of bins (first bin, number of bins)
-    spaces: list[int] = []  # the keys of `runs` in rising order
-    steps: list[tuple[int, int, int]] = []  # (first bin, number of bins, items in each)
-    bins = 0
-
-    def fill(first: int, count: int, space: int, each: int, length: int) -> None:
-        steps.append((first, count, each))
-        if rest := space - each * length:
-            if rest not in runs:
-                runs[rest] = deque()
-                insort(spaces, rest)
-            runs[rest].append((first, count))
-
-    for length in np.flatnonzero(histogram)[::-1].tolist():
-        left = int(histogram[length])
-        while left:
-            position = bisect_left(spaces, length)
-            if position == len(spaces):
-                space, each = capacity, min(capacity // length, left)
-                first, count, bins = bins, left // each, bins + left // each
-            else:
-                space = spaces[position]
-                first, available = runs[space].popleft()
-                each = min(space // length, left)
-                count = min(available, left // each)
-                if count < available:
-                    runs[space].appendleft((first + count, available - count))
-                elif not runs[space]:
-                    del runs[space], spaces[position]
-            fill(first, count, space, each, length)
-            left -= count * each
-
-    starts, counts, sizes = np.array(steps, dtype=np.int64).reshape(-1, 3).T
-    items = counts * sizes
-    nth = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
-    result = np.empty(len(lengths), dtype=np.int64)
-    result[_argsort(capacity - lengths)] = np.repeat(starts, items) + nth // np.repeat(sizes, items)
-    return result
-
-
-def _argsort(keys: Ints) -> Ints:
-    """Stable argsort of whole numbers from 0 to 2**32; numpy sorts 16 bits at a time by radix, many times faster."""
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
-    if keys.max(initial=0) > 0xFFFF:
-        order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
-    return order
 
 
 # From the documents, the room of a pack and a seed: the pieces in the order of the packs, and how many each pack holds.
@@ -189,7 +57,7 @@ def _best_fit(documents: Pieces, seq_length: int, seed: int | None) -> tuple[Pie
     packs = int(bins.max(initial=-1)) + 1
     if seed is not None:
         bins = rng.permutation(packs)[bins]
-    return documents.take(order[_argsort(bins)]), np.bincount(bins, minlength=packs)
+    return documents.take(order[argsort(bins)]), np.bincount(bins, minlength=packs)
 
 
 def _wrap(documents: Pieces, seq_length: int, seed: int | None) -> tuple[Pieces, Ints]:

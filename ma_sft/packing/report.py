@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ma_sft.packing.plan import Pieces, Plan
+from ma_sft.packing.pieces import Pieces
+from ma_sft.packing.plan import Plan
 from ma_sft.packing.tokens import IGNORED, Tokens
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ma_sft.errors import FormatError, LabelError
-from ma_sft.packing.plan import Ints, Pieces
+from ma_sft.packing.pieces import Ints, Pieces
 
 IGNORED = -100
 
@@ -88,7 +88,7 @@ class Tokens:
         return np.concatenate(counts)
 
     def last_answers(self, rows: Ints, seq_length: int) -> tuple[Ints, Ints]:
-        """Start and length of the part of each row that ends with its last label; see `plan.Answers`."""
+        """Start and length of the part of each row that ends with its last label; see `overflow.Answers`."""
         found = [
             _last_answer(self.labels.gather(Pieces(row, np.zeros_like(row), self.lengths[row])), seq_length)
             for row in rows.reshape(-1, 1)

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
+from ma_sft.packing.packs import COLUMNS, lengths, packs_of
 from ma_sft.packing.plan import check_settings
 from ma_sft.packing.tokens import IGNORED
-from ma_sft.packing.view import COLUMNS, lengths, pack_table, pack_with_report, packs_of
+from ma_sft.packing.view import pack_table, pack_with_report
 from ma_sft.training.processes import once
 from ma_sft.training.streams import Order, Share, share_out
 

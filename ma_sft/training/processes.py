@@ -118,7 +118,7 @@ def digest(*datasets: "Dataset | IterableDataset | None") -> str:
     """
     from datasets import Dataset, IterableDataset
 
-    from ma_sft.packing.view import as_arrays
+    from ma_sft.packing.packs import as_arrays
 
     content = hashlib.sha256()
     for dataset in datasets:
@@ -157,7 +157,7 @@ def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: i
     """
     from datasets import Dataset, concatenate_datasets
 
-    from ma_sft.packing.view import fill, packs_of
+    from ma_sft.packing.packs import fill, packs_of
 
     missing = -len(dataset) % multiple if isinstance(dataset, Dataset) else 0
     if not missing:

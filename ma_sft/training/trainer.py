@@ -18,7 +18,7 @@ from trl import SFTTrainer, get_quantization_config
 from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.packing.view import as_arrays
+from ma_sft.packing.packs import as_arrays
 from ma_sft.recipe import Recipe, Settings
 from ma_sft.settings import shown
 from ma_sft.training import adapters, quantized

@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
-from ma_sft.packing.plan import STRATEGIES, Strategy, best_fit_decreasing
+from ma_sft.packing.best_fit import best_fit_decreasing
+from ma_sft.packing.packs import Packs, as_arrays, fill, flatten, lengths, packs_of
+from ma_sft.packing.plan import STRATEGIES, Strategy
 from ma_sft.packing.tokens import IGNORED
-from ma_sft.packing.view import Packs, as_arrays, fill, flatten, lengths, pack_with_report, packs_of
+from ma_sft.packing.view import pack_with_report
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)

@@ -1,0 +1,71 @@
+"""Best-fit decreasing on the histogram of lengths: a million documents in a fraction of a second."""
+
+from bisect import bisect_left, insort
+from collections import deque
+
+import numpy as np
+
+from ma_sft.packing.pieces import Ints
+
+
+def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
+    """The bin of each item when the longest go first, each into the bin with the least space that holds it.
+
+    Works on the histogram of lengths (Krell et al. 2021, arXiv:2107.02027). Bins with the same space are
+    alike, so the items of one length fill them in runs: a run of n bins takes k items each in one step. The
+    result is the same as that of placing item by item.
+
+    Args:
+        lengths: int array of shape (items,), each from 1 to `capacity`.
+        capacity: room of one bin.
+
+    Returns:
+        int64 array of shape (items,): bin numbers from 0, without gaps.
+    """
+    histogram = np.bincount(lengths, minlength=1)
+    runs: dict[int, deque[tuple[int, int]]] = {}  # space -> runs of bins (first bin, number of bins)
+    spaces: list[int] = []  # the keys of `runs` in rising order
+    steps: list[tuple[int, int, int]] = []  # (first bin, number of bins, items in each)
+    bins = 0
+
+    def fill(first: int, count: int, space: int, each: int, length: int) -> None:
+        steps.append((first, count, each))
+        if rest := space - each * length:
+            if rest not in runs:
+                runs[rest] = deque()
+                insort(spaces, rest)
+            runs[rest].append((first, count))
+
+    for length in np.flatnonzero(histogram)[::-1].tolist():
+        left = int(histogram[length])
+        while left:
+            position = bisect_left(spaces, length)
+            if position == len(spaces):
+                space, each = capacity, min(capacity // length, left)
+                first, count, bins = bins, left // each, bins + left // each
+            else:
+                space = spaces[position]
+                first, available = runs[space].popleft()
+                each = min(space // length, left)
+                count = min(available, left // each)
+                if count < available:
+                    runs[space].appendleft((first + count, available - count))
+                elif not runs[space]:
+                    del runs[space], spaces[position]
+            fill(first, count, space, each, length)
+            left -= count * each
+
+    starts, counts, sizes = np.array(steps, dtype=np.int64).reshape(-1, 3).T
+    items = counts * sizes
+    nth = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
+    result = np.empty(len(lengths), dtype=np.int64)
+    result[argsort(capacity - lengths)] = np.repeat(starts, items) + nth // np.repeat(sizes, items)
+    return result
+
+
+def argsort(keys: Ints) -> Ints:
+    """Stable argsort of whole numbers from 0 to 2**32; numpy sorts 16 bits at a time by radix, many times faster."""
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    if keys.max(initial=0) > 0xFFFF:
+        order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
