@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
 from rich.table import Table
 
-from ma_sft.data.filters import conversations
+from ma_sft.data.duplicates import conversations
 from ma_sft.data.mixture import Report, load_mixture, processes, read_mixture
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, must_be_new

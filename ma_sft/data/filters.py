@@ -1,7 +1,7 @@
-"""Which conversations stay: filters that count what they remove and keep examples, and the train/held-out split.
+"""Which conversations stay: filters that count what they remove and keep examples.
 
-Row filters look at one conversation and run in one pass, over all cores or on a stream. Duplicates and the split look
-at all rows: they hold some 150 bytes for each row in memory, never its text; MinHash signatures lie in an Arrow file.
+Row filters look at one conversation and run in one pass, over all cores or on a stream; filters of duplicates look at
+all rows (`ma_sft.data.duplicates`).
 """
 
 import itertools
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import regex
-import xxhash
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset
 
 from ma_sft.data.code import code_of
+from ma_sft.data.duplicates import WORD, chains, conversations, exact_key, hash_of, hashes, near_duplicates, new_columns
 from ma_sft.data.functions import load_function
 from ma_sft.data.turns import Message
 from ma_sft.errors import RecipeError
@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 5  # kept of each filter
 
 PATTERN_SECONDS = 5  # that a regular expression may take for one answer
-
-NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
-
-WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{N}]+")
 
 LETTER = regex.compile(r"\p{L}")
 
@@ -165,21 +161,117 @@ class Filters:
             raise RecipeError(f"filters: {shown!r}: {' '.join(str(error).split())}") from None
 
     @property
-    def by_row(self) -> bool:
-        """Whether there is a filter that looks at one row alone."""
-        names = [f.name for f in fields(self) if f.name not in ("tokenizer", "contamination_words", *ALL_ROWS)]
-        return any(getattr(self, name) for name in names)
+    def by_row(self) -> list[str]:
+        """The filters that look at one row alone, and are on."""
+        settings = {name: getattr(self, name) for name in ROW_FILTERS}
+        return [name for name, set_to in settings.items() if set_to or (set_to == 0 and set_to is not False)]
 
 
 ALL_ROWS = ("exact_duplicates", "near_duplicates")
 
 
-def conversations(batch: dict[str, Any]) -> Iterator[list[Message]]:
-    """The messages of each row in a batch; of a preference, prompt and chosen answer."""
-    if "messages" in batch:
-        yield from batch["messages"]
-    else:
-        yield from (p + c for p, c in zip(batch["prompt"], batch["chosen"], strict=True))
+@dataclass
+class SeenRow:
+    """What row filters look at: `answers` are (position, text) of the assistant's turns without calls."""
+
+    messages: list[Message]
+    tokens: int
+    filters: Filters
+    grams: "NDArray[Any] | None"
+
+    def __post_init__(self) -> None:
+        self.chars = sum(len(m["content"]) for m in self.messages)
+        spoken = ((i, m) for i, m in enumerate(self.messages) if m["role"] == "assistant" and not m.get("tool_calls"))
+        self.answers = [(i, m["content"]) for i, m in spoken]
+
+
+# A row filter is a function of its setting and a row, under the setting's name; it gives the finding, or None.
+ROW_FILTERS: dict[str, Callable[[Any, SeenRow], str | None]] = {}
+
+
+def row_filter(find: Callable[[Any, SeenRow], str | None]) -> Callable[[Any, SeenRow], str | None]:
+    """Add a filter that looks at one row alone; `Filters` has a field of its name."""
+    ROW_FILTERS[find.__name__] = find
+    return find
+
+
+@row_filter
+def min_chars(limit: int, row: SeenRow) -> str | None:
+    return f"{row.chars} characters" if row.chars < limit else None
+
+
+@row_filter
+def max_chars(limit: int, row: SeenRow) -> str | None:
+    return f"{row.chars} characters" if row.chars > limit else None
+
+
+@row_filter
+def min_tokens(limit: int, row: SeenRow) -> str | None:
+    return f"{row.tokens} tokens" if row.tokens < limit else None
+
+
+@row_filter
+def max_tokens(limit: int, row: SeenRow) -> str | None:
+    return f"{row.tokens} tokens" if row.tokens > limit else None
+
+
+@row_filter
+def min_response_chars(limit: int, row: SeenRow) -> str | None:
+    shortest = min((len(text) for _, text in row.answers), default=limit)
+    return f"an answer of {shortest} characters" if shortest < limit else None
+
+
+@row_filter
+def trivial(_: bool, row: SeenRow) -> str | None:
+    for i, text in row.answers:
+        if not any(map(str.isalnum, text)):
+            return f"the answer is {text[:20]!r}"
+        if i and text.strip().casefold() == row.messages[i - 1]["content"].strip().casefold():
+            return "the answer repeats the question"
+    return None
+
+
+@row_filter
+def refusals(patterns: Any, row: SeenRow) -> str | None:
+    for pattern in REFUSALS if patterns is True else patterns:
+        for _, text in row.answers:
+            try:
+                found = regex.search(pattern, text, regex.IGNORECASE, timeout=PATTERN_SECONDS)
+            except TimeoutError:
+                raise RecipeError(
+                    f"filter refusals: {pattern!r} needs more than {PATTERN_SECONDS} s for one answer of {len(text):,} "
+                    "characters; write it so that it does not try the same text again and again"
+                ) from None
+            if found:
+                return f"{found.group()[:60]!r}"
+    return None
+
+
+@row_filter
+def scripts(shares: dict[str, Any], row: SeenRow) -> str | None:
+    text = "\n".join(m["content"] for m in row.messages if m["role"] in ("user", "assistant"))
+    letters = len(LETTER.findall(text))
+    for script, share in shares.items():
+        low, high = share if isinstance(share, list | tuple) else (share, 1)
+        part = len(regex.findall(rf"\p{{{script}}}", text)) / letters if letters else low
+        if not low <= part <= high:
+            return f"{part:.0%} of the letters are {script}"
+    return None
+
+
+@row_filter
+def function(name: str, row: SeenRow) -> str | None:
+    return None if load_function(name)(row.messages) else name
+
+
+@row_filter
+def contamination(_: Any, row: SeenRow) -> str | None:
+    assert row.grams is not None
+    for gram, words in phrases(row.messages, row.filters.contamination_words):
+        at = np.searchsorted(row.grams, gram)
+        if at < len(row.grams) and row.grams[at] == gram:
+            return f"shares {words!r}"
+    return None
 
 
 class RowFilters:
@@ -188,8 +280,6 @@ class RowFilters:
     def __init__(self, filters: Filters, grams: "NDArray[Any] | None" = None) -> None:
         self.filters, self.grams = filters, grams
         self.code = code_of(filters.function)  # when it changes, `datasets` must not find what it gave before
-        refusals = REFUSALS if filters.refusals is True else filters.refusals or ()
-        self.refusals = [regex.compile(pattern, regex.IGNORECASE) for pattern in refusals]
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         rows = list(conversations(batch))
@@ -204,54 +294,11 @@ class RowFilters:
         return [sum(next(lengths) for _ in messages) for messages in rows]
 
     def _why(self, messages: list[Message], tokens: int) -> tuple[str, str]:
-        f = self.filters
-        chars = sum(len(m["content"]) for m in messages)
-        answers = [(i, m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
-        answers = [(i, text) for i, text in answers if not messages[i].get("tool_calls")]
-        shortest = min((len(text) for _, text in answers), default=None)
-        for name, value, unit in (("chars", chars, "characters"), ("tokens", tokens, "tokens")):
-            low, high = getattr(f, f"min_{name}"), getattr(f, f"max_{name}")
-            if low is not None and value < low:
-                return f"min_{name}", f"{value} {unit}"
-            if high is not None and value > high:
-                return f"max_{name}", f"{value} {unit}"
-        if f.min_response_chars is not None and shortest is not None and shortest < f.min_response_chars:
-            return "min_response_chars", f"an answer of {shortest} characters"
-        if f.trivial:
-            for i, text in answers:
-                if not any(map(str.isalnum, text)):
-                    return "trivial", f"the answer is {text[:20]!r}"
-                if i and text.strip().casefold() == messages[i - 1]["content"].strip().casefold():
-                    return "trivial", "the answer repeats the question"
-        for pattern in self.refusals:
-            for _, text in answers:
-                if match := _search(pattern, text):
-                    return "refusals", f"{match.group()[:60]!r}"
-        text = "\n".join(m["content"] for m in messages if m["role"] in ("user", "assistant"))
-        for script, share in (f.scripts or {}).items():
-            low, high = share if isinstance(share, list | tuple) else (share, 1)
-            letters = len(LETTER.findall(text))
-            part = len(regex.findall(rf"\p{{{script}}}", text)) / letters if letters else low
-            if not low <= part <= high:
-                return "scripts", f"{part:.0%} of the letters are {script}"
-        if f.function and not load_function(f.function)(messages):
-            return "function", f.function
-        if self.grams is not None:
-            for gram, words in phrases(messages, f.contamination_words):
-                at = np.searchsorted(self.grams, gram)
-                if at < len(self.grams) and self.grams[at] == gram:
-                    return "contamination", f"shares {words!r}"
+        row = SeenRow(messages, tokens, self.filters, self.grams)
+        for name in self.filters.by_row:
+            if finding := ROW_FILTERS[name](getattr(self.filters, name), row):
+                return name, finding
         return "", ""
-
-
-def _search(pattern: "regex.Pattern[str]", text: str) -> "regex.Match[str] | None":
-    try:
-        return pattern.search(text, timeout=PATTERN_SECONDS)
-    except TimeoutError:
-        raise RecipeError(
-            f"filter refusals: {pattern.pattern!r} needs more than {PATTERN_SECONDS} s for one answer of {len(text):,} "
-            "characters; write it so that it does not try the same text again and again"
-        ) from None
 
 
 _TOKENIZERS: dict[str, Any] = {}
@@ -282,9 +329,9 @@ def phrases(messages: list[Message], length: int) -> Iterator[tuple[np.uint64, s
     for message in messages:
         words = WORD.findall(message["content"].lower()) if message["role"] != "system" else []
         if 4 <= len(words) < length and message is first:
-            yield _hash(text := " ".join(words)), text
+            yield hash_of(text := " ".join(words)), text
         for at in range(len(words) - length + 1):
-            yield _hash(text := " ".join(words[at : at + length])), text
+            yield hash_of(text := " ".join(words[at : at + length])), text
 
 
 def held_out_phrases(rows: Iterable[list[Message]], length: int) -> "NDArray[Any]":
@@ -301,7 +348,7 @@ def apply_filters(
     if filters.by_row:
         stage = Stage(f"{name}: row filters", len(rows))
         start = time.monotonic()
-        found = _columns(rows, RowFilters(filters, grams), {"removed_by": "string", "why": "string"}, num_proc)
+        found = new_columns(rows, RowFilters(filters, grams), {"removed_by": "string", "why": "string"}, num_proc)
         names = found.data.column("removed_by")
         for why in filter(None, pc.unique(names).to_pylist()):
             at = np.flatnonzero(pc.equal(names, why).to_numpy())
@@ -311,13 +358,13 @@ def apply_filters(
     if filters.exact_duplicates:
         stage = Stage(f"{name}: exact duplicates", len(rows))
         start = time.monotonic()
-        _, first, inverse = np.unique(_hashes(rows, _exact, num_proc), return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(hashes(rows, exact_key, num_proc), return_index=True, return_inverse=True)
         rows = _keep_first(rows, first[inverse], "exact_duplicates", stage, start)
         stages.append(stage)
     if filters.near_duplicates is not None:
         stage = Stage(f"{name}: near duplicates", len(rows))
         start = time.monotonic()
-        groups = _groups(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
+        groups = chains(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
         rows = _keep_first(rows, groups, "near_duplicates", stage, start)
         stages.append(stage)
     return rows, stages
@@ -343,141 +390,6 @@ def stream_filters(rows: IterableDataset, filters: Filters, stage: Stage, grams:
     return rows.filter(keep, batched=True) if filters.by_row else rows
 
 
-def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None) -> "NDArray[Any]":
-    """Pairs (int64, n x 2) of rows with an estimated Jaccard similarity of at least `threshold`.
-
-    MinHash with locality-sensitive hashing (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
-    Signatures and the split into bands are datasketch's. Its index is a dict of some kilobytes for each row, so rows
-    that share a band are found by sorting the hashes of one band at a time instead.
-    """
-    try:
-        from datasketch import MinHashLSH
-    except ImportError:
-        raise RecipeError("near duplicates need another package: pip install 'ma-sft[data]'") from None
-    index = MinHashLSH(threshold=threshold, num_perm=NUM_PERM)
-    names = [f"band{i}" for i in range(index.b)]
-    types = {"signature": List(Value("uint32"), length=NUM_PERM), **dict.fromkeys(names, "uint64")}
-    found = _columns(rows, _Signatures(index.b, index.r), types, num_proc).with_format("numpy")
-    pairs: list[NDArray[Any]] = []
-    for name in names:
-        hashes = found.data.column(name).to_numpy()
-        order = np.argsort(hashes, kind="stable")
-        start = np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]])
-        leader = order[np.maximum.accumulate(np.where(start, np.arange(len(order)), 0))]
-        band = np.stack([leader, order], axis=1)[leader != order]
-        for at in range(0, len(band), 10_000):
-            left, right = (found[side]["signature"] for side in band[at : at + 10_000].T)
-            pairs.append(band[at : at + 10_000][(left == right).mean(axis=1) >= threshold])
-    return np.unique(np.concatenate(pairs), axis=0) if pairs else np.zeros((0, 2), dtype=np.int64)
-
-
-class _Signatures:
-    def __init__(self, bands: int, rows: int) -> None:
-        self.bands, self.rows = bands, rows
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        from datasketch import MinHash
-
-        shingles = []
-        for messages in conversations(batch):
-            words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
-            shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
-        hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
-        signatures = np.stack([h.hashvalues for h in hashes])
-        columns: dict[str, Any] = {"signature": signatures}
-        for i in range(self.bands):
-            band = np.ascontiguousarray(signatures[:, i * self.rows : (i + 1) * self.rows])
-            columns[f"band{i}"] = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in band], dtype=np.uint64)
-        return columns
-
-
-def split_held_out(
-    rows: Dataset, test_size: float, *, seed: int, near: float | None = None, num_proc: int | None = None
-) -> tuple["NDArray[Any]", "NDArray[Any]"]:
-    """Positions of the training rows and of the held-out rows, none of which has a relative on the other side.
-
-    Relatives are rows with the same first question (letters and digits alone, case aside), so duplicates and pieces of
-    one conversation; with the same value in the column `group`; and, if `near` is given, near duplicates that similar.
-
-    Args:
-        test_size: share of the rows if below 1, else their number. Relatives go together, so it may come out smaller.
-
-    Raises:
-        RecipeError: a size that leaves nothing to hold out or to train on.
-    """
-    target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
-    links = []
-    for key in (_question, _group) if "group" in rows.column_names else (_question,):
-        hashes = _hashes(rows, key, num_proc)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        own = np.arange(len(rows))
-        links.append(np.stack([np.where(hashes == 0, own, first[inverse]), own], axis=1))
-    if near is not None:
-        links.append(near_duplicates(rows, near, num_proc))
-    _, groups, sizes = np.unique(_groups(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    chosen, room = np.zeros(len(sizes), dtype=bool), target
-    for group in order:
-        if sizes[group] <= room:
-            chosen[group], room = True, room - sizes[group]
-        if room == 0:
-            break
-    held_out = chosen[groups]
-    if not held_out.any() or held_out.all():
-        raise RecipeError(
-            f"test_size={test_size} leaves nothing to {'train on' if held_out.any() else 'hold out'}: "
-            f"the {len(rows):,} rows are {len(sizes):,} groups that stay together, the smallest of {sizes.min():,}"
-        )
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def _exact(row: dict[str, Any]) -> str:
-    own = ("source", "origin", "raw", "group", "_part")
-    return json.dumps({k: v for k, v in row.items() if k not in own}, sort_keys=True)
-
-
-def _question(row: dict[str, Any]) -> str:
-    messages = row.get("messages") or row["prompt"]
-    return " ".join(WORD.findall(next((m["content"] for m in messages if m["role"] == "user"), "").lower()))
-
-
-def _group(row: dict[str, Any]) -> str:
-    return row.get("group") or ""
-
-
-def _hashes(rows: Dataset, key: Callable[[dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":
-    """A hash (uint64) of each row's key, 0 for an empty key."""
-
-    def hash_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        keys = (key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
-        return {"hash": np.array([_hash(text) if text else 0 for text in keys], dtype=np.uint64)}
-
-    found: NDArray[Any] = _columns(rows, hash_batch, {"hash": "uint64"}, num_proc).data.column("hash").to_numpy()
-    return found
-
-
-def _columns(rows: Dataset, function: Any, types: dict[str, Any], num_proc: int | None) -> Dataset:
-    """New columns alone, computed in batches by all processes."""
-    features = Features({name: Value(t) if isinstance(t, str) else t for name, t in types.items()})
-    names = rows.column_names
-    return rows.map(
-        function, batched=True, remove_columns=names, features=features, num_proc=num_proc, desc="filtering"
-    )
-
-
-def _groups(count: int, pairs: "NDArray[Any]") -> "NDArray[Any]":
-    """Of each row, the first of the rows that a chain of pairs links it with."""
-    groups = np.arange(count)
-    while True:
-        before = groups.copy()
-        lower = np.minimum(groups[pairs[:, 0]], groups[pairs[:, 1]])
-        for side in pairs.T:
-            np.minimum.at(groups, side, lower)
-        groups = groups[groups]
-        if (groups == before).all():
-            return groups
-
-
 def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage, start: float) -> Dataset:
     keep = first == np.arange(len(rows))
     gone = np.flatnonzero(~keep)
@@ -496,7 +408,3 @@ def _tell(row: dict[str, Any], why: str) -> str:
     (messages,) = conversations({key: [value] for key, value in row.items()})
     text = " | ".join(" ".join(m["content"].split()) for m in messages if m["role"] != "system")
     return f"{row['origin']}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
-
-
-def _hash(text: str) -> Any:
-    return np.uint64(xxhash.xxh3_64_intdigest(text.encode()))

@@ -22,14 +22,13 @@ from rich.text import Text
 
 from ma_sft.data.code import code_of
 from ma_sft.data.context import to_template_kwargs, to_tools
+from ma_sft.data.duplicates import conversations, split_held_out
 from ma_sft.data.filters import (
     EXAMPLES,
     Filters,
     Stage,
     apply_filters,
-    conversations,
     held_out_phrases,
-    split_held_out,
     stream_filters,
     unused_columns,
 )
@@ -163,7 +162,7 @@ def load_mixture(
         format, system_prompt, merge_turns, split: for sources that do not say themselves.
         filters: of all rows together; see `ma_sft.data.filters.Filters`.
         test_size: share of the rows (below 1) or number of rows to hold out, before rows are drawn by weight; see
-            `ma_sft.data.filters.split_held_out`.
+            `ma_sft.data.duplicates.split_held_out`.
         test_near_duplicates: similarity from which near duplicates must be on the same side of the split.
         stopping_strategy: of `datasets.interleave_datasets`, for sources with weights: `"first_exhausted"` uses no row
             twice and stops when a source runs dry, `"all_exhausted"` repeats rows until every source was seen in full.

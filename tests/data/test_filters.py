@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ma_sft.data.filters import near_duplicates, split_held_out
+from ma_sft.data.duplicates import near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
 
 LONG = "The museum opens at nine in the morning and closes at six in the evening on every day but Monday"
