@@ -1,0 +1,213 @@
+"""A run removes what a run wrote, by its own list; and what comes after training cannot lose what was trained."""
+
+import json
+import shutil
+
+import pytest
+from transformers import TrainerCallback
+
+from ma_sft import Recipe, RecipeError, RunError, run
+from ma_sft.training.folder import WRITTEN, strangers
+
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bpe, tmp_path_factory):
+    """(settings, a finished run's folder) with checkpoints, adapter, merged model, report and TensorBoard's files."""
+    home = tmp_path_factory.mktemp("folder")
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {
+        **{"model_name_or_path": str(tiny_bpe), "dataset_name": str(home / "rows.jsonl"), "use_peft": True},
+        **{
+            "eval_dataset": str(home / "rows.jsonl"),
+            "max_steps": 2,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "bf16": False,
+            "dtype": "float32",
+        },
+        **{"disable_tqdm": True, "per_device_train_batch_size": 4, "report_to": ["tensorboard"]},
+    }
+    run(Recipe(**settings, output_dir=str(home / "run")))
+    return settings, home / "run"
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of the run, and a function that starts the same run in it with more settings."""
+    settings, folder = finished
+    out = shutil.copytree(folder, tmp_path / "run")
+
+    def start(**more):
+        return run(Recipe(**{**settings, "output_dir": str(out), **more}))
+
+    return out, start
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_all_that_a_run_leaves_is_on_its_list_and_inside_its_folder(finished):
+    _, out = finished
+    assert [*strangers(out)] == []
+    assert {"adapter", "merged", "checkpoint-1", "checkpoint-2"} == set(json.loads((out / WRITTEN).read_text()))
+    assert [*out.glob("runs/*/events.out.tfevents.*")]
+    assert {path.name for path in out.parent.iterdir()} == {"rows.jsonl", "run"}
+
+
+def test_overwrite_removes_a_run_and_nothing_else(again):
+    out, start = again
+    (out / "checkpoint-7").mkdir()  # cut off while it was written
+    (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    start(overwrite_output_dir=True, use_peft=False)
+    assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
+    assert [*strangers(out)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.tex", "adapter/notes.txt", "checkpoint-2/mine", "data/rows.jsonl", "runs/x/y.txt", ".env", "model/a"],
+)
+def test_a_file_that_no_run_wrote_stops_it(again, name):
+    out, start = again
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    before = files(out)
+    with pytest.raises(RecipeError, match=f"{name} was not written by a run"):
+        start(overwrite_output_dir=True)
+    assert files(out) == before
+
+
+def test_a_link_is_not_followed(again, tmp_path):
+    out, start = again
+    shutil.rmtree(out / "merged")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("mine")
+    (out / "merged").symlink_to(tmp_path / "mine")
+    with pytest.raises(RecipeError, match="merged was not written by a run"):
+        start(overwrite_output_dir=True)
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("recipe", ["{}", "[1]", '{"flour": "500 g"}', "broken", None])
+def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe):
+    _, start = again
+    mine = tmp_path / "kitchen"
+    mine.mkdir()
+    (mine / "summary.json").write_text("{}")
+    if recipe:
+        (mine / "recipe.json").write_text(recipe)
+    with pytest.raises(RecipeError, match="holds something that is not a run"):
+        start(output_dir=str(mine), overwrite_output_dir=True)
+    assert (mine / "summary.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("wrong", [{"dataset_name": "nowhere.jsonl"}, {"max_length": 3}])
+def test_data_is_read_before_anything_is_removed(again, wrong):
+    out, start = again
+    before = files(out)
+    with pytest.raises(ValueError):
+        start(overwrite_output_dir=True, **wrong)
+    assert files(out) == before
+
+
+def test_what_is_to_be_read_is_not_removed(again):
+    out, start = again
+    before = files(out)
+    for key, value in {"adapter_name_or_path": str(out), "model_name_or_path": str(out / "merged")}.items():
+        with pytest.raises(RecipeError, match=f"{key}: .* would be removed"):
+            start(overwrite_output_dir=True, **{key: value})
+    assert files(out) == before
+
+
+def test_a_model_alone_is_nothing_to_go_on_from(again):
+    out, start = again
+    (out / "summary.json").unlink()
+    for path in out.glob("checkpoint-*/*.p*t*"):
+        if path.name.startswith(("optimizer", "scheduler", "rng_state")):
+            path.unlink()
+    with pytest.raises(RecipeError, match=r"checkpoint-2 holds a model alone \(save_only_model\)"):
+        start()
+
+
+class Fail(TrainerCallback):
+    """A user's callback that breaks once training is over."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step:
+            raise RuntimeError("out of luck\nand more")
+
+
+def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
+    settings, _ = finished
+    out = tmp_path / "run"
+    recipe = Recipe(**settings, output_dir=str(out))
+    summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Fail()))
+    assert summary["failed"] == {"the held-out rows after training": "RuntimeError: out of luck"}
+    assert json.loads((out / "summary.json").read_text()) == summary and summary["steps"] == 2
+    assert (out / "adapter" / "adapter_model.safetensors").is_file() and (out / "merged").is_dir()
+    assert (out / "report.html").is_file()
+    assert "the held-out rows after training failed, what was trained is saved" in capfd.readouterr().err
+    with pytest.raises(RecipeError, match="holds a finished run"):
+        run(recipe)
+
+
+def test_metric_and_merge_that_fail_after_training(finished, tmp_path, tiny_bpe, capfd):
+    settings, _ = finished
+    (tmp_path / "bad.py").write_text("def metric(answer, reference):\n    return 1 / 0\n")
+    base = shutil.copytree(tiny_bpe, tmp_path / "base")
+    more = {"generate_eval": 1, "max_new_tokens": 2, "metric": f"{tmp_path}/bad.py:metric", "max_steps": 1}
+    recipe = Recipe(
+        **{**settings, **more, "model_name_or_path": str(base)},
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+
+    class Vanish(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            (base / "model.safetensors").unlink()
+
+    summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Vanish()))
+    assert set(summary["failed"]) == {"grading the answers", "merging the adapter"}
+    assert "ZeroDivisionError" in summary["failed"]["grading the answers"]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "merged").exists()
+
+
+def test_markup_and_control_characters_are_text_at_the_end_of_a_run(finished, tmp_path):
+    settings, _ = finished
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"}) + "\n" for i in range(3))
+    )
+    more = {"name": "[/x]", "dataset_name": str(rows), "generate_eval": 1, "max_new_tokens": 2, "max_steps": 1}
+    summary = run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
+    assert "failed" not in summary and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_metric_that_is_not_there_is_said_before_training(finished, tmp_path):
+    settings, _ = finished
+    recipe = Recipe(**settings, generate_eval=1, metric="none:such",
+                    output_dir=str(tmp_path / "run"))  # fmt: skip
+    with pytest.raises(RecipeError, match="none:such"):
+        run(recipe)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_figures_before_training_are_kept_for_a_run_that_goes_on(finished, tmp_path):
+    settings, _ = finished
+    out = tmp_path / "run"
+    recipe = Recipe(**settings, output_dir=str(out), learning_rate=0.1)
+
+    class Die(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise RunError("killed")
+
+    with pytest.raises(RunError, match="killed"):
+        run(recipe, on_trainer=lambda trainer: trainer.add_callback(Die()))
+    whole = run(Recipe(**{**recipe.settings, "output_dir": str(tmp_path / "whole")}))
+    went_on = run(recipe)
+    assert went_on["evaluation"] == whole["evaluation"]
+    assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
