@@ -402,13 +402,12 @@ def adapter_dir(folder: Path) -> Path:
     """The adapter in a run's folder, the folder itself if it is one, or that of a hub id.
 
     Raises:
-        RecipeError: neither, or an adapter whose weights are a pickle.
+        RecipeError: neither.
     """
     if is_hub_id(str(folder)):
         folder = model_folder(str(folder), weights=True)
     for candidate in (folder / "adapter", folder):
         if (candidate / "adapter_config.json").is_file():
-            refuse_pickles(str(candidate), ["adapter_model.safetensors"], [file.name for file in candidate.iterdir()])
             return candidate
     raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
 
@@ -417,11 +416,13 @@ def read_adapter_config(adapter: Path) -> "PeftConfig":
     """The configuration of a saved adapter.
 
     Raises:
-        RecipeError: broken, or with fields that the installed PEFT does not know and would ignore.
+        RecipeError: broken, with weights that are a pickle, or with fields that the installed PEFT does not know and
+            would ignore.
     """
     import peft
 
     path = adapter / "adapter_config.json"
+    refuse_pickles(str(adapter), ["adapter_model.safetensors"], [file.name for file in adapter.iterdir()])
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]]
