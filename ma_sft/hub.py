@@ -279,6 +279,15 @@ def _knock(name: str, revision: str | None, kind: str) -> None:
         _go_offline(f"the hub {ENDPOINT} cannot be reached ({failed[0]})")
 
 
+def unreachable(name: str) -> str | None:
+    """Why the hub cannot be asked for anything now, None where it answers."""
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode():
+        _knock(name, None, "model")
+    return (_unreachable or ["HF_HUB_OFFLINE=1 forbids asking the hub"])[0] if is_offline_mode() else None
+
+
 # Why there is no hub, where `_knock` found that out.
 _unreachable: list[str] = []
 

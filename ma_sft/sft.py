@@ -17,6 +17,7 @@ from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
 from ma_sft.recipe import Recipe, Settings
 from ma_sft.release.manifest import make_manifest, write_manifest
+from ma_sft.release.publish import check_login, publish
 from ma_sft.release.save import save
 from ma_sft.terminal import say
 from ma_sft.tools.memory import peak_memory
@@ -49,6 +50,7 @@ def run(
         MaSftError: anything wrong with settings, data or labels, before the first step.
     """
     settings = recipe.resolve(args)
+    check_login(settings)
     with Stop() as stop, claimed(settings) as folder:
         out = folder.out
         folder.recall_revisions()
@@ -117,6 +119,10 @@ def release(
     write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
     with attempt("the report", failed):
         write_report([out], out / "report.html")
+    if settings.chosen.get("push_to_hub"):
+        with attempt("publishing", failed):
+            summary["published"] = publish(settings, saved, summary)
+        write_whole(out / "summary.json", json.dumps(summary | ({"failed": failed} if failed else {}), indent=2))
     with attempt("showing the result", failed):
         show_end(out, exam.table(), summary)
     return summary
