@@ -37,7 +37,10 @@ def publish(settings: "Settings", saved: Path, summary: dict[str, Any]) -> str:
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(saved.iterdir()) if path.is_file()}
     files |= {name: out / name for name in ("report.html", "recipe.json") if (out / name).is_file()}
     files["README.md"] = make_card(settings, saved, summary).encode()
-    api, later = HfApi(token=training.hub_token), f"what was trained is in {saved}; later: hf upload {name} {saved}"
+    api, later = (
+        HfApi(token=settings.chosen.get("hub_token")),
+        f"what was trained is in {saved}; later: hf upload {name} {saved}",
+    )
     try:
         if why := unreachable(name):
             raise RecipeError(f"{why}; {later}")

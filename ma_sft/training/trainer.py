@@ -162,7 +162,8 @@ def _leave_nothing_to_prepare(settings: Settings) -> None:
     training.packing, training.max_length, training.chat_template_path = False, None, None
     training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
     training.assistant_only_loss = training.shuffle_dataset = False  # labels and order are made
-    training.push_to_hub = False  # the trainer would upload each checkpoint; `release.publish` does it once
+    # The trainer would upload each checkpoint, and pickle the token into it; `release.publish` uploads once
+    training.push_to_hub, training.hub_token = False, None
     training.model_init_kwargs = {
         "use_safetensors": True,
         "attn_implementation": model.attn_implementation,
