@@ -10,7 +10,7 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sy
 
 CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
 
-TURNS = ("messages", "conversations", "conversation")
+TURNS = frozenset(("messages", "conversations", "conversation"))
 
 
 def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
@@ -22,7 +22,7 @@ def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
     messages = _with_text(row, messages)
     start = 1 if messages and messages[0]["role"] == "system" else 0
     messages = [*messages[:start], *_history(row), *messages[start:]]
-    systems = [message for key in SYSTEM if not is_empty(row.get(key)) for message in _system(row[key], key)]
+    systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
     for message in systems if start else systems[1:]:
         if message != (messages if start else systems)[0]:
             raise FormatError("two different system messages in one row; leave one out (ignore: [column])")
@@ -30,6 +30,8 @@ def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
 
 
 def _system(value: Any, field: str) -> list[Message]:
+    if is_empty(value):
+        return []
     if isinstance(value, str):
         return conversation(value, field, "system")
     parts = value.get("parts", value.get("content")) if isinstance(value, dict) else value  # Vertex
@@ -55,7 +57,7 @@ def _history(row: TrackedRow) -> list[Message]:
 
 def _with_text(row: TrackedRow, messages: list[Message]) -> list[Message]:
     """The question with the text that it asks about before it, where the row has one that was not read yet."""
-    for field in CONTEXT:
+    for field in filter(row.__contains__, CONTEXT):
         if field in row.used or is_empty(row.get(field)):
             continue
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -78,13 +80,14 @@ def to_tools(row: Row) -> str | None:
     Raises:
         FormatError: not a list of objects, or two different lists.
     """
-    turns = [turn for key in TURNS if isinstance(row.get(key), list | tuple) for turn in row[key]]
-    request = row.get("input")
+    request = dict.get(row, "input")  # OpenAI's preferences; looking here is not yet reading the column
     given = {"tools": row.get("tools"), "functions": row.get("functions")}
-    given["input.tools"] = request.get("tools") if isinstance(request, dict) else None  # OpenAI's preferences
-    for turn in turns:
-        if isinstance(turn, dict) and turn.get("tools"):
-            given["tools of a turn"] = turn["tools"]
+    given["input.tools"] = request.get("tools") if isinstance(request, dict) else None
+    for column in row.keys() & TURNS:
+        turns = dict.get(row, column)
+        for i, turn in enumerate(turns if isinstance(turns, list | tuple) else ()):
+            if isinstance(turn, dict) and turn.get("tools"):
+                given[f"{column}[{i}].tools"] = turn["tools"]
     lists = [_schemas(value, field) for field, value in given.items() if not is_empty(value)]
     lists = [found for found in lists if found]
     if any(found != lists[0] for found in lists):

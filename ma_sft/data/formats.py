@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ma_sft.data.context import to_template_kwargs, to_tools, with_context
@@ -361,10 +362,15 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     return messages
 
 
+@lru_cache(maxsize=10_000)
+def _matches(pattern: re.Pattern[str], column: str) -> bool:
+    return pattern.fullmatch(column) is not None
+
+
 def refuse_changing(row: TrackedRow, format: str) -> None:
     """Raise `FormatError` at a column that nothing read and that would change what the row says."""
     for field, value in row.items():
-        if field not in row.used and CHANGING.fullmatch(field) and not is_empty(value):
+        if field not in row.used and _matches(CHANGING, field) and not is_empty(value):
             raise FormatError(
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
                 f"if the row says the same without it, leave it out (ignore: [{field}])"
@@ -391,11 +397,11 @@ def unused_of(row: TrackedRow) -> dict[str, str]:
     found = {}
     for column, value in row.items():
         if column not in row.used:
-            if not is_empty(value) and not HARMLESS.fullmatch(column):
+            if not is_empty(value) and not _matches(HARMLESS, column):
                 found[column] = show(value)
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
             keys = unknown_keys(list(value))
-            found |= {f"{column}[].{key}": show(v) for key, v in keys.items() if not HARMLESS.fullmatch(key)}
+            found |= {f"{column}[].{key}": show(v) for key, v in keys.items() if not _matches(HARMLESS, key)}
     return found
 
 

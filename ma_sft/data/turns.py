@@ -38,8 +38,12 @@ WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "outp
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
-TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PAIR_ROLES}
-TURN_KEYS |= {"tool_calls", "function_call", "tool_call_id", "name", "tools", "mask", "masked", "train_detail"}
+PARTIAL = ("mask", "masked", "train_detail")  # marks of parts of a turn
+
+MARKS = frozenset((*REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PARTIAL))
+MARKS |= {"tool_calls", "function_call", "tool_call_id", "name", "tools"}
+
+TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, PAIR_ROLES)
 
 # What may come before a role; None is the start of the conversation.
 BEFORE: dict[str, tuple[str | None, ...]] = {
@@ -73,7 +77,7 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
     messages: list[Message] = []
     for i, turn in enumerate(list_of_turns(value, field)):
         found = _messages(turn, f"{field}[{i}]")
-        if messages and messages[-1]["role"] == "assistant" and _is_call(turn):
+        if messages and messages[-1]["role"] == "assistant" and found and "tool_calls" in found[0] and _is_call(turn):
             _join_calls(messages[-1], found[0], f"{field}[{i}]")  # parallel calls are turns of one message
         else:
             messages += found
@@ -120,8 +124,9 @@ def unknown_keys(turns: list[Any]) -> dict[str, Any]:
     """The keys of turns that nothing reads, each with its first value that says something."""
     found: dict[str, Any] = {}
     for turn in turns:
-        is_turn = isinstance(turn, dict) and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES))
-        for key in turn.keys() - TURN_KEYS if is_turn else ():
+        if not isinstance(turn, dict) or turn.keys() <= TURN_KEYS or turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES)):
+            continue
+        for key in turn.keys() - TURN_KEYS:
             if not is_empty(turn[key]):
                 found.setdefault(key, turn[key])
     return found
@@ -129,19 +134,18 @@ def unknown_keys(turns: list[Any]) -> dict[str, Any]:
 
 def _messages(turn: dict[str, Any], where: str) -> list[Message]:
     """The message of a turn; or question and answer, or the results of several tools and what follows them."""
-    for key in MEDIA:
-        if not is_empty(turn.get(key)):
-            raise FormatError(f"field '{where}.{key}': only text can be trained on, found {show(turn[key])}")
-    if not any(key in turn for key in ROLE_KEYS) and {PAIR_ROLES.get(key) for key in turn} >= {"user", "assistant"}:
+    if not ("role" in turn or "from" in turn) and {PAIR_ROLES.get(key) for key in turn} >= {"user", "assistant"}:
         return _pair(turn, where)
-    role_key = next((key for key in ROLE_KEYS if key in turn), "role")
+    marked = not turn.keys().isdisjoint(MARKS)
+    role_key = "role" if "role" in turn or "from" not in turn else "from"
     content_key = next((key for key in CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
     named, content = turn.get(role_key), turn.get(content_key)
-    calls, calls_at = _calls(turn, where)
-    if _is_call(turn):
-        calls_at, named, content = f"{where}.{content_key}", "assistant", ""
-        calls = _parse_calls(turn.get(content_key), calls_at)
-    role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    calls, calls_at = _calls(turn, where) if marked else ([], f"{where}.{content_key}")
+    name = named.strip().lower() if isinstance(named, str) else ""
+    role = ROLES.get(name)
+    if name in CALL_ROLES:
+        calls, role, content = _parse_calls(content, f"{where}.{content_key}"), "assistant", ""
+        calls_at = f"{where}.{content_key}"
     if role is None:
         raise FormatError(f"field '{where}.{role_key}': one of {sorted(ROLES)} expected, found {show(named)}")
     parts = _content(content, role, f"{where}.{content_key}", nothing=bool(calls) or role == "tool")
@@ -150,16 +154,27 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         if role != "assistant":
             raise FormatError(f"field '{calls_at}': only an assistant calls tools, not {named!r}")
         message["tool_calls"] = [_call(call, f"{calls_at}[{i}]") for i, call in enumerate(calls)]
-    if reasoning := _reasoning(turn, where) or parts.reasoning:
+    if parts.reasoning:
+        message["reasoning_content"] = parts.reasoning
+    if marked:
+        _add_marks(message, turn, where)
+    if role == "system" and not parts.text and turn.get("tools"):
+        return []  # GLM's data: a system turn that only holds the row's tools
+    return [*parts.results, *([] if parts.results and not parts.text else [message])]
+
+
+def _add_marks(message: Message, turn: dict[str, Any], where: str) -> None:
+    """What a turn says beside its role, content and calls."""
+    for key in MEDIA:
+        if not is_empty(turn.get(key)):
+            raise FormatError(f"field '{where}.{key}': only text can be trained on, found {show(turn[key])}")
+    if reasoning := _reasoning(turn, where):
         message["reasoning_content"] = reasoning
     for key in ("tool_call_id", "name"):
         if turn.get(key):
             message[key] = check_text(turn[key], f"{where}.{key}")
-    if not _trained(turn, where) and role == "assistant":
+    if not _trained(turn, where) and message["role"] == "assistant":
         message["train"] = False
-    if role == "system" and not parts.text and turn.get("tools"):
-        return []  # GLM's data: a system turn that only holds the row's tools
-    return [*parts.results, *([] if parts.results and not parts.text else [message])]
 
 
 def _pair(turn: dict[str, Any], where: str) -> list[Message]:
@@ -176,7 +191,7 @@ def _pair(turn: dict[str, Any], where: str) -> list[Message]:
 
 def _trained(turn: dict[str, Any], where: str) -> bool:
     """Whether the turn's own marks let it be trained."""
-    for key in ("mask", "masked", "train_detail"):
+    for key in PARTIAL:
         if turn.get(key):
             raise FormatError(f"field '{where}.{key}' cannot be followed; mark a turn as a whole with train: false")
     marks = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
