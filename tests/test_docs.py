@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_tokenizer
+from datasets import Dataset
 from fetch_converter import fetch_converter
+from transformers import AutoTokenizer
 
 from ma_sft import Recipe, run
 from ma_sft.cli import main
+from ma_sft.labels.encoder import ChatEncoder
 
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -156,6 +159,13 @@ def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
     (tmp_path / "mixture.yaml").write_text(
         "datasets: [rows.jsonl]\nfilters: {exact_duplicates: true}\ntest_size: 0.1\n"
     )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    chats = [
+        [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in ROWS
+    ]
+    prepared = [example for chat in ChatEncoder(tokenizer).encode(chats) for example in chat]
+    columns = {"input_ids": [e.input_ids for e in prepared], "labels": [e.labels for e in prepared]}
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "prepared")
     (tmp_path / "overrides.yaml").write_text("learning_rate: 0.001\n")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     (readme,) = (code for _, code, _ in blocks(Path("README.md")) if code.startswith("# recipes/mine.py"))

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 
 SHOWN_ROWS = 5
+TEXT_ROWS = (
+    "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "
+    "in their place, and each turn ends in a trained end token"
+)
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
@@ -201,7 +205,7 @@ def check_dataset(
         court = _Court(dataset, conversations, judge or Judge(tokenizer), report, found, facts)
         court.judge(sample)
     elif template_report is not None:
-        report.not_proven["there is no chat template to compare with"] = report.rows
+        report.not_proven[TEXT_ROWS] = found.counts["not proven"] = report.rows
     if template_report is not None:
         _take_over(template_report, found)
     report.cut_rows, report.cut_turns = found.counts["cut rows"], found.counts["cut turns"]
@@ -430,6 +434,8 @@ class _Court:
             self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
         for remark in dict.fromkeys(verdict.remarks):
             self.found.add("harmless", [row], remark)
+        if verdict.unjudged:
+            self.found.add("not proven", [row])
         if verdict.losses:
             self.found.add("said but not shown", [row])
         if not verdict.faults:
@@ -503,6 +509,7 @@ def _explain(
         ("error", "unknown rest", "what follows the last trained turn is not the conversation"),
         ("error", "unlike the row", "the conversation is not what the raw row says"),
         ("error", "response template missing", f"nothing is trained in these rows{hint}"),
+        ("warning", "not proven", "; ".join(report.not_proven)),
         ("warning", "harmless", "what the model learns beside its turns and generation never shows"),
         ("warning", "said but not shown", f"the template leaves it out of the history: {losses}"),
         ("warning", "untrained turns", f"turns without a label: {reasons}"),
