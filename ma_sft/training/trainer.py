@@ -227,6 +227,11 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         out = model(**inputs, use_cache=False, fused_lm_head=True)
         return torch.stack([part.double().sum() for part in (-out.log_probs, out.is_top1, out.label_mask)])
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "labels" in inputs:  # rows keep them in 32 bits, and torch's losses take 64 alone
+            inputs["labels"] = inputs["labels"].long()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers begins another epoch, and takes its first step, when a run is resumed after its last step
         if self.state.global_step < self.state.max_steps:

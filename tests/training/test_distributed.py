@@ -110,6 +110,9 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
         torch.testing.assert_close(found_weights[key], value, atol=1e-4, rtol=0)
     assert found_summary["tokens"] == summary["tokens"]
     assert found_summary["exact_match_after"] == summary["exact_match_after"]
+    for time in ("before", "after"):  # whatever splits the model, it is measured before the first step too
+        assert found_summary["evaluation"][time]["loss"] == pytest.approx(summary["evaluation"][time]["loss"], abs=1e-4)
+        assert found_summary["evaluation"][time]["answers"] == 5
     if settings.get("use_peft"):
         assert found_summary["merge_max_logit_difference"] < 1e-4
 

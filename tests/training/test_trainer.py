@@ -1,9 +1,12 @@
 """The trainer is handed over: whatever `SFTTrainer` takes, `make_trainer` takes, with rows prepared and proven."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -161,3 +164,23 @@ def test_run_hands_its_trainer_over_before_the_first_step(settings, file):
 
     summary = run(Recipe(**settings, dataset_name=file), on_trainer=lambda trainer: trainer.add_callback(Look()))
     assert seen == [1, 2] and summary["steps"] == 2
+
+
+EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[title for title, _ in EXAMPLES])
+def test_example_of_the_page(code, tiny_bpe, file, monkeypatch):
+    """As it stands, but for a model of this machine."""
+    monkeypatch.chdir(Path(file).parent)
+    names: dict = {}
+    exec(code.replace("Qwen/Qwen3-0.6B", str(tiny_bpe)), names)
+    if "summary" in names:
+        assert names["summary"]["steps"] >= 1 and Path("runs/sft/report.html").is_file()
+    else:
+        assert names["trainer"].state.global_step >= 1
+
+
+def test_the_page_has_five_examples():
+    assert len(EXAMPLES) == 5
