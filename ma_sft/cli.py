@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ma_sft.files import as_written
 from ma_sft.terminal import console, guard, say
 from ma_sft.version import __version__
 
@@ -344,7 +345,8 @@ def _merge(options: argparse.Namespace) -> None:
     from ma_sft.release.merge import merge
 
     how = {"base": options.base, "dtype": options.dtype, "code": _trusts(options)}
-    say(f"merged model: {options.out}: {merge(options.run, options.out, **how)}")
+    with as_written(options.run):
+        say(f"merged model: {options.out}: {merge(options.run, options.out, **how)}")
 
 
 def _trusts(options: argparse.Namespace) -> bool:
@@ -407,7 +409,8 @@ def _export(options: argparse.Namespace) -> None:
 def _handoff(options: argparse.Namespace) -> int:
     from ma_sft.release.handoff import check_handoff
 
-    findings = check_handoff(options.folder, code=_trusts(options))
+    with as_written(options.folder):
+        findings = check_handoff(options.folder, code=_trusts(options))
     if options.json:
         _print_json([asdict(finding) for finding in findings])
     else:

@@ -8,13 +8,15 @@ says what each accepts.
 import argparse
 import os
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ma_sft.errors import RecipeError
+from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.files import parse_yaml
 from ma_sft.settings import PRESET, Chosen, Setting, nearest, settings_of
 
 if TYPE_CHECKING:
@@ -192,7 +194,10 @@ class Recipe:
             raise RecipeError(f"{path} is no recipe; give a .py or .yaml file (ma-sft init --data {path} writes one)")
         import runpy
 
-        recipe = runpy.run_path(str(path)).get("recipe")
+        try:
+            recipe = runpy.run_path(str(path)).get("recipe")
+        except (Exception, SystemExit) as error:
+            raise RecipeError(_what_failed(path, error)) from error
         if not isinstance(recipe, cls):
             raise RecipeError(f"{path} has no variable `recipe = Recipe(...)`")
         recipe.settings.setdefault("name", path.stem)
@@ -234,6 +239,15 @@ class Recipe:
         _check_trackers(settings.training.report_to)
         check_installed(settings.training, settings.model, chosen.values)
         return settings
+
+
+def _what_failed(path: Path, error: BaseException) -> str:
+    """An error inside a recipe, with its line there."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    return f"{where}: {error}" if isinstance(error, MaSftError) else f"{where}: {type(error).__name__}: {error}"
 
 
 def _stages() -> dict[str, type]:
@@ -307,6 +321,8 @@ def with_defaults(chosen: Chosen, known: Mapping[str, Setting]) -> dict[str, Any
 
     given = chosen.values.get
     name = given("name") or "sft"
+    if not given("output_dir") and (name in (".", "..") or "/" in name or "\\" in name):
+        raise RecipeError(f"name: found {name!r}, no name of a folder in runs/; set output_dir for another place")
     lora, quantised = given("use_peft"), given("load_in_4bit") or given("load_in_8bit")
     bf16 = given("bf16")
     if bf16 is None and not given("fp16"):
@@ -380,17 +396,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: no such file, not valid, or no mapping.
     """
-    import yaml
-
     path = path.expanduser()
     if str(path) == ".":
         raise RecipeError("--config needs a YAML file")
     if not path.is_file():
         raise RecipeError(f"the config file {str(path)!r} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
     return content

@@ -1,6 +1,5 @@
 """Good files are broken at random: ma_sft answers with its own errors or with counts, and never with a wrong label."""
 
-import copy
 import gzip
 import json
 import random
@@ -9,6 +8,7 @@ import string
 
 import pytest
 import zstandard
+from breaking import mutate
 from conftest import ROOT, load_tokenizer
 from datasets import Dataset
 
@@ -18,58 +18,10 @@ from ma_sft.labels.encoder import ChatEncoder
 
 FORMATS = sorted((ROOT / "tests/files/formats").glob("*.jsonl"))
 PREFERENCES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
-JUNK = [None, 0, -1, 7.5, True, "", " ", "x", "\0", "a\0b", "\ud800", "\udfff tail", [], {}, [[]], [None], {"a": None}]
-JUNK += [["x", "y"], [{"role": "user"}], [{"role": "user", "content": "x"}], {"text": ["x"], "label": []}, 10**400]
-JUNK += [
-    "user",
-    "assistant",
-    "system",
-    "tool",
-    "function_call",
-    "<|im_end|>",
-    "\n\nHuman: x\n\nAssistant: y",
-    '{"name": 1}',
-]
 
 
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def places(value, path=()):
-    """Every position in a JSON value."""
-    if path:
-        yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from places(value[key], (*path, key))
-
-
-def mutate(row, rng):
-    """The row with one to three values replaced, removed, doubled or swapped."""
-    row = copy.deepcopy(row)
-    for _ in range(rng.randint(1, 3)):
-        options = list(places(row))
-        if not options:
-            break
-        *way, last = rng.choice(options)
-        parent = row
-        for key in way:
-            parent = parent[key]
-        kind = rng.random()
-        if isinstance(parent[last], str) and kind < 0.3:
-            text, at = parent[last], rng.randint(0, len(parent[last]))
-            parent[last] = rng.choice([text[:at], text[at:], text[:at] + " again " + text[at:], text + text[at:]])
-        elif kind < 0.5:
-            parent[last] = copy.deepcopy(rng.choice(JUNK))
-        elif kind < 0.7:
-            del parent[last]
-        elif kind < 0.85 and isinstance(parent, list):
-            parent.insert(last, copy.deepcopy(parent[last]))
-        elif isinstance(parent, list):
-            rng.shuffle(parent)
-        else:
-            parent[f"{last}_{rng.choice('ab')}"] = parent.pop(last)
-    return row
 
 
 def strings(value):

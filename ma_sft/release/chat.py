@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.files import as_written
 from ma_sft.labels.encoder import ChatEncoder, Message
 from ma_sft.terminal import say
 
@@ -63,7 +64,7 @@ def reply(
     ends = end_ids(model.generation_config, encoder.tokenizer)
     streamer = _streamer(encoder.tokenizer) if stream else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.no_grad():
+    with torch.no_grad(), as_written(model.name_or_path):  # its generation config decides much
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -99,7 +100,10 @@ def chat(
         temperature: 0 takes the likeliest token each time.
         code: whether the model's own Python code may run.
     """
-    model, encoder, trained_system = load(folder, base, code=code)
+    if temperature < 0:
+        raise RecipeError(f"temperature: 0 or more expected, found {temperature:g}")
+    with as_written(folder):
+        model, encoder, trained_system = load(folder, base, code=code)
     system = trained_system if system is None else system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
