@@ -383,6 +383,9 @@ class Setting:
         return "a secret" if is_secret(self.name) else repr(value)
 
 
+ADDED_CHOICES: dict[str, list[str]] = {}  # what plug-ins add to the choices of a setting
+
+
 def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
     """Every field of the stages' dataclasses as a setting, by name."""
     found = {}
@@ -398,7 +401,7 @@ def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
                 stage=stage,
                 kinds=_kinds(parts),
                 nullable=type(None) in parts,
-                choices=tuple(field.metadata.get("choices") or names),
+                choices=(*(field.metadata.get("choices") or names), *ADDED_CHOICES.get(field.name, ())),
                 default=_plain(default),
                 help=" ".join((OURS.get(field.name) or field.metadata.get("help", "")).replace("%%", "%").split()),
             )

@@ -11,6 +11,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.packing.best_fit import argsort, best_fit_decreasing
 from ma_sft.packing.overflow import OVERFLOWS, Answers
 from ma_sft.packing.pieces import Ints, Pieces
+from ma_sft.settings import ADDED_CHOICES
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ STRATEGIES = {
     "wrapped": Strategy(_wrap, overflow="split", apart=False),
     "none": Strategy(_one_each),
 }
+
+
+def add_strategy(name: str, strategy: Strategy) -> None:
+    """Make a strategy of one's own a `packing_strategy` of recipes, too."""
+    STRATEGIES[name] = strategy
+    ADDED_CHOICES.setdefault("packing_strategy", []).append(name)
 
 
 def arrange(kept: Pieces, seq_length: int, strategy: str, seed: int | None, groups: NDArray[Any] | None = None) -> Plan:
