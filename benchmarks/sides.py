@@ -109,10 +109,12 @@ def read_packs(side: str, count: str, folder: str, seq_length: int = 2048, batch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from ma_sft import pack
+    from ma_sft.packing.packs import as_arrays
 
     log_normal_rows(int(count), seq_length).save_to_disk(folder)
     rows = datasets.load_from_disk(folder)
-    packs = pack(rows, seq_length) if side == "ours" else pack_dataset(rows, seq_length, "bfd")
+    # as a run reads them
+    packs = as_arrays(pack(rows, seq_length)) if side == "ours" else pack_dataset(rows, seq_length, "bfd")
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     order = np.random.default_rng(0).permutation(len(packs))[:batches].tolist()
     start = time.perf_counter()

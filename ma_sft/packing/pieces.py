@@ -23,4 +23,6 @@ class Pieces:
 
     @classmethod
     def join(cls, parts: Sequence["Pieces"]) -> "Pieces":
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "start", "length")))

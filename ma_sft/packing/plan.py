@@ -34,7 +34,7 @@ class Plan:
 def documents(lengths: Ints, seq_length: int, overflow: str, answers: Answers) -> Pieces:
     """What is kept of rows of these lengths: no piece is empty, none longer than `seq_length`."""
     kept = OVERFLOWS[overflow](lengths, seq_length, answers)
-    return kept.take(np.flatnonzero(kept.length))
+    return kept if kept.length.all() else kept.take(np.flatnonzero(kept.length))
 
 
 # From the documents, the room of a pack and a seed: the pieces in the order of the packs, and how many each pack holds.

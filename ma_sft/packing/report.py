@@ -122,9 +122,9 @@ def make_report(
         end_token_ids: what ends an answer; without it, an answer is cut where labels stand on both sides.
     """
     rows, pieces = len(tokens.lengths), plan.pieces
-    left = np.bincount(kept.row, weights=kept.length, minlength=rows).astype(np.int64)
-    cut = kept.take(np.flatnonzero(left[kept.row] < tokens.lengths[kept.row]))
+    left = np.bincount(kept.row, weights=kept.length, minlength=rows)
     lost = np.flatnonzero(left < tokens.lengths)
+    cut = kept.take(np.flatnonzero(np.isin(kept.row, lost))) if len(lost) else kept.take(slice(0))
     labels_left, ends = tokens.trained(cut), cut.start + cut.length
     early = np.flatnonzero(ends < tokens.lengths[cut.row])
     last, following = (tokens.labels.one(cut.row[early], ends[early] + where) for where in (-1, 0))
