@@ -396,13 +396,15 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
         )
     if "scripts are no longer supported" in text:
         return (
-            f"{what} is a script ({text.split()[-1]}), which does not run; take the hub's Parquet copy of it with "
-            "dataset_revision: refs/convert/parquet, or its files"
+            f"{what} is a script ({text.split()[-1]}), which does not run; take the hub's Parquet copy of it, "
+            f"{name}@refs/convert/parquet, or its files"
         )
     inner = next((e for e in chain if type(e).__module__.startswith(("pyarrow", "httpx2"))), chain[-1])
     said = text if inner is error else f"{text}: {' '.join(str(inner).split())}"
     if kind == "dataset" and "onfig" in text:
-        return f"{what}: {_short(said)}; set name in the source, or dataset_config"
+        return f"{what}: {_short(said)}; set dataset_config, or name in the source"
+    if kind == "dataset" and "split" in text:
+        return f"{what}: {_short(said)}; set dataset_train_split, or split in the source"
     return f"{what} cannot be loaded: {type(inner).__name__}: {_short(said)}"
 
 

@@ -1,0 +1,103 @@
+"""Whole runs as users start them: `make sft-qwen3`, two processes, two runs at once, one cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_tokenizer, save_tiny
+from hub.conftest import chats, parquet
+from processes import free_port
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def qwen3(hub, tmp_path):
+    """A tiny Qwen3 with the real tokenizer, and rows as Capybara's, under the names of the real ones."""
+    hub.add("datasets", "trl-lib/Capybara", {f"data/{s}-0.parquet": parquet(chats(40)) for s in ("train", "test")})
+    return hub.add("models", "Qwen/Qwen3-0.6B", save_tiny(tmp_path / "tiny", load_tokenizer("qwen3")))
+
+
+def start(command, env, log: Path):
+    """A process with its own group, so that a test can end all of it."""
+    with open(log, "w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
+
+
+def environment(hub, home: Path, **more: object) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, **hub.env(home), **{key: str(value) for key, value in more.items()}}
+
+
+def finish(process, log: Path, seconds: float = 500) -> str:
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    assert code == 0, log.read_text()
+    return log.read_text()
+
+
+def fetched_once(hub) -> None:
+    """Each file came once, however many processes asked for it."""
+    files = hub.fetched("/resolve/")
+    assert files and len(files) == len(set(files)), sorted(files)
+
+
+def test_make_sft_qwen3_as_it_stands(hub, qwen3, tmp_path):
+    """The recipe of `make sft-qwen3 MAX_STEPS=4`: what the target runs after the environment is made."""
+    dry = subprocess.run(
+        ["make", "--dry-run", "sft-qwen3", "MAX_STEPS=4", f"ARGS=--output_dir {tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    command = dry.stdout.strip().splitlines()[-1]
+    assert "recipes/qwen3.py" in command and "--max_steps 4" in command
+    command = command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    log = tmp_path / "log"
+    text = finish(start(command.split(), environment(hub, tmp_path / "home"), log), log)
+    assert "Traceback" not in text
+    fetched_once(hub)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["revision"] == qwen3
+
+
+def test_two_processes_of_one_run(hub, qwen3, tmp_path):
+    port, processes = free_port(), []
+    for rank in range(2):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        env = environment(
+            hub, tmp_path / "home", **ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true"
+        )
+        command = [sys.executable, "recipes/qwen3.py", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+        log = tmp_path / f"log-{rank}"
+        processes.append((start(command, env, log), log))
+    for process, log in processes:
+        finish(process, log)
+    fetched_once(hub)
+    assert (tmp_path / "run/merged/model.safetensors").is_file()
+
+
+def test_two_runs_at_once(hub, qwen3, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        command = [sys.executable, "recipes/qwen3.py", "--max_steps", "2", "--output_dir", str(tmp_path / name)]
+        runs.append((start(command, environment(hub, tmp_path / "home"), tmp_path / f"{name}.log"), name))
+    for process, name in runs:
+        finish(process, tmp_path / f"{name}.log")
+        assert (tmp_path / name / "merged/model.safetensors").is_file()
+    fetched_once(hub)
+
+
+def test_the_target_without_a_hub_says_what_to_do(hub, tmp_path):
+    env = environment(hub, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    command = [sys.executable, "recipes/qwen3.py", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Qwen/Qwen3-0.6B" in line and "MODEL=PATH" in line
+    assert "Traceback" not in done.stderr
