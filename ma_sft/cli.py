@@ -169,8 +169,11 @@ def _settings(options: argparse.Namespace) -> None:
     found = {n: s for n, s in all_settings().items() if word in n or word in s["help"].lower()}
     if options.json:
         return _print_json(found)
-    for name, setting in found.items():
-        say(f"{name} = {setting['default']}\n    {setting['help']}")
+    for stage in dict.fromkeys(setting["stage"] for setting in found.values()):
+        say(f"[{stage}]")
+        for name, setting in found.items():
+            if setting["stage"] == stage:
+                say(f"{name} = {setting['default']}  ({setting['class']})\n    {setting['help']}")
 
 
 @command("train", "fine-tune as a recipe says; any setting of the recipe is a flag", RECIPE, settings=True)

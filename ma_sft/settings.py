@@ -154,18 +154,21 @@ RIVALS = (
 )
 
 
-def _held_out(values: Mapping[str, Any]) -> bool:
-    return bool(values["eval_dataset"] or values["test_size"])
-
-
 @dataclass(frozen=True)
 class Need:
-    """Settings that do nothing unless another one is on: `words` says which, `switches` are what turns it on."""
+    """Settings (`names`) that do nothing unless one of `switches` is on, or, where that is not all, `met` holds."""
 
     names: str
     switches: str
-    words: str
-    met: Callable[[Mapping[str, Any]], bool]
+    words: str = ""
+    met: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        return self.met(values) if self.met else any(_given(values[name]) for name in self.switches.split())
+
+    @property
+    def why(self) -> str:
+        return self.words or f"does nothing without {' or '.join(self.switches.split())}; set it"
 
 
 NEEDS = (
@@ -174,19 +177,51 @@ NEEDS = (
         "lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
         "use_peft",
         "trains an adapter and use_peft is false; set use_peft",
-        lambda values: values["use_peft"],
+    ),
+    Need("bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant", "load_in_4bit"),
+    Need("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size"),
+    Need("metric max_new_tokens", "generate_eval"),
+    Need("eval_steps", "eval_strategy", "needs eval_strategy=steps", lambda values: values["eval_strategy"] == "steps"),
+    Need(
+        "metric_for_best_model greater_is_better",
+        "load_best_model_at_end save_strategy lr_scheduler_type",
+        "is for the best checkpoint; set load_best_model_at_end",
+        lambda values: (
+            values["load_best_model_at_end"]
+            or values["save_strategy"] == "best"
+            or values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy")
+        ),
+    ),
+    Need("test_near_duplicates", "test_size"),
+    Need(
+        "stopping_strategy",
+        "datasets",
+        "is for sources with weights; give each of datasets a weight",
+        lambda values: any(isinstance(source, dict) and "weight" in source for source in values["datasets"]),
+    ),
+    Need("packing_strategy", "packing eval_packing"),
+    Need("overflow", "max_length"),
+    Need(
+        "truncation_mode",
+        "packing packing_strategy overflow",
+        "says what is left of a row that is cut, and here overflow or packing_strategy does; set overflow",
+        lambda values: (
+            not (values["packing"] and values["packing_strategy"] != "bfd")
+            and values["overflow"] in (None, values["truncation_mode"])
+        ),
     ),
     Need(
-        "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
-        "load_in_4bit",
-        "is for a 4-bit base; set load_in_4bit",
-        lambda values: values["load_in_4bit"],
+        "response_template",
+        "formatting_func",
+        "finds labels in the text of formatting_func; set it (a chat template needs no response_template)",
     ),
+    Need("instruction_template", "response_template"),
     Need(
-        "generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end",
-        "eval_dataset test_size",
-        "needs held-out rows; set eval_dataset or test_size",
-        _held_out,
+        "system_prompt merge_turns train_on history template_kwargs template_now dataset_format on_error "
+        "dataset_text_field",
+        "formatting_func",
+        "is for conversations, and formatting_func makes the whole text; leave one of them out",
+        lambda values: not values["formatting_func"],
     ),
     Need(
         "completion_only_loss",
@@ -200,68 +235,10 @@ NEEDS = (
         "trains a part of each row, and completion_only_loss=false all of it; leave one of them out",
         lambda values: values["completion_only_loss"] is not False,
     ),
-    Need("metric max_new_tokens", "generate_eval", "needs generate_eval", lambda values: values["generate_eval"]),
-    Need("eval_steps", "eval_strategy", "needs eval_strategy=steps", lambda values: values["eval_strategy"] == "steps"),
-    Need(
-        "metric_for_best_model greater_is_better",
-        "load_best_model_at_end save_strategy lr_scheduler_type",
-        "is for the best checkpoint; set load_best_model_at_end",
-        lambda values: (
-            values["load_best_model_at_end"]
-            or values["save_strategy"] == "best"
-            or values["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy")
-        ),
-    ),
-    Need(
-        "test_near_duplicates", "test_size", "is for a split; set test_size", lambda values: bool(values["test_size"])
-    ),
-    Need(
-        "stopping_strategy",
-        "datasets",
-        "is for sources with weights; give each of datasets a weight",
-        lambda values: any(isinstance(source, dict) and "weight" in source for source in values["datasets"]),
-    ),
-    Need(
-        "packing_strategy",
-        "packing eval_packing",
-        "needs packing",
-        lambda values: values["packing"] or values["eval_packing"],
-    ),
-    Need(
-        "response_template",
-        "formatting_func",
-        "finds labels in the text of formatting_func; set it (a chat template needs no response_template)",
-        lambda values: bool(values["formatting_func"]),
-    ),
-    Need(
-        "instruction_template",
-        "response_template",
-        "needs response_template",
-        lambda values: bool(values["response_template"]),
-    ),
-    Need(
-        "system_prompt merge_turns train_on history template_kwargs dataset_format on_error dataset_text_field "
-        "template_now",
-        "formatting_func",
-        "is for conversations, and formatting_func makes the whole text; leave one of them out",
-        lambda values: not values["formatting_func"],
-    ),
-    Need(
-        "hub_model_id hub_private_repo hub_revision",
-        "push_to_hub",
-        "is for push_to_hub; set it",
-        lambda values: values["push_to_hub"],
-    ),
-    Need(
-        "liger_kernel_config", "use_liger_kernel", "needs use_liger_kernel", lambda values: values["use_liger_kernel"]
-    ),
-    Need("fsdp_config", "fsdp", "needs fsdp", lambda values: bool(values["fsdp"])),
-    Need(
-        "dataloader_persistent_workers dataloader_prefetch_factor",
-        "dataloader_num_workers",
-        "is for processes that load; set dataloader_num_workers",
-        lambda values: values["dataloader_num_workers"] > 0,
-    ),
+    Need("hub_model_id hub_private_repo hub_revision", "push_to_hub"),
+    Need("liger_kernel_config", "use_liger_kernel"),
+    Need("fsdp_config", "fsdp"),
+    Need("dataloader_persistent_workers dataloader_prefetch_factor", "dataloader_num_workers"),
     Need(
         "warmup_steps",
         "lr_scheduler_type",
@@ -560,14 +537,14 @@ class Chosen:
             if all(_given(values.get(name)) for name in pair):
                 raise RecipeError(f"{pair[0]} and {pair[1]} say the same in two ways; leave one of them out")
         for need in NEEDS:
-            if need.met(values):
+            if need.holds(values):
                 continue
             switched = max((self.layer.get(name, -1) for name in need.switches.split()), default=-1)
             for name in need.names.split():
                 told = self.layer.get(name, -1) >= max(switched, 0)
                 if told and _given(self.values[name]) and self.values[name] not in (self.known[name].default, "no"):
-                    raise RecipeError(f"{name} {need.words}, or remove {name}")
+                    raise RecipeError(f"{name} {need.why}, or remove {name}")
 
 
 def _given(value: Any) -> bool:
-    return value is not None and value is not False and value != [] and value != {}
+    return value is not None and value is not False and not (isinstance(value, int | list | dict) and not value)

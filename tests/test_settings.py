@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from datasets import Dataset
+from conftest import ROOT, save_tiny
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ma_sft import MaSftError, Recipe, RecipeError
+from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import check, label
@@ -113,10 +114,20 @@ def test_setting_that_would_do_nothing_is_refused(need, name, rows):
     more = {}
     if need.switches == "formatting_func":
         more = {} if name == "response_template" else {"formatting_func": "question-answer"}
-        other = {"train_on": "last", "history": "mask", "on_error": "skip", "template_kwargs": {"a": 1}}
+        other = {
+            "merge_turns": True,
+            "train_on": "last",
+            "history": "mask",
+            "on_error": "skip",
+            "template_kwargs": {"a": 1},
+        }
         value = value if name == "response_template" else other.get(name, "text2")
     if need.switches == "lr_scheduler_type":
         more = {"lr_scheduler_type": "constant"}
+    if name == "truncation_mode":
+        value, more = "keep_end", {"packing": True, "packing_strategy": "wrapped"}
+    if name == "overflow":
+        value, more = "drop", {"max_length": None}
     if name == "fsdp_config":
         value = {"min_num_params": 1}
     if need.switches == "completion_only_loss":
@@ -345,3 +356,277 @@ def test_missing_column_in_a_formatting_func_is_one_line(tiny_bpe, rows, tmp_pat
     (tmp_path / "mine.py").write_text("def texts(rows):\n    return [a for a in rows['question']]\n")
     with pytest.raises(MaSftError, match="instruction, input, output: KeyError: 'question'"):
         labelled(tiny_bpe, rows, formatting_func=f"{tmp_path}/mine.py:texts")
+
+
+# Each setting that ma_sft does itself, with what shows it.
+
+SYSTEM = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}
+TWO_TURNS = {"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]}
+THOUGHTS = {
+    "messages": [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\none"},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def see(tiny_bpe, tiny_qwen3, rows, tmp_path_factory):
+    """Labels rows as settings say: `see(content, **settings)` gives the texts, the trained texts and all else."""
+    folder = tmp_path_factory.mktemp("see")
+
+    def look(content=None, *, held_out=False, thinks=False, **settings):
+        if content is not None:
+            path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+            path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in content))
+            settings = {"dataset_name": str(path), **settings}
+        model = tiny_qwen3 if thinks else tiny_bpe
+        settings = resolve(**{"model_name_or_path": str(model), "dataset_name": rows, **settings})
+        tokenizer, _ = load_tokenizer(settings)
+        found = label(settings, tokenizer, held_out=held_out)
+        texts = [tokenizer.decode(ids) for ids in found.dataset["input_ids"]]
+        trained = [tokenizer.decode([i for i in ids if i != -100]) for ids in found.dataset["labels"]]
+        return texts, trained, found
+
+    look.rows, look.folder = rows, folder
+    return look
+
+
+def splits(see):
+    path = see.folder / "splits"
+    if not path.exists():
+        DatasetDict({"train": Dataset.from_list(ROWS[:1]), "more": Dataset.from_list(ROWS[:3])}).save_to_disk(path)
+    return str(path)
+
+
+def weighted(see, **settings):
+    few = see.folder / "few.jsonl"
+    few.write_text(json.dumps(ROWS[0]) + "\n")
+    return len(see(datasets=[{"path": p, "weight": 1} for p in (see.rows, str(few))], dataset_name=None, **settings)[0])
+
+
+def near_duplicates_stay_together(see):
+    with pytest.raises(RecipeError, match="1 groups that stay together"):
+        see([ROWS[0]] * 4, test_size=2, test_near_duplicates=0.9)
+    return True
+
+
+def marked(see):
+    path = see.folder / "mark.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m['role'] + mark + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant' + mark }}{% endif %}"
+    )
+    return str(path)
+
+
+LABELS = {
+    "dataset_name": lambda see: len(see()[0]) == 4,
+    "datasets": lambda see: len(see(dataset_name=None, datasets=[see.rows, see.rows])[0]) == 8,
+    "eval_dataset": lambda see: len(see(ROWS[:1], eval_dataset=[see.rows], held_out=True)[0]) == 4,
+    "test_size": lambda see: len(see(test_size=1)[0]) == 3,
+    "test_near_duplicates": lambda see: near_duplicates_stay_together(see),
+    "filters": lambda see: len(see([*ROWS, *ROWS], filters={"exact_duplicates": True})[0]) == 4,
+    "stopping_strategy": lambda see: weighted(see, stopping_strategy="all_exhausted") > weighted(see),
+    "dataset_streaming": lambda see: (
+        see(dataset_streaming=True, max_steps=1)[2].counts.checked_rows_of_the_stream == 4
+    ),
+    "dataset_train_split": lambda see: len(see(dataset_name=splits(see), dataset_train_split="more")[0]) == 3,
+    "dataset_test_split": lambda see: (
+        len(see(eval_dataset=[splits(see)], dataset_test_split="more", held_out=True)[0]) == 3
+    ),
+    "dataset_format": lambda see: (
+        see([{**ROWS[0], "prompt": "P", "completion": "C"}], dataset_format="prompt-completion")[1][0].startswith("C")
+    ),
+    "on_error": lambda see: see([*ROWS, "broken"], on_error="skip")[2].counts.skipped_rows == 1,
+    "system_prompt": lambda see: "Be so" in see(system_prompt="Be so")[0][0],
+    "merge_turns": lambda see: see([SYSTEM], merge_turns=True)[0][0].count("<|im_start|>user") == 1,
+    "template": lambda see: "###Question" in see(template="question-answer")[0][0],
+    "template_kwargs": lambda see: "user::Say" in see(template=marked(see), template_kwargs={"mark": "::"})[0][0],
+    "train_on": lambda see: see([TWO_TURNS], train_on="last")[1][0].count("assistant") == 1,
+    "history": lambda see: (
+        len(see([THOUGHTS], thinks=True, history="mask")[0]) < len(see([THOUGHTS], thinks=True)[0])
+    ),
+    "formatting_func": lambda see: see(formatting_func="question-answer")[1][0].startswith("###Question"),
+    "response_template": lambda see: see(formatting_func="question-answer", response_template="###Answer:")[1][
+        0
+    ].strip().startswith("it is"),
+    "instruction_template": lambda see: (
+        see(formatting_func="question-answer", response_template="###Answer:", instruction_template="###Question:")[2]
+        .collator.instruction_template
+        is not None
+    ),
+    "dataset_num_proc": lambda see: len(see(dataset_num_proc=2)[0]) == 4,
+    "seed": lambda see: see(seed=1)[0] != see(seed=2)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_setting_shows_in_the_labels(name, see):
+    assert LABELS[name](see)
+
+
+@dataclasses.dataclass
+class Run:
+    """Two steps on the tiny model: what was resolved, the trainer, the folder, the summary."""
+
+    settings: object
+    trainer: object
+    out: Path
+    summary: dict
+
+
+def train(tmp_path_factory, model, rows, **settings):
+    out = tmp_path_factory.mktemp("run") / "out"
+    recipe = Recipe(
+        **{
+            "model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out), "max_steps": 2,
+            "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "bf16": False, **settings,
+        }
+    )  # fmt: skip
+    kept = []
+    summary = run(recipe, on_trainer=kept.append)
+    return Run(recipe.resolve(), kept[0], out, summary)
+
+
+@pytest.fixture(scope="module")
+def full(tiny_bpe, rows, tmp_path_factory):
+    (tmp_path_factory.getbasetemp() / "grade.py").write_text("def one(answer, reference):\n    return 0.25\n")
+    return train(
+        tmp_path_factory, tiny_bpe, rows, name="mine", run_name="shown", optim="sgd", full_learning_rate=3e-3,
+        learning_rate=1.0, report_to=["tensorboard"], save_strategy="steps", save_steps=1, save_total_limit=1,
+        dataloader_drop_last=True, test_size=1, generate_eval=1, max_new_tokens=3, freeze=["embed"],
+        metric=f"{tmp_path_factory.getbasetemp()}/grade.py:one", model_init_kwargs={"attn_implementation": "eager"},
+        padding_free=True, logging_nan_inf_filter=False, check=False, logging_steps=1, hub_token="hf_secret",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_bpe, rows, tmp_path_factory):
+    return train(
+        tmp_path_factory, tiny_bpe, rows, use_peft=True, lora_preset="attention", lora_config={"r": 3},
+        lora_dropout=0.25, loraplus_lr_ratio=4, learning_rate=1e-3, merge=False, dtype="bfloat16", packing=True,
+        max_length=64, packing_strategy="wrapped", attn_implementation="eager", save_strategy="no", test_size=1,
+        eval_packing=False,
+    )  # fmt: skip
+
+
+def lora_layers(trainer):
+    return {n.split(".")[-1]: m for n, m in trainer.model.named_modules() if hasattr(m, "lora_A")}
+
+
+def learning_rates(trainer):
+    return {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
+
+
+FULL = {
+    "name": lambda run: run.summary["name"] == "mine",
+    "output_dir": lambda run: (run.out / "model" / "config.json").is_file(),
+    "run_name": lambda run: run.trainer.args.run_name == "shown",
+    "optim": lambda run: type(run.trainer.optimizer.optimizer) is torch.optim.SGD,
+    "full_learning_rate": lambda run: run.trainer.args.learning_rate == 3e-3,
+    "report_to": lambda run: any(run.out.rglob("events.out.tfevents.*")),
+    "save_strategy": lambda run: (run.out / "checkpoint-2" / "complete.json").is_file(),
+    "save_total_limit": lambda run: len(list(run.out.glob("checkpoint-*"))) == 1,
+    "dataloader_drop_last": lambda run: len(run.trainer.train_dataset) == 3,
+    "generate_eval": lambda run: len(json.loads((run.out / "answers.json").read_text())) == 1,
+    "metric": lambda run: run.summary["evaluation"]["after"]["score"] == 0.25,
+    "max_new_tokens": lambda run: run.settings.exam.max_new_tokens == 3,
+    "freeze": lambda run: not run.trainer.model.get_input_embeddings().weight.requires_grad,
+    "model_init_kwargs": lambda run: run.trainer.model.config._attn_implementation == "eager",
+    "padding_free": lambda run: run.trainer.data_collator.padding_free,
+    "logging_nan_inf_filter": lambda run: run.trainer.args.logging_nan_inf_filter is False,
+    "check": lambda run: json.loads((run.out / "run.json").read_text())["findings"] is None,
+    "disable_tqdm": lambda run: not any("Bar" in type(c).__name__ for c in run.trainer.callback_handler.callbacks),
+    "model_name_or_path": lambda run: run.trainer.model.config.model_type == "qwen3",
+    "bf16": lambda run: run.trainer.args.bf16 is False,
+    "use_cpu": lambda run: run.trainer.args.use_cpu is not torch.accelerator.is_available(),
+    "ddp_find_unused_parameters": lambda run: run.trainer.args.ddp_find_unused_parameters is False,
+}
+ADAPTER = {
+    "use_peft": lambda run: (run.out / "adapter" / "adapter_config.json").is_file(),
+    "lora_preset": lambda run: set(lora_layers(run.trainer)) == {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "lora_config": lambda run: run.trainer.model.peft_config["default"].r == 3,
+    "lora_dropout": lambda run: lora_layers(run.trainer)["q_proj"].lora_dropout["default"].p == 0.25,
+    "loraplus_lr_ratio": lambda run: learning_rates(run.trainer) == {1e-3, 4e-3},
+    "learning_rate": lambda run: min(learning_rates(run.trainer)) == 1e-3,
+    "merge": lambda run: not (run.out / "merged").exists(),
+    "dtype": lambda run: run.trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16,
+    "packing": lambda run: len(run.trainer.train_dataset) < 3 + 2,
+    "max_length": lambda run: max(len(row["input_ids"]) for row in run.trainer.train_dataset) <= 64,
+    "packing_strategy": lambda run: not run.trainer.data_collator.padding_free,
+    "attn_implementation": lambda run: run.trainer.model.config._attn_implementation == "eager",
+    "eval_packing": lambda run: len(run.trainer.eval_dataset) == 1,
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_setting_shows_in_a_run(name, full):
+    assert FULL[name](full)
+
+
+@pytest.mark.parametrize("name", ADAPTER)
+def test_setting_shows_in_an_adapters_run(name, adapter):
+    assert ADAPTER[name](adapter)
+
+
+def test_secret_is_in_no_file_of_a_run(full):
+    for path in full.out.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+
+
+def test_adapter_is_tried_out_before_any_row_is_read(tiny_bpe, tmp_path):
+    model = {"model_name_or_path": str(tiny_bpe), "use_peft": True, "dataset_name": "no.jsonl"}
+    for name, value in (("lora_target_parameters", ["experts.up"]), ("lora_target_modules", ["no_proj"])):
+        with pytest.raises(RecipeError, match=f"{name}: '{value[0]}' matches no"):
+            run(Recipe(**model, output_dir=str(tmp_path / name), **{name: value}))
+
+
+def test_default_adapter_trains_a_mixture_of_experts(tiny_bpe, rows, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    folder = save_tiny(tmp_path / "moe", tokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM)
+    recipe = Recipe(
+        model_name_or_path=str(folder), dataset_name=rows, use_peft=True, max_steps=1, output_dir=str(tmp_path / "run"),
+        merge=False, report_to=[], disable_tqdm=True, save_strategy="no", max_length=32,
+    )  # fmt: skip
+    run(recipe)
+    lines = dict(json.loads((tmp_path / "run" / "run.json").read_text())["lines"])
+    assert "2 x experts.gate_up_proj" in lines["the adapter is on"] and "2 x q_proj" in lines["the adapter is on"]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0
+    with pytest.raises(RecipeError, match="lora_dropout: PEFT cannot drop out on fused experts"):
+        run(recipe, ["--lora_dropout", "0.05", "--output_dir", str(tmp_path / "other")])
+
+
+# Settings whose proof is a test above, or one of another file.
+PROVEN = {
+    "dataset_config": "test_settings.py::test_dataset_config_is_for_hub_data_sets",
+    "dataset_text_field": "test_settings.py::test_dataset_text_field_names_the_column",
+    "completion_only_loss": "test_settings.py::test_completion_only_loss_false_trains_every_token",
+    "chat_template_path": "test_settings.py::test_chat_template_path_takes_a_file_or_a_tokenizer",
+    "eos_token": "test_settings.py::test_eos_and_pad_token",
+    "pad_token": "test_settings.py::test_eos_and_pad_token",
+    "lora_target_modules": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
+    "lora_target_parameters": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
+    "overflow": "training/test_prepare.py::test_overflow_is_a_setting",
+    "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
+    "use_bnb_nested_quant": "training/test_methods.py::test_adapter",
+    "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
+    "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_a_run_and_nothing_else",
+    "save_only_model": "training/test_folder.py::test_a_model_alone_is_nothing_to_go_on_from",
+    "resume": "training/test_checkpoints.py::test_changed_data_is_refused",
+    "resume_from_checkpoint": "training/test_streams.py::test_a_stream_goes_on_where_it_stopped_or_refuses",
+    "push_to_hub": "hub/test_publish.py::test_an_adapter_with_its_card",
+    "model_revision": "hub/test_commands.py::test_train_merge_chat_and_export_of_a_revision",
+    "ddp_backend": "training/test_distributed.py::test_two_processes_train_what_one_trains",
+}
+
+
+def test_every_setting_of_ours_is_observed():
+    ours = {name for name, what in known_settings().items() if what.kind == "ours"}
+    assert ours == {*LABELS, *FULL, *ADAPTER, *PROVEN}
+    for place in PROVEN.values():
+        file, test = place.split("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), place

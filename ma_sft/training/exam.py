@@ -23,7 +23,7 @@ from ma_sft.files import write_whole
 from ma_sft.labels.encoder import ChatEncoder, Message
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.recipe import Settings
-from ma_sft.training.grades import Answer, HeldOut, evaluation, grade, headlines, marks
+from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks
 from ma_sft.training.processes import fill_up, gather
 from ma_sft.training.quantized import repacked
 
@@ -64,7 +64,6 @@ class Exam(TrainerCallback):
         rows = held_out.conversations if held_out else None
         if rows is None:
             return
-        grade([], [], settings.exam.metric)  # a metric that is not there is said before training
         count = settings.exam.generate_eval
         rows = rows.select(range(len(rows) if count < 0 else min(count, len(rows))))
         self.encoder = make_encoder(settings, tokenizer)
@@ -152,6 +151,7 @@ def held_out_loss(trainer: "ResumableTrainer", dataset: Dataset, sources: Sequen
 
     found: dict[str, torch.Tensor] = {}
     metrics, trainer.compute_metrics = trainer.compute_metrics, None  # they would ask for the logits
+    drop_last, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False  # each row counts here
     trainer.compute_loss = count  # type: ignore[method-assign]
     try:
         for source in dict.fromkeys(sources):
@@ -164,7 +164,7 @@ def held_out_loss(trainer: "ResumableTrainer", dataset: Dataset, sources: Sequen
             found[source] = torch.stack(sums).sum(0)
     finally:
         del trainer.compute_loss
-        trainer.compute_metrics = metrics
+        trainer.compute_metrics, trainer.args.dataloader_drop_last = metrics, drop_last
     found = {"all": torch.stack([*found.values()]).sum(0), **found}
     counted = {name: tuple(values.tolist()) for name, values in found.items()}
     return {
