@@ -284,4 +284,8 @@ def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(tmp_path):
     assert "csv_qa" in listed and "zero3_offload" in listed
     ma_sft("recipes", "copy", "reasoning")
     assert (tmp_path / "reasoning.py").read_text() == (ROOT / "recipes" / "reasoning.py").read_text()
+    ma_sft("recipes", "copy", "demo")
+    rows = Recipe.load(tmp_path / "demo.py").settings
+    for path in (*rows["datasets"], rows["eval_dataset"]):
+        assert (tmp_path / path).read_text() == (ROOT / path).read_text()
     assert "init" in ma_sft("--help")  # no dependency is installed: nothing of them is imported for this

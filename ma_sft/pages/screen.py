@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+
 from ma_sft.errors import MaSftError
-from ma_sft.terminal import console, say
+from ma_sft.terminal import console, say, visible
 from ma_sft.training.grades import evaluation_rows
 
 if TYPE_CHECKING:
@@ -56,27 +58,33 @@ def show_start(
 
 
 def show_end(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> None:
-    """Print answers and figures, and where everything is."""
-    from rich.table import Table
-
+    """Print a few answers, then the figures and where everything is: the last twenty lines, whole on every screen."""
     screen = console()
-    if answers:
-        table = Table("message", "before", "after", title="held-out answers", show_lines=True)
-        for question, before, after, _ in answers[:5]:
-            table.add_row(*(text if len(text) < 300 else text[:300] + " ..." for text in (question, before, after)))
-        screen.print(table)
-    if found := summary.get("evaluation"):
+    found = summary.get("evaluation")
+    if found and len(found["after"]["sources"]) > 1:
         screen.print(evaluation_table(found))
-    if summary.get("exact_match_after") is not None:
-        first = summary["exact_match_before"]
-        screen.print(
-            f"held-out exact match: {'not measured' if first is None else f'{first:.1%}'} before, "
-            f"{summary['exact_match_after']:.1%} after; stopped by itself: {summary['eos_rate']:.1%}"
-        )
+    for answer in answers[:3]:
+        for what, text in zip(("message", "before", "after"), answer, strict=False):
+            say(shorten(f"{what:>12}  {text}", screen.width))
+    if answers:
+        say(f"{len(answers):,} held-out answers in all, in {out / 'report.html'}", "")
+    for title, (before, after) in evaluation_rows(found)[0]["cells"].items() if found else ():
+        name = f"held-out {title.replace('-', ' ')}" if title != "stopped by itself" else title
+        say(f"{name}: {before or 'not measured'} before, {after} after")
     for what in ("adapter", "merged", "model", "report.html"):
         if (out / what).exists():
-            screen.print(f"{what:>12}  {out / what}", soft_wrap=True)
-    screen.print(f"{'chat':>12}  ma-sft chat {out}", soft_wrap=True)
+            say(f"{what:>12}  {out / what}")
+    say(f"{'chat':>12}  ma-sft chat {out}")
+
+
+def shorten(text: str, width: int) -> str:
+    """The text as one line that a terminal of `width` columns does not break."""
+    line = visible(text.replace("\n", " "))
+    if cell_len(line) < width:
+        return line
+    while cell_len(line) > width - 5:
+        line = line[: len(line) - max(1, (cell_len(line) - width + 5) // 2)]
+    return f"{line} ..."
 
 
 def evaluation_table(found: dict[str, Any]) -> "Table":

@@ -4,12 +4,15 @@ In a clone they are the folders `recipes/` and `accelerate_configs/`; a wheel ca
 """
 
 import ast
+import runpy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import must_be_new
+
+DEMO_DATA = Path("data/demo")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def shipped() -> dict[str, Shipped]:
 
 
 def copy(name: str, out: Path | None = None) -> Path:
-    """Copy what ships under `name` to `out` (by default its own name, here).
+    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo.
 
     Raises:
         RecipeError: no such name, or `out` exists.
@@ -45,6 +48,8 @@ def copy(name: str, out: Path | None = None) -> Path:
     target = out / source.name if out is not None and out.is_dir() else out or Path(source.name)
     must_be_new(target, "pass another file with -o")
     shutil.copyfile(source, target)
+    if name == "demo" and not DEMO_DATA.exists():  # beside no clone: a recipe's paths count from where it is started
+        runpy.run_path(str(known["demo_data"].path))["write"](DEMO_DATA, seed=0, rows=2000, multi_turn=300, heldout=200)
     return target
 
 
