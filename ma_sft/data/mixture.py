@@ -47,6 +47,7 @@ from ma_sft.data.reader import TOO_DEEP
 from ma_sft.data.sources import Source, check_columns, load_rows, rows_of
 from ma_sft.data.values import SHOWN_COLUMNS, Row, TrackedRow
 from ma_sft.errors import FormatError, RecipeError
+from ma_sft.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +330,7 @@ def _load(
         columns=list(features),
         on_error=on_error,
         numbers=numbers,
-        code=code_of(source.format),
+        code=__version__ + code_of(source.format),
     )
     settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
     stage = Stage(f"{source.path}: convert from {source.format}")

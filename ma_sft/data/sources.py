@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ma_sft.data.reader import FILE, KINDS, PLACE, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
+from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
 from ma_sft.data.values import Row, plain, show_columns
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.hub import is_hub_id, load_dataset
@@ -184,7 +184,7 @@ def _load_files(source: Source, streaming: bool, num_proc: int | None) -> Any:
         raise FormatError(f"{path}: the file is empty")
     builder = RowReader(
         data_files={"train": [glob.escape(str(Path(f).resolve())) for f in files]},
-        hash=__version__,
+        hash=f"{__version__} {' '.join(RAW)}",
         **{key: getattr(source, key) for key in ("field", "encoding", "delimiter", "sample_by")},
     )
     if streaming:

@@ -85,8 +85,10 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
 
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """The turns of a column: a list of objects, or its JSON text, as CSV files have it."""
+    """The turns of a column: a list of objects; its JSON text, as in CSV; or `datasets`' older object of lists."""
     turns = parse_json(value, field) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list | tuple) or not turns or not all(isinstance(t, dict) for t in turns):
         raise FormatError(f"field {field!r}: a list of turns expected, found {show(turns)}")
     return list(turns)

@@ -257,6 +257,7 @@ def test_turns_marked_not_to_be_trained(mark):
         ),
         ({"question": "q", "options": {"A": "x", "B": "y"}, "answer": "y"}, [user("q\nA. x\nB. y"), assistant("B. y")]),
         ({"question": "q", "choices": ["3", "4"], "answer": "4"}, [user("q\nA. 3\nB. 4"), assistant("B. 4")]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, [user("q"), assistant("a")]),
         ({"conversation": [{"system": "S", "input": "q", "output": "a"}]}, [system("S"), user("q"), assistant("a")]),
         (
             {
