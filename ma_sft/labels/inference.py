@@ -244,8 +244,8 @@ class Conversation:
 
     # -- turns --------------------------------------------------------------------------------------------------
 
-    def read(self, form: Form) -> dict[int, Turn]:
-        """What inference has and writes at each assistant message.
+    def read(self, form: Form, turns_at: Sequence[int]) -> dict[int, Turn]:
+        """What inference has and writes at these assistant messages.
 
         Raises:
             Refused: the template raised.
@@ -254,12 +254,12 @@ class Conversation:
             return {0: self._plain_text()}
         messages = [form(m) for m in self.messages]
         texts: list[str] = []
-        for k in self.turns:
+        for k in turns_at:
             texts.append(self._render(messages[:k], self.tools, prompt=True))
             texts.append(self._render(messages[: k + 1], self.tools, prompt=False))
         keys = [self.key(ids) for ids in self.inference.ids_of_prefixes(texts)]
         turns = {}
-        for n, k in enumerate(self.turns):
+        for n, k in enumerate(turns_at):
             prompt, whole = texts[2 * n : 2 * n + 2]
             turn = turns[k] = Turn(keys[2 * n], keys[2 * n + 1])
             if (written := self._written(turn, prompt, whole)) is not None:

@@ -17,6 +17,7 @@ from ma_sft.labels.inference import EMPTY_REASONING, Conversation, Form, Inferen
 from ma_sft.labels.nonsense import Message
 
 IGNORE_INDEX = -100
+FEW_TURNS = 16  # assistant turns of a conversation whose prompts are rendered; see `_Hearing._plainly`
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
 
 
@@ -98,8 +99,13 @@ class _Hearing:
         self.inference = conversation.inference
         self.form = form
         self.wanted = wanted
-        self.turns = conversation.read(form)
         self.verdict = Verdict()
+        turns, few = conversation.turns, range(min(len(conversation.turns), FEW_TURNS))
+        first = {turns[n * (len(turns) - 1) // max(1, len(few) - 1)] for n in few}
+        self.unread = [k for k in turns if k not in first]
+        self.turns = conversation.read(form, sorted(first))
+        self.openings = {turn.prompt[-3:] for turn in self.turns.values()}
+        self.ends = {target[-1:] for turn in self.turns.values() for target in turn.targets}
 
     def judge(self, sequences: Sequence[Labelled], lost: list[Lost]) -> Verdict:
         trained: list[int] = []
@@ -124,7 +130,14 @@ class _Hearing:
     def _judge_turn(self, number: int, ids: list[int], begin: int, end: int) -> int:
         """Judge one stretch of labels; the message that it trains, or comes nearest to."""
         before = self.conversation.key(ids[:begin])
-        k = next((k for k, turn in self.turns.items() if turn.prompt == before), None)
+        k = self._turn_after(before)
+        if k is None and self.unread:
+            if (k := self._plainly(before, ids, begin, end)) is not None:
+                self.verdict.proven.append((number, begin, end))
+                return k
+            self.turns |= self.conversation.read(self.form, self.unread)
+            self.unread = []
+            k = self._turn_after(before)
         if k is None:
             nearest = max(self.turns, key=lambda k: _nearness(self.turns[k].prompt, before))
             how = self._difference(before, self.turns[nearest].prompt)
@@ -137,6 +150,29 @@ class _Hearing:
         else:
             self.verdict.proven.append((number, begin, end))
         return k
+
+    def _turn_after(self, before: Any) -> int | None:
+        return next((k for k, t in self.turns.items() if len(t.prompt) == len(before) and t.prompt == before), None)
+
+    def _plainly(self, before: Any, ids: list[int], begin: int, end: int) -> int | None:
+        """The turn of a long conversation that is trained here, if it is plain and said, begun and ended like others.
+
+        That what stands before it is the history is proven at turns that follow it: rendering every prompt of a long
+        conversation would take time that grows with its square.
+        """
+        said = self._trained(ids, begin, end, shown=False)
+        if before[-3:] not in self.openings or said[-1:] not in self.ends:
+            return None
+        text = self.inference.spell(said[:-1]).strip()
+        k = next((k for k in self.unread if self._text_of(k) == text), None)
+        if k is not None:
+            self.unread.remove(k)
+        return k
+
+    def _text_of(self, k: int) -> str | None:
+        message = self.conversation.said[k]
+        plain = isinstance(message.get("content"), str) and {*message} <= {"role", "content"}
+        return str(message["content"]).strip() if plain else None
 
     def _compare(self, ids: list[int], begin: int, end: int, turn: Turn) -> tuple[str, str] | None:
         """What is wrong with a trained turn: its code and the first difference; None if nothing."""

@@ -195,7 +195,7 @@ def test_a_template_ends_its_own_turns_or_leaves_that_to_the_next_message(name):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     conversation = Conversation(inference, chat, None, {})
     form, _ = next(conversation.forms())
-    turn = conversation.read(form)[1]
+    turn = conversation.read(form, [1])[1]
     if not turn.targets or isinstance(turn.targets[0], str):
         pytest.skip("the template does not continue its own prompt, or not between two tokens")
     ids = [*turn.prompt, *turn.targets[0]]
@@ -277,3 +277,25 @@ def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
     assert 20 <= report.judged_rows < 100  # one shape, at least 20 times
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
+
+
+def test_a_long_conversation_is_judged_to_its_last_turn():
+    tokenizer = load_tokenizer("smollm2")
+    chat = [{"role": ("user", "assistant")[n % 2], "content": f"message number {n}"} for n in range(80)]
+    ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    end, size = tokenizer.eos_token_id, len(opening)
+    begins = [n + size for n in range(len(ids)) if ids[n : n + size] == opening]
+    labels = [-100] * len(ids)
+    for begin in begins:
+        stop = ids.index(end, begin) + 1
+        labels[begin:stop] = ids[begin:stop]
+    judge = Judge(tokenizer)
+    verdict = judge.judge(chat, [(ids, labels)])
+    assert verdict.faults == [] and len(verdict.proven) == 40
+    for turn in range(40):  # what another turn says is wrong wherever it stands
+        at = begins[turn]
+        said = ids[begins[turn - 1] : ids.index(end, begins[turn - 1])]
+        stop = ids.index(end, at)
+        wrong = [*ids[:at], *said, *ids[stop:]]
+        assert judge.judge(chat, [(wrong, [*labels[:at], *said, *labels[stop:]])]).faults, turn
