@@ -87,8 +87,9 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
     """The turns of a column: a list of objects; its JSON text, as in CSV; or `datasets`' older object of lists."""
     turns = parse_json(value, field) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
-        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=False)]
+    lists = list(turns.values()) if isinstance(turns, dict) else []
+    if lists and all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*lists, strict=True)]
     if not isinstance(turns, list | tuple) or not turns or not all(isinstance(t, dict) for t in turns):
         raise FormatError(f"field {field!r}: a list of turns expected, found {show(turns)}")
     return list(turns)
