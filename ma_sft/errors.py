@@ -40,3 +40,8 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says anything; the name of its kind if none does."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line."""
+    return " ".join(str(error).split())

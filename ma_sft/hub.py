@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ma_sft.errors import RecipeError
+from ma_sft.errors import RecipeError, one_line
 from ma_sft.terminal import say
 
 KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
@@ -361,7 +361,7 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
     if found := re.search(r"models--([^/]+)/snapshots/[^/]+$", name):
         name = found[1].replace("--", "/", 1)
     chain = [*_chain(error)]
-    text = " ".join(str(error).split())
+    text = one_line(error)
     what = _what(name, kind)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     login = "log in with `hf auth login` or set HF_TOKEN"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from ma_sft.errors import RecipeError, RunError
+from ma_sft.errors import RecipeError, RunError, one_line
 
 
 def wants_gpu() -> bool:
@@ -97,4 +97,4 @@ def _make_optimizer(training: Any) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line(error)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ma_sft.errors import MaSftError, RecipeError
+from ma_sft.errors import MaSftError, RecipeError, one_line
 from ma_sft.files import parse_yaml
 from ma_sft.settings import PRESET, Chosen, Setting, nearest, settings_of
 
@@ -233,7 +233,7 @@ class Recipe:
         try:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
-            raise RecipeError(" ".join(str(error).split())) from error
+            raise RecipeError(one_line(error)) from error
         chosen.refuse_what_does_nothing(values)
         settings = Settings(*parsed, chosen=chosen.values)  # type: ignore[misc]  # mypy counts the unpacked ones as all
         _check_trackers(settings.training.report_to)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import MaSftError
+from ma_sft.errors import MaSftError, one_line
 from ma_sft.version import versions
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def guard(command: Callable[[], Any]) -> int:
 def _mendable(error: Exception) -> str | None:
     """What to say of an error that a user can mend; None for all others."""
     if isinstance(error, MaSftError):
-        return " ".join(str(error).split())
+        return one_line(error)
     # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
     for full in (errno.ENOSPC, errno.EDQUOT):
         if getattr(error, "errno", None) == full or os.strerror(full) in str(error):

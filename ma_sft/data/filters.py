@@ -22,7 +22,7 @@ from ma_sft.data.code import code_of
 from ma_sft.data.duplicates import WORD, chains, conversations, exact_key, hash_of, hashes, near_duplicates, new_columns
 from ma_sft.data.functions import load_function
 from ma_sft.data.turns import Message
-from ma_sft.errors import RecipeError
+from ma_sft.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,7 +158,7 @@ class Filters:
                 if not 0 <= low <= high <= 1:
                     raise ValueError(f"shares from 0 to 1 expected, found {share!r}")
         except (regex.error, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"filters: {shown!r}: {' '.join(str(error).split())}") from None
+            raise RecipeError(f"filters: {shown!r}: {one_line(error)}") from None
 
     @property
     def by_row(self) -> list[str]:

@@ -25,7 +25,7 @@ from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, Sp
 from datasets.builder import Key
 
 from ma_sft.data.values import plain, show_columns
-from ma_sft.errors import FormatError, RecipeError
+from ma_sft.errors import FormatError, RecipeError, one_line
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 
@@ -106,7 +106,7 @@ def _read(file: str, config: ReaderConfig) -> Rows:
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: {not_utf_8(error)}") from None
     except Exception as error:  # each compression library and Arrow have their own
-        raise FormatError(f"{where}: cannot be read as {kind[1:]}: {' '.join(str(error).split())[:200]}") from None
+        raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}") from None
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:

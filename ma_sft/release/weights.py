@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 
 from ma_sft.errors import RecipeError
 from ma_sft.hub import refuse_pickles, weight_files
@@ -58,22 +60,19 @@ def read_weights(folder: Path) -> Weights:
         path = folder / name
         with open(path, "rb") as file:
             try:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length) if length < 2**30 else b"")
-                header.pop("__metadata__", None)
-                end = max(entry["data_offsets"][1] for entry in header.values())
-            except (ValueError, KeyError, TypeError):
+                tensors = parse_local_safetensors_file_metadata(path).tensors
+                begin = 8 + int.from_bytes(file.read(8), "little")
+                end = begin + max(tensor.data_offsets[1] for tensor in tensors.values())
+            except (SafetensorsParsingError, ValueError, TypeError):
                 raise RecipeError(f"{path} is no safetensors file, or a broken one; get it again") from None
-            if path.stat().st_size != 8 + length + end:
-                raise RecipeError(
-                    f"{path} is cut off: {path.stat().st_size:,} bytes of {8 + length + end:,}; get it again"
-                )
-            for key, entry in sorted(header.items()):
-                start, stop = entry["data_offsets"]
-                file.seek(8 + length + start)
-                digest.update(f"{key} {entry['dtype']} {entry['shape']}".encode())
+            if path.stat().st_size != end:
+                raise RecipeError(f"{path} is cut off: {path.stat().st_size:,} bytes of {end:,}; get it again")
+            for key, tensor in sorted(tensors.items()):
+                start, stop = tensor.data_offsets
+                file.seek(begin + start)
+                digest.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
                 digest.update(file.read(min(stop - start, _SAMPLE)))
-                files[key], sizes[key] = name, math.prod(entry["shape"])
+                files[key], sizes[key] = name, tensor.parameter_count
                 nbytes += stop - start
     return Weights(folder, files, sizes, nbytes, digest.hexdigest()[:32])
 

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
-from ma_sft.errors import RecipeError, first_line
+from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
 from ma_sft.hub import is_hub_id, load_pretrained, model_folder, refuse_pickles
 
@@ -56,7 +56,6 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     from trl import get_peft_config
 
     model, adapter = settings.model, settings.adapter
-    quantised = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
     if not model.use_peft:
         return None
     if adapter.freeze:
@@ -65,12 +64,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
             'lora_target_modules and lora_config={"layers_to_transform": [...]}'
         )
     if adapter.adapter_name_or_path:
-        own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
-        if own:
-            raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
-        saved = read_adapter_config(adapter_dir(Path(adapter.adapter_name_or_path)))
-        saved.inference_mode = False
-        return saved
+        return _saved_config(settings, adapter.adapter_name_or_path)
     for key, value in PRESETS[adapter.lora_preset].items():
         if settings.chosen.get(key) is None:
             setattr(model, key, value)
@@ -78,7 +72,30 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    more: dict[str, Any] = dict(adapter.lora_config or {})  # type: ignore[arg-type]  # text was parsed with the recipe
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    more = _lora_fields(dict(adapter.lora_config or {}))  # type: ignore[arg-type]  # text was parsed with the recipe
+    try:
+        found = LoraConfig(**{**given, **more})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lora_config: {one_line(error)}") from None
+    _check_initialisation(settings, found)
+    return found
+
+
+def _saved_config(settings: "Settings", folder: str) -> "PeftConfig":
+    """The configuration of an adapter that is trained further."""
+    own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
+    if own:
+        raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
+    saved = read_adapter_config(adapter_dir(Path(folder)))
+    saved.inference_mode = False
+    return saved
+
+
+def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's `lora_config` with mappings as the dataclasses that PEFT wants."""
+    from peft import LoraConfig
+
     hints = get_type_hints(LoraConfig)
     for key, value in more.items():
         if key not in hints:
@@ -92,27 +109,29 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
             more[key] = nested(**value) if nested and isinstance(value, dict) else value  # type: ignore[operator]
         except TypeError as error:
             raise RecipeError(f"lora_config: {key}: {error}") from None
-    if (init := more.get("init_lora_weights")) in NEED_DATA:
+    return more
+
+
+def _check_initialisation(settings: "Settings", config: Any) -> None:
+    """Stop at a way to begin an adapter that PEFT needs data for, or cannot save for the base as it was."""
+    init = config.init_lora_weights
+    if init in NEED_DATA:
         raise RecipeError(
             f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training, which a "
             "recipe cannot describe; use true, gaussian, pissa, pissa_niter_4, olora, orthogonal"
         )
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-    try:
-        found = LoraConfig(**{**given, **more})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"lora_config: {' '.join(str(error).split())}") from None
-    if str(init).startswith(CHANGE_BASE):
-        if quantised:
+    if not str(init).startswith(CHANGE_BASE):
+        return
+    for quantised in ("load_in_4bit", "load_in_8bit"):
+        if getattr(settings.model, quantised):
             raise RecipeError(
                 f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}"
             )
-        if found.use_rslora and (found.rank_pattern or found.alpha_pattern):
-            raise RecipeError(
-                f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
-                "rank_pattern or alpha_pattern; drop one of them"
-            )
-    return found
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise RecipeError(
+            f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
+            "rank_pattern or alpha_pattern; drop one of them"
+        )
 
 
 def skeleton(
