@@ -17,26 +17,24 @@ import json
 import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from jinja2 import TemplateError as JinjaError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
 from ma_sft.labels.bounds import RunawayTemplateError
+from ma_sft.labels.dialect import REFUSALS, Dialect, Message, map_strings, shared_length, strings
+from ma_sft.labels.losses import Losses
 from ma_sft.labels.render import Renderer
 from ma_sft.labels.templates import control_tokens, set_chat_template
-
-Message = dict[str, Any]
-
 
 Ids = NDArray[np.int32]
 
@@ -51,7 +49,23 @@ ASSISTANT_MARKUP = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call
 _CHUNK = 250  # conversations
 
 
+_EXACT = 4  # turns that are rendered one by one; in longer conversations the others are found by them
+
+
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
+
+
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+
+
+# Names of the variables by which templates switch reasoning on and off.
+_THINKING = re.compile(r"\b(?:enable_)?(?:thinking|reasoning)(?:_mode|_enabled)?\b")
+
+
+_FORBIDDEN = "marked not to be trained in the row"
+
+
+_MERGED = "the turn's first characters merge into the prompt's last token"
 
 
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
@@ -61,13 +75,15 @@ _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 class Turn:
     """One assistant turn of a sequence: tokens `start:end` are trained, the end-of-turn token included.
 
-    A turn that is not trained in this sequence has an empty span and says why in `reason`.
+    A turn that is not trained in this sequence has an empty span and says why in `reason`. `unthought` turns stand in
+    it as history, without the empty reasoning block that the template writes before the last turn.
     """
 
     message: int
     start: int = 0
     end: int = 0
     reason: str = ""
+    unthought: bool = False
 
     @property
     def trained(self) -> bool:
@@ -95,15 +111,38 @@ class Example:
         return cast(list[int], self.label_ids.tolist())
 
 
-@dataclass
-class _Plan:
-    """What one conversation needs: the text to encode, and for each turn where to look in it."""
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation whose control-token text is cut by `marker`, and how it is rendered."""
 
-    text: str
-    # message index, prompt's text, target's text up to the end-of-turn token, reason against training
-    turns: list[tuple[int, str, str, str]]
+    messages: list[Message]
+    tools: list[Any] | None
+    kwargs: dict[str, Any]
+    untrained: frozenset[int]  # messages that the row forbids to train
+    dialect: Dialect
     marker: str
     special_text: list[str]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What assistant turn `message` writes after `prompt`, with the token that stops it; or why it is not trained."""
+
+    message: int
+    prompt: str = ""
+    target: str = ""
+    reason: str = ""
+    built: bool = False  # of the row's own reasoning, which the template drops
+
+
+@dataclass
+class _Plan:
+    """A text to encode, and its turns, whose `start` and `end` count characters."""
+
+    text: str
+    marker: str
+    special_text: list[str]
+    turns: list[Turn] = field(default_factory=list)
 
 
 class ChatEncoder:
@@ -142,18 +181,21 @@ class ChatEncoder:
         self.history = history
         self.template_kwargs = template_kwargs or {}
         self.backend = Backend(tokenizer)
-        self._renderer = Renderer(tokenizer, self.template_kwargs)
+        self._renderer = Renderer(tokenizer)
         self.control = control_tokens(tokenizer)
-        alternatives = sorted(map(re.escape, self.control), key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(alternatives) or r"(?!)")
+        self._control_pattern = _any_of(self.control)
         self._is_control = np.zeros(max(len(tokenizer), *tokenizer.added_tokens_decoder, 1) + 1, dtype=bool)
         self._is_control[list(self.control.values())] = True
-        self._escape = _escaper([*self.control])
-        self._escape_assistant = _escaper([t for t in self.control if t not in ASSISTANT_MARKUP])
+        self._escape = _escaper(self.control)
+        self._escape_assistant = _escaper(t for t in self.control if t not in ASSISTANT_MARKUP)
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
         self.encode_suffix = lru_cache(maxsize=4096)(self._encode_marked)
-        self.end_token, self._tail = self._find_end_of_turn()
+        self._losses = Losses()
+        self._advice: dict[Any, str] = {}
+        self._dialects: dict[str, Dialect] = {}
+        self._tails: set[str] = set()
+        self.end_token = self._dialect(None).end.token
 
     @property
     def end_token_id(self) -> int:
@@ -161,9 +203,17 @@ class ChatEncoder:
         return self.control[self.end_token]
 
     def encode(
-        self, conversations: Sequence[list[Message]], tools: Sequence[list[Any] | None] | None = None
+        self,
+        conversations: Sequence[list[Message]],
+        tools: Sequence[list[Any] | None] | None = None,
+        template_kwargs: Sequence[dict[str, Any] | None] | None = None,
     ) -> list[list[Example]]:
         """Examples of each conversation: one, or more where history is split.
+
+        Args:
+            conversations: messages; an assistant's with `"train": False` is context and not trained.
+            tools: JSON schemas of each conversation's tools.
+            template_kwargs: each conversation's own variables for the template, which come before the encoder's.
 
         Raises:
             TemplateError: a conversation that the template refuses or would lose part of; its position in
@@ -177,8 +227,9 @@ class ChatEncoder:
                 plans: list[_Plan] = []
                 owner: list[int] = []
                 for index in range(start, min(start + _CHUNK, len(conversations))):
+                    kwargs = template_kwargs[index] if template_kwargs else None
                     try:
-                        new = self._plan(conversations[index], tools[index] if tools else None)
+                        new = self._plan(conversations[index], tools[index] if tools else None, kwargs)
                     except TemplateError as error:
                         error.index = index  # type: ignore[attr-defined]
                         raise
@@ -188,176 +239,294 @@ class ChatEncoder:
                 chunks.append((plans, owner, pool.submit(self._encode_batch, texts)))
             for plans, owner, tokenised in chunks:
                 for plan, index, ids in zip(plans, owner, tokenised.result(), strict=True):
-                    examples[index].append(self._label(plan, ids))
-        if self.history == "split":
-            for index, found in enumerate(examples):
-                examples[index] = self._split_merged(conversations[index], tools[index] if tools else None, found)
+                    example = self._label(plan, ids)
+                    examples[index].append(example)
+                    if self.history == "split":
+                        examples[index] += self._apart(plan, example)
         return examples
 
     def tokenize_batch(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        """For `datasets.map(batched=True, with_indices=True)`: columns `messages` (and `tools`) become examples.
+        """For `datasets.map(batched=True, with_indices=True)`: conversations become examples.
+
+        Args:
+            batch: columns `messages` and, if there, `tools` and `chat_template_kwargs` (lists and objects, or their
+                JSON) and `origin`.
+            rows: indices of the conversations.
 
         Returns columns `input_ids`, `labels`, `row` (index of the conversation), `turns` (trained turns in the
-        sequence), `untrained` (why turns are trained in no sequence of the row) and `special_text` (control-token
-        texts that stood in the content).
+        sequence), `untrained` (why turns are trained in no sequence of the row), `unthought` (turns trained as
+        history, without the empty reasoning block that the template writes before the last one) and `special_text`
+        (control-token texts that stood in the content).
 
         Raises:
             TemplateError: naming the row, by its `origin` if there is that column.
         """
-        tools = [json.loads(t) if isinstance(t, str) else t for t in batch["tools"]] if "tools" in batch else None
         conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
-            encoded = self.encode(conversations, tools)
+            encoded = self.encode(conversations, _parsed(batch, "tools"), _parsed(batch, "chat_template_kwargs"))
         except TemplateError as error:
             at: int = error.index  # type: ignore[attr-defined]
             raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
-        columns: dict[str, list[Any]] = {
-            name: [] for name in ("input_ids", "labels", "row", "turns", "untrained", "special_text")
-        }
+        names = ("input_ids", "labels", "row", "turns", "untrained", "unthought", "special_text")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         for row, examples in zip(rows, encoded, strict=True):
             trained = {turn.message for example in examples for turn in example.turns if turn.trained}
+            reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
             for position, example in enumerate(examples):
                 columns["input_ids"].append(example.ids)
                 columns["labels"].append(example.label_ids)
                 columns["row"].append(row)
                 columns["turns"].append(sum(turn.trained for turn in example.turns))
-                columns["untrained"].append(
-                    [t.reason for t in example.turns if t.message not in trained] if position == 0 else []
-                )
+                columns["untrained"].append([*reasons.values()] if position == 0 else [])
+                columns["unthought"].append(sum(turn.trained and turn.unthought for turn in example.turns))
                 columns["special_text"].append(example.special_text if position == 0 else [])
         return columns
 
-    def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+    def encode_prompt(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
-        escaped, escaped_tools, marker, _ = self._escape_all([_without_nulls(m) for m in messages], tools)
-        return list(self._encode_marked(self._render(escaped, escaped_tools, prompt=True), marker))
+        chat = self._chat([_without_nulls(m) for m in messages], tools, template_kwargs)
+        return list(self._encode_marked(self._render(chat, len(messages), prompt=True), chat.marker))
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: list[Message], tools: list[Any] | None, *, prompt: bool) -> str:
-        """The template's text. Templates differ in how they want a tool call; the second form is tried if needed."""
-        forms = [messages]
-        if any(m.get("tool_calls") for m in messages):
-            forms += [_tool_call_form(messages, as_text=False), _tool_call_form(messages, as_text=True)]
-        errors = []
-        for form in forms:
-            try:
-                return self._renderer.render(form, tools, prompt=prompt)
-            except RunawayTemplateError:
-                raise
-            except (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-                errors.append(error)
-        roles = ", ".join(str(m.get("role")) for m in messages)
-        raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {errors[0]}")
+    def _dialect(self, tools: list[Any] | None, kwargs: dict[str, Any] | None = None) -> Dialect:
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if template not in self._dialects:
+            variables = self.template_kwargs if kwargs is None else kwargs
 
-    def _escape_all(
-        self, messages: list[Message], tools: list[Any] | None
-    ) -> tuple[list[Message], list[Any] | None, str, list[str]]:
-        """Cut control-token text in content in two with a character that occurs nowhere in the conversation."""
-        everything = "\0".join(_strings([messages, tools]))
+            def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
+                return self._renderer.render(messages, tools, variables, prompt=prompt)
+
+            self._dialects[template] = Dialect(render, self._control_pattern, with_tools=bool(tools))
+            self._tails |= self._dialects[template].tails
+        return self._dialects[template]
+
+    def _chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> _Chat:
+        """The conversation with control-token text cut in two by a character that occurs nowhere in it."""
+        untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
+        # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
+        messages = [_with_objects({key: m[key] for key in m if key != "train"}) for m in messages]
+        dialect, row = self._dialect(tools), kwargs or {}
+        everything = "\0".join(strings([messages, tools, row]))
         found = self._control_pattern.findall(everything)
         if not found:
-            return messages, tools, "", []
+            return _Chat(messages, tools, {**self.template_kwargs, **row}, untrained, dialect, "", [])
         marker = next(char for char in _PRIVATE_USE if char not in everything)
+
+        def cut(text: str) -> str:
+            return self._escape(text, marker)
+
+        def cut_said(text: str) -> str:
+            return self._escape_assistant(text, marker)
+
         escaped = [
             {
-                key: _map_strings(
-                    value,
-                    self._escape_assistant if m.get("role") == "assistant" and key == "content" else self._escape,
-                    marker,
-                )
+                key: map_strings(value, cut_said if m.get("role") == "assistant" and key == "content" else cut)
                 for key, value in m.items()
             }
             for m in messages
         ]
-        escaped_tools: list[Any] | None = _map_strings(tools, self._escape, marker)
-        text = [t for t in dict.fromkeys(found) if escaped != messages or escaped_tools != tools]
-        return escaped, escaped_tools, marker, text
+        row_cut, tools_cut = map_strings(row, cut), map_strings(tools, cut)
+        same = (escaped, row_cut, tools_cut) == (messages, row, tools)
+        text = [] if same else list(dict.fromkeys(found))
+        return _Chat(escaped, tools_cut, {**self.template_kwargs, **row_cut}, untrained, dialect, marker, text)
 
-    def _find_end_of_turn(self) -> tuple[str, str]:
-        """The control token that the template puts after an assistant's content, and the text after that."""
-        probe = "end-of-turn probe"
-        text = self._render(
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": probe}], None, prompt=False
-        )
-        rest = text[text.rindex(probe) + len(probe) :]
-        match = self._control_pattern.search(rest)
-        if match is None:
-            raise TemplateError(
-                "the chat template writes no end-of-turn token after an assistant turn, so a model trained with it "
-                "would never learn to stop; add the EOS token to the template"
-            )
-        return match.group(), rest[match.end() :]
+    def _render(self, chat: _Chat, count: int, *, prompt: bool = False, kwargs: dict[str, Any] | None = None) -> str:
+        """The template's text of the first `count` messages."""
+        messages = chat.messages[:count]
+        tools = chat.tools or chat.dialect.default_tools
+        try:
+            variables = chat.kwargs if kwargs is None else kwargs
+            return self._renderer.render(chat.dialect.messages(messages), tools, variables, prompt=prompt)
+        except RunawayTemplateError:
+            raise
+        except REFUSALS as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
 
-    def _plan(self, messages: list[Message], tools: list[Any] | None) -> list[_Plan]:
+    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Plan]:
         _check_messages(messages)
-        messages, tools, marker, special_text = self._escape_all(messages, tools)
+        chat = self._chat(messages, tools, kwargs)
         if [m["role"] for m in messages] == ["assistant"]:
-            return [self._plain_text(messages[0]["content"], marker, special_text)]
-        assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        full = self._render(messages, tools, prompt=False)
-        self._check_nothing_lost(messages, tools, full)
-        whole = _Plan(full, [], marker, special_text)
-        plans = [whole]
-        for k in assistants if self.train_on == "all" else assistants[-1:]:
-            solo = full if k == len(messages) - 1 else self._render(messages[: k + 1], tools, prompt=False)
-            prompt = self._render(messages[:k], tools, prompt=True)
-            target, reason = self._target(prompt, solo)
-            if reason:
-                whole.turns.append((k, prompt, target, reason))
-                continue
-            after = full[len(prompt) :] if full.startswith(prompt) else None
-            # An empty reasoning block is scaffolding, not something that the turn says.
-            bare = _EMPTY_REASONING.sub("", target, count=1)
-            if after is not None and after.startswith(target):
-                whole.turns.append((k, prompt, target, ""))
-            elif after is not None and after.startswith(bare):
-                whole.turns.append((k, prompt, bare, ""))
+            return [self._plain_text(chat)]
+        full, turns = self._turns(chat)
+        last = turns[-1]
+        # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
+        # inference saw: the main sequence is then the last prompt with its answer.
+        main = full if last.reason or _fit(full, last) else last.prompt + last.target
+        plans = [_Plan(main, chat.marker, chat.special_text)]
+        for turn in reversed(turns):
+            # A turn shares a sequence wherever that one begins as inference does; else it gets its own.
+            fits = ((plan, fit) for plan in plans if (fit := _fit(plan.text, turn)))
+            plan, fit = next(fits, (plans[0], None))
+            if fit:
+                plan.turns.append(fit)
+            elif turn.reason or self.history == "mask":
+                what = "this turn" if full.startswith(turn.prompt) else "the turns before this one"
+                reason = turn.reason or f"the template rewrites {what} in history"
+                plan.turns.append(Turn(turn.message, reason=reason))
             else:
-                what = "this turn" if after is not None else "the turns before this one"
-                whole.turns.append((k, prompt, target, f"the template rewrites {what} in history"))
-                if self.history == "split":
-                    plans.append(_Plan(solo, [(k, prompt, target, "")], marker, special_text))
-        return plans
+                text = turn.prompt + turn.target
+                own = Turn(turn.message, len(turn.prompt), len(text))
+                plans.append(_Plan(text, chat.marker, chat.special_text, [own]))
+        if len(plans) > 1 and not any(turn.trained for turn in plans[0].turns):
+            plans[-1].turns += plans.pop(0).turns
+        for plan in plans:
+            plan.turns.sort(key=lambda turn: turn.message)
+        return [plans[0], *reversed(plans[1:])]
 
-    def _plain_text(self, text: str, marker: str, special_text: list[str]) -> _Plan:
+    def _plain_text(self, chat: _Chat) -> _Plan:
         """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
-        bos = self.tokenizer.bos_token if self.tokenizer("")["input_ids"] else ""
-        target = f"{text}{self.tokenizer.eos_token}"
-        return _Plan(f"{bos}{target}", [(0, bos or "", target, "")], marker, special_text)
+        bos = (self.tokenizer.bos_token or "") if self.tokenizer("")["input_ids"] else ""
+        text = f"{bos}{chat.messages[0]['content']}{self.tokenizer.eos_token}"
+        turn = Turn(0, reason=_FORBIDDEN) if chat.untrained else Turn(0, len(bos), len(text))
+        return _Plan(text, chat.marker, chat.special_text, [turn])
 
-    def _target(self, prompt: str, solo: str) -> tuple[str, str]:
-        """What the model should write after `prompt`, up to the end-of-turn token; or why it cannot be trained."""
-        if not solo.startswith(prompt):
-            return "", "the template's generation prompt is not how it begins the turn"
-        target = solo[len(prompt) :].removesuffix(self._tail)
-        ends = [m.end() for m in self._control_pattern.finditer(target)]
-        if not ends or ends[-1] != len(target):
-            return "", "the template writes no end-of-turn token after this turn"
-        return target, ""
+    # -- turns --------------------------------------------------------------------------------------------------
 
-    def _check_nothing_lost(self, messages: list[Message], tools: list[Any] | None, text: str) -> None:
-        for i, m in enumerate(messages):
-            content = m.get("content")
-            if m["role"] not in ("assistant", "tool") and isinstance(content, str) and content.strip() not in text:
-                raise TemplateError(
-                    f"the chat template leaves out message {i} (role {m['role']!r}); "
-                    "use a role that it knows, or another template"
+    def _turns(self, chat: _Chat) -> tuple[str, list[_Said]]:
+        """The whole conversation's text, and what each turn that is to be trained writes."""
+        full = self._render(chat, len(chat.messages))
+        setting = (repr(chat.kwargs), bool(chat.tools), id(chat.dialect))
+        self._losses.check_context(chat.messages, full, partial(self._shape_text, chat), setting)
+        for tool in chat.tools or []:
+            if _tool_name(tool) not in full:
+                raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
+        assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+        wanted = assistants if self.train_on == "all" else assistants[-1:]
+        turns = self._anchored(chat, full, assistants) if len(wanted) > _EXACT else None
+        turns = turns or [self._exact(chat, k, full) for k in wanted]
+        for turn in turns:
+            if not turn.reason:
+                reasoned = chat.messages[turn.message].get("reasoning_content") or ""
+                self._losses.check_turn(
+                    chat.messages,
+                    turn.message,
+                    turn.target,
+                    partial(self._shape_text, chat),
+                    setting,
+                    reasoned=turn.built or (len(reasoned) > 12 and reasoned.strip() in turn.target),
                 )
-            for call in m.get("tool_calls") or []:
-                name = call.get("function", call).get("name", "")
-                if name not in text:
-                    raise TemplateError(
-                        f"the chat template leaves out the tool call {name!r} of message {i}; use a template with tools"
-                    )
-        reasoning = messages[-1].get("reasoning_content")
-        if isinstance(reasoning, str) and reasoning.strip() not in text:
-            raise TemplateError(
-                "the chat template leaves out the last message's reasoning_content; use a template that knows it, "
-                "or data without it"
+        return full, turns
+
+    def _shape_text(self, chat: _Chat, messages: list[Message]) -> str:
+        try:
+            return self._render(replace(chat, messages=messages), len(messages))
+        except RunawayTemplateError:
+            raise
+        except TemplateError:
+            return ""
+
+    def _exact(self, chat: _Chat, k: int, full: str) -> _Said:
+        """What turn `k` writes, by rendering the conversation before it and with it."""
+        if k in chat.untrained:
+            return _Said(k, reason=_FORBIDDEN)
+        if k == 0:
+            return _Said(k, reason="no message comes before it, so nobody would ask the model for it")
+        prompt = self._render(chat, k, prompt=True)
+        solo = full if k == len(chat.messages) - 1 else self._render(chat, k + 1)
+        rest, built = self._continuation(chat, k, prompt, solo), False
+        if rest is None and (opened := _OPEN_THOUGHT.search(prompt)):
+            answer = self._continuation(chat, k, prompt[: opened.start()], solo)
+            rest = _thought_and_answer(chat.messages[k], answer)
+            built = rest is not None
+        if rest is None:
+            return _Said(k, reason=self._why_unlike(chat, k, prompt))
+        end = chat.dialect.end_of_call if chat.messages[k].get("tool_calls") else chat.dialect.end
+        stop = self._stop(chat.dialect, rest.removesuffix(end.tail))
+        if stop is None and not end.shared:
+            return _Said(k, reason="the template writes no end-of-turn token after this turn")
+        target = rest + end.gap + end.token if stop is None else rest[:stop]
+        return _Said(k, prompt, target, built=built)
+
+    def _stop(self, dialect: Dialect, rest: str) -> int | None:
+        """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
+        ends = "|".join(map(re.escape, dict.fromkeys([*dialect.ends, self.tokenizer.eos_token or dialect.ends[0]])))
+        found = re.search(rf"({ends})(?:\s|{ends})*\Z", rest)
+        return found.end(1) if found else None
+
+    def _continuation(self, chat: _Chat, k: int, prompt: str, solo: str) -> str | None:
+        """What follows the prompt in the text of the conversation up to turn `k`."""
+        if solo.startswith(prompt):
+            return solo[len(prompt) :]
+        if k < 2:
+            return None
+        # The turns before may be written otherwise once this one follows; the message before it and the generation
+        # prompt are not, and they show where it begins.
+        before = self._render(chat, k - 1)
+        asked = prompt[shared_length(prompt, before) :]
+        at = solo.rfind(asked)
+        return solo[at + len(asked) :] if at >= 0 and len(asked) < len(prompt) else None
+
+    def _why_unlike(self, chat: _Chat, k: int, prompt: str) -> str:
+        """Why the turn does not begin as the generation prompt does, and which variable would change that."""
+        opened = "" if _OPEN_THOUGHT.search(prompt) is None else " opens <think> and this turn has no reasoning"
+        turn = chat.messages[k]
+        key = (id(chat.dialect), repr(chat.kwargs), opened, bool(turn.get("reasoning_content")), "tool_calls" in turn)
+        if key not in self._advice:
+            advice = "no variable of the template changes that; " + (
+                "give the turn reasoning_content, or choose another template" if opened else "choose another template"
             )
-        if tools and not all(_tool_name(tool) in text for tool in tools):
-            raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
+            for name in dict.fromkeys(_THINKING.findall(self.tokenizer.get_chat_template(tools=chat.tools))):
+                for value in (False, True):
+                    kwargs = {**chat.kwargs, name: value}
+                    again = self._render(chat, k, prompt=True, kwargs=kwargs)
+                    if self._render(chat, k + 1, kwargs=kwargs).startswith(again):
+                        advice = (
+                            f"set {name}={json.dumps(value)} in template_kwargs, or in the row's chat_template_kwargs"
+                        )
+            self._advice[key] = advice
+        return f"the template's generation prompt{opened or ' is not how it begins the turn'}: {self._advice[key]}"
+
+    def _anchored(self, chat: _Chat, full: str, assistants: list[int]) -> list[_Said] | None:
+        """All turns of a long conversation from its one text, or None where that cannot be shown to be right.
+
+        Rendering all prefixes takes time that grows with the square of the turns. Three turns of each kind (the first,
+        a middle and the last one) are rendered so. If the whole text holds them as inference sees them, and the
+        generation prompt stands in it once for every turn, the other turns are where it stands.
+        """
+        kinds: dict[Any, list[int]] = {}
+        for k in assistants:
+            m = chat.messages[k]
+            kind = (chat.messages[k - 1]["role"], bool(m.get("tool_calls")), bool(m.get("reasoning_content")))
+            marked = "</think>" in str(m.get("content"))
+            kinds.setdefault((kind, marked, bool(m.get("content")), k == len(chat.messages) - 1), []).append(k)
+        probes = {k for members in kinds.values() for k in (members[0], members[len(members) // 2], members[-1])}
+        exact = {k: self._exact(chat, k, full) for k in sorted(probes)}
+        rendered = [turn for turn in exact.values() if turn.reason != _FORBIDDEN]
+        if any(turn.reason or not _fit(full, turn) for turn in rendered):
+            return None
+        ends_of_prompts = [turn.prompt[::-1] for turn in rendered]
+        common = min(shared_length(ends_of_prompts[0], other) for other in ends_of_prompts)
+        header = ends_of_prompts[0][:common][::-1]
+        control = self._control_pattern.search(header)
+        if control is None:
+            return None
+        starts = [m.end() for m in re.finditer(re.escape(header[control.start() :]), full)]
+        starts = starts[: len(starts) - (starts[-1:] == [len(full)])]  # some templates always end with the prompt
+        if len(starts) != len(assistants):
+            return None
+        ends = re.compile("|".join(map(re.escape, chat.dialect.ends)))
+        turns = []
+        for k, start, following in zip(assistants, starts, [*starts[1:], len(full)], strict=True):
+            stop = ends.search(full, start, following)
+            if k in chat.untrained:
+                turns.append(_Said(k, reason=_FORBIDDEN))
+            elif k in exact:
+                fit = _fit(full, exact[k])
+                if fit is None or fit.start != start or (stop is not None and fit.end != stop.end()):
+                    return None
+                turns.append(exact[k])
+            elif stop is None:
+                return None
+            else:
+                turns.append(_Said(k, full[:start], full[start : stop.end()]))
+        return turns if self.train_on == "all" else turns[-1:]
 
     # -- ids ----------------------------------------------------------------------------------------------------
 
@@ -399,52 +568,39 @@ class ChatEncoder:
                 f"text: {plan.text[:80]!r}"
             )
         turns = []
-        for position, (k, prompt, target, reason) in enumerate(plan.turns):
-            if reason:
-                turns.append(Turn(k, reason=reason))
+        for turn in plan.turns:
+            if turn.reason:
+                turns.append(turn)
                 continue
-            start, suffix = self._prompt_end(prompt, plan, controls, cuts)
-            end_at = len(prompt) + len(target)
-            end = controls[bisect_left(cuts, end_at) - 1] + 1
+            n = bisect_left(cuts, turn.start)
+            suffix = self.encode_suffix(plan.text[cuts[n - 1] if n else 0 : turn.start], plan.marker)
+            start = (controls[n - 1] if n else 0) + len(suffix)
+            end = controls[bisect_left(cuts, turn.end) - 1] + 1
             if tuple(ids[start - len(suffix) : start].tolist()) != suffix:
                 # The turn's first characters merge with the prompt's last ones. Nothing follows the last turn but
                 # the template's own tail, so there the text can be cut where inference cuts it.
-                last = position == len(plan.turns) - 1 and not plan.text[end_at:].removeprefix(self._tail)
-                if not last:
-                    turns.append(Turn(k, reason="the turn's first characters merge into the prompt's last token"))
+                if turn is not plan.turns[-1] or plan.text[turn.end :] not in self._tails:
+                    turns.append(Turn(turn.message, reason=_MERGED))
                     continue
-                rest = plan.text[len(prompt) :]
-                pieces = rest.split(plan.marker) if plan.marker else [rest]
+                pieces = plan.text[turn.start :].split(plan.marker) if plan.marker else [plan.text[turn.start :]]
                 said = [i for p in pieces for i in self._ids_after(p)]
                 ids = np.array([*ids[: start - len(suffix)].tolist(), *suffix, *said], dtype=np.int32)
                 labels = np.concatenate([labels[:start], np.full(len(ids) - start, IGNORE_INDEX, dtype=np.int32)])
-                ends = np.flatnonzero(self._is_control[ids]).tolist()
-                end = ends[bisect_left(cuts, end_at) - 1] + 1
+                end = self._is_control[ids].nonzero()[0].tolist()[bisect_left(cuts, turn.end) - 1] + 1
             labels[start:end] = ids[start:end]
-            turns.append(Turn(k, start, end))
+            turns.append(replace(turn, start=start, end=end))
         return Example(ids, labels, turns, plan.special_text)
 
-    def _prompt_end(
-        self, prompt: str, plan: _Plan, controls: list[int], cuts: list[int]
-    ) -> tuple[int, tuple[int, ...]]:
-        """Token position at which `prompt` ends, and the ids of its last piece, which must stand just before it."""
-        n = bisect_left(cuts, len(prompt))
-        if n == 0:
-            suffix = self.encode_suffix(prompt, plan.marker)
-            return len(suffix), suffix
-        suffix = self.encode_suffix(prompt[cuts[n - 1] :], plan.marker)
-        return controls[n - 1] + len(suffix), suffix
-
-    def _split_merged(self, messages: list[Message], tools: list[Any] | None, examples: list[Example]) -> list[Example]:
-        """Turns that could not be trained only because of a merge get a sequence that ends with them."""
-        whole = examples[0]
-        merged = [t.message for t in whole.turns if "merge" in t.reason]
-        for k in merged:
-            again = self._plan(messages[: k + 1], tools)[0]
-            again.turns = [turn for turn in again.turns if turn[0] == k]
-            (ids,) = self._encode_batch([(again.text, again.marker)])
-            examples.append(self._label(again, ids))
-        return examples
+    def _apart(self, plan: _Plan, example: Example) -> list[Example]:
+        """Turns whose first characters merge into the prompt's last token, in sequences that end with them."""
+        merged = {turn.message for turn in example.turns if turn.reason == _MERGED}
+        alone = [
+            _Plan(plan.text[: turn.end], plan.marker, plan.special_text, [turn])
+            for turn in plan.turns
+            if turn.message in merged
+        ]
+        ids = self._encode_batch([(p.text, p.marker) for p in alone])
+        return [self._label(p, i) for p, i in zip(alone, ids, strict=True)]
 
 
 def tokenize_conversation(
@@ -520,57 +676,65 @@ def _without_nulls(message: Message) -> Message:
     return message
 
 
-def _escaper(tokens: list[str]) -> Callable[[str, str], str]:
+def _with_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, where they are the JSON text of one."""
+    if not message.get("tool_calls"):
+        return message
+
+    def parsed(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": parsed(call["function"])}
+        try:
+            arguments = json.loads(call["arguments"])
+        except (KeyError, TypeError, ValueError):
+            return call
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+    return {**message, "tool_calls": [parsed(call) for call in message["tool_calls"]]}
+
+
+def _parsed(batch: dict[str, list[Any]], name: str) -> list[Any] | None:
+    """A column whose values may be JSON, because Arrow cannot hold rows of different shapes."""
+    return [json.loads(v) if isinstance(v, str) else v for v in batch[name]] if name in batch else None
+
+
+def _fit(text: str, turn: _Said) -> Turn | None:
+    """The characters of `turn` in a sequence that begins with its prompt, as it is written last or as history is."""
+    start = len(turn.prompt)
+    if turn.reason or not text.startswith(turn.prompt):
+        return None
+    # An empty reasoning block is scaffolding, not something that the turn says.
+    for target in dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1))):
+        if text.startswith(target, start):
+            return Turn(turn.message, start, start + len(target), unthought=target != turn.target)
+    return None
+
+
+def _thought_and_answer(message: Message, written: str | None) -> str | None:
+    """What a turn writes after a prompt that opened `<think>`, where the template drops the reasoning of history.
+
+    `written` is what the template writes of the turn: the answer, and the end of the turn.
+    """
+    content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
+    if written is None or not isinstance(content, str):
+        return None
+    thought, closed, answer = content.rpartition("</think>")
+    if not (reasoning or closed) or answer.strip() not in written:
+        return None
+    end = written[written.rindex(answer.strip()) + len(answer.strip()) :] if answer.strip() else written
+    if closed:
+        return thought.removeprefix("<think>").lstrip() + closed + answer.rstrip() + end
+    return f"{reasoning.strip()}\n</think>\n\n{answer.strip()}{end}"
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _escaper(tokens: Iterable[str]) -> Callable[[str, str], str]:
     """A function that puts `marker` after the first character of every occurrence of a token, overlaps included."""
-    if not tokens:
-        return lambda text, marker: text
-    alternatives = "|".join(sorted(map(re.escape, tokens), key=len, reverse=True))
-    pattern = re.compile(f"(?=(?:{alternatives}))(.)", re.DOTALL)
+    pattern = re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
     return lambda text, marker: pattern.sub(lambda m: m.group(1) + marker, text)
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [s for item in value.items() for part in item for s in _strings(part)]
-    if isinstance(value, list | tuple):
-        return [s for item in value for s in _strings(item)]
-    return []
-
-
-def _map_strings(value: Any, function: Callable[[str, str], str], marker: str) -> Any:
-    if isinstance(value, str):
-        return function(value, marker)
-    if isinstance(value, dict):
-        return {key: _map_strings(item, function, marker) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, function, marker) for item in value]
-    return value
-
-
-def _tool_call_form(messages: list[Message], *, as_text: bool) -> list[Message]:
-    """The messages with tool-call arguments as JSON text or as objects, and empty content as "" or None."""
-
-    def convert(call: dict[str, Any]) -> dict[str, Any]:
-        function = dict(call.get("function", call))
-        arguments = function.get("arguments")
-        if as_text and not isinstance(arguments, str):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        elif not as_text and isinstance(arguments, str):
-            function["arguments"] = json.loads(arguments)
-        return {**call, "type": call.get("type", "function"), "function": function} if "function" in call else function
-
-    return [
-        {
-            **m,
-            "content": m.get("content") or (None if as_text else ""),
-            "tool_calls": [convert(c) for c in m["tool_calls"]],
-        }
-        if m.get("tool_calls")
-        else m
-        for m in messages
-    ]
 
 
 def _tool_name(tool: Any) -> str:

@@ -161,17 +161,17 @@ class Renderer:
 
     Args:
         tokenizer: its chat template must not change afterwards.
-        template_kwargs: variables for the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.template_kwargs = template_kwargs
         self._traces: dict[Any, list[_Trace]] = {}
 
-    def render(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+    def render(
+        self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], *, prompt: bool = False
+    ) -> str:
         """The template's text, with the generation prompt if `prompt`; the errors are the template's own."""
-        shape = None if tools else _shape(messages, prompt)
+        shape = None if tools is not None else _shape(messages, repr(variables), prompt)
         if shape is not None:
             for known in self._traces.get(shape, ()):
                 replayed = known.replay(messages)
@@ -180,18 +180,18 @@ class Renderer:
         with bounded():
             text = check_size(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
                 )
             )
         if shape is not None and (shape in self._traces or len(self._traces) < _SHAPES):
             traces = self._traces.setdefault(shape, [])
             if len(traces) < _TRACES_PER_SHAPE:
-                trace = self._trace(messages, prompt)
+                trace = self._trace(messages, variables, prompt)
                 if trace is not None and trace.replay(messages) == text:
                     traces.append(trace)
         return text
 
-    def _trace(self, messages: list[Message], prompt: bool) -> _Trace | None:
+    def _trace(self, messages: list[Message], variables: dict[str, Any], prompt: bool) -> _Trace | None:
         recorder = _Recorder(messages)
         traced = [
             {key: value if key == "role" else recorder.text("text", i, key) for key, value in message.items()}
@@ -205,7 +205,7 @@ class Renderer:
                 tools=None,
                 documents=None,
                 add_generation_prompt=prompt,
-                **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
+                **{**self.tokenizer.special_tokens_map, **variables},
             )
         except _UntraceableError:
             return None
@@ -215,9 +215,9 @@ class Renderer:
         return _Trace(recorder.values, recorder.facts, literals, [int(place) for place in literals[1::2]])
 
 
-def _shape(messages: list[Message], prompt: bool) -> tuple[Any, ...] | None:
+def _shape(messages: list[Message], variables: str, prompt: bool) -> tuple[Any, ...] | None:
     """What decides, beside the texts, how messages are rendered; None for what is not traced."""
-    shape: list[Any] = [prompt]
+    shape: list[Any] = [prompt, variables]
     for message in messages:
         for key, value in message.items():
             if type(value) is not str or key not in ("role", "content", "reasoning_content"):
