@@ -76,6 +76,7 @@ class Dialect:
         self, render: Callable[[list[Message], list[Any] | None, bool], str], control: re.Pattern[str], with_tools: bool
     ) -> None:
         self._raw, self._control = render, control
+        self._refusal: Exception | None = None
         self._parts, self._text_arguments, self._blank = False, False, ""
         self._tools: list[Any] | None = [_TOOL] if with_tools else None
         self._find_form()
@@ -113,7 +114,8 @@ class Dialect:
             return self._raw(self.messages(messages), tools or self._tools, False)
         except RunawayTemplateError:
             raise
-        except REFUSALS:
+        except REFUSALS as error:
+            self._refusal = error
             return ""
 
     def _find_form(self) -> None:
@@ -143,6 +145,8 @@ class Dialect:
         shared = self._last_shared(alone, history)
         if shared:
             return shared
+        if self._refusal is not None and not alone:
+            raise TemplateError(f"the chat template refuses a question and an answer: {self._refusal}")
         first = self._control.search(alone) or self._control.search(history)
         if first is None:
             raise TemplateError(

@@ -31,42 +31,34 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
 from ma_sft.labels.bounds import RunawayTemplateError
-from ma_sft.labels.dialect import REFUSALS, Dialect, Message, map_strings, shared_length, strings
+from ma_sft.labels.dialect import REFUSALS, Dialect, map_strings, shared_length, strings
 from ma_sft.labels.losses import Losses
 from ma_sft.labels.render import Renderer
 from ma_sft.labels.templates import control_tokens, set_chat_template
 
+Message = dict[str, Any]
 Ids = NDArray[np.int32]
 
-
 IGNORE_INDEX = -100
-
 
 # Markup that an assistant itself writes in its content; everybody else's is ordinary text.
 ASSISTANT_MARKUP = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
 
-
 _CHUNK = 250  # conversations
-
+_FEW = 16  # texts for which the faster tokenizer is not built: that takes longer
 
 _EXACT = 4  # turns that are rendered one by one; in longer conversations the others are found by them
 
-
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 
-
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
-
 
 # Names of the variables by which templates switch reasoning on and off.
 _THINKING = re.compile(r"\b(?:enable_)?(?:thinking|reasoning)(?:_mode|_enabled)?\b")
 
-
 _FORBIDDEN = "marked not to be trained in the row"
 
-
 _MERGED = "the turn's first characters merge into the prompt's last token"
-
 
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
@@ -553,6 +545,8 @@ class ChatEncoder:
 
     def _encode_batch(self, texts: list[tuple[str, str]]) -> list[Ids]:
         """One call of the tokenizer for all texts without markers; marked ones are rare and go one by one."""
+        if len(texts) < _FEW:
+            return [np.array(self._encode_marked(text, marker), dtype=np.int32) for text, marker in texts]
         return [
             np.array(self._encode_marked(text, marker), dtype=np.int32) if marker and marker in text else ids
             for (text, marker), ids in zip(texts, self.backend([text for text, _ in texts]), strict=True)
