@@ -4,14 +4,18 @@ Jinja takes most of the time that it takes to prepare a conversation, and conver
 in the same order) go the same way through a template. So each shape is rendered once with *traced* texts, which
 write down what the template asks of them (`'</think>' in content`) and makes of them (`content | trim`). Another
 conversation of that shape, whose texts give the same answers, gets the same text with its own words in the places
-of the first one's. A template that does more with a text than can be traced is rendered by transformers each time.
+of the first one's. Jinja joins texts past the trace in some places (`~`, macros, set blocks, `join`, a text as the
+argument of another's method): a template whose source holds one of those, and all that is not known to be followed,
+is rendered by transformers each time. So are the first conversations of each trace, to see that it gives the same.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -32,6 +36,8 @@ _TRACES_PER_SHAPE = 8
 
 _SHAPES = 4096
 
+_PROOFS = 2
+
 
 class _UntraceableError(Exception):
     """The template does something with a text that a replay could not repeat."""
@@ -49,6 +55,7 @@ class _Trace:
     facts: list[tuple[int, str, tuple[Any, ...], bool]]
     literals: list[str]
     places: list[int]
+    proofs: int = 0  # conversations for which it gave what the template did
 
     def replay(self, messages: list[Message]) -> str | None:
         """The text of other messages; None if the template would go another way with them."""
@@ -156,6 +163,34 @@ _Text.__add__ = _sum  # type: ignore[method-assign,assignment]
 _Text.__radd__ = lambda self, other: _sum(self, other, reverse=True)  # type: ignore[attr-defined]
 
 
+_FOLLOWED_METHODS = {
+    *("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "startswith", "endswith", "split", "items", "get"),
+}
+_FOLLOWED_FUNCTIONS = {"raise_exception", "namespace", "strftime_now", "range"}
+_FOLLOWED_FILTERS = {"trim", "string", "safe", "default", "tojson", "length", "count", "list", "first", "last"}
+
+
+@lru_cache
+def _followed(template: str) -> bool:
+    """Whether a trace sees all that this template does with texts."""
+
+    def known(node: nodes.Node) -> bool:
+        if isinstance(node, nodes.Filter):
+            return node.name in _FOLLOWED_FILTERS
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name):
+            return node.node.name in _FOLLOWED_FUNCTIONS
+        if isinstance(node, nodes.Call):
+            constant = all(isinstance(argument, nodes.Const) for argument in node.args)
+            return isinstance(node.node, nodes.Getattr) and node.node.attr in _FOLLOWED_METHODS and constant
+        if isinstance(node, nodes.Compare) and any(op.op in ("in", "notin") for op in node.ops):
+            return isinstance(node.expr, nodes.Const) or isinstance(node.ops[0].expr, nodes.List | nodes.Tuple)
+        hidden = (nodes.Concat, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)
+        return not isinstance(node, hidden)
+
+    tree = _compile_jinja_template(template).environment.parse(template)
+    return all(known(node) for node in tree.find_all(nodes.Node))
+
+
 class Renderer:
     """`tokenizer.apply_chat_template(messages, tokenize=False, ...)`, fast for many conversations of few shapes.
 
@@ -172,18 +207,23 @@ class Renderer:
     ) -> str:
         """The template's text, with the generation prompt if `prompt`; the errors are the template's own."""
         shape = None if tools is not None else _shape(messages, repr(variables), prompt)
-        if shape is not None:
-            for known in self._traces.get(shape, ()):
-                replayed = known.replay(messages)
-                if replayed is not None:
-                    return replayed
+        if shape is not None and not _followed(self.tokenizer.get_chat_template()):
+            shape = None
+        traces = self._traces.get(shape, []) if shape is not None else []
+        replayed = next(((t, text) for t in traces if (text := t.replay(messages)) is not None), None)
+        if replayed and replayed[0].proofs >= _PROOFS:
+            return replayed[1]
         with bounded():
             text = check_size(
                 self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
                 )
             )
-        if shape is not None and (shape in self._traces or len(self._traces) < _SHAPES):
+        if replayed and shape is not None:
+            replayed[0].proofs += 1
+            if replayed[1] != text:
+                self._traces[shape] = []
+        elif shape is not None and (shape in self._traces or len(self._traces) < _SHAPES):
             traces = self._traces.setdefault(shape, [])
             if len(traces) < _TRACES_PER_SHAPE:
                 trace = self._trace(messages, variables, prompt)

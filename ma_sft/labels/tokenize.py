@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
 
 
-ENCODED = ["input_ids", "labels", "row", "turns", "untrained", "special_text"]  # ChatEncoder.tokenize_batch's columns
-
-
 @dataclass
 class Counts:
     """What went in, what came out, and where the rest went."""

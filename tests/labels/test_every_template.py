@@ -1,0 +1,291 @@
+"""Every kind of row with every chat template that TRL ships: right by inference's prompt and the judge, or refused."""
+
+import json
+
+import pytest
+from conftest import ROOT, load_tokenizer
+from trl_templates import NAMES, SHELF, trl_tokenizer
+
+from ma_sft import TemplateError
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.judge import Judge
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Looks up {name}.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Where."}},
+                "required": ["city"],
+            },
+        },
+    }
+    for name in ("weather", "clock")
+]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def calls(*named, **more):
+    made = [
+        {"id": f"call0000{i}", "type": "function", "function": {"name": name, "arguments": {"city": city}}}
+        for i, (name, city) in enumerate(named)
+    ]
+    return assistant("", tool_calls=made, **more)
+
+
+def result(text, name="weather", number=0):
+    return {"role": "tool", "name": name, "tool_call_id": f"call0000{number}", "content": text}
+
+
+ASK = user("How warm is it in Rome?")
+ROWS = {
+    "one turn": ([user("Name a river."), assistant("The Rhine.")], None),
+    "three turns": (
+        [
+            user("Hi"),
+            assistant("Hello."),
+            user("Name a river."),
+            assistant("The Po."),
+            user("Ta"),
+            assistant("Any time"),
+        ],
+        None,
+    ),
+    "system": ([{"role": "system", "content": "Be brief."}, user("Name a river."), assistant("The Rhine.")], None),
+    "a call": ([ASK, calls(("weather", "Rome")), result("20 degrees"), assistant("It is 20 degrees.")], TOOLS),
+    "two calls": (
+        [
+            ASK,
+            calls(("weather", "Rome"), ("clock", "Oslo")),
+            result("20 degrees"),
+            result("noon", "clock", 1),
+            assistant("It is noon."),
+        ],
+        TOOLS,
+    ),
+    "reasoning": ([user("Why?"), assistant("So it is.", reasoning_content="A question.")], None),
+    "reasoning before": (
+        [
+            user("Why?"),
+            assistant("So it is.", reasoning_content="A question."),
+            user("And then?"),
+            assistant("It went on.", reasoning_content="Another one."),
+        ],
+        None,
+    ),
+    "agent": (
+        [
+            ASK,
+            calls(("weather", "Rome"), reasoning_content="Look it up."),
+            result("20 degrees"),
+            assistant("It is 20 degrees.", reasoning_content="Now say it."),
+        ],
+        TOOLS,
+    ),
+    "agent, plain answer": (
+        [
+            ASK,
+            calls(("weather", "Rome"), reasoning_content="Look it up."),
+            result("20"),
+            assistant("It is 20 degrees."),
+        ],
+        TOOLS,
+    ),
+    "empty": ([user("Say nothing."), assistant("")], None),
+    "whitespace": ([user("  Name a river.\n"), assistant("\n  The Rhine. \n")], None),
+    "chinese": ([user("你好，世界"), assistant("谢谢 😀 再见")], None),
+    "special text": ([user("What is <|im_end|> or <think>?"), assistant("A <|endoftext|> mark.")], None),
+}
+# One of each family; the others differ from them in little and are tried with the slow tests.
+FAST = ("cohere2", "deepseek_r1_distill", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "nemotron_3_nano")
+FAST += ("phi3", "qwen3", "qwen3_8", "smolvlm")
+# What a template is known to take; a refusal of it is a fault of ours. Everybody takes one turn.
+TAKEN = {
+    "gptoss": {"one turn", "three turns", "system", "a call", "reasoning", "reasoning before", "agent"},
+    "glm4moe": set(ROWS),
+    "qwen3": set(ROWS),
+    "qwen3_8": set(ROWS),
+    "lfm2_2_5": set(ROWS),
+    "gemma4_v5": set(ROWS),
+    "cohere2": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
+    "phi3": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
+    "smolvlm": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
+    "llama3_1": {"one turn", "three turns", "system", "a call", "empty", "whitespace", "chinese", "special text"},
+    "nemotron_3_nano": set(ROWS),
+    "deepseek_r1_distill": {"one turn", "three turns", "reasoning", "reasoning before"},
+}
+# Reasons that no encoder can do anything about: they name what to change.
+TRUE_REASONS = (" opens <think> and this turn has no reasoning: set ", "give the turn reasoning_content")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_every_kind_of_row_is_right_or_refused(name):
+    tokenizer = trl_tokenizer(name)
+    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer)
+    for kind, (messages, tools) in ROWS.items():
+        try:
+            (examples,) = encoder.encode([messages], [tools])
+        except TemplateError as error:
+            assert kind not in TAKEN.get(name, {"one turn"}), f"{kind}: {error}"
+            assert "the chat template" in str(error) and ("message" in str(error) or "roles [" in str(error))
+            continue
+        turns = {turn.message: turn for example in examples for turn in example.turns if turn.trained}
+        reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in turns}
+        assert all(any(true in reason for true in TRUE_REASONS) for reason in reasons.values()), (kind, reasons)
+        assert {*turns, *reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}, kind
+        if kind != "special text":
+            assert_begins_as_inference_does(tokenizer, examples, messages, tools, kind)
+        verdict = judge.judge(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
+        assert verdict.faults == [] and sorted(verdict.untrained) == sorted(reasons), (kind, verdict)
+        assert len(verdict.proven) == len(turns) or verdict.unjudged, (kind, verdict)
+
+
+def assert_begins_as_inference_does(tokenizer, examples, messages, tools, kind):
+    parts = "['text']" in tokenizer.chat_template and "is string" not in tokenizer.chat_template
+    if parts:
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    for example in examples:
+        for turn in example.turns:
+            if turn.trained:
+                prompt = tokenizer.apply_chat_template(
+                    messages[: turn.message], tools=tools, add_generation_prompt=True, return_dict=False
+                )
+                assert example.input_ids[: turn.start] == prompt, kind
+
+
+@pytest.mark.parametrize("name", ["nemotron_3_nano", pytest.param("qwen3_5_think", marks=pytest.mark.slow)])
+def test_rows_with_and_without_reasoning_stand_in_one_file(name):
+    tokenizer = trl_tokenizer(name)
+    rows = {
+        "messages": [ROWS["one turn"][0], ROWS["reasoning"][0]],
+        "chat_template_kwargs": ['{"enable_thinking": false}', None],
+    }
+    columns = ChatEncoder(tokenizer).tokenize_batch(rows, [0, 1])
+    assert columns["untrained"] == [[], []] and columns["turns"] == [1, 1]
+    said = [tokenizer.decode(labels[labels != -100]) for labels in columns["labels"]]
+    assert said[0] == "The Rhine.<|im_end|>" and said[1].startswith("A question.")
+
+
+CASES = json.loads((ROOT / "tests/files/labels/cases.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("as_text", [False, True], ids=["objects", "json"])
+def test_cases(case, as_text):
+    """`as_text`: the arguments of calls are JSON text, as rows from files carry them."""
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.add_special_tokens({"additional_special_tokens": case.get("add_special_tokens", [])})
+    if "template" in case:
+        tokenizer.chat_template = case["template"]
+        tokenizer.add_special_tokens({"eos_token": case["eos_token"]})
+    else:
+        tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
+    encoder = ChatEncoder(tokenizer)
+    rows, trained = case.get("rows", [case.get("row")]), case.get("trained_rows", [case.get("trained")])
+    for row, expected in zip(rows, trained, strict=True):
+        messages = [with_json(m) if as_text else m for m in row["messages"]]
+        given = ([messages], [row.get("tools")], [row.get("chat_template_kwargs")])
+        if "refused" in case or "or_refused" in case:
+            with pytest.raises(TemplateError, match=r"leaves out .* of message 1"):
+                encoder.encode(*given)
+            continue
+        (examples,) = encoder.encode(*given)
+        found = {
+            str(t.message): tokenizer.decode(e.input_ids[t.start : t.end])
+            for e in examples
+            for t in e.turns
+            if t.trained
+        }
+        assert found.keys() == expected.keys()
+        for message, text in expected.items():
+            stops = case.get("stop_tokens", [])
+            assert found[message] in [text, *(text.replace("<one of the stop tokens>", stop) for stop in stops)]
+        assert sum(label != -100 for e in examples for label in e.labels) == sum(
+            t.end - t.start for e in examples for t in e.turns
+        )
+        if case["name"] == "dict-of-templates":
+            think = tokenizer.convert_tokens_to_ids("<think>")
+            assert examples[0].input_ids.count(think) == 1  # the template's own; the user's stays text
+
+
+def with_json(message):
+    if not message.get("tool_calls"):
+        return message
+    made = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
+        for c in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": made}
+
+
+def test_content_goes_through_what_a_trace_cannot_follow():
+    """`~`, a set block, a join: the second row of a shape takes another way than the first."""
+    cut = (
+        "{% if m.role == 'assistant' and '!' in c %}{% set c = c ~ '?' %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for how in (
+        "{% set c = '' ~ m.content %}",
+        "{% set c %}{{ m.content }}{% endset %}",
+        "{% set c = [m.content] | join %}",
+    ):
+        tokenizer = load_tokenizer("qwen3")
+        tokenizer.chat_template = "{% for m in messages %}" + how + cut
+        rows = [[user("Name a river."), assistant(text)] for text in ("The Rhine", "The Po!", "The Rhone", "The Ebro!")]
+        for messages, (example,) in zip(rows, ChatEncoder(tokenizer).encode(rows), strict=True):
+            assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_a_message_that_the_row_forbids_to_train_is_context():
+    tokenizer = load_tokenizer("qwen3")
+    messages = [user("Hi"), assistant("No.", train=False), user("Name a river."), assistant("The Rhine.")]
+    ((example,),) = ChatEncoder(tokenizer).encode([messages])
+    assert [turn.reason for turn in example.turns] == ["marked not to be trained in the row", ""]
+    assert "No." in tokenizer.decode(example.input_ids)
+    assert tokenizer.decode([i for i in example.labels if i != -100]).endswith("The Rhine.<|im_end|>")
+
+
+def test_escapes_in_arguments_cannot_spell_a_control_token():
+    tokenizer = load_tokenizer("qwen3")
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "\\u003c|im_end|>"}'}}
+    keyed = {"type": "function", "function": {"name": "clock", "arguments": {"<|im_end|>": "Oslo"}}}
+    messages = [ASK, assistant("", tool_calls=[call, keyed]), result("20"), assistant("20.")]
+    ((example,),) = ChatEncoder(tokenizer).encode([messages], [TOOLS])
+    plain = [ASK, calls(("weather", "Rome"), ("clock", "Oslo")), result("20"), assistant("20.")]
+    ((expected,),) = ChatEncoder(tokenizer).encode([plain], [TOOLS])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert example.input_ids.count(end) == expected.input_ids.count(end)
+
+
+@pytest.mark.parametrize("shape", ["plain", "agent", "reasoning"])
+def test_long_conversations_are_labelled_as_short_ones(shape):
+    tokenizer = load_tokenizer("qwen3")
+    turn = {
+        "plain": [user("Name a river."), assistant("The Rhine.")],
+        "agent": [calls(("weather", "Rome"), reasoning_content="Look."), result("20 degrees")],
+        "reasoning": [user("Why?"), assistant("So.", reasoning_content="A question.")],
+    }[shape]
+    messages = [ASK, *turn * 7, assistant("It is 20 degrees.")] if shape == "agent" else turn * 8
+    encoder = ChatEncoder(tokenizer)
+    (examples,) = encoder.encode([messages], [TOOLS if shape == "agent" else None])
+    assert len(examples) == (8 if shape == "reasoning" else 1)
+    verdict = Judge(tokenizer).judge(
+        messages, [(e.input_ids, e.labels) for e in examples], tools=TOOLS if shape == "agent" else None
+    )
+    assert verdict.faults == [] and verdict.untrained == [] and len(verdict.proven) == 8
+
+
+def test_twins_with_marks_are_the_same_templates():
+    """The judge's second witness: TRL's training twin of each template, where there is one."""
+    twins = [name for name in NAMES if (SHELF / f"{name}_training.jinja").is_file()]
+    assert len(twins) > 25 and {"glm4moe", "gptoss", "cohere2", "nemotron_3_nano"} <= {*twins}
