@@ -77,6 +77,8 @@ def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
     if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
         raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
+    if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise RecipeError(f"torch_compile_backend: {training.torch_compile_backend!r} does not exist")
     attention = model.attn_implementation
     if attention not in (None, "eager") and "/" not in attention:
         from transformers import AttentionInterface

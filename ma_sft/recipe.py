@@ -300,13 +300,16 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
             no = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
             parser.add_argument(*no, dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
         else:
-            parser.add_argument(*both, dest=name, nargs="+" if what.kinds == (list,) else None, help=help)
+            parser.add_argument(*both, dest=name, nargs="+" if list in what.kinds else None, help=help)
     found, unknown = parser.parse_known_args(list(args))
     if unknown:
         flag = unknown[0].split("=")[0]
         raise RecipeError(f"unknown setting {flag!r}{nearest(flag.lstrip('-').replace('-', '_'), known)}")
     flags = vars(found)
     flags.pop("local_rank", None)  # the DeepSpeed launcher adds it
+    for name, value in flags.items():
+        if name in known and str in known[name].kinds and isinstance(value, list) and len(value) == 1:
+            flags[name] = value[0]  # text may mean more than a list of it: optim_target_modules=all-linear
     return flags
 
 

@@ -199,6 +199,19 @@ NEEDS = (
         "is for sources with weights; give each of datasets a weight",
         lambda values: any(isinstance(source, dict) and "weight" in source for source in values["datasets"]),
     ),
+    Need("packing", "max_length", "needs max_length, the length of a pack in tokens; set it"),
+    Need(
+        "dataset_streaming",
+        "max_steps",
+        "needs max_steps, as a stream's length is not known; set it",
+        lambda values: values["max_steps"] > 0,
+    ),
+    Need(
+        "optim_args optim_target_modules",
+        "optim",
+        "is not read by this optim; set one that takes it",
+        lambda values: not values["optim"].startswith(("adamw_torch", "adafactor")),
+    ),
     Need("packing_strategy", "packing eval_packing"),
     Need("overflow", "max_length"),
     Need(
@@ -293,7 +306,7 @@ class Setting:
             except (ValueError, TypeError) as error:
                 errors.append(error)
         else:
-            raise RecipeError(f"{self.name}: {errors[0]}")
+            raise RecipeError(f"{self.name}: {errors[-1]}")
         self._check(taken)
         return taken
 
@@ -308,6 +321,8 @@ class Setting:
         if kind is str:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError(f"str expected, found {self._seen(value)}")
+            if int in self.kinds and value != self.default:  # a word that stands for a number
+                raise ValueError(f"a whole number or {self.default!r} expected, found {value!r}")
             return self._path(str(value))
         if kind is bool:
             return _bool(value, words=("true", "false") if str in self.kinds else ())

@@ -103,7 +103,8 @@ VALUES = {
     "eval_strategy": "steps", "metric": "m:f", "eval_steps": 3, "metric_for_best_model": "loss",
     "test_near_duplicates": 0.9, "stopping_strategy": "all_exhausted", "packing_strategy": "wrapped",
     "response_template": "A:", "instruction_template": "Q:", "hub_model_id": "me/x", "hub_revision": "v1",
-    "liger_kernel_config": {"rope": True}, "fsdp_config": {}, "dataloader_prefetch_factor": 2,
+    "liger_kernel_config": {"rope": True}, "optim_args": "a=1",
+    "optim_target_modules": ["q"], "fsdp_config": {}, "dataloader_prefetch_factor": 2,
 }  # fmt: skip
 DOES_NOTHING = [(need, name) for need in NEEDS for name in need.names.split() if name in known_settings()]
 
@@ -124,6 +125,8 @@ def test_setting_that_would_do_nothing_is_refused(need, name, rows):
         value = value if name == "response_template" else other.get(name, "text2")
     if need.switches == "lr_scheduler_type":
         more = {"lr_scheduler_type": "constant"}
+    if name == "packing":
+        more = {"max_length": None}
     if name == "truncation_mode":
         value, more = "keep_end", {"packing": True, "packing_strategy": "wrapped"}
     if name == "overflow":
@@ -198,6 +201,7 @@ def test_null_stands_for_our_own_default():
         ("optim", "adam"), ("lr_scheduler_type", "cosin"), ("attn_implementation", "sdpaa"), ("dtype", "float8"),
         ("name", True), ("template_kwargs", "{thinking"), ("lora_config", "{r: 3}"), ("filters", "[1]"),
         ("lr_scheduler_kwargs", "{a"), ("model_init_kwargs", 3), ("deepspeed", "no.json"),
+        ("pad_to_multiple_of", "many"),
     ],
 )  # fmt: skip
 def test_wrong_value_names_its_setting(name, value):
@@ -256,6 +260,8 @@ def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
         ({"attn_implementation": "sdpaa"}, "attn_implementation: 'sdpaa' does not exist"),
         ({"use_liger_kernel": True}, "use_liger_kernel: pip install liger-kernel"),
         ({"model_init_kwargs": {"use_kernels": True}}, "use_kernels needs pip install kernels"),
+        ({"torch_compile_backend": "inducer"}, "torch_compile_backend: 'inducer' does not exist"),
+        ({"optim_args": "rank=4"}, "optim_args is not read by this optim"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", **HELD_OUT, "eval_steps": 7}, "load_best_model"),
         ({"assistant_only_loss": True, "completion_only_loss": False}, "assistant_only_loss"),
         ({"formatting_func": "question-answer", "completion_only_loss": True}, "response_template"),
