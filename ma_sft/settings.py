@@ -57,7 +57,7 @@ OURS = {
     "run_name": "The run's name.",
     "save_strategy": "Checkpoints are marked as whole once they are.",
     "save_total_limit": "Counted in whole checkpoints: the older one goes when the newer one is whole.",
-    "save_only_model": "Such a checkpoint cannot be gone on from: a run that was stopped starts anew.",
+    "save_only_model": "No run goes on from such a checkpoint: one that was stopped is refused until --resume never.",
     "push_to_hub": "Upload the result once, at the end: model or adapter, tokenizer, card and report.",
     "seed": "Also of the order, the draws and the split of the rows.",
     "use_cpu": "True where there is no accelerator and the launcher asks for none.",

@@ -58,6 +58,8 @@ def claimed(settings: "Settings") -> "Iterator[RunFolder]":
     except KeyboardInterrupt as stop:
         last = newest(folder.out)
         at = f"; the same command goes on from {last}" if last else " before the first checkpoint"
+        if last and not _is_resumable(last):
+            at = f"; {last} holds a model alone (save_only_model)"
         raise Interrupted(f"stopped{at}", getattr(stop, "exit_code", 130)) from None
     finally:
         if folder.lock.is_locked:
@@ -87,14 +89,14 @@ class RunFolder:
             self.lock.acquire()
         except Timeout:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
-        finished = (out / "summary.json").exists()
-        if known and (run.overwrite_output_dir or (run.resume == "never" and not finished)):
-            self.anew = True
+        self.anew = known and (run.overwrite_output_dir or run.resume == "never")
+        if not run.overwrite_output_dir:
+            if (out / "summary.json").exists():
+                raise RecipeError(f"{out} holds a finished run; {way_out}")
+            if known and _read(out / "recipe.json") != self._recipe():
+                raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
+        if self.anew:
             self._check_removable()
-        elif finished:
-            raise RecipeError(f"{out} holds a finished run; {way_out}")
-        elif known and _read(out / "recipe.json") != self._recipe():
-            raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
         else:
             write_whole(out / "recipe.json", json.dumps(self._recipe(), indent=2, ensure_ascii=False))
             _remove_cut_off(out)
@@ -120,6 +122,7 @@ class RunFolder:
 
     def _begin(self, content: dict[str, Any]) -> None:
         if self.anew:
+            self._check_removable()  # once more: reading the data may have taken hours
             for path in self.out.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -138,8 +141,7 @@ class RunFolder:
         if chosen and not Path(chosen).is_dir():
             raise RecipeError(f"resume_from_checkpoint: the checkpoint {chosen!r} does not exist")
         checkpoint = Path(chosen) if chosen else None if self.anew else newest(self.out)
-        # transformers would go on with a fresh optimizer, and a schedule that begins again in the middle
-        if checkpoint and not any(checkpoint.glob("rng_state*.pth")):
+        if checkpoint and not _is_resumable(checkpoint):
             raise RecipeError(
                 f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
                 "to delete it and start anew, or another --name"
@@ -183,6 +185,11 @@ def _check_same(checkpoint: Path, content: dict[str, Any]) -> None:
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint in a run's folder."""
     return next((p for p in map(Path, reversed(sort_checkpoints(str(out)))) if (p / COMPLETE).exists()), None)
+
+
+def _is_resumable(checkpoint: Path) -> bool:
+    """Whether it holds more than a model, with which transformers would begin a new schedule in the middle."""
+    return any(checkpoint.glob("rng_state*.pth"))
 
 
 def enter(out: Path, name: str, content: Path) -> None:

@@ -91,6 +91,15 @@ def test_a_link_is_not_followed(again, tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
 
 
+def test_resume_never_does_not_remove_another_recipes_run(again):
+    out, start = again
+    (out / "summary.json").unlink()
+    before = files(out)
+    with pytest.raises(RecipeError, match="holds an unfinished run of another recipe"):
+        start(resume="never", learning_rate=1.0)
+    assert files(out) == before
+
+
 @pytest.mark.parametrize("recipe", ["{}", "[1]", '{"flour": "500 g"}', "broken", None])
 def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe):
     _, start = again
