@@ -107,6 +107,7 @@ def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     text = mixture.read_text()
     mixture.write_text(text.replace("exact_duplicates: true", f"function: '{code}:slow'"))
     command = [sys.executable, "-m", "ma_sft.cli", "data", "build", str(mixture), "-o", str(tmp_path / "out")]
+    command += ["--allow_code", "true"]  # the mixture names a Python file
     command += ["--num_proc", "2"] if workers == 2 else []
     process = subprocess.Popen(
         command,
