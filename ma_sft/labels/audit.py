@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
-from ma_sft.labels.check import CheckReport, check_dataset
+from ma_sft.labels.check import CheckReport, Finding, check_dataset
 from ma_sft.labels.inference import MARKUP, Inference, Refused
 from ma_sft.labels.judge import IGNORE_INDEX, Judge, Labelled, runs
 from ma_sft.labels.nonsense import Message
@@ -115,7 +115,7 @@ def _audit(
         [LEFT_OUT] * max(0, sum(m["role"] == "assistant" for m in each["messages"]) - len([*runs(labels)]))
         for each, (_, labels) in zip(conversations, sequences, strict=True)
     ]
-    return check_dataset(
+    report = check_dataset(
         Dataset.from_dict(
             {
                 "input_ids": [ids for ids, _ in sequences],
@@ -130,6 +130,10 @@ def _audit(
         judge=judge,
         sample=None,
     )
+    if not any(read) and all(reader.is_foreign(sequence) for sequence in sequences):
+        what = "none holds what the tokenizer's template writes between messages: another template prepared them"
+        report.findings.insert(0, Finding("error", "unlike inference", len(sequences), [], what))
+    return report
 
 
 def _cut_back(sequence: Labelled, max_length: int | None) -> Labelled:
@@ -199,6 +203,12 @@ class Reader:
             if (structure - (markup if message["role"] == "assistant" else set())) & {*message["content"]}:
                 return []
         return [{**m, "content": self.inference.spell(m["content"])} for m in messages]
+
+    def is_foreign(self, sequence: Labelled) -> bool:
+        """Whether it has prompts, and no control token of those that the template writes between messages."""
+        ids, labels = sequence
+        between = {*"".join(self._between)} & {*self.inference.signs.values()}
+        return bool(between) and IGNORE_INDEX in labels and not between & {*self.inference.characters(ids)}
 
     def _head(self, text: str) -> tuple[str, int] | None:
         """Role of the first message and where it begins; also where the BOS token is missing or stands twice."""

@@ -166,6 +166,14 @@ def test_what_cannot_be_read_back_is_not_proven(tmp_path):
     assert "not proven" in report.verdict
 
 
+def test_another_models_template_is_found_without_the_rows(tmp_path):
+    ids = load_tokenizer("smollm2")("[INST] Hi [/INST] Hello!<|endoftext|>")["input_ids"]
+    rows = {"input_ids": [ids], "labels": [[-100] * 8 + ids[8:]]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "prepared")
+    (finding,) = [f for f in audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).errors]
+    assert finding.code == "unlike inference" and "another template" in finding.message
+
+
 def test_packs_come_apart_where_their_sequences_begin():
     ids, labels = [[1, 2, 3, 4, 5, 0]], [[-100, 2, 3, -100, 5, -100]]
     right = [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])]
