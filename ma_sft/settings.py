@@ -537,7 +537,8 @@ class Chosen:
             for pair in (pair for pair in RIVALS if name in pair and _given(taken)):
                 other = pair[pair[0] == name]
                 if self.layer.get(other, layer) < layer:
-                    del self.values[other], self.layer[other]
+                    self.values.pop(other, None)
+                    self.layer[other] = layer  # where it was turned off
             self.values[name], self.layer[name] = taken, layer
 
     def refuse_what_does_nothing(self, values: Mapping[str, Any]) -> None:
@@ -556,7 +557,7 @@ class Chosen:
                 continue
             switched = max((self.layer.get(name, -1) for name in need.switches.split()), default=-1)
             for name in need.names.split():
-                told = self.layer.get(name, -1) >= max(switched, 0)
+                told = name in self.values and self.layer[name] >= switched
                 if told and _given(self.values[name]) and self.values[name] not in (self.known[name].default, "no"):
                     raise RecipeError(f"{name} {need.why}, or remove {name}")
 

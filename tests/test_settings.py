@@ -146,6 +146,10 @@ def test_flag_may_turn_off_what_a_recipe_sets():
     recipe = Recipe(**BASE, use_peft=True, lora_preset="mini", load_in_4bit=True, lora_r=4, full_learning_rate=1e-5)
     settings = recipe.resolve(["--use_peft", "false"])
     assert not settings.model.use_peft and settings.training.learning_rate == 1e-5
+    held_out = {"test_size": 5, "test_near_duplicates": 0.8, "generate_eval": 3}
+    recipe = Recipe(**BASE, **held_out, packing=True, packing_strategy="bfd_split")
+    assert recipe.resolve(["--eval_dataset", "held.jsonl"]).rows.test_size is None
+    assert recipe.resolve(["--test_size", "none", "--packing", "false"]).training.packing is False
 
 
 # one mapping, one parse
