@@ -70,8 +70,9 @@ def pin_model(settings: Any) -> dict[str, str]:
     Returns:
         As `commits`.
     """
-    model, more = settings.model, settings.training.model_init_kwargs or {}
+    model, more = settings.model, dict(settings.training.model_init_kwargs or {})
     revision = more.pop("revision", None) or model.model_revision
+    settings.training.model_init_kwargs = more or None
     if model.model_name_or_path != "demo" and not Path(model.model_name_or_path).expanduser().is_dir():
         model.model_revision = pin(model.model_name_or_path, revision)
     return commits()

@@ -199,6 +199,13 @@ def test_a_filter_counts_with_the_tokenizer_of_the_revision(hub, data, ma_sft, r
     assert done.code == 0, done.err
 
 
+def test_a_revision_in_model_init_kwargs(hub, data, ma_sft, recipe, tiny_bpe):
+    hub.add("models", "tiny/model", tiny_bpe, branch="v1")
+    hub.add("models", "tiny/model", {"README.md": b"moved away"})
+    done = ma_sft("check", recipe(model_init_kwargs={"revision": "v1"}))
+    assert done.code == 0, done.err
+
+
 def test_the_real_qwen3_tokenizer(hub, ma_sft, recipe, tmp_path, data):
     hub.add("models", "Qwen/Qwen3-0.6B", save_tiny(tmp_path / "tiny", load_tokenizer("qwen3")))
     assert "chat_template.jinja" in hub.repos["models", "Qwen/Qwen3-0.6B"].commits.popitem()[1]

@@ -67,7 +67,10 @@ def test_a_hub_that_stays_busy(hub, data, model, ma_sft, recipe):
     assert done.seconds < 25
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "train-0.parquet"])
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", *(pytest.param(f, marks=pytest.mark.slow) for f in ("tokenizer.json", "train-0.parquet"))],
+)
 def test_a_connection_cut_in_the_middle_goes_on(hub, data, model, ma_sft, recipe, file):
     hub.fail(f"resolve/.*/{file}", "cut", times=2)
     done = ma_sft("train", recipe())
@@ -75,7 +78,7 @@ def test_a_connection_cut_in_the_middle_goes_on(hub, data, model, ma_sft, recipe
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "train-0.parquet"])
-@pytest.mark.parametrize("times", [1, 9])
+@pytest.mark.parametrize("times", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_damaged_bytes_never_stay(hub, data, model, ma_sft, recipe, file, times, tmp_path):
     hub.fail(f"resolve/.*/{file}", "corrupt", times=times)
     done = ma_sft("train", recipe())
