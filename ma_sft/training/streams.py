@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import dill
 import numpy as np
 import pyarrow as pa
 from datasets import Features, IterableDataset
@@ -76,6 +77,10 @@ class Share:
     block: int
     buffer: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader workers that are not forked get the stream pickled, and `pickle` knows no local function.
+        return _unpickle, (dill.dumps(self.__dict__, recurse=True),)
+
     def __call__(self, part: list[int]) -> Iterator[dict[str, Any]]:
         rows = self.rows.with_format(None)  # workers share the epoch of the data set that they were given
         first = empty = 0
@@ -111,6 +116,10 @@ class Share:
             values.clear()
         for batch in self.pack(table).to_batches(100):
             yield from batch.to_pylist()
+
+
+def _unpickle(state: bytes) -> Share:
+    return Share(**dill.loads(state))
 
 
 def share_out(share: Share, order: Order, features: Features) -> IterableDataset:

@@ -370,3 +370,14 @@ def test_gpu_check_on_a_cpu(tiny_bpe, tmp_path):
         assert case["ours"]["tokens_per_second"] > 0 and case["trl"]["tokens_per_second"] > 0
         assert case["ours"]["forecast_peak_bytes"] > 0
     assert "packed to unpacked, ours:" in done.stdout and f"kept as {kept}" in done.stdout.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_two_processes_with_loader_workers_share_a_packed_stream(base, tmp_path):
+    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_streaming": True, "dataloader_num_workers": 2}
+    settings |= {"packing": True, "max_length": 64, "max_steps": 2, "save_steps": 2}
+    runs = [Run(settings, "--use_cpu", "true", env=env) for env in ranks((0, 1))]
+    for run in runs:
+        assert run.finish() == 0, run.text
+    stream = json.loads((tmp_path / "run" / "checkpoint-2" / COMPLETE).read_text())["stream"]
+    assert (stream["processes"], stream["dataloader_num_workers"]) == (2, 2)

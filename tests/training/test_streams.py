@@ -1,6 +1,7 @@
 """Streams: each row of an epoch once, whatever files, loader workers and processes, packed or not."""
 
 import json
+import pickle
 from collections import Counter
 from itertools import islice
 
@@ -125,6 +126,14 @@ def test_a_stream_without_a_label_ends_with_an_error(tmp_path):
     )
     with pytest.raises(LabelError, match="no row with anything to train on"):
         next(iter(share_out(share, Order(1, 1, 1, 1), FEATURES)))
+
+
+def test_a_share_can_be_sent_to_workers_that_are_not_forked(tmp_path):
+    share = Share(source(tmp_path, (9,), "mixture"), label, Packer("bfd"), parts=1, block=1, buffer=4)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(share.rows)  # its filters are local functions
+    first, again = (list(islice(each([0]), 20)) for each in (share, pickle.loads(pickle.dumps(share))))
+    assert first == again
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
