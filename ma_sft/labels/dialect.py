@@ -166,10 +166,20 @@ class Dialect:
         return last if last and (last.token == self.end.token or not last.tail.strip()) else None
 
     def _last_shared(self, alone: str, history: str) -> End | None:
-        """The last control token that both begin with."""
+        """The last control token that both begin with; the first one if the next speaker's header may be shared too."""
         shared = shared_length(alone, history)
         found = [m for m in self._control.finditer(alone) if m.end() <= shared]
-        return End(found[-1].group(), alone[found[-1].end() :]) if found else None
+        if not found:
+            return None
+        last = found[0] if self._always_prompts() else found[-1]
+        return End(last.group(), alone[last.end() :])
+
+    def _always_prompts(self) -> bool:
+        """Whether the template ends every text with the generation prompt, asked for or not."""
+        try:
+            return self._try([_USER]) == self._raw(self.messages([_USER]), self._tools, True)
+        except REFUSALS:
+            return False
 
 
 def _writes_call(text: str) -> bool:
