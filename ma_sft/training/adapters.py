@@ -182,16 +182,20 @@ def fitting_adapter(
     """
     from peft import get_peft_model
 
+    from ma_sft.training.processes import outside_zero3
+
     by_hand = config is not None or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
     config = config or lora_config(settings)
     if config is None:
         return None
     model = model if model is not None else model_skeleton(settings)
     check_targets(model, config)
+    trial: Any = copy.deepcopy(config)
+    trial.init_lora_weights = False  # there are no weights to begin from
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), outside_zero3():
             warnings.simplefilter("ignore")
-            get_peft_model(_on_meta(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+            get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
     except ValueError as error:
         if "lora_dropout" not in str(error):
             raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
