@@ -28,7 +28,7 @@ ENGINES = {
     "zero2": {"DS_ACCELERATOR": "cpu"},
     "zero3": {"DS_ACCELERATOR": "cpu"},
 }
-KINDS = {"full": {}, "lora": {"use_peft": True, "packing": True}}
+KINDS = {"full": {}, "lora": {"use_peft": True, "packing": True, "lora_dropout": 0.0}}
 
 
 def engine(name: str) -> dict[str, str]:
@@ -66,7 +66,6 @@ def base(tiny_bpe, tmp_path_factory):
         "save_steps": 5,
         "logging_steps": 1,
         "learning_rate": 5e-3,
-        "lora_dropout": 0.0,
         "gradient_checkpointing": False,
         "bf16": False,
         "dtype": "float32",
