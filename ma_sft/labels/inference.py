@@ -41,6 +41,7 @@ class Turn:
     prompt: Any
     whole: Any
     targets: tuple[Any, ...] = ()
+    thinks_on: bool = False  # the targets go on with the row's reasoning, which the template itself drops
 
 
 class Inference:
@@ -266,6 +267,7 @@ class Conversation:
                 turn.targets = self._up_to_the_stop(written, messages, k, whole)
             elif re.search(r"<think>\s*$", prompt):
                 turn.targets = self._on_with_thinking(turn, messages[k], prompt, whole)
+                turn.thinks_on = True
         return turns
 
     def _written(self, turn: Turn, prompt: str, whole: str) -> Any:
@@ -286,7 +288,7 @@ class Conversation:
             cuts = [self.inference.trailing_control(written)]
         if found := tuple(written[: at + 1] for at in cuts if at is not None):
             return found
-        ends = {self._next_begins(messages, k, whole), self.inference.tokenizer.eos_token_id} - {None}
+        ends = {self._next_begins(messages, k, whole), *stops} - {None}
         if isinstance(written, str):
             return tuple(written + self.inference.signs.get(end, "") for end in ends)
         return tuple((*written, end) for end in ends)

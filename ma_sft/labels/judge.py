@@ -218,6 +218,8 @@ class _Hearing:
         for i, what, once_history in lost:
             if once_history and "reasoning" in what:
                 self.verdict.losses.append(f"{what} of earlier turns")
+            elif i in trained and "reasoning" in what and self.turns[i].thinks_on:
+                continue
             elif i in trained or i not in self.turns or once_history:
                 where = "the tools" if i < 0 else f"message {i}"
                 self._accuse("lost content", f"{where}: the template does not write {what}")

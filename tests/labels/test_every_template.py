@@ -146,21 +146,27 @@ def test_every_kind_of_row_is_right_or_refused(name):
         assert all(any(true in reason for true in TRUE_REASONS) for reason in reasons.values()), (kind, reasons)
         assert {*turns, *reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}, kind
         if kind != "special text":
-            assert_begins_as_inference_does(tokenizer, examples, messages, tools, kind)
+            assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind)
         verdict = judge.judge(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
-        assert verdict.faults == [] and sorted(verdict.untrained) == sorted(reasons), (kind, verdict)
+        assert verdict.faults == [] and (sorted(verdict.untrained) == sorted(reasons) or verdict.unjudged), (
+            kind,
+            verdict,
+        )
         assert len(verdict.proven) == len(turns) or verdict.unjudged, (kind, verdict)
 
 
-def assert_begins_as_inference_does(tokenizer, examples, messages, tools, kind):
+def assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind):
     parts = "['text']" in tokenizer.chat_template and "is string" not in tokenizer.chat_template
     if parts:
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     for example in examples:
         for turn in example.turns:
             if turn.trained:
+                before = messages[: turn.message]
+                if name.startswith("deepseekv3"):  # the one that wants arguments as JSON text
+                    before = [with_json(m) for m in before]
                 prompt = tokenizer.apply_chat_template(
-                    messages[: turn.message], tools=tools, add_generation_prompt=True, return_dict=False
+                    before, tools=tools, add_generation_prompt=True, return_dict=False
                 )
                 assert example.input_ids[: turn.start] == prompt, kind
 
