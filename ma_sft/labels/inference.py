@@ -288,7 +288,7 @@ class Conversation:
             cuts = [self.inference.trailing_control(written)]
         if found := tuple(written[: at + 1] for at in cuts if at is not None):
             return found
-        ends = {self._next_begins(messages, k, whole), *stops} - {None}
+        ends = {*stops, *([] if (begins := self._next_begins(messages, k, whole)) is None else [begins])}
         if isinstance(written, str):
             return tuple(written + self.inference.signs.get(end, "") for end in ends)
         return tuple((*written, end) for end in ends)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +47,9 @@ class Counts:
     filtered_rows: dict[str, int] = field(default_factory=dict)
     untrained_turns: dict[str, int] = field(default_factory=dict)
     special_text_rows: int = 0
+    turns_without_their_empty_reasoning: int = 0
+    sequences_that_history_adds: int = 0
+    tokens_that_history_adds: int = 0
     checked_rows_of_the_stream: int = 0
 
 
@@ -172,6 +177,11 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
     counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
+    counts.turns_without_their_empty_reasoning = sum(labelled["unthought"])
+    first = np.unique(labelled.data["row"].to_numpy(), return_index=True)[1]
+    lengths = pc.list_value_length(labelled.data["input_ids"]).to_numpy()
+    counts.sequences_that_history_adds = len(lengths) - len(first)
+    counts.tokens_that_history_adds = int(lengths.sum() - lengths[first].sum())
     return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
 
 
@@ -279,5 +289,10 @@ def counts_table(counts: Counts) -> list[tuple[str, str]]:
     """The counts as (what, how many) lines for the terminal and the report; what is zero is left out."""
     values = asdict(counts)
     groups = {"filtered by": values.pop("filtered_rows"), "untrained turns:": values.pop("untrained_turns")}
+    added = values["tokens_that_history_adds"]
     lines = [(key.replace("_", " "), f"{value:,}") for key, value in values.items() if value]
+    if added and counts.tokens > added:
+        lines.append(
+            ("tokens with history=split against without", f"{counts.tokens / (counts.tokens - added):.2f} times")
+        )
     return lines + [(f"{what} {why}", f"{n:,}") for what, reasons in groups.items() for why, n in reasons.items()]
