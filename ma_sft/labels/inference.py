@@ -264,7 +264,7 @@ class Conversation:
             prompt, whole = texts[2 * n : 2 * n + 2]
             turn = turns[k] = Turn(keys[2 * n], keys[2 * n + 1])
             if (written := self._written(turn, prompt, whole)) is not None:
-                turn.targets = self._up_to_the_stop(written, messages, k, whole)
+                turn.targets = self._up_to_the_stop(written, messages, k)
             elif re.search(r"<think>\s*$", prompt):
                 turn.targets = self._on_with_thinking(turn, messages[k], prompt, whole)
                 turn.thinks_on = True
@@ -279,7 +279,7 @@ class Conversation:
         before, both = (self.key(ids, shown=True) for ids in self.inference.ids([prompt, whole]))
         return both[len(before) :] if starts(both, before) else None
 
-    def _up_to_the_stop(self, written: Any, messages: list[Message], k: int, whole: str) -> tuple[Any, ...]:
+    def _up_to_the_stop(self, written: Any, messages: list[Message], k: int) -> tuple[Any, ...]:
         """What is written, cut where generation stops; templates may leave that token to what follows."""
         own = self._own_end(messages)
         stops = self.inference.stops
@@ -288,7 +288,7 @@ class Conversation:
             cuts = [self.inference.trailing_control(written)]
         if found := tuple(written[: at + 1] for at in cuts if at is not None):
             return found
-        ends = {*stops, *([] if (begins := self._next_begins(messages, k, whole)) is None else [begins])}
+        ends = {*stops, *([] if (begins := self._next_begins(messages, k)) is None else [begins])}
         if isinstance(written, str):
             return tuple(written + self.inference.signs.get(end, "") for end in ends)
         return tuple((*written, end) for end in ends)
@@ -297,7 +297,7 @@ class Conversation:
         units = {self.inference.signs.get(i, i) for i in stops} if isinstance(written, str) else stops
         return next((at for at, unit in enumerate(written) if unit in units), None)
 
-    def _next_begins(self, messages: list[Message], k: int, whole: str) -> int | None:
+    def _next_begins(self, messages: list[Message], k: int) -> int | None:
         """The control token that begins the message after turn `k`, if it has one: the result of a call, a question."""
         if k + 1 < len(messages):
             following = messages[k + 1]
@@ -306,8 +306,13 @@ class Conversation:
             following = {"role": "tool", "content": "Quxu", "name": name, "tool_call_id": number}
         else:
             following = {"role": "user", "content": "Quxu"}
+        # Without reasoning, which a template may drop once its turn is history
+        so_far = [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages[: k + 1]]
+        if isinstance(so_far[k].get("content"), str) and not so_far[k].get("tool_calls"):
+            so_far[k]["content"] = "Quxa"
         try:
-            after = self._render([*messages[: k + 1], following], self.tools, prompt=False)
+            whole = self._render(so_far, self.tools, prompt=False)
+            after = self._render([*so_far, following], self.tools, prompt=False)
         except Refused:
             return None
         here, there = self.inference.ids([whole, after])
