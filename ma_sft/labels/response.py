@@ -187,7 +187,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
                 if any(match.merged for match in responses):
                     report.merged += 1
                     describe(row, "merged", self._response, ids)
-                if self._instruction is None and len(responses) > 1:
+                answers = np.flatnonzero(np.diff((labels != self.ignore_index).astype(int), prepend=0) == 1)
+                if len(responses) > len(answers):  # some are quoted, or not all are answered
                     report.ambiguous += 1
                     describe(row, "ambiguous", self._response, ids)
         return report
@@ -242,19 +243,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         responses = self._response.find(ids, text)
         if not responses:
             return labels, self._response, responses
-        if self._instruction is None:
-            body = _last(responses).body
-            labels[body:] = ids[body:]
-            return labels, None, responses
-        instructions = self._instruction.find(ids, text)
-        if not instructions:
+        instructions = [] if self._instruction is None else self._instruction.find(ids, text)
+        if self._instruction is not None and not instructions:
             return labels, self._instruction, responses
-        borders = [(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses]
-        borders.sort(key=lambda border: border[0])
-        for at, (_, is_response, match) in enumerate(borders):
-            if is_response:
-                stop = borders[at + 1][0] if at + 1 < len(borders) else len(ids)
-                labels[match.body : stop] = ids[match.body : stop]
+        for begin, stop in _answers(instructions, responses, len(ids)):
+            labels[begin:stop] = ids[begin:stop]
         return labels, None, responses
 
     def _missing(self, template: "_Template", ids: np.ndarray, index: int | None) -> None:
@@ -285,17 +278,36 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         return batch
 
 
-def _last(responses: list[Match]) -> Match:
-    """The response template that counts in a row of one turn.
+def _answers(instructions: list[Match], responses: list[Match], n_tokens: int) -> list[tuple[int, int]]:
+    """Where the answers of a row begin and end, in tokens; one rule for one turn and for many.
 
-    TRL 0.x took the last one with the bare ids. A later one with other ids is a quotation in the response, unless
-    it begins a line and the one with the bare ids does not: then that one is the quotation, in the question.
+    Turns alternate, so a template that stands in the wrong turn is quoted; and where one of a template's occurrences
+    begins a line, those that do not are quoted too. Of several responses to one instruction the last counts, of which
+    TRL 0.x took the last with the bare ids: if it was the question that quoted, none of the question is trained.
     """
+    responses, instructions = _unquoted(responses), _unquoted(instructions)
+    borders = sorted([(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses])
+    turns: list[tuple[int, list[Match]]] = [(0, [])]  # where each turn begins, and the responses in it
+    for at, (start, is_response, match) in enumerate(borders):
+        answered = at + 1 < len(borders) and borders[at + 1][1]
+        if is_response:
+            turns[-1][1].append(match)
+        elif match.line_start or answered or not turns[-1][1]:  # else the answer quotes it
+            turns.append((start, []))
+    stops = [*(start for start, _ in turns[1:]), n_tokens]
+    found = [(_last(matches).body, stop) for (_, matches), stop in zip(turns, stops, strict=True) if matches]
+    return found
+
+
+def _unquoted(matches: list[Match]) -> list[Match]:
+    """The occurrences that begin a line, if more than the row's first token does; else all."""
+    lines = [match for match in matches if match.line_start]
+    return lines if any(match.start for match in lines) else matches
+
+
+def _last(responses: list[Match]) -> Match:
     exact = [match for match in responses if match.exact]
-    if not exact:
-        return responses[-1]
-    later = [m for m in responses if m.start > exact[-1].start and m.line_start and not exact[-1].line_start]
-    return later[-1] if later else exact[-1]
+    return (exact or responses)[-1]
 
 
 class TokenBytes:
@@ -423,22 +435,27 @@ class _Template:
         if not raw:
             return [], "", "", "the row is empty"
         wanted = self.raw.lstrip(b" ") or self.raw  # the space is sentencepiece's, and often what does not match
-        at = raw.rfind(wanted)
-        shared = len(wanted)
-        if at < 0:
+        # Only other spaces or letters' case: training after another text would train what the user said
+        spaced = rb"\s*".join(re.escape(bytes([byte])) for byte in wanted if not bytes([byte]).isspace())
+        alike = [*re.finditer(spaced, raw, re.IGNORECASE)]
+        if (at := raw.rfind(wanted)) >= 0:
+            stop = at + len(wanted)
+        elif alike:
+            at, stop = alike[-1].span()
+        else:
             best = difflib.SequenceMatcher(None, wanted, raw, autojunk=False).find_longest_match()
-            at, shared = max(best.b - best.a, 0), best.size
-        stop = min(at + len(wanted), len(raw))
+            at = max(best.b - best.a, 0)
+            stop = min(at + len(wanted), len(raw))
         ends = np.cumsum([len(piece) for piece in pieces])
         first, last = np.searchsorted(ends, [at, max(stop - 1, at)], side="right").tolist()
         near = ids[first : last + 1].tolist()
         near_text = self.bytes.readable(b"".join(pieces[first : last + 1]))
         around = self.bytes.readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS])
-        if shared == len(wanted):
+        if raw[at:stop] == wanted:
             advice = (
                 f"its text is encoded here as {near}: pass these ids, or the text {self.bytes.readable(self.raw)!r}"
             )
-        elif shared * 2 >= len(wanted):
+        elif alike:
             advice = f"these ids would match: {near}; did you mean {self.name}={near_text!r}?"
         else:
             advice = "the row may be cut off before its response (raise max_length), or was formatted with another text"

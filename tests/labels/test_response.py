@@ -236,3 +236,30 @@ def test_numpy_batches_are_labelled_too():
     collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, return_tensors="np")
     batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
     assert trained(tokenizer, batch["labels"][0].tolist()) == " b<|im_end|>|"
+
+
+CASES = json.loads((Path(__file__).parents[1] / "files" / "response_cases.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "trained" in c], ids=lambda case: case["name"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
+def test_quoted_templates_are_no_borders(name, case):
+    tokenizer = load_tokenizer(name)
+    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
+    ids = [*tokenizer(case["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    labels = collator.labels_for(ids)
+    runs = trained(tokenizer, labels).replace(tokenizer.eos_token, "").split("|")[:-1]
+    # Without an end token of its own, a turn ends where the next instruction begins
+    assert [run.rstrip("\n") for run in runs] == case["trained"]
+    quoted = case["text"].count("### Assistant:") > len(case["trained"])
+    assert collator.check([{"input_ids": ids}]).ambiguous == quoted
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
+def test_advice_would_not_train_the_question(name):
+    case = next(c for c in CASES if c["name"] == "cut-before-the-answer")
+    tokenizer = load_tokenizer(name)
+    collator = DataCollatorForCompletionOnlyLM(case["response_template"], tokenizer=tokenizer)
+    with pytest.raises(ResponseTemplateError, match="cut off before its response") as error:
+        collator.labels_for(tokenizer(case["text"], add_special_tokens=False)["input_ids"])
+    assert "did you mean" not in str(error.value)
