@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -238,6 +239,10 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     function = load_function(str(labels.formatting_func))
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
+    ends = None  # with eos_token and instruction_template set, the recipe says that this text ends a turn
+    if "eos_token" in settings.chosen and labels.instruction_template:
+        after = rf"\s*(?:{re.escape(labels.instruction_template.strip())}|$)"
+        ends = re.compile(f"{re.escape(str(tokenizer.eos_token))}(?={after})")
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
@@ -256,8 +261,10 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         for number, text in zip(indices, texts, strict=False):
             check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = [[*bos, *row, tokenizer.eos_token_id] for row in encoded]
+        turns = [ends.split(text) if ends else [text] for text in texts]
+        encoded = tokenizer([t for each in turns for t in each], add_special_tokens=False, split_special_tokens=True)
+        pieces = iter(encoded["input_ids"])
+        ids = [[*bos, *(i for t in each if t for i in (*next(pieces), tokenizer.eos_token_id))] for each in turns]
         labels = (
             ids
             if collator is None
@@ -265,7 +272,13 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         )
         return {"input_ids": ids, "labels": labels}
 
-    how = (code_of(labels.formatting_func), labels.response_template, labels.instruction_template, labels.check)
+    how = (
+        code_of(labels.formatting_func),
+        ends and ends.pattern,
+        labels.response_template,
+        labels.instruction_template,
+        labels.check,
+    )
     key = label_fingerprint(rows._fingerprint, tokenizer, None, source.described(), *how)
     labelled = _mapped(rows, label, key, "formatting and tokenising", settings.training.dataset_num_proc)
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)

@@ -8,7 +8,10 @@ import torch
 from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft import DataCollatorForCompletionOnlyLM, ResponseTemplateError, tokenize_conversation
+from ma_sft import DataCollatorForCompletionOnlyLM, Recipe, ResponseTemplateError, tokenize_conversation
+from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
+from ma_sft.labels.tokenize import check
+from ma_sft.labels.tokenize import label as label_rows
 
 # What TRL 0.15.2's own class returned for these rows; `pad` is the pad token that it was given.
 GOLDEN = json.loads((Path(__file__).parents[1] / "files" / "trl0_labels.json").read_text(encoding="utf-8"))
@@ -263,3 +266,26 @@ def test_advice_would_not_train_the_question(name):
     with pytest.raises(ResponseTemplateError, match="cut off before its response") as error:
         collator.labels_for(tokenizer(case["text"], add_special_tokens=False)["input_ids"])
     assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|> ", ""])
+def test_clean_conversations_pass_the_check(tmp_path, smollm2, end):
+    """A turn's end token that the function's own text spells is one where the recipe says so."""
+    case = next(c for c in CASES if c["name"] == "clean-multi-turn-recipe")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": case["text"] + end.strip()}) + "\n")
+    (tmp_path / "form.py").write_text("def text(batch):\n    return batch['text']\n")
+    settings = Recipe(
+        model_name_or_path=str(smollm2),
+        dataset_name=str(tmp_path / "rows.jsonl"),
+        formatting_func=f"{tmp_path / 'form.py'}:text",
+        response_template="### Assistant:",
+        instruction_template="### Human:",
+        eos_token="<|im_end|>",
+        use_cpu=True,
+    ).resolve()
+    tokenizer, _ = load_recipes_tokenizer(settings)
+    labelled = label_rows(settings, tokenizer)
+    assert not check(settings, tokenizer, labelled).errors
+    row = labelled.dataset[0]
+    assert trained(tokenizer, row["labels"]) == " Add line.<|im_end|>\n| Welcome.<|im_end|>|"
+    assert row["input_ids"].count(tokenizer.eos_token_id) == 2
