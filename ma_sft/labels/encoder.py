@@ -253,9 +253,10 @@ class ChatEncoder:
         Raises:
             TemplateError: naming the row, by its `origin` if there is that column.
         """
+        given = ("tools", "chat_template_kwargs")
         conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
-            encoded = self.encode(conversations, _parsed(batch, "tools"), _parsed(batch, "chat_template_kwargs"))
+            encoded = self.encode(conversations, *(parsed(batch.get(name), len(rows)) for name in given))
         except TemplateError as error:
             at: int = error.index  # type: ignore[attr-defined]
             raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
@@ -687,9 +688,9 @@ def _with_objects(message: Message) -> Message:
     return {**message, "tool_calls": [parsed(call) for call in message["tool_calls"]]}
 
 
-def _parsed(batch: dict[str, list[Any]], name: str) -> list[Any] | None:
-    """A column whose values may be JSON, because Arrow cannot hold rows of different shapes."""
-    return [json.loads(v) if isinstance(v, str) else v for v in batch[name]] if name in batch else None
+def parsed(column: Sequence[Any] | None, count: int) -> list[Any]:
+    """A column whose values may be JSON, because Arrow cannot hold rows of different shapes, or `count` None."""
+    return [json.loads(v) if isinstance(v, str) else v for v in column or [None] * count]
 
 
 def _fit(text: str, turn: _Said) -> Turn | None:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils.logging import tqdm
 
 from ma_sft.files import write_whole
-from ma_sft.labels.encoder import ChatEncoder, Message
+from ma_sft.labels.encoder import ChatEncoder, Message, parsed
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.recipe import Settings
 from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks
@@ -38,6 +38,9 @@ class Found:
 
     losses: dict[str, HeldOut] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
+
+
+_GIVEN = ("tools", "chat_template_kwargs")
 
 
 class Exam(TrainerCallback):
@@ -59,6 +62,7 @@ class Exam(TrainerCallback):
         self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.exam
         self.before, self.after = Found(), Found()
         self.questions: list[list[Message]] = []
+        self.given: list[tuple[Any, Any]] = []  # each question's tools and template variables
         self.references: list[str] = []
         self.sources: list[str] = []
         rows = held_out.conversations if held_out else None
@@ -67,11 +71,13 @@ class Exam(TrainerCallback):
         count = settings.exam.generate_eval
         rows = rows.select(range(len(rows) if count < 0 else min(count, len(rows))))
         self.encoder = make_encoder(settings, tokenizer)
-        for messages, source in zip(rows["messages"], rows["source"], strict=True):
+        given = [parsed(rows[name] if name in rows.column_names else None, len(rows)) for name in _GIVEN]
+        for messages, source, *more in zip(rows["messages"], rows["source"], *given, strict=True):
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             if last == 0:  # plain text asks nothing
                 continue
             self.questions.append(messages[:last])
+            self.given.append((more[0], more[1]))
             self.references.append(messages[last]["content"])
             self.sources.append(source)
 
@@ -105,9 +111,10 @@ class Exam(TrainerCallback):
             return []
         model, args = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
         world, count = args.world_size, len(self.questions)
-        mine = [self.questions[turn % count] for turn in range(args.process_index, -(-count // world) * world, world)]
+        mine = [turn % count for turn in range(args.process_index, -(-count // world) * world, world)]
+        questions, given = [self.questions[i] for i in mine], [self.given[i] for i in mine]
         limit = self.settings.max_new_tokens
-        shares = gather(generate_answers(model, self.encoder, mine, max_new_tokens=limit, desc=desc))
+        shares = gather(generate_answers(model, self.encoder, questions, given, max_new_tokens=limit, desc=desc))
         return [shares[i % world][i // world] for i in range(count)]
 
     def figures(self) -> dict[str, Any]:
@@ -185,6 +192,7 @@ def generate_answers(
     model: PreTrainedModel,
     encoder: ChatEncoder,
     prompts: Sequence[list[Message]],
+    given: Sequence[tuple[Any, Any]] | None = None,
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
@@ -192,10 +200,12 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers to the conversations in `prompts`, in their order.
 
-    Prompts are encoded as training encodes them, sorted by length and padded on the left.
+    Prompts, each with the tools and template variables `given` for it, are encoded as training encodes them, sorted by
+    length and padded on the left.
     """
     ends = end_ids(model.generation_config, encoder.tokenizer)
-    ids = [encoder.encode_prompt(messages) for messages in prompts]
+    given = given or [(None, None)] * len(prompts)
+    ids = [encoder.encode_prompt(messages, *more) for messages, more in zip(prompts, given, strict=True)]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers: dict[int, Answer] = {}
     was_training = model.training
