@@ -205,10 +205,9 @@ class Reader:
         return [{**m, "content": self.inference.spell(m["content"])} for m in messages]
 
     def is_foreign(self, sequence: Labelled) -> bool:
-        """Whether it has prompts, and no control token of those that the template writes between messages."""
+        """Whether it has prompts, and nothing that the template writes between two messages."""
         ids, labels = sequence
-        between = {*"".join(self._between)} & {*self.inference.signs.values()}
-        return bool(between) and IGNORE_INDEX in labels and not between & {*self.inference.characters(ids)}
+        return IGNORE_INDEX in labels and not self._frame.search(self.inference.characters(ids))
 
     def _head(self, text: str) -> tuple[str, int] | None:
         """Role of the first message and where it begins; also where the BOS token is missing or stands twice."""
