@@ -104,11 +104,16 @@ class CheckReport:
         return [finding for finding in self.findings if finding.level == "warning"]
 
     @property
+    def proven(self) -> bool:
+        """Whether rows were judged, and every one of them was found right."""
+        return bool(self.judged_rows) and not self.errors and not self.not_proven
+
+    @property
     def verdict(self) -> str:
         """What is proven, in a line."""
         if self.errors:
             return "labels are wrong"
-        if not self.judged_rows or self.not_proven:
+        if not self.proven:
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was judged'}"
         return f"every label is right: {self.judged}"
@@ -124,7 +129,7 @@ class CheckReport:
                 **asdict(self),
                 "trained_share": self.trained_share,
                 "ok": not self.errors,
-                "proven": bool(self.judged_rows) and not self.errors and not self.not_proven,
+                "proven": self.proven,
                 "verdict": self.verdict,
             },
             ensure_ascii=False,
@@ -144,7 +149,7 @@ class CheckReport:
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        colour = "bold red" if self.errors else "yellow" if self.not_proven or not self.judged_rows else "green"
+        colour = "bold red" if self.errors else "green" if self.proven else "yellow"
         lines.append(Text(self.verdict, style=colour))
         return Group(*lines)
 

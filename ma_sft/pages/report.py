@@ -83,7 +83,7 @@ def write_start(
         shown = pieces(row["input_ids"][:SHOWN_TOKENS], row["labels"][:SHOWN_TOKENS], tokenizer)
         more = len(row["input_ids"]) - SHOWN_TOKENS
         rows.append({"heading": heading(row, number), "pieces": [asdict(p) for p in shown], "more": max(0, more)})
-    out = Path(settings.training.output_dir)
+    out, check = Path(settings.training.output_dir), data.check
     facts = {
         "name": settings.run.name or out.name,
         "model": settings.chosen.get("model_name_or_path"),
@@ -96,7 +96,8 @@ def write_start(
         "packing": {**asdict(data.packing), "density": data.packing.density, "text": str(data.packing)}
         if data.packing
         else None,
-        "findings": None if data.check is None else [{"level": f.level, "text": str(f)} for f in data.check.findings],
+        "findings": check and [{"level": f.level, "text": str(f)} for f in check.findings],
+        "proof": check and {"proven": check.proven, "judged": check.judged, "verdict": check.verdict},
         "hardware": _hardware(settings),
         "versions": versions(),
     }

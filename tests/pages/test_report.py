@@ -117,6 +117,25 @@ def test_shows_the_mask_token_by_token(finished):
     assert re.search(r'<span class="c" title="\d+">&lt;\|im_start\|&gt;</span>', row)
 
 
+def test_does_not_call_labels_right_that_nobody_judged(tiny_bpe, tmp_path):
+    """A `formatting_func` without a response template trains whole texts: there is no boundary to be judged."""
+    (tmp_path / "texts.py").write_text("def texts(row):\n    return f\"Q: {row['q']} A: {row['a']}\"\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": str(i)}) + "\n" for i in range(4)))
+    run(
+        Recipe(
+            model_name_or_path=str(tiny_bpe),
+            dataset_name=str(tmp_path / "rows.jsonl"),
+            formatting_func=f"{tmp_path / 'texts.py'}:texts",
+            max_steps=1,
+            save_strategy="no",
+            report_to="none",
+            output_dir=str(tmp_path / "run"),
+        )
+    )
+    text = Page(tmp_path / "run" / "report.html").text
+    assert "every label right" not in text and "not proven: no row was judged" in text
+
+
 def test_unfinished_run_has_a_page_too(copy, capsys):
     (copy / "summary.json").unlink()
     (copy / "answers.json").unlink()
