@@ -22,6 +22,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
 
 
+def not_there(path: str | Path) -> str:
+    """`'rows.jsonl' does not exist`, and for a relative path which folder it counts from."""
+    return f"{str(path)!r} does not exist" + ("" if Path(path).is_absolute() else f" (counted from {Path.cwd()})")
+
+
 def must_be_new(path: Path, way_out: str = "choose another folder or remove it") -> None:
     """Nothing that is there is ever overwritten.
 
@@ -70,7 +75,7 @@ def read_json(path: Path, default: Any = ...) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist") from None
+        raise RecipeError(not_there(path)) from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
 

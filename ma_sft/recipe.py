@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ma_sft.errors import MaSftError, RecipeError, one_line
-from ma_sft.files import parse_yaml
+from ma_sft.files import not_there, parse_yaml
 from ma_sft.settings import PRESET, Chosen, Setting, nearest, settings_of
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise RecipeError(f"the recipe {str(path)!r} does not exist")
+            raise RecipeError(f"the recipe {not_there(path)}")
         if path.suffix in (".yaml", ".yml", ".json"):
             found = cls(**{"name": path.stem, **read_yaml(path)})
             found.file = path
@@ -403,7 +403,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if str(path) == ".":
         raise RecipeError("--config needs a YAML file")
     if not path.is_file():
-        raise RecipeError(f"the config file {str(path)!r} does not exist")
+        raise RecipeError(f"the config file {not_there(path)}")
     content = parse_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError
+from ma_sft.files import not_there
 
 TRAINER = set(
     """
@@ -338,7 +339,7 @@ class Setting:
         if isinstance(value, str) and self.name in CONFIG_FILES and not value.lstrip().startswith("{"):
             path = self._path(value)
             if not Path(path).is_file():
-                raise ValueError(f"the file {path!r} does not exist")
+                raise ValueError(f"the file {not_there(path)}")
             return path
         try:
             found = json.loads(value)

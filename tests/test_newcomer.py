@@ -114,14 +114,22 @@ def test_init_chooses_what_fits_the_gpus(here, tiny_bpe, capsys):
 
 BASE = {"model_name_or_path": "demo", "dataset_name": "rows.jsonl"}
 WRONG = {
-    "wrong path of the data": ({"dataset_name": "row.jsonl"}, [], "the file 'row.jsonl' does not exist"),
+    "wrong path of the data": (
+        {"dataset_name": "row.jsonl"},
+        [],
+        "'row.jsonl' does not exist (counted from /",
+    ),
     "wrong path without an ending": ({"dataset_name": "rows"}, [], "pass a file or folder: --dataset_name PATH"),
     "wrong model": ({"model_name_or_path": "my/modle"}, [], "pass a folder: --model_name_or_path PATH"),
     "wrong column": ({"dataset_name": "columns.jsonl"}, [], "map columns to these names"),
     "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2"),
     "wrong format": ({"dataset_format": "sharegtp"}, [], "sharegtp"),
     "wrong template": ({"template": "chatlm"}, [], "unknown template 'chatlm'; known: "),
-    "missing template file": ({"template": "my.jinja"}, [], "the chat template 'my.jinja' does not exist"),
+    "missing template file": (
+        {"template": "my.jinja"},
+        [],
+        "template 'my.jinja' does not exist (counted from /",
+    ),
     "no chat template": ({"model_name_or_path": "base"}, [], "choose one with template="),
     "tiny max_length": ({"max_length": 8}, [], "raise max_length"),
     "misspelt setting": ({}, ["--learning_rat", "1"], "did you mean 'learning_rate'?"),
@@ -132,7 +140,7 @@ WRONG = {
     "empty file": ({"dataset_name": "empty.jsonl"}, [], "the file is empty"),
     "broken row": ({"dataset_name": "broken.jsonl"}, [], "broken.jsonl, line 2: not valid JSON"),
     "empty answer": ({"dataset_name": "silent.jsonl"}, [], "silent.jsonl, line 1: the response is empty"),
-    "missing config": ({}, ["--config", "none.yaml"], "'none.yaml' does not exist"),
+    "missing config": ({}, ["--config", "none.yaml"], "'none.yaml' does not exist (counted from /"),
 }
 
 
@@ -158,24 +166,39 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["train", "mine.py"], "the recipe 'mine.py' does not exist"),
+        (["train", "mine.py"], "the recipe 'mine.py' does not exist (counted from /"),
         (["check", "rows.jsonl"], "is no recipe; give a .py or .yaml file"),
         (["chat", "runs/none"], "runs/none"),
         (["report", "runs/none"], "give one that `ma-sft train` made"),
         (["merge", "runs/none", "-o", "out"], "runs/none"),
         (["init", "--data", "rows.jsonl"], "pass --model demo"),
         (["init"], "pass --data"),
-        (["init", "--data", "nothing.jsonl", "--model", "demo"], "the file 'nothing.jsonl' does not exist"),
+        (
+            ["init", "--data", "nothing.jsonl", "--model", "demo"],
+            "'nothing.jsonl' does not exist (counted from /",
+        ),
         (["init", "--data", "rows.jsonl", "--model", "demo", "--hardware", "a GPU"], "cpu, or GPUs as 1x24GB"),
         (
             ["init", "--data", "rows.jsonl", "--model", "demo", "--hardware", "cpu", "--task", "talk"],
             "one of chat, exact",
         ),
         (["recipes", "copy", "alpacca"], "there are alpaca, "),
+        (
+            ["init", "--data", "gbk.csv", "--model", "demo"],
+            "(gb18030 would fit) in its entry of `datasets`",
+        ),
+        (
+            ["init", "--data", "semicolon.csv", "--model", "demo"],
+            "delimiter: ';' in its entry of `datasets`",
+        ),
+        (["init", "--data", "sheet.xlsx", "--model", "demo"], "'sheet.xlsx' exists, but it is none of .jsonl"),
     ],
     ids=str,
 )
 def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, capsys):
+    (here / "gbk.csv").write_text("question,answer\n你好吗,很好\n", encoding="gbk")
+    (here / "semicolon.csv").write_text("question;answer\nWhy?;So.\n")
+    (here / "sheet.xlsx").write_bytes(b"PK\3\4" + bytes(range(256)))
     assert main(command) == 2
     error = capsys.readouterr().err
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]

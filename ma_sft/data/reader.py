@@ -116,7 +116,10 @@ def not_utf_8(error: UnicodeDecodeError) -> str:
         guess = "gb18030 would fit"
     except UnicodeDecodeError:
         guess = "such as utf-16 or cp1252"
-    return f"not UTF-8 text: {error.reason} at byte {error.start}; if it is another encoding, set encoding: ({guess})"
+    return (
+        f"not UTF-8 text: {error.reason} at byte {error.start}; if it is another encoding, set encoding: ({guess}) "
+        "in its entry of `datasets`, or save it as UTF-8"
+    )
 
 
 def _sniff(file: str, where: str) -> str:
@@ -306,7 +309,10 @@ def _check_header(names: list[str], where: str) -> None:
         raise FormatError(f"{where}: column {twice[0]!r} stands twice in the first line; rename one of them")
     mark = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
     if mark:
-        raise FormatError(f"{where}: one column {names[0]!r}; if {mark!r} parts its cells, set delimiter: {mark!r}")
+        raise FormatError(
+            f"{where}: one column {names[0]!r}; if {mark!r} parts its cells, set delimiter: {mark!r} "
+            "in its entry of `datasets`, or save it with commas"
+        )
 
 
 def _parquet(stream: Any, where: str, config: ReaderConfig) -> Rows:

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
 from ma_sft.data.values import Row, plain, show_columns
 from ma_sft.errors import FormatError, RecipeError
+from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.version import __version__
 
@@ -177,8 +178,7 @@ def _load_files(source: Source, streaming: bool, num_proc: int | None) -> Any:
     path = source.path
     files = [path] if Path(path).is_file() else sorted(f for f in glob.glob(path, recursive=True) if Path(f).is_file())
     if not files:
-        counted = "" if Path(path).is_absolute() else f" (counted from {Path.cwd()})"
-        raise RecipeError(f"the file {path!r} does not exist{counted}")
+        raise RecipeError(f"the file {not_there(path)}")
     size = sum(Path(file).stat().st_size for file in files)
     if size == 0:
         raise FormatError(f"{path}: the file is empty")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError, TemplateError
+from ma_sft.files import not_there
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
@@ -51,7 +52,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         tokenizer.chat_template = ("{{ bos_token }}" if puts_bos else "") + source
     elif template.endswith((".jinja", ".j2")):
         if not Path(template).is_file():
-            raise TemplateError(f"the chat template {template!r} does not exist")
+            raise TemplateError(f"the chat template {not_there(template)}")
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     elif "{" in template:
         tokenizer.chat_template = template

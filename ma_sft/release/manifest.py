@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
+from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id
 from ma_sft.hub import model_folder as hub_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
@@ -96,7 +97,7 @@ def model_folder(folder: Path) -> Path:
     if is_hub_id(str(folder)):
         return hub_folder(str(folder), weights=True)
     if not folder.is_dir():
-        raise RecipeError(f"the folder {str(folder)!r} does not exist")
+        raise RecipeError(f"the folder {not_there(folder)}")
     for candidate in (folder / "merged", folder / "model", folder, folder / "adapter"):
         if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             return candidate

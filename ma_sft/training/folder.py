@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from transformers.trainer_utils import sort_checkpoints
 
 from ma_sft.errors import Interrupted, RecipeError, RunError
-from ma_sft.files import write_whole
+from ma_sft.files import not_there, write_whole
 from ma_sft.hub import commits, recall
 from ma_sft.settings import shown
 from ma_sft.training.processes import once
@@ -139,7 +139,7 @@ class RunFolder:
     def _to_go_on_from(self) -> Path | None:
         chosen = self.settings.training.resume_from_checkpoint
         if chosen and not Path(chosen).is_dir():
-            raise RecipeError(f"resume_from_checkpoint: the checkpoint {chosen!r} does not exist")
+            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(chosen)}")
         checkpoint = Path(chosen) if chosen else None if self.anew else newest(self.out)
         if checkpoint and not _is_resumable(checkpoint):
             raise RecipeError(
