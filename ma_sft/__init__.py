@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ma_sft.packing.view import pack
     from ma_sft.recipe import Recipe
     from ma_sft.sft import run
+    from ma_sft.training.compat import SFTConfig, SFTTrainer
     from ma_sft.training.trainer import make_trainer
 
 # TRL and PEFT import DeepSpeed where it is installed; on a machine without a GPU it says so on stdout.
@@ -48,6 +49,8 @@ _LAZY = {
     "tokenize_conversation": "ma_sft.labels.encoder",
     "run": "ma_sft.sft",
     "make_trainer": "ma_sft.training.trainer",
+    "SFTConfig": "ma_sft.training.compat",
+    "SFTTrainer": "ma_sft.training.compat",
 }
 
 __all__ = [
@@ -60,6 +63,8 @@ __all__ = [
     "RecipeError",
     "ResponseTemplateError",
     "RunError",
+    "SFTConfig",
+    "SFTTrainer",
     "TemplateError",
     "__version__",
     "audit",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ma_sft.errors import ResponseTemplateError
 from ma_sft.labels.templates import control_tokens
@@ -137,8 +137,24 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             if instruction_template is None
             else _Template("instruction_template", instruction_template, self.tokenizer, self._bytes)
         )
-        self.response_token_ids = self._response.ids
-        self.instruction_token_ids = self._instruction.ids if self._instruction else None
+
+    @property
+    def response_token_ids(self) -> list[int]:
+        """The response template's ids; set, the template is looked for by these ids, as in TRL 0.x."""
+        return self._response.ids
+
+    @response_token_ids.setter
+    def response_token_ids(self, ids: Sequence[int]) -> None:
+        self._response = _Template("response_template", ids, self.tokenizer, self._bytes)
+
+    @property
+    def instruction_token_ids(self) -> list[int] | None:
+        """The instruction template's ids, None without one; set as `response_token_ids`."""
+        return self._instruction.ids if self._instruction else None
+
+    @instruction_token_ids.setter
+    def instruction_token_ids(self, ids: Sequence[int]) -> None:
+        self._instruction = _Template("instruction_template", ids, self.tokenizer, self._bytes)
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
@@ -193,14 +209,19 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
                     describe(row, "ambiguous", self._response, ids)
         return report
 
-    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+    def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
         rows = [e if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        for number, row in enumerate(rows):
+            if np.asarray(row["input_ids"]).dtype.kind not in "iu":
+                raise ResponseTemplateError(
+                    f"row {number}: input_ids are no whole numbers: {str(row['input_ids'])[:60]}; "
+                    "tokenise the text first"
+                )
         labels = [self._row_labels(row, number) for number, row in enumerate(rows)]
-        features = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-        batch: dict[str, Any] = dict(
-            self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
-        )
+        left_out = ("labels", "special_tokens_mask")
+        features = [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+        batch = self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
         batch["labels"] = torch.full_like(batch["input_ids"], self.ignore_index)
         left = self.tokenizer.padding_side == "left"
         for target, own in zip(batch["labels"], labels, strict=True):
@@ -229,6 +250,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         ids, attended = self._read(row)
         if "labels" in row:
             given = np.asarray(row["labels"], dtype=np.int64)
+            if len(given) != len(ids):
+                raise ResponseTemplateError(f"row {number}: {len(given)} labels for {len(ids)} input_ids")
             if not np.array_equal(given[attended], ids[attended]):
                 return np.where(given == -100, self.ignore_index, given)
         labels, absent, _ = self._label(ids)
@@ -262,7 +285,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             warnings.warn(f"{message}; such rows are masked and counted in missing_rows", stacklevel=3)
         self.missing_rows += 1
 
-    def _flatten(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _flatten(self, batch: BatchEncoding) -> BatchEncoding:
         """TRL's padding-free form: one row, positions that restart at each document, and flash attention's bounds."""
         mask = batch.pop("attention_mask").bool()
         positions = (mask.cumsum(1)[mask] - 1).unsqueeze(0)
@@ -286,16 +309,22 @@ def _answers(instructions: list[Match], responses: list[Match], n_tokens: int) -
     TRL 0.x took the last with the bare ids: if it was the question that quoted, none of the question is trained.
     """
     responses, instructions = _unquoted(responses), _unquoted(instructions)
+    in_lines = any(match.line_start and match.start for match in (*instructions, *responses))
     borders = sorted([(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses])
     turns: list[tuple[int, list[Match]]] = [(0, [])]  # where each turn begins, and the responses in it
     for at, (start, is_response, match) in enumerate(borders):
         answered = at + 1 < len(borders) and borders[at + 1][1]
         if is_response:
             turns[-1][1].append(match)
-        elif match.line_start or answered or not turns[-1][1]:  # else the answer quotes it
+        elif match.line_start or answered or not in_lines or not turns[-1][1]:  # else the answer quotes it
             turns.append((start, []))
     stops = [*(start for start, _ in turns[1:]), n_tokens]
-    found = [(_last(matches).body, stop) for (_, matches), stop in zip(turns, stops, strict=True) if matches]
+    found: list[tuple[int, int]] = []
+    for (_, matches), stop in zip(turns, stops, strict=True):
+        while matches and matches[-1].body >= stop:  # a prompt at the row's end, which nothing answers
+            stop = matches.pop().start
+        if matches:
+            found.append((_last(matches).body, stop))
     return found
 
 

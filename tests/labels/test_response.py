@@ -289,3 +289,33 @@ def test_clean_conversations_pass_the_check(tmp_path, smollm2, end):
     row = labelled.dataset[0]
     assert trained(tokenizer, row["labels"]) == " Add line.<|im_end|>\n| Welcome.<|im_end|>|"
     assert row["input_ids"].count(tokenizer.eos_token_id) == 2
+
+
+def test_ids_that_are_set_later_are_looked_for():
+    tokenizer = load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
+    collator.response_token_ids = tokenizer.encode("### Reply:", add_special_tokens=False)
+    ids = encode(tokenizer, "### Question: x\n### Reply: yes")
+    assert trained(tokenizer, collator.labels_for(ids)) == " yes<|im_end|>|"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 0: 2 labels for 3 input_ids"),
+        ({"input_ids": [10**9, 2]}, "token id 1000000000 is not in the tokenizer's vocabulary"),
+        ({"input_ids": ["### Answer: a", "b"]}, "row 0: input_ids are no whole numbers"),
+    ],
+)
+def test_what_is_no_row_is_one_line(row, message):
+    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"))
+    with pytest.raises(ResponseTemplateError, match=message):
+        collator([row])
+
+
+def test_batch_is_an_encoding():
+    tokenizer = load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
+    ids = encode(tokenizer, "### Answer: a")
+    batch = collator([{"input_ids": ids, "special_tokens_mask": [0] * len(ids)}]).to("cpu")
+    assert batch.input_ids.tolist() == [ids] and "special_tokens_mask" not in batch

@@ -1,0 +1,102 @@
+"""Scripts of TRL 0.x run after one changed import: those that docs/migrating.md shows."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import ROOT
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from ma_sft import ConstantLengthDataset, DataCollatorForCompletionOnlyLM, RecipeError, SFTConfig, SFTTrainer
+from ma_sft.training import compat
+
+SCRIPTS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/migrating.md").read_text(), re.S))
+
+
+@pytest.fixture
+def names(tmp_path, tiny_qwen3):
+    """What a script has before it makes its trainer."""
+    return {
+        "SFTTrainer": SFTTrainer,
+        "SFTConfig": SFTConfig,
+        "DataCollatorForCompletionOnlyLM": DataCollatorForCompletionOnlyLM,
+        "ConstantLengthDataset": ConstantLengthDataset,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_qwen3),
+        "model": AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32),
+        "rows": Dataset.from_dict({"question": ["What is 1+1?"] * 8, "answer": ["Two."] * 8}),
+        "output_dir": str(tmp_path / "run"),
+        "short": {
+            **{"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2},
+            **{"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"},
+        },
+    }
+
+
+def trained(tokenizer, labels) -> list[str]:
+    return [tokenizer.decode([i for i in row.tolist() if i != -100]) for row in labels]
+
+
+WANTED = {
+    "completion": " Two.<|im_end|>",
+    "ids": "Two.<|im_end|>",
+    "turns": " Hello\n Bye<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"loop"}))
+def test_script_trains(names, script):
+    exec(SCRIPTS[script], names)
+    trainer, before = names["trainer"], names["model"].lm_head.weight.detach().clone()
+    batch = next(iter(trainer.get_train_dataloader()))
+    if script in WANTED:
+        assert trained(names["tokenizer"], batch["labels"]) == [WANTED[script]] * 2
+    else:
+        own = batch["labels"] != -100
+        assert own.sum() and (batch["labels"][own] == batch["input_ids"][own]).all()
+    trainer.train()
+    assert trainer.state.global_step == 2
+    if script != "lora":
+        assert not torch.equal(names["model"].lm_head.weight, before)
+
+
+def test_loop_in_plain_pytorch(names):
+    exec(SCRIPTS["loop"], names)
+    assert trained(names["tokenizer"], names["batch"]["labels"]) == [" Two."] * 2
+    assert torch.isfinite(names["loss"]) and torch.equal(names["batch"].input_ids, names["batch"]["input_ids"])
+
+
+def test_plain_trainer_over_the_collator(names, tmp_path):
+    tokenizer = names["tokenizer"]
+    texts = [tokenizer(f"### Question: {r['question']}\n### Answer: {r['answer']}") for r in names["rows"]]
+    trainer = Trainer(
+        names["model"],
+        TrainingArguments(str(tmp_path / "plain"), **names["short"]),
+        data_collator=DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer),
+        train_dataset=Dataset.from_list([dict(text) for text in texts]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_each_old_name_is_said_once(names):
+    compat._say.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            SFTConfig(names["output_dir"], max_seq_length=64, **names["short"])
+    found = [str(w.message) for w in said if "TRL 0.x" in str(w.message)]
+    assert found == ["max_seq_length is TRL 0.x's: today it is max_length"]
+
+
+def test_old_name_means_todays(names):
+    assert (
+        SFTConfig(names["output_dir"], max_seq_length=64, evaluation_strategy="no", **names["short"]).max_length == 64
+    )
+
+
+def test_what_neither_knows_is_one_line(names):
+    config = SFTConfig(names["output_dir"], **names["short"])
+    with pytest.raises(RecipeError, match=r"docs/migrating\.md"):
+        SFTTrainer(names["model"], config, train_dataset=names["rows"], tokenizer=names["tokenizer"], batch=3)
