@@ -11,6 +11,7 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -74,6 +75,11 @@ class LabelsConfig:
     template_kwargs: dict[str, Any] | str | None = setting(
         None, "Variables for the chat template, e.g. '{\"enable_thinking\": false}'."
     )
+    template_now: str | None = setting(
+        None,
+        "ISO date or date-time that a chat template which reads the clock takes for now; by default the day on which "
+        "the run was first prepared.",
+    )
     train_on: str = setting("all", "Train every assistant turn, or the last one.", ["all", "last"])
     history: str = setting(
         "split",
@@ -96,6 +102,14 @@ class LabelsConfig:
         ["cut", "split", "drop", "keep_answer", "keep_end"],
     )
     check: bool = setting(True, "Prove the labels before training; wrong ones stop the run.")
+
+    def __post_init__(self) -> None:
+        if self.template_now is not None:
+            try:
+                datetime.fromisoformat(self.template_now)
+            except ValueError:
+                found = f"found {self.template_now!r}"
+                raise RecipeError(f"template_now: a date as 2026-11-25 or 2026-11-25T09:30 expected, {found}") from None
 
 
 @dataclass

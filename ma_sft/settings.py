@@ -16,6 +16,7 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from datetime import date
 from enum import Enum
 from os import PathLike, fspath
 from pathlib import Path
@@ -416,11 +417,13 @@ def _kinds(parts: Sequence[Any]) -> tuple[type, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Paths, enums, dtypes, NumPy's numbers, tuples and sets as what YAML would have said."""
+    """Paths, enums, dates, dtypes, NumPy's numbers, tuples and sets as what YAML would have said."""
     if isinstance(value, PathLike):
         return fspath(value)
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, date):  # YAML reads 2026-11-25 so
+        return value.isoformat()
     if type(value).__name__ == "dtype":  # torch's, which need not be imported for this
         return str(value).removeprefix("torch.")
     if hasattr(value, "dtype") and hasattr(value, "item") and not getattr(value, "shape", ()):

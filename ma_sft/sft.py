@@ -56,6 +56,7 @@ def run(
         folder.recall_revisions()
         recall(once(lambda: pin_model(settings)))
         tokenizer, added_tokens = load_tokenizer(settings)
+        settings.labels.template_now = once(lambda: settings.labels.template_now)
         check_early(settings)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         test = held_out.dataset if held_out else None

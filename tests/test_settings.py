@@ -121,6 +121,7 @@ def test_setting_that_would_do_nothing_is_refused(need, name, rows):
             "history": "mask",
             "on_error": "skip",
             "template_kwargs": {"a": 1},
+            "template_now": "2026-11-25",
         }
         value = value if name == "response_template" else other.get(name, "text2")
     if need.switches == "lr_scheduler_type":
@@ -620,6 +621,7 @@ PROVEN = {
     "pad_token": "test_settings.py::test_eos_and_pad_token",
     "lora_target_modules": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
     "lora_target_parameters": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
+    "template_now": "labels/test_clock.py::test_template_now_is_what_the_template_writes",
     "overflow": "training/test_prepare.py::test_overflow_is_a_setting",
     "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",

@@ -146,6 +146,8 @@ class ChatEncoder:
         history: what happens to a turn that the template writes differently once it is history: `"split"` trains
             it in a sequence of its own, `"mask"` does not train it.
         template_kwargs: passed to the template, e.g. `{"enable_thinking": False}`.
+        template_now: the ISO date or date-time that a template which reads the clock takes for now; None for the
+            machine's clock.
 
     Raises:
         TemplateError: no chat template, a slow tokenizer, or a template without an end-of-turn token.
@@ -158,6 +160,7 @@ class ChatEncoder:
         train_on: Literal["all", "last"] = "all",
         history: Literal["split", "mask"] = "split",
         template_kwargs: dict[str, Any] | None = None,
+        template_now: str | None = None,
     ) -> None:
         if train_on not in ("all", "last"):
             raise TemplateError(f"train_on must be 'all' or 'last', not {train_on!r}")
@@ -172,8 +175,9 @@ class ChatEncoder:
         self.train_on = train_on
         self.history = history
         self.template_kwargs = template_kwargs or {}
+        self.template_now = template_now
         self.backend = Backend(tokenizer)
-        self._renderer = Renderer(tokenizer)
+        self._renderer = Renderer(tokenizer, template_now)
         self.control = control_tokens(tokenizer)
         self._control_pattern = _any_of(self.control)
         self._is_control = np.zeros(max(len(tokenizer), *tokenizer.added_tokens_decoder, 1) + 1, dtype=bool)

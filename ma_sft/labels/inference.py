@@ -15,6 +15,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
+from ma_sft.labels.clock import clock_at
 from ma_sft.labels.nonsense import Message, Words, one_of_each_kind, shape, with_objects, with_parts, with_text
 
 # What an assistant itself writes in its content as structure; everybody else's is ordinary text.
@@ -47,8 +48,11 @@ class Turn:
 class Inference:
     """A tokenizer with its chat template, as inference uses them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = (), template_now: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.template_now = template_now
         templates = tokenizer.chat_template or ""
         source = "".join(templates.values()) if isinstance(templates, dict) else templates
         self.controls = {
@@ -73,7 +77,7 @@ class Inference:
             RunawayTemplateError: it does not come to an end.
         """
         try:
-            with bounded():
+            with bounded(), clock_at(self.template_now, self.tokenizer.get_chat_template(tools=tools)):
                 text = self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs
                 )

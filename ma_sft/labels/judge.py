@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.labels.clock import clock_at
 from ma_sft.labels.inference import EMPTY_REASONING, Conversation, Form, Inference, Lost, Refused, Turn, shared, starts
 from ma_sft.labels.nonsense import Message
 
@@ -47,6 +48,7 @@ class Judge:
         tokenizer: a fast tokenizer with its chat template, as inference will have it.
         stops: further ids at which generation stops; the EOS token and the folder's generation_config are known.
         template_kwargs: variables of the chat template; a conversation's own win.
+        template_now: what the template's clock says at inference, an ISO date or date-time; None for the machine's.
         train_on: which assistant turns ought to be trained, `"all"` or the `"last"`.
     """
 
@@ -56,9 +58,10 @@ class Judge:
         *,
         stops: Sequence[int] = (),
         template_kwargs: dict[str, Any] | None = None,
+        template_now: str | None = None,
         train_on: str = "all",
     ) -> None:
-        self.inference = Inference(tokenizer, stops)
+        self.inference = Inference(tokenizer, stops, template_now)
         self.template_kwargs = template_kwargs or {}
         self.train_on = train_on
 
@@ -230,14 +233,15 @@ class _Hearing:
         if not self.inference.twin or conversation.hidden or len(conversation.messages) == 1:
             return
         try:
-            marked: Any = self.inference.tokenizer.apply_chat_template(
-                [self.form(m) for m in conversation.messages],
-                tools=conversation.tools,
-                chat_template=self.inference.twin,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **conversation.kwargs,
-            )
+            with clock_at(self.inference.template_now, self.inference.twin):
+                marked: Any = self.inference.tokenizer.apply_chat_template(
+                    [self.form(m) for m in conversation.messages],
+                    tools=conversation.tools,
+                    chat_template=self.inference.twin,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    **conversation.kwargs,
+                )
         except Exception:  # a twin may refuse what the template takes; the first witness is enough
             return
         marks = list(runs([0 if m else IGNORE_INDEX for m in marked["assistant_masks"]]))

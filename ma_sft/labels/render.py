@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ma_sft.labels.bounds import bounded, check_size
+from ma_sft.labels.clock import clock_at, compiled
 
 Message = dict[str, Any]
 
@@ -187,7 +187,7 @@ def _followed(template: str) -> bool:
         hidden = (nodes.Concat, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)
         return not isinstance(node, hidden)
 
-    tree = _compile_jinja_template(template).environment.parse(template)
+    tree = compiled(template).environment.parse(template)
     return all(known(node) for node in tree.find_all(nodes.Node))
 
 
@@ -196,10 +196,12 @@ class Renderer:
 
     Args:
         tokenizer: its chat template must not change afterwards.
+        template_now: what the template's clock says, an ISO date or date-time; None for the machine's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_now: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template_now = template_now
         self._traces: dict[Any, list[_Trace]] = {}
 
     def render(
@@ -213,7 +215,7 @@ class Renderer:
         replayed = next(((t, text) for t in traces if (text := t.replay(messages)) is not None), None)
         if replayed and replayed[0].proofs >= _PROOFS:
             return replayed[1]
-        with bounded():
+        with bounded(), clock_at(self.template_now, self.tokenizer.get_chat_template(tools=tools)):
             text = check_size(
                 self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
@@ -240,13 +242,14 @@ class Renderer:
         # transformers gives templates the reasoning under the name that gpt-oss uses, too
         traced = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in traced]
         try:
-            marked = _compile_jinja_template(self.tokenizer.get_chat_template()).render(
-                messages=traced,
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompt,
-                **{**self.tokenizer.special_tokens_map, **variables},
-            )
+            with clock_at(self.template_now, self.tokenizer.get_chat_template()):
+                marked = compiled(self.tokenizer.get_chat_template()).render(
+                    messages=traced,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                    **{**self.tokenizer.special_tokens_map, **variables},
+                )
         except _UntraceableError:
             return None
         literals = _MARKS.split(marked)

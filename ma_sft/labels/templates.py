@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError, TemplateError
 from ma_sft.files import not_there
+from ma_sft.labels.clock import set_clock
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
@@ -76,7 +77,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
+    """The recipe's tokenizer with the recipe's chat template and clock, and the special tokens added for it.
 
     Raises:
         RecipeError: as `ma_sft.hub.load_pretrained`.
@@ -109,6 +110,7 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
         _check_end(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_clock(settings, tokenizer)
     return tokenizer, added
 
 

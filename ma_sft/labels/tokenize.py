@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
 
+_MANY = 100  # rows, from which on one date is warned about
+
 
 @dataclass
 class Counts:
@@ -85,6 +87,7 @@ def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Ch
         train_on=labels.train_on,  # type: ignore[arg-type]
         history="mask" if whole else labels.history,  # type: ignore[arg-type]
         template_kwargs=labels.template_kwargs,  # type: ignore[arg-type]  # text was parsed with the recipe
+        template_now=labels.template_now,
     )
 
 
@@ -105,7 +108,8 @@ def check(
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
         labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
-    judge = Judge(tokenizer, template_kwargs=kwargs, train_on=settings.labels.train_on)
+    now, train_on = settings.labels.template_now, settings.labels.train_on
+    judge = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
     report = check_dataset(
         labelled.dataset,
         tokenizer,
@@ -174,6 +178,8 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
         counts.rows = len(conversations)
     encoder = make_encoder(settings, tokenizer)
     labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
+    if settings.labels.template_now and not held_out:
+        _tell_date(settings, tokenizer, conversations, labelled)
     for reasons in labelled["untrained"]:
         for reason in reasons:
             counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
@@ -186,10 +192,27 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
 
 
+def _tell_date(
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, conversations: Dataset, labelled: Dataset
+) -> None:
+    """Say which date the template writes into rows, if the first of them have other ids on another day."""
+    other_day = replace(settings.labels, template_now="1987-06-05T04:03:02")
+    count = min(len(conversations), 16)
+    other = make_encoder(replace(settings, labels=other_day), tokenizer)
+    found = other.tokenize_batch(conversations[:count], list(range(count)))["input_ids"]
+    if all(map(np.array_equal, found, labelled.with_format("numpy")[: len(found)]["input_ids"])):
+        return
+    text = f"the template writes the date {settings.labels.template_now} (template_now)"
+    if len(conversations) >= _MANY:
+        text += f"; {len(conversations):,} rows with one date teach the model that it is always that day"
+    logger.warning(text)
+
+
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
     what = type(encoder).__name__
-    settings = (what, encoder.train_on, encoder.history, encoder.template_kwargs, encoder.backend.wanted)
+    variables = (encoder.template_kwargs, encoder.template_now)
+    settings = (what, encoder.train_on, encoder.history, *variables, encoder.backend.wanted)
     key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)

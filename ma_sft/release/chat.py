@@ -34,7 +34,8 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
         model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=_device()).eval()
     else:
         model = load_adapter(folder, base, device_map=_device(), code=code)
-    encoder = ChatEncoder(load_pretrained(AutoTokenizer, str(folder), code=code), template_kwargs=kwargs)
+    tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
+    encoder = ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
     return model, encoder, manifest.get("system_prompt")
 
 

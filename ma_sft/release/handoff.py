@@ -50,7 +50,8 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
         tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
         kwargs = manifest["template_kwargs"]
         kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-        encoder = ChatEncoder(tokenizer, template_kwargs=kwargs) if tokenizer.chat_template else None
+        now, templated = manifest.get("template_now"), tokenizer.chat_template
+        encoder = ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=now) if templated else None
         for what, found in describe_tokenizer(tokenizer, encoder).items():
             if what != "probe":
                 compare(what.replace("_", " "), found, manifest[what])

@@ -46,6 +46,7 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
         },
         **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),
         "template_kwargs": labels.template_kwargs,
+        "template_now": labels.template_now,
         "system_prompt": settings.rows.system_prompt,
         "mask_policy": {
             key: getattr(labels, key) for key in ("train_on", "history", "response_template", "instruction_template")

@@ -18,6 +18,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.files import not_there, write_whole
 from ma_sft.hub import commits, recall
+from ma_sft.labels.clock import recall_clock
 from ma_sft.settings import shown
 from ma_sft.training.processes import once
 
@@ -93,12 +94,13 @@ class RunFolder:
         if not run.overwrite_output_dir:
             if (out / "summary.json").exists():
                 raise RecipeError(f"{out} holds a finished run; {way_out}")
+            recall_clock(self.settings)
             if known and _read(out / "recipe.json") != self._recipe():
                 raise RecipeError(f"{out} holds an unfinished run of another recipe; {way_out}")
         if self.anew:
             self._check_removable()
         else:
-            write_whole(out / "recipe.json", json.dumps(self._recipe(), indent=2, ensure_ascii=False))
+            self._write_recipe()
             _remove_cut_off(out)
         return self._to_go_on_from()
 
@@ -128,10 +130,13 @@ class RunFolder:
                     shutil.rmtree(path)
                 elif path.name != ".lock":
                     path.unlink()
-            write_whole(self.out / "recipe.json", json.dumps(self._recipe(), indent=2, ensure_ascii=False))
         if self.checkpoint:
             _check_same(self.checkpoint, content)
+        self._write_recipe()  # now with the date of its template
         write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
+
+    def _write_recipe(self) -> None:
+        write_whole(self.out / "recipe.json", json.dumps(self._recipe(), indent=2, ensure_ascii=False))
 
     def _recipe(self) -> Any:
         return shown({key: value for key, value in self.settings.chosen.items() if key not in _NOT_THE_RUN})

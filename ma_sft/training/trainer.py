@@ -23,7 +23,7 @@ from ma_sft.recipe import Recipe, Settings
 from ma_sft.settings import shown
 from ma_sft.training import adapters, quantized
 from ma_sft.training.prepare import prepare_once
-from ma_sft.training.processes import available_attention, fill_up
+from ma_sft.training.processes import available_attention, fill_up, once
 from ma_sft.training.progress import TrainingBar
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
+        settings.labels.template_now = once(lambda: settings.labels.template_now)
     data, held_out = prepare_once(settings, tokenizer, *(part if _is_labelled(part) else None for part in (rows, test)))
     return build_trainer(
         settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None, **given

@@ -1,0 +1,185 @@
+"""A template that writes the date writes one and the same in labels, judge, resume and hand-off."""
+
+import json
+import re
+from datetime import datetime, timedelta
+
+import pytest
+import transformers.utils.chat_template_utils as chat_templates
+from conftest import load_tokenizer
+from transformers import TrainerCallback
+
+from ma_sft import Recipe, RecipeError, run
+from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.judge import Judge
+from ma_sft.labels.templates import load_tokenizer as load
+from ma_sft.labels.tokenize import check, label
+from ma_sft.release.chat import load as load_chat
+from ma_sft.release.handoff import check_handoff
+
+DATED = (
+    "{% if strftime_now is defined %}{% set now = strftime_now('%d %b %Y %H:%M:%S') %}"
+    "{% else %}{% set now = '26 Jul 2024' %}{% endif %}{{ '<|im_start|>system\\nToday: ' + now + '<|im_end|>\\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ROWS = [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(6)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "date.jinja").write_text(DATED)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+@pytest.fixture
+def days_later(monkeypatch):
+    """Sets the machine's clock ahead, as transformers and ma_sft read it."""
+
+    def shift(days: int) -> str:
+        class Later(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + timedelta(days=days)
+
+        class LaterDay:
+            today = staticmethod(lambda: Later.now().date())
+
+        monkeypatch.setattr(chat_templates, "datetime", Later)
+        monkeypatch.setattr("ma_sft.labels.clock.date", LaterDay)
+        return Later.now().strftime("%d %b %Y")
+
+    return shift
+
+
+def recipe(model, **settings):
+    return Recipe(**{
+        "model_name_or_path": str(model), "dataset_name": "rows.jsonl", "template": "date.jinja", "use_cpu": True,
+        "bf16": False, "max_length": 256, "max_steps": 4, "per_device_train_batch_size": 2, "report_to": [],
+        "output_dir": "o", **settings,
+    })  # fmt: skip
+
+
+def prepared(model, **settings) -> list[str]:
+    """The texts of the rows, whose labels the judge approved of."""
+    found = recipe(model, **settings).resolve()
+    tokenizer, _ = load(found)
+    labelled = label(found, tokenizer)
+    report = check(found, tokenizer, labelled)
+    assert not report.errors, report
+    return [tokenizer.decode(ids) for ids in labelled.dataset["input_ids"]]
+
+
+def test_each_day_has_its_date_and_is_proven(folder, tiny_qwen3, days_later):
+    today, tomorrow = days_later(0), days_later(1)
+    assert all(f"Today: {tomorrow} 00:00:00" in text for text in prepared(tiny_qwen3))
+    days_later(0)
+    assert all(f"Today: {today} 00:00:00" in text for text in prepared(tiny_qwen3))
+
+
+def test_template_now_is_what_the_template_writes(folder, tiny_qwen3, caplog):
+    assert all("Today: 29 Feb 2024 13:14:00" in text for text in prepared(tiny_qwen3, template_now="2024-02-29T13:14"))
+    assert "the template writes the date 2024-02-29T13:14 (template_now)" in caplog.messages
+
+
+def test_many_rows_of_one_date_are_warned_about(folder, tiny_qwen3, caplog):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS * 50)))
+    prepared(tiny_qwen3, template_now="2024-02-29")
+    assert "300 rows with one date teach the model that it is always that day" in caplog.text
+
+
+def test_date_that_is_not_written_is_not_told(folder, tiny_qwen3, caplog):
+    dated = "{% if messages[0].role != 'user' %}{{ strftime_now('%Y') }}{% endif %}"
+    (folder / "date.jinja").write_text(dated + DATED.replace("strftime_now is defined", "false"))
+    assert all("26 Jul 2024" in text for text in prepared(tiny_qwen3, template_now="2021-02-03"))
+    assert "template_now" not in caplog.text
+
+
+def test_recipe_in_yaml(folder, tiny_qwen3):
+    for written in ("2024-02-29", "2024-02-29 13:14:00"):
+        (folder / "r.yaml").write_text(
+            f"model_name_or_path: {tiny_qwen3}\ndataset_name: rows.jsonl\ntemplate_now: {written}\n"
+        )
+        assert Recipe.load("r.yaml").resolve().labels.template_now == written.replace(" ", "T")
+
+
+def test_wrong_values_are_refused(folder, tiny_qwen3):
+    with pytest.raises(RecipeError, match=r"template_now: a date as .* expected, found 'yesterday'"):
+        recipe(tiny_qwen3, template_now="yesterday").resolve()
+    with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
+        load(recipe(tiny_qwen3, template="chatml", template_now="2024-02-29").resolve())
+
+
+def test_workers_and_streams_have_the_same_clock(folder, tiny_qwen3):
+    texts = prepared(tiny_qwen3, template_now="2024-02-29", dataset_num_proc=2)
+    found = recipe(tiny_qwen3, template_now="2024-02-29", dataset_streaming=True).resolve()
+    tokenizer, _ = load(found)
+    assert [tokenizer.decode(ids) for ids in label(found, tokenizer).dataset["input_ids"]] == texts
+
+
+def test_real_template():
+    """gpt-oss writes the date into every system message."""
+    tokenizer, question = load_tokenizer("gptoss"), [{"role": "user", "content": "Hi"}]
+    own = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    encoder = ChatEncoder(tokenizer, template_now="2024-02-29")
+    assert tokenizer.decode(encoder.encode_prompt(question)) == re.sub("(?<=date: )[0-9-]+", "2024-02-29", own)
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(8)]
+    rows = [(e.input_ids, e.labels) for (e,) in encoder.encode(chats)]  # the later ones by a trace
+    on_the_day, today = (Judge(tokenizer, template_now=now) for now in ("2024-02-29", None))
+    assert all(on_the_day.judge(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
+    assert not any(today.judge(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
+    assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
+
+
+def test_own_marks_of_the_template_have_the_clock():
+    """A template with generation marks is a second witness, which must not read another day."""
+    tokenizer = load_tokenizer("qwen3")
+    content = "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}"
+    tokenizer.chat_template = (
+        "{{ '<|im_start|>system\nIt is ' + strftime_now('%Y') + '<|im_end|>\n' }}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}" + content + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ((example,),) = ChatEncoder(tokenizer, template_now="1987-06-05").encode([chat])
+    verdict = Judge(tokenizer, template_now="1987-06-05").judge(chat, [(example.input_ids, example.labels)])
+    assert verdict.witnessed == 1 and not verdict.faults
+
+
+class Stop(TrainerCallback):
+    """Ends a run after the checkpoint of its second step, as a machine that fails."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def test_run_keeps_its_date(folder, tiny_qwen3, days_later, caplog, capsys):
+    """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
+    today = days_later(0)
+    day = datetime.strptime(today, "%d %b %Y").date().isoformat()
+    settings = {"save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
+    with pytest.raises(InterruptedError):
+        run(recipe(tiny_qwen3, **settings), on_trainer=lambda trainer: trainer.add_callback(Stop()))
+    assert json.loads((folder / "o" / "recipe.json").read_text())["template_now"] == day
+
+    tomorrow = days_later(1)
+    assert all(today in text for text in prepared(tiny_qwen3, **settings))
+    kept = Recipe.load(folder / "o" / "recipe.json").resolve(["--output_dir", "elsewhere"])
+    assert kept.labels.template_now == day
+    assert all(tomorrow in text for text in prepared(tiny_qwen3, **settings, resume="never"))
+    caplog.clear()
+    summary = run(recipe(tiny_qwen3, **settings))
+    assert summary["steps"] == 4 and "going on from o/checkpoint-2" in capsys.readouterr().out
+    assert f"the template writes the date {day} (template_now)" in caplog.messages
+
+    days_later(365)
+    manifest = json.loads((folder / "o" / "model" / "sft_manifest.json").read_text())
+    assert manifest["template_now"] == day
+    assert not [found for found in check_handoff(folder / "o") if not found.ok]
+    _, encoder, _ = load_chat(folder / "o")
+    assert f"Today: {today} 00:00:00" in encoder.tokenizer.decode(
+        encoder.encode_prompt([{"role": "user", "content": "Hi"}])
+    )
