@@ -112,6 +112,8 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL sets it by itself under the name that transformers is about to drop
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
+    # PEFT asks for it by the name that transformers is about to drop
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:

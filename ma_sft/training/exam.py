@@ -1,6 +1,7 @@
 """Held-out rows: how well their labels are predicted, what is answered to them, and whether answers stop."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -187,6 +190,18 @@ def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
     return list(dict.fromkeys([end, *own]))
 
 
+class TokenByToken(StoppingCriteria):
+    """Moves a bar on with each token that a batch of answers gets, and counts them; stops none."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.tokens = bar, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.bar.update()
+        self.tokens += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -210,10 +225,11 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
-    with repacked(model), tqdm(total=len(ids), desc=desc) as bar:
+    batches = math.ceil(len(ids) / batch_size)
+    with repacked(model), tqdm(total=batches * max_new_tokens, desc=desc, unit="token") as bar:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            width = len(ids[chunk[0]])
+            width, progress = len(ids[chunk[0]]), TokenByToken(bar)
             rows = [[ends[0]] * (width - len(ids[i])) + ids[i] for i in chunk]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk]
             output: list[list[int]] = model.generate(  # type: ignore[operator]
@@ -223,11 +239,12 @@ def generate_answers(
                 do_sample=False,
                 eos_token_id=ends,
                 pad_token_id=ends[0],
+                stopping_criteria=StoppingCriteriaList([progress]),
             )[:, width:].tolist()
             for i, row in zip(chunk, output, strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 text = str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
                 answers[i] = Answer(text, end is not None)
-            bar.update(len(chunk))
+            bar.update(max_new_tokens - progress.tokens)  # all answers may have ended before the limit
     model.train(was_training)
     return [answers[i] for i in range(len(ids))]
