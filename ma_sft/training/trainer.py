@@ -17,6 +17,7 @@ from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError
+from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
 from ma_sft.recipe import Recipe, Settings
@@ -52,7 +53,9 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
-        settings.labels.template_now = once(lambda: settings.labels.template_now)
+    else:
+        set_clock(settings, tokenizer)
+    settings.labels.template_now = once(lambda: settings.labels.template_now)
     data, held_out = prepare_once(settings, tokenizer, *(part if _is_labelled(part) else None for part in (rows, test)))
     return build_trainer(
         settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None, **given

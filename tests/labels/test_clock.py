@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
 from conftest import load_tokenizer
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
-from ma_sft import Recipe, RecipeError, run
+from ma_sft import Recipe, RecipeError, make_trainer, run
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.judge import Judge
+from ma_sft.labels.templates import TEMPLATES as BUILT_IN
 from ma_sft.labels.templates import load_tokenizer as load
 from ma_sft.labels.tokenize import check, label
 from ma_sft.release.chat import load as load_chat
@@ -183,3 +184,14 @@ def test_run_keeps_its_date(folder, tiny_qwen3, days_later, caplog, capsys):
     assert f"Today: {today} 00:00:00" in encoder.tokenizer.decode(
         encoder.encode_prompt([{"role": "user", "content": "Hi"}])
     )
+
+
+def test_trainer_of_a_tokenizer_that_is_given(folder, tiny_qwen3):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen3)
+    tokenizer.chat_template = DATED
+    given = recipe(tiny_qwen3, template=None, template_now="2024-02-29")
+    row = make_trainer(given, processing_class=tokenizer).train_dataset[0]
+    assert "Today: 29 Feb 2024 00:00:00" in tokenizer.decode(row["input_ids"])
+    tokenizer.chat_template = BUILT_IN["chatml"]
+    with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
+        make_trainer(given, processing_class=tokenizer)
