@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, cache_dir
-from ma_sft.terminal import say
+from ma_sft.terminal import no_bar_for_weights, say
 
 
 def demo_model() -> Path:
@@ -29,7 +29,8 @@ def demo_model() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with no_bar_for_weights():
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**settings))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.terminal import say
+from ma_sft.terminal import no_bar_for_weights, say
 
 KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
 
@@ -149,7 +149,8 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
         _refuse_tokenizer_code(name, folder)
     kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
-        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
+        with no_bar_for_weights():
+            loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
     except Exception as error:
         raise RecipeError(explain(error, name)) from None
     if "Tokenizer" in auto.__name__:

@@ -12,7 +12,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import MaSftError, one_line
@@ -114,6 +115,21 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
     # PEFT asks for it by the name that transformers is about to drop
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+
+
+@contextmanager
+def no_bar_for_weights() -> Iterator[None]:
+    """transformers' bar over the tensors of a file that lies here is left out; its other bars stay."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def shown(bar: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        return bar(*args, **how, **({"disable": True} if how.get("desc") == "Loading weights" else {}))
+
+    previous = set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -44,7 +44,8 @@ def test_five_commands_to_a_chat(here, capsys):
     }
     for command in commands:
         assert main([*command[1:], *more.get(command[1], [])]) == 0
-    said = capsys.readouterr().out
+    said, shown = capsys.readouterr()
+    assert "Loading weights" not in shown  # a bar that says nothing to a user
     assert "every label is right" in said and "ma-sft chat runs/rows" in said
     assert said.splitlines()[-1].startswith("Number 7, aye")  # the answer alone, and in the tone of the rows
     assert (here / "runs/rows/report.html").exists() and (here / "runs/rows/merged/model.safetensors").exists()

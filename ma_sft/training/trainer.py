@@ -22,6 +22,7 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
 from ma_sft.recipe import Recipe, Settings
 from ma_sft.settings import shown
+from ma_sft.terminal import no_bar_for_weights
 from ma_sft.training import adapters, quantized
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import available_attention, fill_up, once
@@ -133,16 +134,17 @@ def build_trainer(
         if added_tokens:
             model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
             quantization = None
-        trainer = ResumableTrainer(
-            model,
-            args=training,
-            train_dataset=as_arrays(train),
-            eval_dataset=as_arrays(held_out) if held_out else None,
-            processing_class=tokenizer,
-            quantization_config=quantization,
-            peft_config=peft,
-            **given,
-        )
+        with no_bar_for_weights():
+            trainer = ResumableTrainer(
+                model,
+                args=training,
+                train_dataset=as_arrays(train),
+                eval_dataset=as_arrays(held_out) if held_out else None,
+                processing_class=tokenizer,
+                quantization_config=quantization,
+                peft_config=peft,
+                **given,
+            )
     except (OSError, SafetensorError) as error:
         raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
     training.model_init_kwargs = shown(training.model_init_kwargs)  # trackers write down all arguments
