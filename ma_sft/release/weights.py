@@ -53,7 +53,7 @@ def read_weights(folder: Path) -> Weights:
     if missing:
         refuse_pickles(str(folder), names, [path.name for path in folder.iterdir()])
         raise RecipeError(
-            f"{folder} lacks {', '.join(missing[:3])}, {len(missing)} of {len(names)}; get the whole model"
+            f"{folder} lacks {len(missing)} of {len(names)} files: {', '.join(missing[:3])}; get the whole model"
         )
     files, sizes, nbytes, digest = {}, {}, 0, hashlib.sha256()
     for name in names:
