@@ -105,7 +105,8 @@ class Shell:
 
     def ma_sft(self, words: list[str]) -> None:
         if words[0] == "train":
-            words = [*words, *SHORT]
+            asks = {"eval_dataset", "test_size"} & set(Recipe.load(words[1]).settings)
+            words = [*words, *SHORT, *([] if asks else ["--eval_dataset", "heldout.jsonl"])]
         if words[-1].endswith(".gguf") or "--outtype" in words:
             words = ["export", "gguf-model", *words[2:]]
         assert main(words) == 0

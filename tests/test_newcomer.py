@@ -239,7 +239,9 @@ def test_settings_are_found_by_word(capsys):
     found = json.loads(capsys.readouterr().out)
     assert "max_length" in found and found["max_length"]["help"] and "lora_r" not in found
     assert main(["settings", "adapter_name"]) == 0
-    assert capsys.readouterr().out.startswith("adapter_name_or_path = None\n    Go on with this adapter")
+    assert capsys.readouterr().out.startswith(
+        "[adapter]\nadapter_name_or_path = None  (ours)\n    Go on with this adapter"
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

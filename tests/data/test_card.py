@@ -219,7 +219,8 @@ def test_stream_needs_an_end(mixture, tmp_path, tiny_qwen3):
 def test_check_and_preview_a_stream(mixture, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"model_name_or_path: demo\ndataset_name: {tmp_path}/a.jsonl\ndataset_streaming: true\non_error: skip\n"
+        f"model_name_or_path: demo\ndataset_name: {tmp_path}/a.jsonl\ndataset_streaming: true\n"
+        "max_steps: 1\non_error: skip\n"
     )
     assert main(["check", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 61

@@ -121,6 +121,7 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
 )
 def test_killed_and_resumed(base, tmp_path, name):
     settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
+    del settings["max_new_tokens"]
     args = ("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp"))
     uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")}, *args, processes=2, env=engine(name))
     assert uncut.finish() == 0, uncut.text
@@ -339,6 +340,7 @@ def test_two_machines(base, tmp_path):
 def test_zero3_offload(base, tmp_path):
     """Apart, because DeepSpeed first compiles its optimizer for this CPU."""
     settings = {**base, "output_dir": str(tmp_path / "run"), "generate_eval": 0}
+    del settings["max_new_tokens"]
     env = launcher("zero3_offload") | {"DS_ACCELERATOR": "cpu"}
     run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env)
     assert run.finish(600) == 0, run.text
