@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.rule import Rule
@@ -12,9 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import LabelError
 from ma_sft.labels.encoder import IGNORE_INDEX
 from ma_sft.labels.response import TokenBytes
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ma_sft.errors import MaSftError, RecipeError, first_line
 from ma_sft.hub import load_pretrained
-from ma_sft.release.weights import read_weights
-
-if TYPE_CHECKING:
-    pass
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.release.manifest import NAME, model_folder, read_manifest
+from ma_sft.release.weights import read_weights
 
 
 @dataclass(frozen=True)
