@@ -55,10 +55,10 @@ tokenizers: $(STAMP)
 JOBS ?= 2
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; 10 minutes
+test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 15 minutes on two cores
 	$(TEST) -m 'not slow' $(ARGS)
 
-test-slow: tokenizers data/demo/train.jsonl  ## the long proofs: kills, launchers, whole recipes, faults; an hour
+test-slow: tokenizers data/demo/train.jsonl  ## the long proofs: kills, launchers, whole recipes, faults
 	$(TEST) -m slow $(ARGS)
 
 coverage: tokenizers data/demo/train.jsonl  ## both, with the lines of ma_sft that no test ran
