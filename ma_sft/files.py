@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,20 @@ def must_be_new(path: Path, way_out: str = "choose another folder or remove it")
         raise RecipeError(f"{path} exists already; {way_out}")
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; what another process removes meanwhile counts for nothing."""
+    files = [path] if path.is_file() else [Path(at, name) for at, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total
+
+
 def over_bound() -> str | None:
     """What to say if the cache folder holds more than `$MA_SFT_CACHE_GB` (50) gigabytes, None if it does not."""
     bound = float(os.environ.get("MA_SFT_CACHE_GB") or 50)
-    held = sum(file.stat().st_size for file in cache_dir().rglob("*") if file.is_file()) / 1e9
+    held = size_of(cache_dir()) / 1e9
     if held <= bound:
         return None
     return (

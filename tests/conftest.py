@@ -35,6 +35,15 @@ __all__ = ["end_what_it_started"]  # a fixture of every test
 
 ROOT = Path(__file__).parents[1]
 
+
+@pytest.fixture(autouse=True)
+def the_same_environment():
+    """`datasets`' workers leave another object as `os.environ`: what rich and others hold would be deaf to settings."""
+    kept = os.environ
+    yield
+    os.environ = kept  # noqa: B003
+
+
 # `make fuzz` asks for many more examples, and other ones each time.
 FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
 settings.register_profile(

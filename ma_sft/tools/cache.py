@@ -4,11 +4,12 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import cache_dir
+from ma_sft.files import cache_dir, size_of
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SPANS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}  # seconds
@@ -34,8 +35,8 @@ def entries() -> list[Entry]:
 
     found = []
     for path in (*cache_dir().glob("*/*"), *Path(HF_DATASETS_CACHE).glob("reader/*")):
-        files = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
-        found.append(Entry(path.parent.name, path, sum(f.st_size for f in files), path.stat().st_mtime))
+        with suppress(FileNotFoundError):  # what another process has just finished or removed
+            found.append(Entry(path.parent.name, path, size_of(path), path.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
 
 
@@ -61,7 +62,8 @@ def clean(older_than: str | None, keep: str | None, *, dry_run: bool = False) ->
         else:
             total += entry.nbytes
     for entry in () if dry_run else gone:
-        shutil.rmtree(entry.path) if entry.path.is_dir() and not entry.path.is_symlink() else entry.path.unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(entry.path) if entry.path.is_dir() and not entry.path.is_symlink() else entry.path.unlink()
     return gone
 
 

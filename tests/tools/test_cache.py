@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 
 import pytest
@@ -64,6 +65,29 @@ def test_bound_is_said_when_it_is_passed(cache, monkeypatch):
         f"the cache folder {cache} holds 0.0 GB, more than the 0.005 GB of MA_SFT_CACHE_GB; "
         "`ma-sft cache --keep 0.0025GB` removes what was used longest ago"
     )
+
+
+def test_sizes_while_another_process_writes_and_removes(cache):
+    import threading
+
+    from ma_sft.files import over_bound
+
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            (cache / "tokenized" / ".scratch" / "deep").mkdir(parents=True, exist_ok=True)
+            (cache / "tokenized" / ".scratch" / "deep" / "rows.arrow").write_bytes(b"x")
+            shutil.rmtree(cache / "tokenized" / ".scratch")
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        for _ in range(300):
+            assert over_bound() is None and {"a", "b", "c"} <= set(names(entries()))
+    finally:
+        done.set()
+        other.join()
 
 
 def test_run_says_that_the_bound_is_passed(tmp_path, monkeypatch, tiny_qwen3, caplog):
