@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.data.dataset import fingerprint_of
 from ma_sft.errors import FormatError, RecipeError, first_line
 from ma_sft.files import atomic_dir, cache_dir, over_bound
 from ma_sft.labels.backend import Backend, DifferentIdsError
@@ -213,7 +214,7 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
     what = type(encoder).__name__
     variables = (encoder.template_kwargs, encoder.template_now)
     settings = (what, encoder.train_on, encoder.history, *variables, encoder.backend.wanted)
-    key = label_fingerprint(conversations._fingerprint, encoder.tokenizer, encoder, *settings)
+    key = label_fingerprint(fingerprint_of(conversations), encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
     except DifferentIdsError as error:
@@ -302,7 +303,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         labels.instruction_template,
         labels.check,
     )
-    key = label_fingerprint(rows._fingerprint, tokenizer, None, source.described(), *how)
+    key = label_fingerprint(fingerprint_of(rows), tokenizer, None, source.described(), *how)
     labelled = _mapped(rows, label, key, "formatting and tokenising", settings.training.dataset_num_proc)
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
 

@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from datasets.utils._dill import pklregister
 from numpy.typing import NDArray
 
+from ma_sft.data.dataset import fingerprint_of, table_rows
 from ma_sft.packing.pieces import Ints
 from ma_sft.packing.plan import Plan
 from ma_sft.packing.tokens import IGNORED, Tokens
@@ -85,9 +86,8 @@ def _hash(pickler: Any, packs: Packs) -> None:
 
 
 def tokens_of(source: datasets.Dataset) -> Tokens:
-    # A shuffled or filtered data set is a table and a list of its rows; `flatten_indices` would copy it all.
-    rows = source._indices
-    return Tokens(source.data, slice(None) if rows is None else rows.column(0).to_numpy().astype(np.int64))
+    rows = table_rows(source)
+    return Tokens(source.data, slice(None) if rows is None else rows)
 
 
 def _parts(values: NDArray[Any], bounds: Ints, filler: int) -> list[NDArray[Any]]:
@@ -154,7 +154,7 @@ def flatten(
         `input_ids`, `labels` (dtypes of the rows) and `seq_lengths` (int32).
     """
     packs = cast(Packs, packs_of(packed))
-    name = Hasher.hash((packed._fingerprint, "flatten"))
+    name = Hasher.hash((fingerprint_of(packed), "flatten"))
     if not keep_in_memory and cache_file_name is None and (files := packs.source.cache_files):
         cache_file_name = str(Path(files[0]["filename"]).with_name(f"packs-{name}.arrow"))
     return (

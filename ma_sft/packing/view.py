@@ -12,6 +12,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
+from ma_sft.data.dataset import fingerprint_of
 from ma_sft.packing.packs import COLUMNS, Packs, flatten, numbers_of_packs, packs_of, tokens_of
 from ma_sft.packing.plan import arrange, check_settings, documents
 from ma_sft.packing.report import PackingReport, make_report
@@ -104,11 +105,10 @@ def pack_with_report(
         labelled = kept.take(np.flatnonzero(labels[kept.row]))
     plan = arrange(labelled, seq_length, strategy, seed, groups)
     report = make_report(tokens, kept, plan, (strategy, overflow, seq_length), batch_size, end_token_ids)
-    # The fingerprint of the rows has no public name.
-    settings = (dataset._fingerprint, seq_length, strategy, overflow, seed, drop_unlabelled, groups)
-    fingerprint = Hasher.hash(settings)
-    packs = numbers_of_packs(np.arange(len(plan.bounds) - 1), fingerprint)
-    return packs.with_transform(Packs(dataset.select_columns(names), tokens, plan, fingerprint)), report
+    settings = (fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups)
+    name = Hasher.hash(settings)
+    packs = numbers_of_packs(np.arange(len(plan.bounds) - 1), name)
+    return packs.with_transform(Packs(dataset.select_columns(names), tokens, plan, name)), report
 
 
 def pack_table(
