@@ -52,8 +52,8 @@ class RowsConfig:
     )
     stopping_strategy: str = setting(
         "first_exhausted",
-        "For sources with weights: stop when one runs dry, or repeat rows until all were seen.",
-        ["first_exhausted", "all_exhausted"],
+        "For sources with weights: stop when one runs dry, repeat its rows until all were seen, or go on without it.",
+        ["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"],
     )
     dataset_streaming: bool = setting(False, "Read rows while training; needs max_steps.")
     dataset_config: str | None = setting(None, "Configuration of a hub data set, for sources that name none.")

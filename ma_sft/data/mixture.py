@@ -166,7 +166,8 @@ def load_mixture(
             `ma_sft.data.duplicates.split_held_out`.
         test_near_duplicates: similarity from which near duplicates must be on the same side of the split.
         stopping_strategy: of `datasets.interleave_datasets`, for sources with weights: `"first_exhausted"` uses no row
-            twice and stops when a source runs dry, `"all_exhausted"` repeats rows until every source was seen in full.
+            twice and stops when a source runs dry, `"all_exhausted"` repeats rows until every source was seen in full,
+            `"all_exhausted_without_replacement"` goes on with the other sources and uses every row once.
         streaming: give an `IterableDataset` that reads while it is read; takes neither `test_size` nor filters that
             look at all rows. Order is shuffled within 10,000 rows.
         num_proc: processes; by default all cores if there are many rows.

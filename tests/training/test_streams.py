@@ -166,3 +166,31 @@ def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_qwen3, pack
     assert len(whole) == 6 and losses("again", *going_on) == whole
     with pytest.raises(RecipeError, match=r"dataloader_num_workers=2, .* and not 4: bring 2 back"):
         run(recipe, ["--output_dir", str(tmp_path / "other"), *going_on, "--dataloader_num_workers", "4"])
+
+
+@pytest.mark.parametrize("strategy", ["none", "bfd"])
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2)])
+@pytest.mark.parametrize("ends", ["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"])
+def test_a_short_source_ends_an_epoch_repeats_or_drops_out(tmp_path, ends, workers, processes, strategy):
+    source(tmp_path, (12, 60), "mixture")
+    files = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in range(2)]
+    rows = load_mixture(files, streaming=True, stopping_strategy=ends).train
+    epoch = Counter(int(row["messages"][0]["content"]) for row in rows)
+    short, long = [epoch[row] for row in range(12)], [epoch[row] for row in range(12, 72)]
+    if ends == "first_exhausted":
+        assert short == [1] * 12 and 4 <= sum(long) <= 30 and max(long) == 1
+    elif ends == "all_exhausted":
+        assert long == [1] * 60 and min(short) >= 2 and max(short) - min(short) <= 1
+    else:
+        assert short + long == [1] * 72
+
+    batch, parts, total = 3, max(1, workers) * processes, epoch.total()
+    packs = read(rows, workers, processes, strategy, batch, -(-total // batch) + parts)
+    found = Counter()
+    for number in range(parts):  # worker and process of a part, and how many rows of the epoch are its own
+        worker, rank = divmod(number, processes)
+        block = 1 if strategy == "bfd" else batch
+        own = sum(row // block % parts == number for row in range(total))
+        stream = [pack for each in packs[rank][worker :: max(1, workers)] for pack in each]
+        found.update([row for pack in stream for row in documents(pack)][:own])
+    assert found == epoch
