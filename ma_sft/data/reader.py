@@ -35,7 +35,9 @@ BATCH = 10_000  # rows that are handed on at a time
 
 WHOLE = 1 << 30  # bytes of the longest object or document that is read as one
 
-UNPACKED = 256 << 20  # bytes that any small archive may become; beyond, 200 times its size
+UNPACKED = 256 << 20  # bytes that any small archive or Arrow file may become; beyond, 200 times its size
+
+DECODED = 4 << 30  # bytes that the rows which are decoded at a time may be, at worst
 
 TOO_DEEP = f"nested deeper than Python reads, some {sys.getrecursionlimit():,} levels"
 
@@ -97,10 +99,11 @@ def _read(file: str, config: ReaderConfig) -> Rows:
     try:
         with fsspec.open(file, "rb", compression="infer") as stream:
             kind = kind if kind in READERS else _sniff(file, where)
+            unpacked = _Unpacked(file, kind)
             if kind in (".parquet", ".arrow"):
-                yield from READERS[kind](stream, where, config)
+                yield from _arrow_rows(READERS[kind](stream, unpacked), unpacked)
             else:
-                yield from READERS[kind](_text_stream(stream, file, where, config), where, config)
+                yield from READERS[kind](_text_stream(stream, unpacked, config), where, config)
     except FormatError:
         raise
     except UnicodeDecodeError as error:
@@ -152,17 +155,28 @@ class _Stream(io.RawIOBase):
         return len(data)
 
 
-def _text_stream(stream: Any, file: str, where: str, config: ReaderConfig) -> Any:
-    """The file's text in UTF-8; an archive that unpacks to far more than text does is an error."""
-    left = max(UNPACKED, 200 * os.stat(file).st_size) if file.endswith(PACKED) else sys.maxsize
-    limit = left
+class _Unpacked:
+    """Counts the bytes that an archive, a Parquet or an Arrow file became; far more than its size is an error."""
+
+    def __init__(self, file: str, kind: str) -> None:
+        self.file, self.way_out = file, "unpack it yourself" if file.endswith(PACKED) else "write its rows as .jsonl"
+        bounded = file.endswith(PACKED) or kind in (".parquet", ".arrow")
+        self.limit = max(UNPACKED, 200 * os.stat(file).st_size) if bounded else sys.maxsize
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        self.bytes += size
+        if self.bytes > self.limit:
+            what = f"{_short(self.file)}: unpacks to more than {self.limit:,} bytes, 200 times its size"
+            raise FormatError(f"{what}; {self.way_out}")
+
+
+def _text_stream(stream: Any, unpacked: _Unpacked, config: ReaderConfig) -> Any:
+    """The file's text in UTF-8."""
 
     def read(size: int) -> bytes:
-        nonlocal left
         data: bytes = stream.read(size)
-        left -= len(data)
-        if left < 0:
-            raise FormatError(f"{where}: unpacks to more than {limit:,} bytes, 200 times its size; unpack it yourself")
+        unpacked.add(len(data))
         return data
 
     packed = io.BufferedReader(_Stream(read), CHUNK)
@@ -315,24 +329,36 @@ def _check_header(names: list[str], where: str) -> None:
         )
 
 
-def _parquet(stream: Any, where: str, config: ReaderConfig) -> Rows:
-    yield from _arrow_rows(pq.ParquetFile(stream).iter_batches(1000))
+def _parquet(stream: Any, unpacked: _Unpacked) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(stream)
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).total_byte_size
+        if size > unpacked.limit:  # before it is unpacked
+            unpacked.add(size)
+        yield from file.iter_batches(_rows_at_a_time(size), row_groups=[group])
 
 
-def _arrow(stream: Any, where: str, config: ReaderConfig) -> Rows:
+def _arrow(stream: Any, unpacked: _Unpacked) -> Iterator[pa.RecordBatch]:
     try:
         file = pa.ipc.open_file(stream)
-        batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        return (file.get_batch(i) for i in range(file.num_record_batches))
     except pa.ArrowInvalid:  # what `datasets` caches is a stream
         stream.seek(0)
-        batches = iter(pa.ipc.open_stream(stream))
-    yield from _arrow_rows(batches)
+        return iter(pa.ipc.open_stream(stream))
 
 
-def _arrow_rows(batches: Iterator[pa.RecordBatch]) -> Rows:
-    pieces = (batch[at : at + 1000] for batch in batches for at in range(0, batch.num_rows, 1000))
+def _rows_at_a_time(size: int) -> int:
+    """Of a group of rows of this many bytes: as a dictionary's values may stand in every row, each may be as large."""
+    return max(1, min(1000, DECODED // max(1, size)))
+
+
+def _arrow_rows(batches: Iterator[pa.RecordBatch], unpacked: _Unpacked) -> Rows:
+    sized = ((batch, _rows_at_a_time(batch.nbytes)) for batch in batches)
+    pieces = (batch[at : at + step] for batch, step in sized for at in range(0, batch.num_rows, step))
     for number, row in enumerate(itertools.chain.from_iterable(piece.to_pylist() for piece in pieces), 1):
-        yield f"row {number}", json.dumps(plain(row), default=str).encode()
+        text = json.dumps(plain(row), default=str).encode()
+        unpacked.add(len(text))
+        yield f"row {number}", text
 
 
 def _text(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
@@ -351,7 +377,7 @@ def _text(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
         yield f"row {number}", json.dumps({"text": piece}).encode()
 
 
-READERS: dict[str, Callable[..., Rows]] = {
+READERS: dict[str, Callable[..., Iterator[Any]]] = {
     ".jsonl": _json,
     ".json": _json,
     ".ndjson": _json,

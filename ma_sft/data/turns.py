@@ -103,6 +103,8 @@ def check_order(messages: list[Message], field: str) -> None:
         if before not in BEFORE[role]:
             where = f"after {before!r}" if before else "first"
             hint = "; merge_turns: true joins neighbours of one role" if role == before else ""
+            if before in (None, "system"):
+                hint = "; what is trained answers something: put that before it, or remove it"
             raise FormatError(
                 f"field {field!r}: roles out of order: message {i + 1} is {role!r}, which cannot come {where}{hint}"
             )

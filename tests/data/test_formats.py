@@ -114,6 +114,7 @@ def test_to_messages(row, format, messages):
         ({"text": "Buy milk", "instruction": "Summarise"}, "unknown format"),
         ({"text": " "}, "field 'text' is empty"),
         ({"messages": [ASSISTANT, USER]}, "field 'messages': roles out of order: message 1 is 'assistant'"),
+        ({"messages": [SYSTEM, ASSISTANT]}, "after 'system'; what is trained answers something: put that before it"),
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 is 'user', which cannot come after 'user'"),
         ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),

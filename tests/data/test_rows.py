@@ -546,6 +546,24 @@ def test_an_archive_that_unpacks_without_end(tmp_path, monkeypatch):
         load(tmp_path / "a.jsonl.gz")
 
 
+@pytest.mark.parametrize("kind", ["dictionary", "zeros", "arrow"])
+def test_a_table_that_unpacks_without_end(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("ma_sft.data.reader.UNPACKED", 1 << 20)
+    monkeypatch.setattr("ma_sft.data.reader.DECODED", 4 << 20)
+    path, long = tmp_path / f"a.{'arrow' if kind == 'arrow' else 'parquet'}", "a" * 200_000
+    texts = pa.array([long] * 500).dictionary_encode() if kind != "zeros" else [long + str(i) for i in range(50)]
+    table = pa.table({"instruction": texts, "output": ["b"] * len(texts)})
+    if kind == "arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path, use_dictionary=kind == "dictionary", compression="zstd")
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        assert (group.total_byte_size > 1 << 20) == (kind == "zeros"), "found in the footer, or while it is decoded"
+    with pytest.raises(FormatError, match=r"a\.\w+: unpacks to more than [0-9,]+ bytes, 200 times its size; write its"):
+        load(path)
+
+
 def test_a_pattern_that_never_ends_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("ma_sft.data.filters.PATTERN_SECONDS", 0.2)
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a" * 80 + "!"})
