@@ -57,8 +57,7 @@ class Packs:
         lengths = _parts(pieces.length, piece, 1) if self.plan.apart else np.maximum(np.diff(token), 1).reshape(-1, 1)
         ids = _parts(self.tokens.ids.gather(pieces), token, self.pad_token_id)
         labels = _parts(self.tokens.labels.gather(pieces), token, IGNORED)
-        if not self.arrays:
-            ids, labels = _lists(ids), _lists(labels)
+        ids, labels = (_arrays(ids), _arrays(labels)) if self.arrays else (_lists(ids), _lists(labels))
         return {"input_ids": ids, "labels": labels, "seq_lengths": _lists(lengths)}
 
     @property
@@ -99,6 +98,10 @@ def _lists(arrays: Iterable[NDArray[Any]]) -> list[Any]:
     return [array.tolist() for array in arrays]
 
 
+def _arrays(arrays: Iterable[NDArray[Any]]) -> list[Any]:
+    return [array.astype(np.int64) for array in arrays]  # what a loss expects of labels
+
+
 def numbers_of_packs(packs: Ints, fingerprint: str) -> datasets.Dataset:
     return datasets.Dataset(pa.table(dict.fromkeys(COLUMNS, pa.array(packs))), fingerprint=fingerprint)
 
@@ -110,7 +113,7 @@ def packs_of(dataset: datasets.Dataset) -> Packs | None:
 
 
 def as_arrays(dataset: Any) -> Any:
-    """The same rows as NumPy arrays, of which a collator makes tensors several times as fast as of lists.
+    """The same rows as NumPy arrays of int64, of which a collator makes tensors several times as fast as of lists.
 
     A stream is given back as it is.
     """

@@ -145,6 +145,16 @@ def test_loss_optimizers_callbacks_and_metrics_are_the_callers(settings, file, t
     assert [log["eval_rows"] for log in trainer.state.log_history if "eval_rows" in log] == [2]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_of_the_caller_is_given_labels_as_torch_takes_them(settings, file, packing):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:], ignore_index=-100)
+
+    recipe = Recipe(**settings, dataset_name=file, packing=packing, max_length=64)
+    assert make_trainer(recipe, compute_loss_func=loss).train().global_step == 2
+
+
 def test_data_collator(settings, file):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
