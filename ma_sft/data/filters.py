@@ -4,34 +4,26 @@ Row filters look at one conversation and run in one pass, over all cores or on a
 all rows (`ma_sft.data.duplicates`).
 """
 
-import itertools
 import json
-import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import regex
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 
 from ma_sft.data.code import code_of
 from ma_sft.data.duplicates import WORD, chains, conversations, exact_key, hash_of, hashes, near_duplicates, new_columns
 from ma_sft.data.functions import load_function
+from ma_sft.data.stages import EXAMPLES, Report, Stage
 from ma_sft.data.turns import Message
 from ma_sft.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-logger = logging.getLogger(__name__)
-
-
-EXAMPLES = 5  # kept of each filter
 
 PATTERN_SECONDS = 5  # that a regular expression may take for one answer
 
@@ -47,41 +39,6 @@ REFUSALS = (
     r"^\W*(很|非常|十分)?(抱歉|对不起|不好意思).{0,20}(不能|无法|没办法|没有办法)",
     r"^\W*我(不能|无法)(提供|回答|帮助|协助|满足|生成)",
 )
-
-
-@dataclass
-class Stage:
-    """A step of the way: `rows_in` minus all of `removed` is `rows_out`. `examples` tells some rows removed, by why."""
-
-    name: str
-    rows_in: int = 0
-    rows_out: int = 0
-    seconds: float = 0.0
-    removed: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)  # columns that a conversion did not read, with an example
-
-    def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
-        if count:
-            self.removed[why] = self.removed.get(why, 0) + count
-            kept = self.examples.setdefault(why, [])
-            kept += itertools.islice(examples, EXAMPLES - len(kept))
-
-    def stream(self, reasons: list[str], tell: Callable[[int], str]) -> list[bool]:
-        """For `IterableDataset.filter`: keep what has no reason to go; tell the first, tenth, hundredth that goes."""
-        for at, why in enumerate(reasons):
-            if why:
-                self.remove(why, 1, [example := tell(at)])
-                if str(self.removed[why]).strip("0") == "1":
-                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, example)
-        self.rows_in += len(reasons)
-        self.rows_out += reasons.count("")
-        return [not why for why in reasons]
-
-
-def unused_columns(stages: Iterable[Stage]) -> dict[str, dict[str, str]]:
-    """Of each source, the columns that nothing read and that may mean something, with an example."""
-    return {stage.name.rpartition(": convert")[0]: stage.unused for stage in stages if stage.unused}
 
 
 @dataclass(frozen=True)
@@ -275,7 +232,7 @@ def contamination(_: Any, row: SeenRow) -> str | None:
 
 
 class RowFilters:
-    """For `datasets.map(batched=True)`: why a row goes (the filter's name, the finding), or two empty texts."""
+    """For `datasets.map(batched=True)`: of each row the filter that removes it and what to tell, or two empty texts."""
 
     def __init__(self, filters: Filters, grams: "NDArray[Any] | None" = None) -> None:
         self.filters, self.grams = filters, grams
@@ -284,8 +241,12 @@ class RowFilters:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         rows = list(conversations(batch))
         tokens = self._tokens(rows) if self.filters.min_tokens or self.filters.max_tokens else [0] * len(rows)
-        found = [self._why(messages, count) for messages, count in zip(rows, tokens, strict=True)]
-        return {"removed_by": [name for name, _ in found], "why": [why for _, why in found]}
+        found: dict[str, list[str]] = {"removed_by": [], "error": []}
+        for origin, messages, count in zip(batch["origin"], rows, tokens, strict=True):
+            name, why = self._why(SeenRow(messages, count, self.filters, self.grams))
+            found["removed_by"].append(name)
+            found["error"].append(_tell(origin, messages, why) if name else "")
+        return found
 
     def _tokens(self, rows: list[list[Message]]) -> list[int]:
         tokenizer = load_tokenizer(str(self.filters.tokenizer))
@@ -293,34 +254,29 @@ class RowFilters:
         lengths = iter(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
         return [sum(next(lengths) for _ in messages) for messages in rows]
 
-    def _why(self, messages: list[Message], tokens: int) -> tuple[str, str]:
-        row = SeenRow(messages, tokens, self.filters, self.grams)
+    def _why(self, row: SeenRow) -> tuple[str, str]:
         for name in self.filters.by_row:
             if finding := ROW_FILTERS[name](getattr(self.filters, name), row):
                 return name, finding
         return "", ""
 
 
-_TOKENIZERS: dict[str, Any] = {}
-
-
+@cache
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that filters count with; kept in each process.
 
     Raises:
         RecipeError: there is none.
     """
-    if name not in _TOKENIZERS:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
-        from ma_sft.demo import demo_model
-        from ma_sft.hub import load_pretrained
+    from ma_sft.demo import demo_model
+    from ma_sft.hub import load_pretrained
 
-        try:
-            _TOKENIZERS[name] = load_pretrained(AutoTokenizer, str(demo_model() if name == "demo" else name))
-        except RecipeError as error:
-            raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
-    return _TOKENIZERS[name]
+    try:
+        return load_pretrained(AutoTokenizer, str(demo_model() if name == "demo" else name))
+    except RecipeError as error:
+        raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
 
 
 def phrases(messages: list[Message], length: int) -> Iterator[tuple[np.uint64, str]]:
@@ -341,70 +297,62 @@ def held_out_phrases(rows: Iterable[list[Message]], length: int) -> "NDArray[Any
 
 
 def apply_filters(
-    rows: Dataset, filters: Filters, *, name: str, grams: "NDArray[Any] | None" = None, num_proc: int | None = None
-) -> tuple[Dataset, list[Stage]]:
-    """The rows that stay, in their order, and a stage for each pass."""
-    stages = []
-    if filters.by_row:
-        stage = Stage(f"{name}: row filters", len(rows))
-        start = time.monotonic()
-        found = new_columns(rows, RowFilters(filters, grams), {"removed_by": "string", "why": "string"}, num_proc)
-        names = found.data.column("removed_by")
-        for why in filter(None, pc.unique(names).to_pylist()):
-            at = np.flatnonzero(pc.equal(names, why).to_numpy())
-            stage.remove(why, len(at), (_tell(rows[int(i)], found[int(i)]["why"]) for i in at[:EXAMPLES]))
-        rows = _keep(rows, pc.equal(names, "").to_numpy(), stage, start)
-        stages.append(stage)
-    if filters.exact_duplicates:
-        stage = Stage(f"{name}: exact duplicates", len(rows))
-        start = time.monotonic()
-        _, first, inverse = np.unique(hashes(rows, exact_key, num_proc), return_index=True, return_inverse=True)
-        rows = _keep_first(rows, first[inverse], "exact_duplicates", stage, start)
-        stages.append(stage)
-    if filters.near_duplicates is not None:
-        stage = Stage(f"{name}: near duplicates", len(rows))
-        start = time.monotonic()
-        groups = chains(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
-        rows = _keep_first(rows, groups, "near_duplicates", stage, start)
-        stages.append(stage)
-    return rows, stages
-
-
-def stream_filters(rows: IterableDataset, filters: Filters, stage: Stage, grams: "NDArray[Any] | None") -> Any:
-    """Row filters on a stream; `stage` counts while it is read.
+    rows: Any, filters: Filters, report: Report, *, name: str, grams: "NDArray[Any] | None", num_proc: int | None
+) -> Any:
+    """The rows that stay, in their order; each pass is a stage of the report. A stream is filtered while it is read.
 
     Raises:
-        RecipeError: a filter that needs to see all rows.
+        RecipeError: a filter that needs to see all rows of a stream.
     """
-    for name in ALL_ROWS:
-        if getattr(filters, name):
-            raise RecipeError(f"filter {name} needs to see all rows: `ma-sft data build` the mixture, then stream that")
     check = RowFilters(filters, grams)
-
-    def keep(batch: dict[str, list[Any]]) -> list[bool]:
-        found = check(batch)
-        return stage.stream(
-            found["removed_by"], lambda at: _tell({k: v[at] for k, v in batch.items()}, found["why"][at])
-        )
-
-    return rows.filter(keep, batched=True) if filters.by_row else rows
-
-
-def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage, start: float) -> Dataset:
-    keep = first == np.arange(len(rows))
-    gone = np.flatnonzero(~keep)
-    examples = (_tell(rows[int(i)], f"like {rows[int(first[i])]['origin']}") for i in gone[:EXAMPLES])
-    stage.remove(why, len(gone), examples)
-    return _keep(rows, keep, stage, start)
-
-
-def _keep(rows: Dataset, keep: "NDArray[Any]", stage: Stage, start: float) -> Dataset:
-    rows = rows if keep.all() else rows.select(np.flatnonzero(keep))
-    stage.rows_out, stage.seconds = len(rows), time.monotonic() - start
+    if isinstance(rows, IterableDataset):
+        for each in ALL_ROWS:
+            if getattr(filters, each):
+                raise RecipeError(
+                    f"filter {each} needs to see all rows: `ma-sft data build` the mixture, then stream that"
+                )
+        report.stages.append(stage := Stage(f"{name}: row filters"))
+        if filters.by_row:
+            features = Features({**rows.features, **dict.fromkeys(REASONS, Value("string"))})
+            rows = sift(rows.map(check, batched=True, features=features), stage)
+        return rows
+    if filters.by_row:
+        with report.stage(f"{name}: row filters") as stage:
+            rows = sift(rows, stage, new_columns(rows, check, dict.fromkeys(REASONS, "string"), num_proc))
+    if filters.exact_duplicates:
+        with report.stage(f"{name}: exact duplicates", len(rows)) as stage:
+            _, first, inverse = np.unique(hashes(rows, exact_key, num_proc), return_index=True, return_inverse=True)
+            rows = _keep_first(rows, first[inverse], "exact_duplicates", stage)
+    if filters.near_duplicates is not None:
+        with report.stage(f"{name}: near duplicates", len(rows)) as stage:
+            groups = chains(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
+            rows = _keep_first(rows, groups, "near_duplicates", stage)
     return rows
 
 
-def _tell(row: dict[str, Any], why: str) -> str:
-    (messages,) = conversations({key: [value] for key, value in row.items()})
+REASONS = ("removed_by", "error")
+
+
+def sift(rows: Any, stage: Stage, reasons: Dataset | None = None) -> Any:
+    """The rows that `Stage.keep` keeps by their columns of reasons, or by those of `reasons`; without these columns."""
+    found = rows if reasons is None else reasons
+    used = [name for name in (*REASONS, "unused") if name in found.column_names]
+    if isinstance(rows, IterableDataset):
+        return rows.filter(partial(stage.keep, say=True), batched=True).remove_columns(used)
+    keep = stage.keep({name: found.data.column(name).to_pylist() for name in used})
+    rows = rows.remove_columns(used) if reasons is None else rows
+    return rows if all(keep) else rows.select(np.flatnonzero(keep))
+
+
+def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage) -> Dataset:
+    keep = first == np.arange(len(rows))
+    gone = np.flatnonzero(~keep)
+    shown = rows.select(gone[:EXAMPLES])
+    alike = zip(shown["origin"], conversations(shown[:]), rows.select(first[gone[:EXAMPLES]])["origin"], strict=True)
+    stage.remove(why, len(gone), (_tell(origin, messages, f"like {other}") for origin, messages, other in alike))
+    return rows if keep.all() else rows.select(np.flatnonzero(keep))
+
+
+def _tell(origin: str, messages: list[Message], why: str) -> str:
     text = " | ".join(" ".join(m["content"].split()) for m in messages if m["role"] != "system")
-    return f"{row['origin']}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
+    return f"{origin}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"

@@ -1,37 +1,21 @@
 """Sources -> one data set of conversations or preferences: convert, filter, split, draw, shuffle; with counts."""
 
 import inspect
-import itertools
 import json
-import logging
 import os
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from ma_sft.data.code import code_of
 from ma_sft.data.context import to_template_kwargs, to_tools
 from ma_sft.data.duplicates import conversations, split_held_out
-from ma_sft.data.filters import (
-    EXAMPLES,
-    Filters,
-    Stage,
-    apply_filters,
-    held_out_phrases,
-    stream_filters,
-    unused_columns,
-)
+from ma_sft.data.filters import Filters, apply_filters, held_out_phrases, sift
 from ma_sft.data.formats import (
     FORMATS,
     BadAnswer,
@@ -44,81 +28,17 @@ from ma_sft.data.formats import (
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
 from ma_sft.data.reader import TOO_DEEP
-from ma_sft.data.sources import Source, check_columns, load_rows, rows_of
-from ma_sft.data.values import SHOWN_COLUMNS, Row, TrackedRow
+from ma_sft.data.sources import Source, load_rows, rows_of
+from ma_sft.data.stages import BAD_ANSWER, BROKEN, NO_BETTER, Report, Stage
+from ma_sft.data.values import Row, TrackedRow, show_columns
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
-
-logger = logging.getLogger(__name__)
-
 
 SIDES = ("prompt", "chosen", "rejected")
 
 MANY_ROWS = 20_000  # from here on, other processes are worth their start
 
 SHUFFLE_BUFFER = 10_000
-
-
-@dataclass
-class Report:
-    """What happened to the rows, step by step, and how many of each source are in the end."""
-
-    stages: list[Stage] = field(default_factory=list)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def skipped(self) -> int:
-        """Broken rows, and preferences without a better side."""
-        return sum(n for stage in self.stages for why, n in stage.removed.items() if why in NOT_CONVERTED)
-
-    @property
-    def filtered(self) -> dict[str, int]:
-        """Rows that each filter removed."""
-        counts: Counter[str] = Counter()
-        for stage in self.stages:
-            counts.update({why: n for why, n in stage.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)})
-        return dict(counts)
-
-    @property
-    def unused(self) -> dict[str, dict[str, str]]:
-        """Of each source, the columns that nothing read and that may mean something, with an example."""
-        return unused_columns(self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sources": self.sources, "stages": [asdict(stage) for stage in self.stages]}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Report":
-        return cls([Stage(**stage) for stage in value["stages"]], value["sources"])
-
-    def __rich__(self) -> RenderableType:
-        table = Table("stage")
-        for title in ("rows in", "removed", "rows out", "rows/s"):
-            table.add_column(title, justify="right")
-        examples = []
-        for stage in self.stages:
-            removed, speed = sum(stage.removed.values()), stage.rows_in / max(stage.seconds, 1e-9)
-            table.add_row(stage.name, *(f"{n:,}" for n in (stage.rows_in, removed, stage.rows_out)), f"{speed:,.0f}")
-            for why, count in stage.removed.items():
-                table.add_row(f"  {why}", "", f"{count:,}", "", "")
-                examples += [Text(f"{why}: {example}") for example in stage.examples.get(why, [])[:2]]
-        return Group(table, *examples, *map(Text, unused_lines(self.unused)))
-
-
-def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each source whose rows have columns that are not used."""
-    lines = []
-    for source, columns in unused.items():
-        some = itertools.islice(columns.items(), SHOWN_COLUMNS)
-        shown = ", ".join(f"{column} ({example})" for column, example in some)
-        more = f" and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else ""
-        lines.append(f"{source}: columns that are not used: {shown}{more}")
-    return lines
-
-
-BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
-
-NOT_DRAWN = ("left out by weight", "held out")
 
 
 @dataclass
@@ -186,25 +106,24 @@ def load_mixture(
     probabilities = _probabilities(sources)
     if streaming and (test_size is not None or (len(sources) > 1 and not probabilities)):
         raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
-    everywhere = Filters.of(filters, tokenizer)
-    report = Report()
+    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer)
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=probabilities)
-    loaded = [_read(source, kind, seed, on_error, streaming, num_proc, report) for source in sources]
+    everywhere = Filters.of(filters, tokenizer)
+    loaded = [mixer.load(source) for source in sources]
     features = _features([source for source, _, _ in loaded], kind)
-    load = partial(_load, on_error=on_error, features=features, report=report, tokenizer=tokenizer, num_proc=num_proc)
-    parts = [load(*each, part=part) for part, each in enumerate(loaded)]
+    parts = [mixer.convert(*each, part=part, features=features) for part, each in enumerate(loaded)]
     if streaming:
-        return _stream(combine(parts) if probabilities else parts[0], everywhere, report, seed, num_proc)
-    rows = _filter_all(_drop_empty(concatenate_datasets(parts)), everywhere, report, num_proc)
-    test = None
+        stream = mixer.filter((combine(parts) if probabilities else parts[0]).remove_columns("_part"), everywhere)
+        return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, mixer.report)
+    rows, test = mixer.filter(_drop_empty(concatenate_datasets(parts)), everywhere), None
     if test_size is not None:
-        rows, test = _hold_out(rows, test_size, test_near_duplicates, seed, report, num_proc)
+        rows, test = mixer.hold_out(rows, test_size, test_near_duplicates)
     available = np.bincount(_parts(rows), minlength=len(sources))
-    rows = _draw(rows, available, sources, combine if probabilities else None, seed, report)
+    rows = mixer.draw(rows, available, sources, combine if probabilities else None)
     used = np.bincount(_parts(rows), minlength=len(sources))
-    for i, (source, _, _) in enumerate(loaded):
-        report.sources.append(source.described() | {"available": int(available[i]), "used": int(used[i])})
-    return Mixture(rows.remove_columns("_part"), test, report)
+    for (source, _, _), left, taken in zip(loaded, available.tolist(), used.tolist(), strict=True):
+        mixer.report.sources.append(source.described() | {"available": left, "used": taken})
+    return Mixture(rows.remove_columns("_part"), test, mixer.report)
 
 
 def _probabilities(sources: Sequence[Source]) -> list[float] | None:
@@ -224,53 +143,15 @@ def _features(sources: Sequence[Source], kind: str) -> Features:
     return Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
 
 
-def _stream(rows: Any, filters: Filters, report: Report, seed: int, num_proc: int | None) -> Mixture:
-    report.stages.append(stage := Stage("all: row filters"))
-    rows = stream_filters(rows.remove_columns("_part"), filters, stage, _grams(filters, num_proc))
-    return Mixture(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, report)
-
-
 def _drop_empty(rows: Dataset) -> Dataset:
     """Without the column of template variables where no row has any: TRL would take its nulls for variables."""
     column = "chat_template_kwargs"
     return rows.remove_columns(column) if rows.data.column(column).null_count == len(rows.data) else rows
 
 
-def _filter_all(rows: Dataset, filters: Filters, report: Report, num_proc: int | None) -> Dataset:
-    procs = processes(num_proc, len(rows))
-    rows, stages = apply_filters(rows, filters, name="all", grams=_grams(filters, num_proc), num_proc=procs)
-    report.stages += stages
-    if len(rows) == 0:
-        raise FormatError(f"every row was filtered: {', '.join(f'{n:,} by {w}' for w, n in report.filtered.items())}")
-    return rows
-
-
-def _hold_out(
-    rows: Dataset, size: float, near: float | None, seed: int, report: Report, num_proc: int | None
-) -> tuple[Dataset, Dataset]:
-    stage, start = Stage("hold out", len(rows)), time.monotonic()
-    procs = processes(num_proc, len(rows))
-    train_at, test_at = split_held_out(rows, size, seed=seed, near=near, num_proc=procs)
-    train, test = rows.select(train_at), rows.select(test_at).shuffle(seed=seed).remove_columns("_part")
-    stage.remove("held out", len(test))
-    _done(stage, len(train), start, report)
-    return train, test
-
-
-def _draw(rows: Dataset, available: Any, sources: Sequence[Source], combine: Any, seed: int, report: Report) -> Dataset:
-    """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
-    stage, start = Stage("draw and shuffle", len(rows)), time.monotonic()
-    if combine:
-        if not available.all():
-            raise FormatError(f"{sources[int(available.argmin())].path}: no row is left to draw by weight")
-        part = _parts(rows)
-        rows = combine([rows.select(np.flatnonzero(part == i)).shuffle(seed=seed) for i in range(len(sources))])
-        stage.rows_in = max(len(rows), int(available.sum()))  # drawn again, rows come in more than once
-        stage.remove("left out by weight", stage.rows_in - len(rows))
-    else:
-        rows = rows.shuffle(seed=seed)
-    _done(stage, len(rows), start, report)
-    return rows
+def _parts(rows: Dataset) -> Any:
+    """The number of each row's source, read in batches: of selected rows `[:]` would make an object of each."""
+    return np.concatenate([batch["_part"] for batch in rows.select_columns("_part").with_format("numpy").iter(10_000)])
 
 
 def read_mixture(path: str | Path) -> dict[str, Any]:
@@ -299,111 +180,117 @@ def processes(num_proc: int | None, rows: int) -> int | None:
     return None if num_proc == 1 else num_proc  # `datasets` would start a process for one
 
 
-def _read(
-    source: Source, kind: str, seed: int, on_error: str, streaming: bool, num_proc: int | None, report: Report
-) -> tuple[Source, Any, Any]:
-    """The source with its format known, its raw rows, and their numbers if they were drawn."""
-    start = time.monotonic()
-    rows, numbers = load_rows(source, seed=seed, streaming=streaming, num_proc=processes(num_proc, MANY_ROWS))
-    if not streaming:
-        _done(Stage(f"{source.path}: read", len(rows)), len(rows), start, report)
-    return replace(source, format=source.format or _detect(rows, source, kind, on_error)), rows, numbers
+@dataclass
+class _Mixer:
+    """The steps of a mixture, with the settings that they share; each is a stage of the report."""
 
+    kind: str
+    seed: int
+    on_error: str
+    streaming: bool
+    num_proc: int | None
+    tokenizer: str | None
+    report: Report = field(default_factory=Report)
 
-def _load(
-    source: Source,
-    rows: Any,
-    numbers: Any,
-    *,
-    part: int,
-    on_error: str,
-    features: Features,
-    report: Report,
-    tokenizer: str | None,
-    num_proc: int | None,
-) -> Any:
-    """A source's rows, converted and filtered by its own filters."""
-    start = time.monotonic()
-    convert = partial(
-        _convert,
-        source=replace(source, rows=None),
-        part=part,
-        columns=list(features),
-        on_error=on_error,
-        numbers=numbers,
-        code=__version__ + code_of(source.format),
-    )
-    settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
-    stage = Stage(f"{source.path}: convert from {source.format}")
-    filters, own = Filters.of(source.filters, tokenizer), ["error", "removed_by", "unused"]
-    if isinstance(rows, IterableDataset):
-        report.stages.append(stage)
+    def load(self, source: Source) -> tuple[Source, Any, Any]:
+        """The source with its format known, its raw rows, and their numbers if they were drawn."""
+        if self.streaming:
+            rows, numbers = load_rows(source, streaming=True)
+        else:
+            with self.report.stage(f"{source.path}: read") as stage:
+                rows, numbers = load_rows(source, seed=self.seed, num_proc=processes(self.num_proc, MANY_ROWS))
+                stage.rows_in = len(rows)
+        return replace(source, format=source.format or self._detect(rows, source)), rows, numbers
 
-        def keep(errors: list[str], reasons: list[str], unused: list[str | None]) -> list[bool]:
-            _note_unused(stage, unused)
-            return stage.stream(reasons, errors.__getitem__)
+    def _detect(self, rows: Any, source: Source) -> str:
+        """The format of the first row; with `on_error="skip"`, of the first that has one."""
+        head = list(rows.take(100))
+        if not head:
+            raise FormatError(f"{source.path}: the data set is empty; give at least one row")
+        batch = {key: [row[key] for row in head] for key in head[0]}
+        whole = list(rows_of(batch, range(len(head)), replace(source, columns=None, ignore=())))
+        known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
+        if known and (missing := [old for old in source.columns or {} if old not in known]):
+            what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
+            raise FormatError(f"{whole[0][0]}: {what}")
+        first = ""
+        for where, _, row in rows_of(batch, range(len(head)), source):
+            try:
+                if isinstance(row, FormatError):
+                    raise row
+                found = {key: value for key, value in row.items() if value is not None}
+                return detect_preference(found) if self.kind == "preference" else detect_format(found)
+            except FormatError as error:
+                first = first or f"{where}: {error}"
+                if self.on_error == "raise":
+                    break
+        raise FormatError(first)
 
-        converted = rows.map(convert, **settings).filter(keep, batched=True, input_columns=own)
-        report.stages.append(filtering := Stage(f"{source.path}: row filters"))
-        return stream_filters(converted.remove_columns(own), filters, filtering, _grams(filters, num_proc))
-    num_proc = processes(num_proc, len(rows))
-    converted = rows.map(convert, **settings, num_proc=num_proc, desc=f"converting {Path(source.path).name}")
-    errors, good = converted.data.column("error"), _count_removed(converted, stage)
-    converted = converted.remove_columns(own)
-    converted = converted if good.all() else converted.select(np.flatnonzero(good))
-    _done(stage, len(converted), start, report)
-    if len(converted) == 0:
-        raise FormatError(f"{source.path}: every row was skipped; the first: {errors[0]}")
-    grams = _grams(filters, num_proc)
-    converted, stages = apply_filters(converted, filters, name=source.path, grams=grams, num_proc=num_proc)
-    report.stages += stages
-    if len(converted) == 0:
-        raise FormatError(f"{source.path}: every row was filtered: {stages[-1].removed}")
-    return converted
+    def convert(self, source: Source, rows: Any, numbers: Any, *, part: int, features: Features) -> Any:
+        """A source's rows, converted and filtered by its own filters."""
+        function = partial(
+            _convert,
+            source=replace(source, rows=None),
+            part=part,
+            columns=list(features),
+            on_error=self.on_error,
+            numbers=numbers,
+            code=__version__ + code_of(source.format),
+        )
+        settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
+        name = f"{source.path}: convert from {source.format}"
+        if self.streaming:
+            self.report.stages.append(stage := Stage(name))
+            return self.filter(sift(rows.map(function, **settings), stage), source.filters, source.path)
+        with self.report.stage(name) as stage:
+            procs, what = processes(self.num_proc, len(rows)), f"converting {Path(source.path).name}"
+            rows = sift(rows.map(function, **settings, num_proc=procs, desc=what), stage)
+        if len(rows) == 0:
+            first = next(iter(stage.examples.values()))[0]
+            raise FormatError(f"{source.path}: every row was skipped; the first: {first}")
+        return self.filter(rows, source.filters, source.path)
 
+    def filter(self, rows: Any, filters: Any, path: str | None = None) -> Any:
+        """Filters of one source, or of all together."""
+        filters = Filters.of(filters, self.tokenizer)
+        procs = None if self.streaming else processes(self.num_proc, len(rows))
+        grams, before = self._grams(filters), len(self.report.stages)
+        rows = apply_filters(rows, filters, self.report, name=path or "all", grams=grams, num_proc=procs)
+        if not self.streaming and len(rows) == 0:
+            removed = Report(self.report.stages[before if path else 0 :]).filtered
+            words = ", ".join(f"{count:,} by {why}" for why, count in removed.items())
+            raise FormatError(f"{path + ': ' if path else ''}every row was filtered: {words}")
+        return rows
 
-def _count_removed(converted: Dataset, stage: Stage) -> Any:
-    """Which rows were converted; the others are counted in the stage, and the columns that were not used noted."""
-    errors, removed = (converted.data.column(name) for name in ("error", "removed_by"))
-    stage.rows_in = len(converted)
-    for why in NOT_CONVERTED:
-        at = np.flatnonzero(pc.equal(removed, why).to_numpy())
-        stage.remove(why, len(at), errors.take(at[:EXAMPLES]).to_pylist())
-    _note_unused(stage, converted.data.column("unused").drop_null().to_pylist())
-    return pc.equal(removed, "").to_numpy()
+    def _grams(self, filters: Filters) -> Any:
+        """What the contamination filter looks for: the phrases of its held-out files."""
+        if not filters.contamination:
+            return None
+        files = [filters.contamination] if isinstance(filters.contamination, str | dict) else filters.contamination
+        batches = load_mixture(files, num_proc=self.num_proc).train.iter(1000)
+        return held_out_phrases((row for batch in batches for row in conversations(batch)), filters.contamination_words)
 
+    def hold_out(self, rows: Dataset, size: float, near: float | None) -> tuple[Dataset, Dataset]:
+        """Training rows and held-out rows."""
+        with self.report.stage("hold out", len(rows)) as stage:
+            procs = processes(self.num_proc, len(rows))
+            train, test = split_held_out(rows, size, seed=self.seed, near=near, num_proc=procs)
+            stage.remove("held out", len(test))
+            return rows.select(train), rows.select(test).shuffle(seed=self.seed).remove_columns("_part")
 
-def _note_unused(stage: Stage, found: Sequence[str | None]) -> None:
-    """Keep the first example of each column that was not used; on a stream, say it when it comes."""
-    new = {column: shown for text in found if text for column, shown in json.loads(text).items()}
-    new = {column: shown for column, shown in new.items() if column not in stage.unused}
-    stage.unused |= new
-    for line in unused_lines({stage.name.rpartition(": convert")[0]: new} if new else {}):
-        logger.warning(line)
-
-
-def _detect(rows: Any, source: Source, kind: str, on_error: str) -> str:
-    """The format of the first row; with `on_error="skip"`, of the first that has one."""
-    first = ""
-    head = list(rows.take(100))
-    if not head:
-        raise FormatError(f"{source.path}: the data set is empty; give at least one row")
-    batch = {key: [row[key] for row in head] for key in head[0]}
-    unmapped = rows_of(batch, range(len(head)), replace(source, columns=None, ignore=()))
-    known = [(where, row) for where, _, row in unmapped if isinstance(row, dict)]
-    for where, _, row in rows_of(batch, range(len(head)), source):
-        try:
-            if known:
-                check_columns([row for _, row in known], source)
-            if isinstance(row, FormatError):
-                raise row
-            found = {key: value for key, value in row.items() if value is not None}
-            return detect_preference(found) if kind == "preference" else detect_format(found)
-        except FormatError as error:
-            first = first or f"{where}: {error}"
-            if on_error == "raise":
-                break
-    raise FormatError(first)
+    def draw(self, rows: Dataset, available: Any, sources: Sequence[Source], combine: Any) -> Dataset:
+        """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
+        with self.report.stage("draw and shuffle", len(rows)) as stage:
+            if not combine:
+                return rows.shuffle(seed=self.seed)
+            if not available.all():
+                raise FormatError(f"{sources[int(available.argmin())].path}: no row is left to draw by weight")
+            part = _parts(rows)
+            each = [rows.select(np.flatnonzero(part == i)).shuffle(seed=self.seed) for i in range(len(sources))]
+            rows = combine(each)
+            stage.rows_in = max(len(rows), int(available.sum()))  # drawn again, rows come in more than once
+            stage.remove("left out by weight", stage.rows_in - len(rows))
+            return rows
 
 
 def _convert(
@@ -464,24 +351,3 @@ def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
         group = json.dumps(row[source.group_by], sort_keys=True, default=str)
         unused = {column: shown for column, shown in unused.items() if column != source.group_by}
     return {**sides, "tools": tools, "chat_template_kwargs": kwargs, "group": group, "unused": unused}
-
-
-def _grams(filters: Filters, num_proc: int | None) -> Any:
-    """What the contamination filter looks for: the phrases of its held-out files."""
-    if not filters.contamination:
-        return None
-    files = [filters.contamination] if isinstance(filters.contamination, str | dict) else filters.contamination
-    rows = load_mixture(files, num_proc=num_proc).train
-    return held_out_phrases(
-        (messages for batch in rows.iter(1000) for messages in conversations(batch)), filters.contamination_words
-    )
-
-
-def _parts(rows: Dataset) -> Any:
-    """The number of each row's source, read in batches: of selected rows `[:]` would make an object of each."""
-    return np.concatenate([batch["_part"] for batch in rows.select_columns("_part").with_format("numpy").iter(10_000)])
-
-
-def _done(stage: Stage, rows: int, start: float, report: Report) -> None:
-    stage.rows_out, stage.seconds = rows, time.monotonic() - start
-    report.stages.append(stage)

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
-from ma_sft.data.values import Row, plain, show_columns
+from ma_sft.data.values import Row, plain
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
@@ -247,11 +247,3 @@ def _mapped(row: Row, source: Source) -> Row | FormatError:
             return FormatError(f"the column map would write {old!r} over {new!r}; ignore: [{new}], or map it as well")
         kept[new] = row.get(old)
     return kept
-
-
-def check_columns(rows: Sequence[Row], source: Source) -> None:
-    """Raise `FormatError` if none of the (unmapped) rows has a column of the column map."""
-    known = set().union(*rows)
-    for old in source.columns or {}:
-        if old not in known:
-            raise FormatError(f"field {old!r} of the column map is missing; found {show_columns(known)}")

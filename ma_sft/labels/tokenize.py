@@ -21,8 +21,8 @@ from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import label_fingerprint
 
 if TYPE_CHECKING:
-    from ma_sft.data.filters import Stage
     from ma_sft.data.mixture import Mixture
+    from ma_sft.data.stages import Stage
     from ma_sft.labels.check import CheckReport
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.recipe import Settings
@@ -102,7 +102,7 @@ def check(
     settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> "CheckReport":
     """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`."""
-    from ma_sft.data.filters import unused_columns
+    from ma_sft.data.stages import unused_columns
     from ma_sft.labels.check import check_dataset
     from ma_sft.labels.judge import Judge
 

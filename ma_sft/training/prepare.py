@@ -18,7 +18,7 @@ from ma_sft.training.processes import once
 from ma_sft.training.streams import Order, Share, share_out
 
 if TYPE_CHECKING:
-    from ma_sft.data.filters import Stage
+    from ma_sft.data.stages import Stage
     from ma_sft.labels.check import CheckReport
     from ma_sft.packing.report import PackingReport
     from ma_sft.recipe import Settings

@@ -129,9 +129,9 @@ def test_a_stream_without_a_label_ends_with_an_error(tmp_path):
 
 
 def test_a_share_can_be_sent_to_workers_that_are_not_forked(tmp_path):
-    share = Share(source(tmp_path, (9,), "mixture"), label, Packer("bfd"), parts=1, block=1, buffer=4)
+    share = Share(source(tmp_path, (9,), "hub"), label, Packer("bfd"), parts=1, block=1, buffer=4)
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        pickle.dumps(share.rows)  # its filters are local functions
+        pickle.dumps(share.rows)  # a user's stream may hold a lambda
     first, again = (list(islice(each([0]), 20)) for each in (share, pickle.loads(pickle.dumps(share))))
     assert first == again
 

@@ -1,0 +1,136 @@
+"""What happened to the rows, stage by stage: how many came in, which went and why, which columns nothing read."""
+
+import itertools
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ma_sft.data.values import SHOWN_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 5  # kept of each reason
+
+BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
+
+NOT_DRAWN = ("left out by weight", "held out")
+
+
+@dataclass
+class Stage:
+    """A step of the way: `rows_in` minus all of `removed` is `rows_out`. `examples` tells some rows removed, by why."""
+
+    name: str
+    rows_in: int = 0
+    rows_out: int = 0
+    seconds: float = 0.0
+    removed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)  # columns that a conversion did not read, with an example
+
+    def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
+        if count:
+            self.removed[why] = self.removed.get(why, 0) + count
+            kept = self.examples.setdefault(why, [])
+            kept += itertools.islice(examples, EXAMPLES - len(kept))
+
+    def keep(self, rows: dict[str, list[Any]], *, say: bool = False) -> list[bool]:
+        """Which rows have no reason to go; the others are counted, and columns that were not used noted and said.
+
+        Args:
+            rows: columns `removed_by` (the reason, "" for none), `error` (what to tell of the row) and, after a
+                conversion, `unused`.
+            say: log the first, tenth, hundredth row that goes: of a stream, where no table can tell it in time.
+        """
+        reasons = rows["removed_by"]
+        for why, told in zip(reasons, rows["error"], strict=True):
+            if why:
+                self.remove(why, 1, [told])
+                if say and str(self.removed[why]).strip("0") == "1":
+                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, told)
+        self.rows_in += len(reasons)
+        self.rows_out += reasons.count("")
+        found = {column: shown for text in rows.get("unused", ()) if text for column, shown in json.loads(text).items()}
+        new = {column: shown for column, shown in found.items() if column not in self.unused}
+        self.unused |= new
+        for line in unused_lines(unused_columns([Stage(self.name, unused=new)])):
+            logger.warning(line)
+        return [not why for why in reasons]
+
+
+@dataclass
+class Report:
+    """What happened to the rows, step by step, and how many of each source are in the end."""
+
+    stages: list[Stage] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, rows_in: int = 0) -> Iterator[Stage]:
+        """The stage that the block is, timed."""
+        stage, start = Stage(name, rows_in), time.monotonic()
+        yield stage
+        stage.rows_out = stage.rows_in - sum(stage.removed.values())
+        stage.seconds = time.monotonic() - start
+        self.stages.append(stage)
+
+    @property
+    def skipped(self) -> int:
+        """Broken rows, and preferences without a better side."""
+        return sum(n for stage in self.stages for why, n in stage.removed.items() if why in NOT_CONVERTED)
+
+    @property
+    def filtered(self) -> dict[str, int]:
+        """Rows that each filter removed."""
+        counts: Counter[str] = Counter()
+        for stage in self.stages:
+            counts.update({why: n for why, n in stage.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)})
+        return dict(counts)
+
+    @property
+    def unused(self) -> dict[str, dict[str, str]]:
+        return unused_columns(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Report":
+        return cls([Stage(**stage) for stage in value["stages"]], value["sources"])
+
+    def __rich__(self) -> RenderableType:
+        table = Table("stage")
+        for title in ("rows in", "removed", "rows out", "rows/s"):
+            table.add_column(title, justify="right")
+        examples = []
+        for stage in self.stages:
+            removed, speed = sum(stage.removed.values()), stage.rows_in / max(stage.seconds, 1e-9)
+            table.add_row(stage.name, *(f"{n:,}" for n in (stage.rows_in, removed, stage.rows_out)), f"{speed:,.0f}")
+            for why, count in stage.removed.items():
+                table.add_row(f"  {why}", "", f"{count:,}", "", "")
+                examples += [Text(f"{why}: {example}") for example in stage.examples.get(why, [])[:2]]
+        return Group(table, *examples, *map(Text, unused_lines(self.unused)))
+
+
+def unused_columns(stages: Iterable[Stage]) -> dict[str, dict[str, str]]:
+    """Of each source, the columns that nothing read and that may mean something, with an example."""
+    return {stage.name.rpartition(": convert")[0]: stage.unused for stage in stages if stage.unused}
+
+
+def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each source whose rows have columns that are not used."""
+    lines = []
+    for source, columns in unused.items():
+        shown = ", ".join(f"{column} ({example})" for column, example in list(columns.items())[:SHOWN_COLUMNS])
+        more = f" and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else ""
+        lines.append(f"{source}: columns that are not used: {shown}{more}")
+    return lines
