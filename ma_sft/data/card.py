@@ -1,6 +1,7 @@
 """`ma-sft data build` and `data show`: a mixture as a folder that `load_from_disk`, recipes and TRL read."""
 
 import json
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,5 @@ def _removed(removed: dict[str, int]) -> str:
 
 def _size(rows: int) -> str:
     """The hub's size category."""
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
-        if rows < limit:
-            return name
-    return "1M<n<10M" if rows < 10_000_000 else "n>10M"
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "n>10M")
+    return names[bisect([1_000, 10_000, 100_000, 1_000_000, 10_000_000], rows)]

@@ -3,13 +3,11 @@
 from typing import Any
 
 from ma_sft.data.turns import Message, conversation
-from ma_sft.data.values import Row, TrackedRow, check_text, is_empty, parse_json, show, to_json
+from ma_sft.data.values import Row, TrackedRow, are_objects, check_text, from_json, is_empty, show, to_json
 from ma_sft.errors import FormatError
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction")
-
 CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
-
 TURNS = frozenset(("messages", "conversations", "conversation"))
 
 
@@ -39,12 +37,10 @@ def _system(value: Any, field: str) -> list[Message]:
 
 
 def _history(row: TrackedRow) -> list[Message]:
-    history = row.get("history")
-    if isinstance(history, str) and history.lstrip().startswith("["):
-        history = parse_json(history, "history")
+    history = from_json(row.get("history"), "history", begins="[")
     if is_empty(history):
         return []
-    if isinstance(history, list | tuple) and all(isinstance(turn, dict) for turn in history):
+    if are_objects(history):
         return conversation(history, "history")
     if not isinstance(history, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in history):
         raise FormatError(f"field 'history': a list of [question, answer] pairs expected, found {show(history)}")
@@ -96,11 +92,10 @@ def to_tools(row: Row) -> str | None:
 
 
 def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
-    if isinstance(tools, str):
-        tools = parse_json(tools, field) if tools.strip() else None
+    tools = from_json(tools, field)
     if not tools:
         return []
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+    if not are_objects(tools):
         raise FormatError(f"field {field!r}: a list of JSON schemas expected, found {show(tools)}")
     return [schema for tool in tools for schema in _schema(tool, field)]
 
@@ -124,9 +119,7 @@ def to_template_kwargs(row: Row) -> str | None:
     Raises:
         FormatError: not an object.
     """
-    value = row.get("chat_template_kwargs")
-    if isinstance(value, str):
-        value = parse_json(value, "chat_template_kwargs") if value.strip() else None
+    value = from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
     if not value:
         return None
     if not isinstance(value, dict):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
-
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{N}]+")
 
 
@@ -95,7 +94,8 @@ def split_held_out(
     """
     target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
     links = []
-    for key in (_question, _group) if "group" in rows.column_names else (_question,):
+    groups_by = [_question, *([lambda row: row["group"] or ""] if "group" in rows.column_names else [])]
+    for key in groups_by:
         keys = hashes(rows, key, num_proc)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         own = np.arange(len(rows))
@@ -127,10 +127,6 @@ def exact_key(row: dict[str, Any]) -> str:
 def _question(row: dict[str, Any]) -> str:
     messages = row.get("messages") or row["prompt"]
     return " ".join(WORD.findall(next((m["content"] for m in messages if m["role"] == "user"), "").lower()))
-
-
-def _group(row: dict[str, Any]) -> str:
-    return row.get("group") or ""
 
 
 def hashes(rows: Dataset, key: Callable[[dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":

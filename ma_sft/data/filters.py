@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PATTERN_SECONDS = 5  # that a regular expression may take for one answer
-
 LETTER = regex.compile(r"\p{L}")
 
 REFUSALS = (

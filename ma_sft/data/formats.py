@@ -18,9 +18,11 @@ from ma_sft.data.turns import Message, check_order, conversation, list_of_turns,
 from ma_sft.data.values import (
     Row,
     TrackedRow,
+    are_objects,
     check_text,
+    from_json,
     is_empty,
-    parse_json,
+    need,
     show,
     show_columns,
     text_of,
@@ -28,13 +30,9 @@ from ma_sft.data.values import (
 from ma_sft.errors import FormatError
 
 SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
-
 CHOICES = ("choices", "options")
-
 ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
-
 VERDICTS = ("label", "kto_tag")  # KTO's: whether an answer is a good one
-
 STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id"))  # of these, a text is only a part
 
 # Columns that change what a row says: where no format reads them, the row is refused.
@@ -157,9 +155,8 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     field = row.first(CHOICES)
     choices: Any = row[field] if field else {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
     field = field or "choices"
-    if isinstance(choices, str) and choices.lstrip()[:1] in ("[", "{"):
-        choices = parse_json(choices, field)
-    if isinstance(choices, list | tuple) and choices and all(isinstance(choice, dict) for choice in choices):
+    choices = from_json(choices, field, begins=("[", "{"))
+    if choices and are_objects(choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     if isinstance(choices, dict) and "text" in choices:
         texts, labels = choices.get("text"), choices.get("label")
@@ -345,11 +342,8 @@ def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Con
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     known = FORMATS[name]
-    missing = known.missing(set(row))
-    if name == "preference":
-        missing = [column for column in missing if column != "prompt"]  # it may be implicit
-    if missing:
-        raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it")
+    # A preference's prompt may be implicit.
+    need(row, [column for column in known.missing(set(row)) if (name, column) != ("preference", "prompt")], name)
     messages = known.convert(row)
     refuse_changing(row, name)
     if name == "text":

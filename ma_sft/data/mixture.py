@@ -35,9 +35,7 @@ from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
 
 SIDES = ("prompt", "chosen", "rejected")
-
 MANY_ROWS = 20_000  # from here on, other processes are worth their start
-
 SHUFFLE_BUFFER = 10_000
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ma_sft.data.context import with_context
 from ma_sft.data.functions import load_function
 from ma_sft.data.turns import Message, check_order, conversation, list_of_turns
-from ma_sft.data.values import Row, TrackedRow, check_text, show, show_columns
+from ma_sft.data.values import Row, TrackedRow, check_text, need, show, show_columns
 from ma_sft.errors import FormatError
 
 # The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,
@@ -24,7 +24,6 @@ ALIASES = {
 }
 
 PKU = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id")
-
 Preference = dict[str, list[Message]]
 
 
@@ -108,11 +107,8 @@ def _spread(row: TrackedRow) -> TrackedRow:
 def _plain(row: TrackedRow) -> Preference:
     row = _spread(row)
     prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
-    sides = {}
-    for name, field in (("chosen", chosen), ("rejected", rejected)):
-        if row.get(field) is None:
-            raise FormatError(f"field {field!r} is missing or null; format 'preference' needs it")
-        sides[name] = row[field]
+    need(row, (chosen, rejected), "preference")
+    sides = {"chosen": row[chosen], "rejected": row[rejected]}
     if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
         return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
     text = row[prompt]
@@ -150,8 +146,7 @@ def hh_turns(text: Any, field: str) -> list[Message]:
 
 def dialogue(row: TrackedRow, field: str) -> list[Message]:
     """A whole dialogue of one side: hh-rlhf's text, or messages."""
-    if field not in row:
-        raise FormatError(f"field {field!r} is missing or null; format 'hh-rlhf' needs it")
+    need(row, (field,), "hh-rlhf")
     value = row[field]
     return hh_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
 
@@ -175,9 +170,7 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
 
 
 def _pku(row: TrackedRow) -> Preference | None:
-    for field in ("prompt", *PKU):
-        if field not in row:
-            raise FormatError(f"field {field!r} is missing or null; format 'pku-saferlhf' needs it")
+    need(row, ("prompt", *PKU), "pku-saferlhf")
     for field in PKU[2:4]:
         if not isinstance(row[field], bool):
             raise FormatError(f"field {field!r}: true or false expected, found {row[field]!r}")

@@ -24,27 +24,18 @@ import pyarrow.parquet as pq
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, SplitGenerator, Value
 from datasets.builder import Key
 
-from ma_sft.data.values import plain, show_columns
+from ma_sft.data.values import are_objects, plain, show_columns
 from ma_sft.errors import FormatError, RecipeError, one_line
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-
 CHUNK = 4 << 20  # bytes that are read at a time
-
 BATCH = 10_000  # rows that are handed on at a time
-
 WHOLE = 1 << 30  # bytes of the longest object or document that is read as one
-
 UNPACKED = 256 << 20  # bytes that any small archive or Arrow file may become; beyond, 200 times its size
-
 DECODED = 4 << 30  # bytes that the rows which are decoded at a time may be, at worst
-
 TOO_DEEP = f"nested deeper than Python reads, some {sys.getrecursionlimit():,} levels"
-
 BOM = b"\xef\xbb\xbf"
-
 UTF_16 = re.compile(rb"\xff\xfe[^\0]\0|\xfe\xff\0[^\0]")  # the mark, and a first letter of ASCII
-
 ROW, FILE, PLACE = RAW = ("_row", "_file", "_place")
 
 
@@ -213,7 +204,7 @@ def _json(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
 
 def _is_dialogue(value: list[Any]) -> bool:
     """Whether a list is one conversation rather than a list of rows."""
-    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    return bool(value) and are_objects(value) and all("role" in turn or "from" in turn for turn in value)
 
 
 def _list_rows(text: io.TextIOWrapper, where: str) -> Rows:
@@ -239,14 +230,13 @@ def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows
         if isinstance(error, RecursionError):
             raise FormatError(f"{where}: not valid JSON: {TOO_DEEP}") from None
         raise
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
-    held = (
-        {config.field: value.get(config.field)}
-        if config.field
-        else {key: rows for key, rows in lists.items() if key not in OWN_LISTS and not _is_dialogue(rows)}
-    )
-    if config.field and not isinstance(held[config.field], list):
-        raise FormatError(f"{where}: field: {config.field!r} is no list of rows; found {show_columns(value)}")
+    if config.field:
+        held = {config.field: value.get(config.field)}
+        if not isinstance(held[config.field], list):
+            raise FormatError(f"{where}: field: {config.field!r} is no list of rows; found {show_columns(value)}")
+    else:
+        lists = {key: rows for key, rows in value.items() if key not in OWN_LISTS and rows and are_objects(rows)}
+        held = {key: rows for key, rows in lists.items() if not _is_dialogue(rows)}
     if len(held) > 1:
         raise FormatError(f"{where}: rows may be in {show_columns(held)}; say which: field")
     if not held:

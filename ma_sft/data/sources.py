@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
-from ma_sft.data.values import Row, plain
+from ma_sft.data.values import Row, are_objects, plain
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
@@ -229,7 +229,7 @@ def _parse(text: bytes, is_table: bool) -> Row | FormatError:
         return FormatError(f"not valid JSON: {error}")
     if isinstance(row, str) and is_table:
         return FormatError(row)
-    if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+    if row and are_objects(row):
         return {"messages": row}  # a bare conversation
     if not isinstance(row, dict):
         return FormatError(f"a JSON object expected, found {type(row).__name__} {str(row)[:60]!r}")

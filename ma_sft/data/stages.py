@@ -17,11 +17,8 @@ from rich.text import Text
 from ma_sft.data.values import SHOWN_COLUMNS
 
 logger = logging.getLogger(__name__)
-
 EXAMPLES = 5  # kept of each reason
-
 BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
-
 NOT_DRAWN = ("left out by weight", "held out")
 
 

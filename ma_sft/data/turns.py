@@ -7,7 +7,7 @@ or a list of parts: OpenAI's, Anthropic's (`tool_use`, `tool_result`, `thinking`
 from dataclasses import dataclass, field
 from typing import Any
 
-from ma_sft.data.values import check_text, is_empty, parse_json, show, to_json
+from ma_sft.data.values import are_objects, check_text, from_json, is_empty, parse_json, show, to_json
 from ma_sft.errors import FormatError
 
 Message = dict[str, Any]
@@ -29,20 +29,13 @@ PAIR_ROLES = {
 }
 
 ROLE_KEYS = ("role", "from")
-
 CONTENT_KEYS = ("content", "value", "text", "parts")
-
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-
 WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss", "train", "training")
-
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-
 PARTIAL = ("mask", "masked", "train_detail")  # marks of parts of a turn
-
 MARKS = frozenset((*REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PARTIAL))
 MARKS |= {"tool_calls", "function_call", "tool_call_id", "name", "tools"}
-
 TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, PAIR_ROLES)
 
 # What may come before a role; None is the start of the conversation.
@@ -86,11 +79,11 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
     """The turns of a column: a list of objects; its JSON text, as in CSV; or `datasets`' older object of lists."""
-    turns = parse_json(value, field) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = from_json(value, field, begins="[")
     lists = list(turns.values()) if isinstance(turns, dict) else []
     if lists and all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*lists, strict=True)]
-    if not isinstance(turns, list | tuple) or not turns or not all(isinstance(t, dict) for t in turns):
+    if not turns or not are_objects(turns):
         raise FormatError(f"field {field!r}: a list of turns expected, found {show(turns)}")
     return list(turns)
 
@@ -139,6 +132,11 @@ def unknown_keys(turns: list[Any]) -> dict[str, Any]:
 
 def _messages(turn: dict[str, Any], where: str) -> list[Message]:
     """The message of a turn; or question and answer, or the results of several tools and what follows them."""
+    if len(turn) == 2:  # a role and a text, which nearly every turn is
+        key = "content" if "content" in turn else "value"
+        name, text = turn.get("role", turn.get("from")), turn.get(key)
+        if isinstance(name, str) and isinstance(text, str) and name in ROLES:
+            return [{"role": ROLES[name], "content": check_text(text, f"{where}.{key}")}]
     if not ("role" in turn or "from" in turn) and {PAIR_ROLES.get(key) for key in turn} >= {"user", "assistant"}:
         return _pair(turn, where)
     marked = not turn.keys().isdisjoint(MARKS)
@@ -171,7 +169,7 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
 def _add_marks(message: Message, turn: dict[str, Any], where: str) -> None:
     """What a turn says beside its role, content and calls."""
     for key in MEDIA:
-        if not is_empty(turn.get(key)):
+        if key in turn and not is_empty(turn[key]):
             raise FormatError(f"field '{where}.{key}': only text can be trained on, found {show(turn[key])}")
     if reasoning := _reasoning(turn, where):
         message["reasoning_content"] = reasoning
@@ -196,6 +194,8 @@ def _pair(turn: dict[str, Any], where: str) -> list[Message]:
 
 def _trained(turn: dict[str, Any], where: str) -> bool:
     """Whether the turn's own marks let it be trained."""
+    if turn.keys().isdisjoint((*PARTIAL, *WEIGHT_KEYS)):
+        return True
     for key in PARTIAL:
         if turn.get(key):
             raise FormatError(f"field '{where}.{key}' cannot be followed; mark a turn as a whole with train: false")
@@ -280,13 +280,11 @@ def _parse_calls(content: Any, where: str) -> list[Any]:
 
 def _calls(turn: dict[str, Any], where: str) -> tuple[list[Any], str]:
     """A turn's calls under `tool_calls` or, of old, `function_call`; and the field's name."""
-    calls, one = turn.get("tool_calls"), turn.get("function_call")
+    calls, one = from_json(turn.get("tool_calls"), f"{where}.tool_calls", begins="["), turn.get("function_call")
     if calls and one:
         raise FormatError(f"field '{where}': tool_calls and function_call; one of them expected")
     if one:
         return [one], f"{where}.function_call"
-    if isinstance(calls, str) and calls.lstrip().startswith("["):
-        calls = parse_json(calls, f"{where}.tool_calls")
     if calls and not isinstance(calls, list | tuple):
         raise FormatError(f"field '{where}.tool_calls': a list of calls expected, found {show(calls)}")
     return list(calls or []), f"{where}.tool_calls"
@@ -305,8 +303,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise FormatError(f"field '{where}': a call with 'name' and 'arguments' expected, found {show(call)}")
     arguments = next((function[key] for key in ("arguments", "parameters", "input", "args") if key in function), None)
     for _ in range(2):  # some data holds the text of a text
-        if isinstance(arguments, str):
-            arguments = parse_json(arguments, f"{where}.arguments") if arguments.strip() else {}
+        arguments = from_json(arguments, f"{where}.arguments")
     if not isinstance(arguments := arguments or {}, dict):
         raise FormatError(f"field '{where}.arguments': a JSON object expected, found {show(arguments)}")
     name = check_text(function["name"], f"{where}.name")

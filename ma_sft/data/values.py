@@ -7,8 +7,6 @@ from typing import Any
 from ma_sft.errors import FormatError
 
 Row = dict[str, Any]
-
-
 SHOWN_COLUMNS = 20
 
 
@@ -88,6 +86,25 @@ def parse_json(text: str, field: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(text)}") from None
+
+
+def from_json(value: Any, field: str, begins: str | tuple[str, ...] = "") -> Any:
+    """What a text that begins so holds as JSON, None if it is blank; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(begins):
+        return value
+    return parse_json(value, field) if value.strip() else None
+
+
+def are_objects(value: Any) -> bool:
+    """Whether a value is a list of JSON objects."""
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
+
+
+def need(row: Row, fields: Iterable[str], format: str) -> None:
+    """Raise `FormatError` at the first of these fields that the row lacks."""
+    for field in fields:
+        if field not in row:
+            raise FormatError(f"field {field!r} is missing or null; format {format!r} needs it")
 
 
 def to_json(value: Any, field: str) -> str:

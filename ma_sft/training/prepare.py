@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ma_sft.recipe import Settings
 
 SHOWN_ROWS = 4  # in the report
-
 STREAM_BUFFER = 10_000  # sequences of a stream that are packed together
 
 

@@ -6,7 +6,7 @@ at its first. Here each worker reads all rows, and labels those that are its own
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import dill
@@ -87,31 +87,25 @@ class Share:
         # Without an end: a resumed run finds its place by counting batches from the start.
         for epoch in count():
             rows.set_epoch(epoch)
-            before, found = first, False
+            before, empty = first, empty + 1
             waiting: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-            for batch in rows.iter(ROWS_AT_A_TIME):
-                numbers = np.arange(first, first + len(next(iter(batch.values()))))
+            for batch in chain(rows.iter(ROWS_AT_A_TIME), [{}]):  # the end of the epoch is a batch of nothing
+                numbers = np.arange(first, first + len(next(iter(batch.values()), ())))
+                first += len(numbers)
                 mine = np.flatnonzero(numbers // self.block % self.parts == part[0])
-                labelled = self.label(
-                    {name: [values[row] for row in mine] for name, values in batch.items()}, numbers[mine].tolist()
-                )
+                own = {name: [values[row] for row in mine] for name, values in batch.items()}
+                labelled = self.label(own, numbers[mine].tolist()) if batch else {}
                 for name, values in waiting.items():
-                    values += labelled[name]
-                if len(waiting["labels"]) >= self.buffer:
+                    values += labelled.get(name, [])
+                if not batch or len(waiting["labels"]) >= self.buffer:
                     for pack in self._packs(waiting):
-                        found = True
+                        empty = 0
                         yield pack
-                first = int(numbers[-1]) + 1
-            for pack in self._packs(waiting):
-                found = True
-                yield pack
-            empty = 0 if found else empty + 1
             if first == before or empty > self.parts:
                 raise LabelError("the stream has no row with anything to train on")
 
     def _packs(self, waiting: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-        token = pa.list_(pa.int64())
-        table = pa.table({name: pa.array(values, token) for name, values in waiting.items()})
+        table = pa.table({name: pa.array(values, pa.list_(pa.int64())) for name, values in waiting.items()})
         for values in waiting.values():
             values.clear()
         for batch in self.pack(table).to_batches(100):
