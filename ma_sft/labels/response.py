@@ -13,11 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ma_sft.errors import ResponseTemplateError
 from ma_sft.labels.templates import control_tokens
@@ -33,7 +35,8 @@ class Match:
     """One occurrence of a template: it touches tokens `start:end`, and what it introduces begins at `body`.
 
     `body` is `end`, except where the template's trailing spaces went into the first token of what follows: that
-    token belongs to the response. `merged` says that the last token holds text from both sides of the border.
+    token belongs to the response. `merged` says that the last token holds text from both sides of the border,
+    `exact` that its ids are the template's own, `indented` that a space stands before it in its line.
     """
 
     start: int
@@ -42,6 +45,7 @@ class Match:
     merged: bool
     exact: bool
     line_start: bool
+    indented: bool
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class RowProblem:
 class TemplateReport:
     """What `DataCollatorForCompletionOnlyLM.check` found; `rows == found + missing + nothing_left`.
 
-    Of the found rows, `merged` have a border inside a token, and `ambiguous` hold the response template more than
-    once where one is expected, so that the last one counts. `problems` has the first few rows of each kind.
+    Of the found rows, `merged` have a border inside a token, and `ambiguous` hold more templates than turns that are
+    answered: one may be quoted. `problems` has the first few rows of each kind.
     """
 
     rows: int = 0
@@ -131,12 +135,10 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         self.on_missing = on_missing
         self.missing_rows = 0
         self._bytes = TokenBytes(self.tokenizer)
-        self._response = _Template("response_template", response_template, self.tokenizer, self._bytes)
-        self._instruction = (
-            None
-            if instruction_template is None
-            else _Template("instruction_template", instruction_template, self.tokenizer, self._bytes)
-        )
+        self._response = _Template("response_template", response_template, self._bytes)
+        self._instruction: _Template | None = None
+        if instruction_template is not None:
+            self._instruction = _Template("instruction_template", instruction_template, self._bytes)
 
     @property
     def response_token_ids(self) -> list[int]:
@@ -145,7 +147,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     @response_token_ids.setter
     def response_token_ids(self, ids: Sequence[int]) -> None:
-        self._response = _Template("response_template", ids, self.tokenizer, self._bytes)
+        self._response = _Template("response_template", ids, self._bytes)
 
     @property
     def instruction_token_ids(self) -> list[int] | None:
@@ -154,7 +156,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     @instruction_token_ids.setter
     def instruction_token_ids(self, ids: Sequence[int]) -> None:
-        self._instruction = _Template("instruction_template", ids, self.tokenizer, self._bytes)
+        self._instruction = _Template("instruction_template", ids, self._bytes)
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
@@ -190,7 +192,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
-            labels, absent, responses = self._label(ids)
+            labels, absent, marks = self._label(ids)
             report.rows += 1
             if absent is not None:
                 report.missing += 1
@@ -200,13 +202,9 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
                 describe(row, "nothing left", self._response, ids)
             else:
                 report.found += 1
-                if any(match.merged for match in responses):
-                    report.merged += 1
-                    describe(row, "merged", self._response, ids)
-                answers = np.flatnonzero(np.diff((labels != self.ignore_index).astype(int), prepend=0) == 1)
-                if len(responses) > len(answers):  # some are quoted, or not all are answered
-                    report.ambiguous += 1
-                    describe(row, "ambiguous", self._response, ids)
+                for status in marks:
+                    setattr(report, status, getattr(report, status) + 1)
+                    describe(row, status, self._response, ids)
         return report
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
@@ -259,19 +257,30 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             self._missing(absent, ids, number)
         return np.where(attended, labels, self.ignore_index)
 
-    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", list[Match]]:
-        """Labels, the template that does not occur (then all labels are masked), and the response's matches."""
+    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", list[str]]:
+        """Labels, the template that does not occur (then all are masked), and which of merged and ambiguous it is."""
         labels = np.full(len(ids), self.ignore_index, dtype=np.int64)
         text = self._bytes.join(ids)
         responses = self._response.find(ids, text)
         if not responses:
-            return labels, self._response, responses
-        instructions = [] if self._instruction is None else self._instruction.find(ids, text)
-        if self._instruction is not None and not instructions:
-            return labels, self._instruction, responses
-        for begin, stop in _answers(instructions, responses, len(ids)):
+            return labels, self._response, []
+        instructions: list[Match] = []
+        if self._instruction is not None:
+            instructions = self._instruction.find(ids, text)
+            if not instructions:
+                return labels, self._instruction, []
+        in_lines = _in_lines(instructions, responses)
+        length = self._instruction.begun_at(text, in_lines) if self._instruction else len(ids)
+        answers, unanswered = _answers(instructions, responses, length, in_lines)
+        for begin, stop in answers:
             labels[begin:stop] = ids[begin:stop]
-        return labels, None, responses
+        ended = length > 0 and ids[length - 1] == self.tokenizer.eos_token_id
+        marks = {
+            "merged": any(match.merged for match in responses),
+            # A template is quoted, or not every turn is answered; the last turn may be cut off before its answer
+            "ambiguous": len(responses) > len(answers) or any(stop < length or ended for stop in unanswered),
+        }
+        return labels, None, [name for name, holds in marks.items() if holds]
 
     def _missing(self, template: "_Template", ids: np.ndarray, index: int | None) -> None:
         nearest_ids, _, surroundings, suggestion = template.nearest(ids)
@@ -301,15 +310,17 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         return batch
 
 
-def _answers(instructions: list[Match], responses: list[Match], n_tokens: int) -> list[tuple[int, int]]:
-    """Where the answers of a row begin and end, in tokens; one rule for one turn and for many.
+def _answers(
+    instructions: list[Match], responses: list[Match], n_tokens: int, in_lines: bool
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Where a row's answers begin and end, and where the turns after an answer end that have none; in tokens.
 
     Turns alternate, so a template that stands in the wrong turn is quoted; and where one of a template's occurrences
     begins a line, those that do not are quoted too. Of several responses to one instruction the last counts, of which
     TRL 0.x took the last with the bare ids: if it was the question that quoted, none of the question is trained.
     """
-    responses, instructions = _unquoted(responses), _unquoted(instructions)
-    in_lines = any(match.line_start and match.start for match in (*instructions, *responses))
+    if in_lines:
+        responses, instructions = _unquoted(responses), _unquoted(instructions)
     borders = sorted([(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses])
     turns: list[tuple[int, list[Match]]] = [(0, [])]  # where each turn begins, and the responses in it
     for at, (start, is_response, match) in enumerate(borders):
@@ -320,12 +331,26 @@ def _answers(instructions: list[Match], responses: list[Match], n_tokens: int) -
             turns.append((start, []))
     stops = [*(start for start, _ in turns[1:]), n_tokens]
     found: list[tuple[int, int]] = []
+    unanswered: list[int] = []
     for (_, matches), stop in zip(turns, stops, strict=True):
-        while matches and matches[-1].body >= stop:  # a prompt at the row's end, which nothing answers
-            stop = matches.pop().start
+        end = stop
+        while matches and matches[-1].body >= end:  # a prompt at the row's end, which nothing answers
+            end = matches.pop().start
         if matches:
-            found.append((_last(matches).body, stop))
-    return found
+            exact = [match for match in matches if match.exact]
+            found.append(((exact or matches)[-1].body, end))
+        elif found:
+            unanswered.append(stop)
+    return found, unanswered
+
+
+def _in_lines(instructions: list[Match], responses: list[Match]) -> bool:
+    """Whether the row's templates begin lines: if a response does; one behind a space, if not all turns alternate."""
+    lines = [match for match in responses if match.line_start and match.start]
+    if any(not match.indented for match in lines):
+        return True
+    order = sorted([(m.start, False) for m in instructions] + [(m.start, True) for m in responses])
+    return bool(lines) and any(one == other for (_, one), (_, other) in pairwise(order))
 
 
 def _unquoted(matches: list[Match]) -> list[Match]:
@@ -334,47 +359,34 @@ def _unquoted(matches: list[Match]) -> list[Match]:
     return lines if any(match.start for match in lines) else matches
 
 
-def _last(responses: list[Match]) -> Match:
-    exact = [match for match in responses if match.exact]
-    return (exact or responses)[-1]
-
-
-class TokenBytes:
+class TokenBytes(dict[int, bytes]):
     """Id -> the bytes that the token stands for; a control token is a symbol that is no UTF-8."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.control = {index: text for text, index in control_tokens(tokenizer).items()}
-        added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
-        self.known: dict[int, bytes] = added | {i: b"\xff%d\xfe" % i for i in self.control}
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        decoder = str(getattr(backend, "decoder", "")) if backend is not None else ""
+        super().__init__({i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()})
+        self.update({i: b"\xff%d\xfe" % i for i in self.control})
+        decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
         self.byte_level = "ByteLevel" in decoder
         self.pieces = "▁" in decoder or "Metaspace" in decoder
 
-    def __getitem__(self, index: int) -> bytes:
-        if index not in self.known:
-            self.known[index] = self._make(index)
-        return self.known[index]
-
-    def _make(self, index: int) -> bytes:
+    def __missing__(self, index: int) -> bytes:
         token = self.tokenizer.convert_ids_to_tokens(index)
         if not isinstance(token, str):
             raise ResponseTemplateError(f"token id {index} is not in the tokenizer's vocabulary")
         if self.byte_level:
             alphabet = _byte_alphabet()
-            return bytes(alphabet[char] for char in token)
-        if self.pieces:
+            self[index] = bytes(alphabet[char] for char in token)
+        elif self.pieces:
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-            return bytes.fromhex(byte.group(1)) if byte else token.replace("▁", " ").encode()
-        return str(self.tokenizer.decode([index])).encode()
+            self[index] = bytes.fromhex(byte.group(1)) if byte else token.replace("▁", " ").encode()
+        else:
+            self[index] = str(self.tokenizer.decode([index])).encode()
+        return self[index]
 
     def join(self, ids: np.ndarray) -> list[bytes]:
-        known = self.known
-        try:
-            return [known[i] for i in ids.tolist()]
-        except KeyError:
-            return [self[i] for i in ids.tolist()]
+        return [self[i] for i in ids.tolist()]
 
     def readable(self, raw: bytes) -> str:
         """Text of joined token bytes, with control tokens as they are written."""
@@ -386,58 +398,46 @@ class TokenBytes:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character of each byte, which byte-level tokenizers write their tokens in."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    """The printable character in which byte-level tokenizers write each byte."""
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class _Template:
     """A response or instruction template, and where it stands in a row."""
 
-    def __init__(
-        self, name: str, source: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes
-    ) -> None:
+    def __init__(self, name: str, source: str | Sequence[int], token_bytes: TokenBytes) -> None:
         self.name = name
         self.is_text = isinstance(source, str)
         self.bytes = token_bytes
-        if isinstance(source, str):
-            self.ids = list(tokenizer(source, add_special_tokens=False)["input_ids"])
-            self.source = source
-        else:
-            self.ids = [int(i) for i in source]
-            self.source = str(self.ids)
+        ids = token_bytes.tokenizer(source, add_special_tokens=False)["input_ids"] if self.is_text else source
+        self.ids = [int(i) for i in ids]
+        self.source = str(source if self.is_text else self.ids)
         if not self.ids:
             raise ResponseTemplateError(f"{name} is empty: there is nothing to look for")
         raw = b"".join(token_bytes.join(np.array(self.ids)))
-        if isinstance(source, str) and not source.startswith(" "):
+        if self.is_text and not self.source.startswith(" "):
             raw = raw.removeprefix(b" ")  # sentencepiece puts a space before a text
-        self.raw = raw
+        self.raw, self.begins_line = raw, raw.lstrip(b" ").startswith(b"\n")
 
     def find(self, ids: np.ndarray, text: list[bytes]) -> list[Match]:
-        """All occurrences in a row, in order, not overlapping."""
+        """All occurrences in a row, in order; two share a token at most."""
         exact = self._find_ids(ids)
-        found = {m.end: m for m in (self._find_text(text) if self.is_text else [])}
-        for start in exact:
-            end = start + len(self.ids)
-            line = start == 0 or text[start - 1].endswith(b"\n") or self.raw.startswith(b"\n")
-            found[end] = Match(start, end, end, merged=False, exact=True, line_start=line)
+        if self.is_text:
+            return self._find_text(text, {start + len(self.ids): start for start in exact})
         matches: list[Match] = []
-        for match in sorted(found.values(), key=lambda m: (m.start, m.end)):
-            if not matches or match.start >= matches[-1].end:
-                matches.append(match)
-            elif match.exact and not matches[-1].exact:
-                matches[-1] = match
+        for start in exact:
+            end, line = start + len(self.ids), start == 0 or text[start - 1].endswith(b"\n") or self.begins_line
+            if not matches or start >= matches[-1].end:
+                matches.append(Match(start, end, end, merged=False, exact=True, line_start=line, indented=False))
         return matches
 
     def _find_ids(self, ids: np.ndarray) -> list[int]:
         n = len(self.ids)
-        if len(ids) < n:
-            return []
-        starts = np.flatnonzero(ids[: len(ids) - n + 1] == self.ids[0])
+        starts = np.flatnonzero(ids[: max(len(ids) - n + 1, 0)] == self.ids[0])
         return [int(s) for s in starts if ids[s : s + n].tolist() == self.ids]
 
-    def _find_text(self, text: list[bytes]) -> list[Match]:
+    def _find_text(self, text: list[bytes], exact: dict[int, int]) -> list[Match]:
+        """The template's text; `exact` has the start of its own ids by their end."""
         raw = b"".join(text)
         at = raw.find(self.raw)
         if at < 0:
@@ -450,12 +450,32 @@ class _Template:
             if not (at and raw[at - 1 : at] == self.raw[:1] and not self.raw[:1].isspace()):
                 start, last = np.searchsorted(ends, [at, stop - 1], side="right").tolist()
                 merged = int(ends[last]) != stop
-                begin = int(ends[last]) - len(text[last])
+                begin, end = int(ends[last]) - len(text[last]), last + 1
                 only_space = merged and not raw[begin:stop].strip() and begin >= at
-                line = at == 0 or raw[at - 1 : at] == b"\n" or self.raw.startswith(b"\n")
-                matches.append(Match(start, last + 1, last if only_space else last + 1, merged, False, line))
+                body = last if only_space else end
+                line, indented = self._begins_line(raw[:at])
+                matches.append(Match(exact.get(end, start), end, body, merged, end in exact, line, indented))
             at = raw.find(self.raw, stop)
         return matches
+
+    def _begins_line(self, before: bytes) -> tuple[bool, bool]:
+        """Whether the template begins a line behind this text, and whether only if a space does not count."""
+        if not before or before.endswith(b"\n") or self.begins_line:
+            return True, False
+        # With sentencepiece, a part of a row that was encoded by itself begins with a space
+        indented = self.bytes.pieces and before.endswith(b"\n ")
+        return indented, indented
+
+    def begun_at(self, text: list[bytes], in_lines: bool) -> int:
+        """The token at which a row was cut off inside the template; the row's length if it was not."""
+        raw = b"".join(text)
+        for length in range(len(self.raw) - 1, 0, -1):
+            begun, before = self.raw[:length], raw[: len(raw) - length]
+            apart = self._begins_line(before)[0] if in_lines else before.endswith(b" ")
+            if apart and begun.strip() and raw.endswith(begun):
+                ends = np.cumsum([len(piece) for piece in text])
+                return int(np.searchsorted(ends, len(before), side="right"))
+        return len(text)
 
     def nearest(self, ids: np.ndarray) -> tuple[list[int], str, str, str]:
         """Where the row comes nearest to the template: ids, their text, the text around, and what to do."""
