@@ -338,7 +338,8 @@ def sift(rows: Any, stage: Stage, reasons: Dataset | None = None) -> Any:
     used = [name for name in (*REASONS, "unused") if name in found.column_names]
     if isinstance(rows, IterableDataset):
         return rows.filter(partial(stage.keep, say=True), batched=True).remove_columns(used)
-    keep = stage.keep({name: found.data.column(name).to_pylist() for name in used})
+    columns = {name: found.data.column(name) for name in used}
+    keep = stage.keep(columns | {name: columns[name].to_pylist() for name in used if name != "error"})
     rows = rows.remove_columns(used) if reasons is None else rows
     return rows if all(keep) else rows.select(np.flatnonzero(keep))
 

@@ -152,19 +152,17 @@ def _multiple_choice(row: TrackedRow) -> list[Message]:
 
 
 def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
-    field = row.first(CHOICES)
-    choices: Any = row[field] if field else {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
-    field = field or "choices"
+    """Labels and texts: of a list, of objects or lists with both, of an object of texts, or of columns A, B, ..."""
+    letters, field = string.ascii_uppercase, row.first(CHOICES) or "choices"
+    choices: Any = {letter: row[letter] for letter in letters if letter in row} if field not in row else row[field]
     choices = from_json(choices, field, begins=("[", "{"))
     if choices and are_objects(choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
-    if isinstance(choices, dict) and "text" in choices:
-        texts, labels = choices.get("text"), choices.get("label")
-    elif isinstance(choices, dict):
-        texts, labels = list(choices.values()), list(choices)
-    else:
-        texts, labels = choices, list(string.ascii_uppercase)
-        labels = labels[: len(texts)] if isinstance(texts, list | tuple) else None
+    elif isinstance(choices, list | tuple):
+        choices = {"text": choices, "label": list(letters[: len(choices)])}
+    elif isinstance(choices, dict) and "text" not in choices:
+        choices = {"text": list(choices.values()), "label": list(choices)}
+    texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
         raise FormatError(f"field {field!r}: equally many texts and labels expected, found {show(choices)}")
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
@@ -286,15 +284,11 @@ def _works(row: Row, name: str) -> bool:
 
 def _nearest(columns: set[str]) -> str:
     near = {name: known.missing(columns) for name, known in FORMATS.items() if known.found(columns) and name != "text"}
-    best = sorted(near, key=lambda name: len(near[name]))[:3]
-    if "text" in columns:
-        hint = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; "
-    else:
-        hint = ""
+    best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
+    text = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; "
     return (
-        hint
-        + ("nearest: " + "; ".join(f"{name} (misses {', '.join(near[name])})" for name in best) if best else "")
-        + ("" if best else f"known formats: {', '.join(FORMATS)}")
+        (text if "text" in columns else "")
+        + (f"nearest: {'; '.join(best)}" if best else f"known formats: {', '.join(FORMATS)}")
         + "; map columns to these names (datasets: [{path: ..., columns: {theirs: ours}}]), or pass format "
         "(dataset_format in a recipe)"
     )

@@ -40,7 +40,7 @@ class Stage:
             kept = self.examples.setdefault(why, [])
             kept += itertools.islice(examples, EXAMPLES - len(kept))
 
-    def keep(self, rows: dict[str, list[Any]], *, say: bool = False) -> list[bool]:
+    def keep(self, rows: dict[str, Any], *, say: bool = False) -> list[bool]:
         """Which rows have no reason to go; the others are counted, and columns that were not used noted and said.
 
         Args:
@@ -48,12 +48,12 @@ class Stage:
                 conversion, `unused`.
             say: log the first, tenth, hundredth row that goes: of a stream, where no table can tell it in time.
         """
-        reasons = rows["removed_by"]
-        for why, told in zip(reasons, rows["error"], strict=True):
+        reasons, errors = rows["removed_by"], rows["error"]
+        for row, why in enumerate(reasons):
             if why:
-                self.remove(why, 1, [told])
+                self.remove(why, 1, (str(errors[at]) for at in [row]))  # text of Arrow's only where it is kept
                 if say and str(self.removed[why]).strip("0") == "1":
-                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, told)
+                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, errors[row])
         self.rows_in += len(reasons)
         self.rows_out += reasons.count("")
         found = {column: shown for text in rows.get("unused", ()) if text for column, shown in json.loads(text).items()}

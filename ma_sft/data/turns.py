@@ -69,9 +69,11 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
         return [{"role": role, "content": check_text(value, field)}]
     messages: list[Message] = []
     for i, turn in enumerate(list_of_turns(value, field)):
-        found = _messages(turn, f"{field}[{i}]")
-        if messages and messages[-1]["role"] == "assistant" and found and "tool_calls" in found[0] and _is_call(turn):
-            _join_calls(messages[-1], found[0], f"{field}[{i}]")  # parallel calls are turns of one message
+        found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
+        if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _is_call(turn):
+            if last.get("train") != found[0].get("train"):
+                raise FormatError(f"field '{field}[{i}]': calls of one message are trained together or not at all")
+            last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
         else:
             messages += found
     return messages
@@ -142,16 +144,15 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
     marked = not turn.keys().isdisjoint(MARKS)
     role_key = "role" if "role" in turn or "from" not in turn else "from"
     content_key = next((key for key in CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
-    named, content = turn.get(role_key), turn.get(content_key)
-    calls, calls_at = _calls(turn, where) if marked else ([], f"{where}.{content_key}")
+    named, content, at = turn.get(role_key), turn.get(content_key), f"{where}.{content_key}"
+    calls, calls_at = _calls(turn, where) if marked else ([], at)
     name = named.strip().lower() if isinstance(named, str) else ""
     role = ROLES.get(name)
     if name in CALL_ROLES:
-        calls, role, content = _parse_calls(content, f"{where}.{content_key}"), "assistant", ""
-        calls_at = f"{where}.{content_key}"
+        role, calls, calls_at, content = "assistant", _parse_calls(content, at), at, ""
     if role is None:
         raise FormatError(f"field '{where}.{role_key}': one of {sorted(ROLES)} expected, found {show(named)}")
-    parts = _content(content, role, f"{where}.{content_key}", nothing=bool(calls) or role == "tool")
+    parts = _content(content, role, at, nothing=bool(calls) or role == "tool")
     message: Message = {"role": role, "content": parts.text}
     if calls := [*calls, *parts.calls]:
         if role != "assistant":
@@ -288,12 +289,6 @@ def _calls(turn: dict[str, Any], where: str) -> tuple[list[Any], str]:
     if calls and not isinstance(calls, list | tuple):
         raise FormatError(f"field '{where}.tool_calls': a list of calls expected, found {show(calls)}")
     return list(calls or []), f"{where}.tool_calls"
-
-
-def _join_calls(message: Message, found: Message, where: str) -> None:
-    if message.get("train") != found.get("train"):
-        raise FormatError(f"field '{where}': calls of one message are trained together or not at all")
-    message["tool_calls"] = [*message.get("tool_calls", []), *found["tool_calls"]]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
