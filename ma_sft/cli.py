@@ -224,16 +224,13 @@ def _check(options: argparse.Namespace) -> int:
 def _audit(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
-    from ma_sft.errors import RecipeError, first_line
+    from ma_sft.hub import load_pretrained
     from ma_sft.labels.audit import audit_folder, read_folder
     from ma_sft.labels.preview import preview_text
 
     if options.json:
         _silence()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"--tokenizer {options.tokenizer!r}: {first_line(error)}") from None
+    tokenizer = load_pretrained(AutoTokenizer, options.tokenizer)
     report = audit_folder(options.folder, tokenizer, options.rows, max_length=options.max_length)
     if options.json:
         say(report.to_json())

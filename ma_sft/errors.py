@@ -1,5 +1,8 @@
 """The errors that a user meets. Each is a `ValueError`, and its message is one line that can be acted on."""
 
+import traceback
+from pathlib import Path
+
 
 class MaSftError(ValueError):
     """Base of every error that ma_sft raises on purpose; the command line prints it without a traceback."""
@@ -35,6 +38,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def failed_in(where: Path | str, error: BaseException) -> str:
+    """What failed in a user's own file or module: with the line there, if it is a file, and in one line."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(where)]
+    kind = "" if isinstance(error, MaSftError) else f"{type(error).__name__}: "
+    return f"{where}{f', line {lines[-1]}' if lines else ''}: {kind}{error}"
 
 
 def first_line(error: BaseException) -> str:

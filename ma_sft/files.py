@@ -1,5 +1,6 @@
 """Where ma_sft keeps what is made once and used again: converted models, fetched tokenizers, tokenised data."""
 
+import errno
 import glob
 import json
 import os
@@ -23,7 +24,9 @@ def cache_dir() -> Path:
 
 
 def not_there(path: str | Path) -> str:
-    """`'rows.jsonl' does not exist`, and for a relative path which folder it counts from."""
+    """What is wrong with a path: that it is of the other kind, or that it is not there, counted from which folder."""
+    if Path(path).exists():
+        return f"{str(path)!r} is a {'folder, not a file' if Path(path).is_dir() else 'file, not a folder'}"
     return f"{str(path)!r} does not exist" + ("" if Path(path).is_absolute() else f" (counted from {Path.cwd()})")
 
 
@@ -65,6 +68,8 @@ def write_whole(path: Path, text: str) -> None:
     The other name cannot be foreseen and must be new, and a link at `path` is replaced, not followed: nobody who
     prepared the folder decides where the text goes.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     scratch = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     try:
         with scratch.open("x", encoding="utf-8", errors="backslashreplace") as file:
@@ -84,8 +89,8 @@ def read_json(path: Path, default: Any = ...) -> Any:
         return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(not_there(path)) from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"the file {not_there(path)}") from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
 

@@ -64,7 +64,7 @@ def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
         if {"optim", "optim_args"} & set(chosen):
             _make_optimizer(training)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"optim={training.optim.value}: {_one_line(error)}") from None
+        raise RecipeError(f"optim={training.optim.value}: {one_line(error)}") from None
     kwargs = training.lr_scheduler_kwargs
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
@@ -72,13 +72,25 @@ def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
         get_scheduler(training.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=kwargs)
     except (ValueError, TypeError) as error:
         name = training.lr_scheduler_type.value
-        raise RecipeError(f"lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}: {_one_line(error)}") from None
+        raise RecipeError(f"lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}: {one_line(error)}") from None
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
     if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
         raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
         raise RecipeError(f"torch_compile_backend: {training.torch_compile_backend!r} does not exist")
+    try:
+        if training.torch_compile:
+            torch.compile(torch.abs, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+    except RuntimeError as error:
+        raise RecipeError(f"torch_compile_mode: {one_line(error)}") from None
+    try:
+        if kwargs := training.gradient_checkpointing_kwargs:
+            torch.utils.checkpoint.checkpoint(torch.abs, torch.zeros(1), **{"use_reentrant": True, **kwargs})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"gradient_checkpointing_kwargs: {one_line(error)}") from None
+    if training.activation_offloading and not torch.accelerator.is_available():
+        raise RecipeError("activation_offloading moves activations off a GPU, and this machine has none; leave it out")
     attention = model.attn_implementation
     if attention not in (None, "eager") and "/" not in attention:
         from transformers import AttentionInterface
@@ -96,7 +108,3 @@ def _make_optimizer(training: Any) -> None:
     except ValueError as error:
         if "model" not in str(error):  # some want the model, which is not loaded yet
             raise
-
-
-def _one_line(error: Exception) -> str:
-    return one_line(error)

@@ -8,7 +8,6 @@ says what each accepts.
 import argparse
 import os
 import re
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ma_sft.errors import MaSftError, RecipeError, one_line
+from ma_sft.errors import RecipeError, failed_in, one_line
 from ma_sft.files import not_there, parse_yaml
 from ma_sft.settings import PRESET, Chosen, Setting, nearest, settings_of
 
@@ -211,7 +210,7 @@ class Recipe:
         try:
             recipe = runpy.run_path(str(path)).get("recipe")
         except (Exception, SystemExit) as error:
-            raise RecipeError(_what_failed(path, error)) from error
+            raise RecipeError(failed_in(path, error)) from error
         if not isinstance(recipe, cls):
             raise RecipeError(f"{path} has no variable `recipe = Recipe(...)`")
         recipe.settings.setdefault("name", path.stem)
@@ -255,15 +254,6 @@ class Recipe:
         return settings
 
 
-def _what_failed(path: Path, error: BaseException) -> str:
-    """An error inside a recipe, with its line there."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f"{path}, line {lines[-1]}" if lines else str(path)
-    return f"{where}: {error}" if isinstance(error, MaSftError) else f"{where}: {type(error).__name__}: {error}"
-
-
 def _stages() -> dict[str, type]:
     from trl import ModelConfig, SFTConfig
 
@@ -303,7 +293,7 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
             raise RecipeError(message.removeprefix("argument "))
 
     parser = Flags(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", action="append", nargs="?", const="", help="a YAML file of settings")
+    parser.add_argument("--config", action="append", metavar="FILE", help="a YAML file of settings")
     yes, how = "run Python files that a YAML or JSON file names", ("--allow_code", "--allow-code")
     parser.add_argument(*how, nargs="?", const="true", choices=("true", "false"), help=yes)
     for name, what in known.items():
@@ -338,7 +328,8 @@ def with_defaults(chosen: Chosen, known: Mapping[str, Setting]) -> dict[str, Any
 
     given = chosen.values.get
     name = given("name") or "sft"
-    if not given("output_dir") and (name in (".", "..") or "/" in name or "\\" in name):
+    no_folder = name in (".", "..") or "/" in name or "\\" in name or name != name.encode(errors="ignore").decode()
+    if not given("output_dir") and no_folder:
         raise RecipeError(f"name: found {name!r}, no name of a folder in runs/; set output_dir for another place")
     lora, quantised = given("use_peft"), given("load_in_4bit") or given("load_in_8bit")
     bf16 = given("bf16")
@@ -414,10 +405,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: no such file, not valid, or no mapping.
     """
     path = path.expanduser()
-    if str(path) == ".":
-        raise RecipeError("--config needs a YAML file")
     if not path.is_file():
-        raise RecipeError(f"the config file {not_there(path)}")
+        raise RecipeError(f"the file {not_there(path)}")
     content = parse_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import not_there
+from ma_sft.files import read_json
 
 TRAINER = set(
     """
@@ -131,9 +131,10 @@ LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (
         lambda value: value >= 0,
         "0 or more",
-        "learning_rate full_learning_rate weight_decay max_grad_norm warmup_steps eval_delay seed data_seed "
+        "learning_rate full_learning_rate weight_decay max_grad_norm warmup_steps eval_delay "
         "dataloader_num_workers neftune_noise_alpha router_aux_loss_coef logging_steps",
     ),
+    (lambda value: 0 <= value < 2**32, "a whole number from 0 to below 2**32", "seed data_seed"),
     (lambda value: value == -1 or value >= 1, "a whole number from 1, or -1 for no limit", "max_steps"),
     (lambda value: value >= -1, "a number of rows, or -1 for all", "generate_eval"),
     (
@@ -339,8 +340,7 @@ class Setting:
             return copy.deepcopy(value)
         if isinstance(value, str) and self.name in CONFIG_FILES and not value.lstrip().startswith("{"):
             path = self._path(value)
-            if not Path(path).is_file():
-                raise ValueError(f"the file {not_there(path)}")
+            read_json(Path(path))
             return path
         try:
             found = json.loads(value)

@@ -34,7 +34,7 @@ def test_dataset_flag_replaces_the_recipes_sources():
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--packing_strategy", "best"], "invalid choice: 'best'"),
         (["--config", "no.yaml"], "'no.yaml' does not exist"),
-        (["--config"], "needs a YAML file"),
+        (["--config"], "--config: expected one argument"),
     ],
 )
 def test_wrong_flag(args, message):

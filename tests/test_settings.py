@@ -365,7 +365,7 @@ def test_chat_template_path_takes_a_file_or_a_tokenizer(tiny_bpe, tiny_qwen3, ro
 
 def test_missing_column_in_a_formatting_func_is_one_line(tiny_bpe, rows, tmp_path):
     (tmp_path / "mine.py").write_text("def texts(rows):\n    return [a for a in rows['question']]\n")
-    with pytest.raises(MaSftError, match="instruction, input, output: KeyError: 'question'"):
+    with pytest.raises(MaSftError, match=r"instruction, input, output: .*mine.py, line 2: KeyError: 'question'"):
         labelled(tiny_bpe, rows, formatting_func=f"{tmp_path}/mine.py:texts")
 
 

@@ -164,3 +164,87 @@ def test_refused_pickle_is_one_line(place, stranger, capsys):
     (stranger / place / f"{name}.safetensors").rename(stranger / place / f"{name}.bin")
     shutil.rmtree(stranger / ("merged" if place == "adapter" else "adapter"))
     assert is_one_line(["chat", str(stranger), "--prompt", "?"], capsys) == 2
+
+
+OWN = """
+def fails(*given):
+    return 1 / 0
+
+
+def leaves(*given):
+    raise SystemExit(3)
+
+
+def one_text(batch):
+    return "x"
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--dataset_format", "own.py:fails"], "rows.jsonl, line 1: own.py:fails failed at own.py, line 3: Zero"),
+        (["--dataset_format", "own.py:leaves"], "own.py:leaves failed at own.py, line 7: SystemExit: 3"),
+        (["--filters", '{"function": "own.py:fails"}'], "own.py:fails failed at own.py, line 3: ZeroDivisionError"),
+        (["--formatting_func", "own.py:fails", "--response_template", "!"], "whose columns are prompt, completion: "),
+        (["--formatting_func", "own.py:one_text", "--response_template", "!"], "4 texts for 4 rows, found str"),
+        (["--formatting_func", "name.py:any", "--response_template", "!"], "name.py, line 1: NameError"),
+        (["--formatting_func", "own.py", "--response_template", "!"], "is neither a known format"),
+    ],
+)  # fmt: skip
+def test_function_of_the_user_that_fails_is_one_line(flags, says, tiny_bpe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "name.py").write_text("nothing_of_this_name\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "?", "completion": "!"}\n' * 4)
+    (tmp_path / "mine.json").write_text(json.dumps({"model_name_or_path": str(tiny_bpe), "dataset_name": "rows.jsonl"}))
+    assert main(["check", "mine.json", *flags]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--torch_compile", "true", "--torch_compile_mode", "best"], "torch_compile_mode: Unrecognized mode=best"),
+        (["--gradient_checkpointing_kwargs", '{"x": 1}'], "gradient_checkpointing_kwargs: Unexpected keyword"),
+        (["--model_init_kwargs", '{"x": 1}'], "model_init_kwargs: "),
+        (["--use_peft", "true", "--lora_target_modules", "["], "lora_target_modules: '[' is no regular expression"),
+        (["--seed", str(2**64)], "seed: a whole number from 0"),
+        (["--name", "\udcff"], "name: found"),
+        (["--deepspeed", "rows.jsonl"], "deepspeed: rows.jsonl is not valid JSON"),
+        (["--deepspeed", "."], "deepspeed: the file '.' is a folder"),
+    ],
+)
+def test_value_that_a_library_refuses_is_one_line(flags, says, tiny_bpe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "?", "completion": "!"}\n' * 4)
+    (tmp_path / "mine.json").write_text(json.dumps({"model_name_or_path": str(tiny_bpe), "dataset_name": "rows.jsonl"}))
+    assert main(["train", "mine.json", "--max_steps", "1", "--report_to", "none", *flags]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--temperature", "nan"], "temperature: 0 or more"),
+        (["--max_new_tokens", "0"], "max_new_tokens: 1 or more"),
+        (["--system", "\udcff"], "'system' holds a lone surrogate"),
+    ],
+)
+def test_chat_refuses_what_no_model_takes(flags, says, stranger, capsys):
+    assert main(["chat", str(stranger), "--prompt", "?", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_file_in_place_of_a_folder_is_said(stranger, capsys):
+    for command, says in (
+        (["train", str(stranger)], "is a folder, not a file"),
+        (["chat", str(stranger / "run.json")], "is a file, not a folder"),
+        (["report", str(stranger), "-o", "/"], "Is a directory: /"),
+        (["report", str(stranger), "-o", str(stranger)], "Is a directory"),
+        (["audit", str(stranger), "--tokenizer", "no-such"], "'no-such'"),
+    ):
+        assert main(command) == 2
+        assert says in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ma_sft.data.values import Row, check_text
-from ma_sft.errors import RecipeError
+from ma_sft.errors import FormatError, RecipeError, failed_in
 
 
 def formatting_func(example: Row) -> str | list[str]:
@@ -35,6 +35,8 @@ def formatting_func(example: Row) -> str | list[str]:
 def load_function(name: str) -> Callable[..., Any]:
     """The function that `question-answer`, `module:function` or `file.py:function` names.
 
+    What fails in it is a `FormatError` with the line there.
+
     Raises:
         RecipeError: there is none.
     """
@@ -46,14 +48,22 @@ def load_function(name: str) -> Callable[..., Any]:
             found = _run_file(module, Path(module).stat().st_mtime_ns).get(function)
         else:
             found = getattr(importlib.import_module(module), function, None) if module else None
-    except (ImportError, OSError) as error:
-        raise RecipeError(f"cannot load the function {name!r}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"cannot load the function {name!r}: {failed_in(module, error)}") from error
     if not callable(found):
         raise RecipeError(
             f"{name!r} is neither a known format (docs/formats.md lists them) nor a function "
             "module:function or file.py:function"
         )
-    return found  # type: ignore[no-any-return]
+    where = getattr(getattr(found, "__code__", None), "co_filename", name)
+
+    def call(*args: Any) -> Any:
+        try:
+            return found(*args)
+        except (Exception, SystemExit) as error:
+            raise FormatError(f"{name} failed at {failed_in(where, error)}") from error
+
+    return call
 
 
 @lru_cache

@@ -60,11 +60,11 @@ def read_folder(folder: str | Path) -> list[Labelled]:
     Raises:
         LabelError: no such data set, or one without token ids and labels.
     """
-    markers = ("state.json", "dataset_dict.json")
-    found = [path.parent for marker in markers for path in sorted(Path(folder).rglob(marker))]
-    if not found:
+    names = [f"{depth}{marker}" for depth in ("", "*/", "*/*/") for marker in ("state.json", "dataset_dict.json")]
+    found = next((path for name in names for path in sorted(Path(folder).glob(name))), None)
+    if found is None:
         raise LabelError(f"{folder}: no folder with a saved data set; name the one that holds dataset_dict.json")
-    saved = load_from_disk(str(min(found, key=lambda path: len(path.parts))))
+    saved = load_from_disk(str(found.parent))
     if isinstance(saved, DatasetDict):
         saved = saved["train"] if "train" in saved else next(iter(saved.values()))
     if missing := {"input_ids", "labels"} - {*saved.column_names}:

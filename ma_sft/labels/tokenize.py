@@ -252,7 +252,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     from ma_sft.data.code import code_of
     from ma_sft.data.functions import load_function
     from ma_sft.data.sources import load_rows, rows_of
-    from ma_sft.data.values import check_text
+    from ma_sft.data.values import check_text, show
 
     data, labels = settings.rows, settings.labels
     sources = _sources(settings, held_out)
@@ -277,12 +277,16 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         names = dict.fromkeys(name for row in found for name in row)
         try:
             texts = function({name: [row.get(name) for row in found] for name in names})
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (FormatError, TypeError) as error:
             raise RecipeError(
-                f"formatting_func {settings.labels.formatting_func} on {source.path}, whose columns are "
-                f"{', '.join(names)}: {type(error).__name__}: {first_line(error)}"
+                f"formatting_func on {source.path}, whose columns are {', '.join(names)}: {first_line(error)}"
             ) from error
-        for number, text in zip(indices, texts, strict=False):
+        if not isinstance(texts, list | tuple) or len(texts) != len(found):
+            raise RecipeError(
+                f"formatting_func {settings.labels.formatting_func} gets a batch, a list a column, and must give a "
+                f"list of {len(found)} texts for {len(found)} rows, found {show(texts)}"
+            )
+        for number, text in zip(indices, texts, strict=True):
             check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
         turns = [ends.split(text) if ends else [text] for text in texts]

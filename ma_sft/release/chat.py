@@ -1,9 +1,11 @@
 """Talk to what was trained, through the same template and the same encoder as training."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from ma_sft.data.values import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.files import as_written
 from ma_sft.labels.encoder import ChatEncoder, Message
@@ -57,6 +59,8 @@ def reply(
 
     from ma_sft.training.exam import end_ids
 
+    for message in messages:
+        check_text(message["content"], message["role"])  # a terminal or a shell may hand over bytes that are no text
     ids = torch.tensor([encoder.encode_prompt(messages)], device=model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room and ids.shape[1] >= room:
@@ -101,8 +105,10 @@ def chat(
         temperature: 0 takes the likeliest token each time.
         code: whether the model's own Python code may run.
     """
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise RecipeError(f"temperature: 0 or more expected, found {temperature:g}")
+    if max_new_tokens < 1:
+        raise RecipeError(f"max_new_tokens: 1 or more expected, found {max_new_tokens}")
     with as_written(folder):
         model, encoder, trained_system = load(folder, base, code=code)
     system = trained_system if system is None else system

@@ -1,8 +1,13 @@
 """`ma-sft init`: four questions and a look at the rows become a recipe with comments, ready for `ma-sft check`."""
 
+import codecs
+import csv
+import glob
+import io
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 
 LOOKED_AT = 5000  # rows, drawn at random
+HEAD = 1 << 20  # bytes of a file that tell its encoding and its delimiter
 
 
 TASKS = {
@@ -52,14 +58,14 @@ COMMENTS = {
 class Rows:
     """What the rows look like, from up to `LOOKED_AT` of them.
 
-    `total` counts all, `lengths` and `answers` are tokens of each row and of what is trained in it, `columns` maps
-    names that differ from a format's in case only, `broken` counts rows that are no conversation, `example` is what
-    is wrong with the first, `context` is the model's in tokens.
+    `total` counts all, `lengths` and `answers` are tokens of each row and of what is trained in it, `source` is the
+    entry of `datasets`, `broken` counts rows that are no conversation, `example` is what is wrong with the first,
+    `context` is the model's in tokens.
     """
 
     total: int
     format: str
-    columns: dict[str, str]
+    source: dict[str, Any]
     broken: int
     example: str
     lengths: "np.ndarray[Any, Any]"
@@ -72,7 +78,9 @@ class Rows:
         half, most = np.percentile(self.lengths, [50, 99]).astype(int)
         return (
             f"{self.total:,} rows in the format {self.format}: half have up to {half:,} tokens, 99% up to {most:,}, "
-            f"the longest {self.lengths.max():,}" + (f"; {self.broken:,} broken rows" if self.broken else "")
+            f"the longest {self.lengths.max():,}"
+            + (f"; {self.broken:,} broken rows" if self.broken else "")
+            + "".join(f"; {key} {self.source[key]!r}" for key in ("encoding", "delimiter") if key in self.source)
         )
 
 
@@ -139,10 +147,9 @@ def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
     from ma_sft.labels.tokenize import make_encoder, tokenize
 
     split = extra.get("dataset_train_split", "train")
-    total = len(load_rows(Source.of(data, split=split))[0])
-    columns = _columns(data, split)
-    source = {"path": data, "limit": LOOKED_AT, "columns": columns or None, "split": split}
-    mixture = load_mixture([source], on_error="skip")
+    source = _source(data, split)
+    total = len(load_rows(Source.of(source, split=split))[0])
+    mixture = load_mixture([{**source, "limit": LOOKED_AT, "split": split}], on_error="skip")
     template = None
     settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none", **extra).resolve()
     try:
@@ -162,7 +169,7 @@ def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
     return Rows(
         total=total,
         format=form,
-        columns=columns,
+        source=source,
         broken=sum(stage.removed.get("broken rows", 0) for stage in mixture.report.stages),
         example=next((t for stage in mixture.report.stages for t in stage.examples.get("broken rows", [])), ""),
         lengths=np.array(lengths),
@@ -173,22 +180,78 @@ def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
     )
 
 
-def _columns(data: str, split: str) -> dict[str, str]:
-    """A map of columns whose names are a format's but for case and spaces; empty where they are right, or hopeless."""
+def _source(data: str, split: str) -> dict[str, Any]:
+    """The entry of `datasets`: with encoding, delimiter and names of columns where the rows show which they are."""
     from ma_sft.data.formats import detect_format
     from ma_sft.data.sources import Source, load_rows, rows_of
 
-    source = Source.of(data, split=split)
+    found = {"path": data, **_how_written(data)}
+    source = Source.of(found, split=split)
     first = load_rows(source)[0][:1]
     names = next((list(row) for _, _, row in rows_of(first, [0], source) if isinstance(row, dict)), [])
     renamed = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in names}
     for form in (names, renamed.values()):
         try:
             detect_format(form)
-            return {} if form is names else {old: new for old, new in renamed.items() if old != new}
         except FormatError:
             continue
-    return {}
+        columns = {} if form is names else {old: new for old, new in renamed.items() if old != new}
+        return found | ({"columns": columns} if columns else {})
+    return found
+
+
+def _how_written(data: str) -> dict[str, str]:
+    """Encoding and delimiter of the (first) text file that is no UTF-8 with commas; what cannot be proven is left out,
+    and the reader's error says what may help."""
+    import fsspec
+
+    from ma_sft.data.reader import kind_of
+
+    file = next(iter(sorted(glob.glob(data, recursive=True))), data) if not Path(data).is_file() else data
+    if kind_of(file) not in (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt") or not Path(file).is_file():
+        return {}
+    try:
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            head: bytes = stream.read(HEAD)
+    except Exception:  # a broken archive: its reader says so
+        return {}
+    cut = len(head) == HEAD
+    head = head[: head.rfind(b"\n") + 1] if cut else head
+    encoding = _encoding(head)
+    text = head.decode(encoding or "utf-8-sig", errors="ignore")
+    delimiter = _delimiter(text, cut) if kind_of(file) == ".csv" else None
+    return {name: value for name, value in (("encoding", encoding), ("delimiter", delimiter)) if value}
+
+
+def _encoding(head: bytes) -> str | None:
+    """The only encoding that the beginning of a text can have; None for UTF-8, and where several would do."""
+    from charset_normalizer import from_bytes
+
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in head:  # in UTF-16, each letter of ASCII has one, always on the same side
+        texts = {name: head.decode(name, errors="replace") for name in ("utf-16-le", "utf-16-be")}
+        fitting = [name for name, text in texts.items() if "\n" in text and "\0" not in text]
+        return fitting[0] if len(fitting) == 1 else None
+    with suppress(UnicodeDecodeError):
+        head.decode()
+        return None
+    found = [*from_bytes(head)]
+    # In a language's letters at their frequencies; single bytes, which any text of Europe has, prove nothing
+    proven = [match.encoding for match in found if match.coherence and match.multi_byte_usage]
+    return proven[0] if len(proven) == 1 == sum(bool(match.coherence) for match in found) else None
+
+
+def _delimiter(text: str, cut: bool) -> str | None:
+    """The only mark that parts all lines of a CSV text into equally many cells, where commas do not."""
+
+    def parts(mark: str) -> bool:
+        rows = [*csv.reader(io.StringIO(text, newline=""), delimiter=mark)]
+        widths = {len(row) for row in (rows[:-1] if cut else rows) if row}
+        return len(widths) == 1 and widths != {1}
+
+    marks = [mark for mark in ",;|\t" if parts(mark)]
+    return marks[0] if len(marks) == 1 and marks != [","] else None
 
 
 def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") -> str:
@@ -219,9 +282,7 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[di
     steps = -(-units // batch) * epochs
     answer = {"exact": int(rows.answers.max() * 1.5) // 16 * 16 + 16, "reasoning": 2048}.get(task, 256)
     shown = {"exact": min(50, held_out), "chat": min(10, held_out), "reasoning": min(5, held_out)}.get(task, 0)
-    source: dict[str, Any] = {"dataset_name": data}
-    if rows.columns:
-        source = {"datasets": [{"path": data, "columns": rows.columns}]}
+    source = {"datasets": [rows.source]} if len(rows.source) > 1 else {"dataset_name": data}
     settings = {
         "model_name_or_path": model,
         **source,

@@ -78,6 +78,11 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
         found = LoraConfig(**{**given, **more})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lora_config: {one_line(error)}") from None
+    for pattern in (found.target_modules, found.exclude_modules, *found.rank_pattern, *found.alpha_pattern):
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            raise RecipeError(f"lora_target_modules: {pattern!r} is no regular expression: {error}") from None
     _check_initialisation(settings, found)
     return found
 

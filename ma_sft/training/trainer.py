@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.data.functions import load_function
-from ma_sft.errors import RecipeError
+from ma_sft.errors import RecipeError, one_line
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
@@ -147,6 +147,10 @@ def build_trainer(
             )
     except (OSError, SafetensorError) as error:
         raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
+    except TypeError as error:
+        if not settings.chosen.get("model_init_kwargs"):
+            raise
+        raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
     training.model_init_kwargs = shown(training.model_init_kwargs)  # trackers write down all arguments
     _finish_model(trainer, settings, tokenizer, peft)
     if settings.adapter.loraplus_lr_ratio is not None:
