@@ -15,9 +15,8 @@ import numpy as np
 import regex
 from datasets import Dataset, Features, IterableDataset, Value
 
-from ma_sft.data.code import code_of
 from ma_sft.data.duplicates import WORD, chains, conversations, exact_key, hash_of, hashes, near_duplicates, new_columns
-from ma_sft.data.functions import load_function
+from ma_sft.data.functions import code_of, load_function
 from ma_sft.data.stages import EXAMPLES, Report, Stage
 from ma_sft.data.turns import Message
 from ma_sft.errors import RecipeError, one_line

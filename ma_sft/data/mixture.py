@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
-from ma_sft.data.code import code_of
 from ma_sft.data.context import to_template_kwargs, to_tools
 from ma_sft.data.duplicates import conversations, split_held_out
 from ma_sft.data.filters import Filters, apply_filters, held_out_phrases, sift
@@ -25,6 +24,7 @@ from ma_sft.data.formats import (
     refuse_changing,
     unused_of,
 )
+from ma_sft.data.functions import code_of
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
 from ma_sft.data.reader import TOO_DEEP

@@ -195,7 +195,7 @@ def _json(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
     except (ValueError, RecursionError) as error:
         value, whole, problem = None, False, getattr(error, "pos", 0)
     if head.startswith(b"[") and not (isinstance(value, list) and (whole or _is_dialogue(value))):
-        yield from _list_rows(io.TextIOWrapper(stream, encoding="utf-8-sig"), where)
+        yield from _json_list(io.TextIOWrapper(stream, encoding="utf-8-sig"), where)
     elif config.field or (head.startswith(b"{") and not whole and (value or not end or problem >= len(first.rstrip()))):
         yield from _object(stream, where, config)
     else:
@@ -205,13 +205,6 @@ def _json(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
 def _is_dialogue(value: list[Any]) -> bool:
     """Whether a list is one conversation rather than a list of rows."""
     return bool(value) and are_objects(value) and all("role" in turn or "from" in turn for turn in value)
-
-
-def _list_rows(text: io.TextIOWrapper, where: str) -> Rows:
-    last = 0
-    for number, (line, row) in enumerate(_json_list(text, where), 1):
-        yield (f"line {line}" if line > last else f"row {number}"), row
-        last = line
 
 
 def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
@@ -249,9 +242,11 @@ def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows
 OWN_LISTS = ("messages", "conversations", "conversation", "contents", "history", "tools", "functions", "choices")
 
 
-def _json_list(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, bytes]]:
+def _json_list(text: io.TextIOWrapper, where: str) -> Rows:
+    """The rows of a list; of its text, a chunk and the row at hand are in memory."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     buffer, at, line, expect, problem = "", 0, 1, "[", "the list does not end"
+    last = number = 0
 
     def skip(to: int) -> None:
         nonlocal at, line
@@ -272,9 +267,10 @@ def _json_list(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, bytes]
                 problem = getattr(error, "msg", str(error))
             else:
                 if end < len(buffer):  # else it may be the first half of a number
-                    yield line, buffer[at:end].encode()
+                    number += 1
+                    yield (f"line {line}" if line > last else f"row {number}"), buffer[at:end].encode()
+                    last, expect = line, ","
                     skip(end)
-                    expect = ","
                     continue
         elif token == expect:
             at, expect = at + 1, "row"

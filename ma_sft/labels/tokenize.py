@@ -249,8 +249,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
-    from ma_sft.data.code import code_of
-    from ma_sft.data.functions import load_function
+    from ma_sft.data.functions import code_of, load_function
     from ma_sft.data.sources import load_rows, rows_of
     from ma_sft.data.values import check_text, show
 

@@ -143,10 +143,7 @@ def _nothing_left(rows: Dataset, max_length: int) -> LabelError:
 
 
 def prepare_once(
-    settings: "Settings",
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset | None = None,
-    test: Dataset | None = None,
+    settings: "Settings", tokenizer: PreTrainedTokenizerBase, train: Dataset | None = None, test: Dataset | None = None
 ) -> tuple[Prepared, Prepared | None]:
     """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
 

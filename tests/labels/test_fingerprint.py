@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from ma_sft import Recipe
-from ma_sft.data.code import code_of
+from ma_sft.data.functions import code_of
 from ma_sft.labels.templates import load_tokenizer as load
 from ma_sft.labels.tokenize import label
 
