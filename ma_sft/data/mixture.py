@@ -37,6 +37,7 @@ from ma_sft.version import __version__
 SIDES = ("prompt", "chosen", "rejected")
 MANY_ROWS = 20_000  # from here on, other processes are worth their start
 SHUFFLE_BUFFER = 10_000
+RAW_TEXT = json.JSONEncoder(default=str)  # `json.dumps` would make one for each row
 
 
 @dataclass
@@ -226,15 +227,8 @@ class _Mixer:
 
     def convert(self, source: Source, rows: Any, numbers: Any, *, part: int, features: Features) -> Any:
         """A source's rows, converted and filtered by its own filters."""
-        function = partial(
-            _convert,
-            source=replace(source, rows=None),
-            part=part,
-            columns=list(features),
-            on_error=self.on_error,
-            numbers=numbers,
-            code=__version__ + code_of(source.format),
-        )
+        code = __version__ + code_of(source.format)
+        function = _Converter(replace(source, rows=None), part, list(features), self.on_error, numbers, code)
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
         name = f"{source.path}: convert from {source.format}"
         if self.streaming:
@@ -291,38 +285,40 @@ class _Mixer:
             return rows
 
 
-def _convert(
-    batch: dict[str, Any],
-    indices: list[int],
-    source: Source,
-    part: int,
-    columns: list[str],
-    on_error: str,
-    numbers: Any,
-    code: str,
-) -> dict[str, list[Any]]:
-    """A batch of raw rows as new columns. `code` is here for the fingerprint alone: an edited function is run again."""
-    records: list[dict[str, Any]] = []
-    known: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
-    for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
-        record: dict[str, Any] = {"source": source.path, "origin": origin, "error": "", "removed_by": "", "_part": part}
-        try:
-            if isinstance(row, FormatError):
-                raise row
-            record["raw"] = json.dumps(row, default=str)
-            record |= _record(row, source, preference="prompt" in columns)
-            new = {column: shown for column, shown in record.pop("unused").items() if column not in known}
-            known.update(new)
-            record["unused"] = json.dumps(new) if new else None
-        except BadAnswer as error:
-            record |= {"error": f"{where}: {error}", "removed_by": BAD_ANSWER}
-        except (FormatError, RecursionError) as error:
-            what = TOO_DEEP if isinstance(error, RecursionError) else error
-            record |= {"error": f"{where}: {what}", "removed_by": BROKEN}
-            if on_error == "raise":
-                raise FormatError(record["error"]) from None
-        records.append(record)
-    return {name: [record.get(name) for record in records] for name in columns}
+@dataclass
+class _Converter:
+    """For `datasets.map`: raw rows as new columns. `code` is for the fingerprint: an edited function is run again."""
+
+    source: Source
+    part: int
+    columns: list[str]
+    on_error: str
+    numbers: Any
+    code: str
+
+    def __call__(self, batch: dict[str, Any], indices: list[int]) -> dict[str, list[Any]]:
+        records: list[dict[str, Any]] = []
+        known: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
+        numbers = indices if self.numbers is None else self.numbers[indices].tolist()
+        shared: dict[str, Any] = {"source": self.source.path, "_part": self.part, "error": "", "removed_by": ""}
+        for where, origin, row in rows_of(batch, numbers, self.source):
+            records.append(record := {**shared, "origin": origin})
+            try:
+                if isinstance(row, FormatError):
+                    raise row
+                record["raw"] = RAW_TEXT.encode(row)
+                record |= _record(row, self.source, preference="prompt" in self.columns)
+                new = {column: shown for column, shown in record.pop("unused").items() if column not in known}
+                known.update(new)
+                record["unused"] = json.dumps(new) if new else None
+            except BadAnswer as error:
+                record |= {"error": f"{where}: {error}", "removed_by": BAD_ANSWER}
+            except (FormatError, RecursionError) as error:
+                what = f"{where}: {TOO_DEEP if isinstance(error, RecursionError) else error}"
+                if self.on_error == "raise":
+                    raise FormatError(what) from None
+                record |= {"error": what, "removed_by": BROKEN}
+        return {name: [record.get(name) for record in records] for name in self.columns}
 
 
 def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import fsspec
@@ -39,6 +40,7 @@ UTF_16 = re.compile(rb"\xff\xfe[^\0]\0|\xfe\xff\0[^\0]")  # the mark, and a firs
 ROW, FILE, PLACE = RAW = ("_row", "_file", "_place")
 
 
+@cache  # asked of each row
 def kind_of(path: str) -> str:
     """The suffix that says how a file is read: `.jsonl` of `rows.jsonl.gz`."""
     stem, suffix = os.path.splitext(path)
