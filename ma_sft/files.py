@@ -154,16 +154,6 @@ def as_written(what: object) -> Iterator[None]:
         ) from error
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `target` when the block ends well, and vanishes when it does not.
@@ -171,11 +161,13 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     The scratch folder lies beside `target`, so the last step is one rename: a reader sees nothing or the whole.
     If another process made `target` meanwhile, theirs is kept. What a killed process of this machine left is removed.
     """
+    import psutil
+
     target.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{target.name}.{socket.gethostname()}."
     for left in target.parent.glob(f"{glob.escape(mine)}*"):
         process = left.name.removeprefix(mine).split(".")[0]
-        if process.isdecimal() and not _is_alive(int(process)):
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}.", dir=target.parent))
     try:

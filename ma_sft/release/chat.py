@@ -1,6 +1,5 @@
 """Talk to what was trained, through the same template and the same encoder as training."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,19 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ma_sft.hub import load_pretrained
-    from ma_sft.release.manifest import model_folder, read_manifest
+    from ma_sft.release.manifest import model_folder, read_manifest, trained_encoder
     from ma_sft.release.merge import load_adapter
     from ma_sft.release.weights import read_weights
 
     folder = model_folder(folder)
     manifest = read_manifest(folder) or {}
-    kwargs = manifest.get("template_kwargs")
-    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     if (folder / "config.json").is_file():
         read_weights(folder)
         model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=_device()).eval()
     else:
         model = load_adapter(folder, base, device_map=_device(), code=code)
     tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
-    encoder = ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
-    return model, encoder, manifest.get("system_prompt")
+    return model, trained_encoder(tokenizer, manifest), manifest.get("system_prompt")
 
 
 def reply(
@@ -123,7 +119,7 @@ def chat(
         try:
             text = input("> ")
         except EOFError:
-            return
+            text = ""
         if not text:
             return
         if text == "/new":

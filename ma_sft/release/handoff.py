@@ -1,16 +1,18 @@
 """A saved model held against its manifest, before the next stage builds on it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
 from ma_sft.errors import MaSftError, RecipeError, first_line
 from ma_sft.hub import load_pretrained
-from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
-from ma_sft.release.manifest import NAME, model_folder, read_manifest
+from ma_sft.release.manifest import NAME, model_folder, read_manifest, trained_encoder
+from ma_sft.release.merge import find_base
 from ma_sft.release.weights import read_weights
+from ma_sft.training.exam import end_ids
 
 
 @dataclass(frozen=True)
@@ -28,56 +30,49 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
     Raises:
         RecipeError: no model, or one without a manifest.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    from ma_sft.release.merge import find_base
-    from ma_sft.training.exam import end_ids
-
     folder = model_folder(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")
-    findings: list[Finding] = []
-
-    def compare(what: str, found: Any, expected: Any) -> None:
-        ok = found == expected
-        findings.append(Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}"))
-
     try:
         tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
-        kwargs = manifest["template_kwargs"]
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-        now, templated = manifest.get("template_now"), tokenizer.chat_template
-        encoder = ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=now) if templated else None
-        for what, found in describe_tokenizer(tokenizer, encoder).items():
-            if what != "probe":
-                compare(what.replace("_", " "), found, manifest[what])
-            elif found == manifest[what]:
-                findings.append(
-                    Finding("ids of a test conversation", True, f"{len(found or [])} as when it was trained")
-                )
-            else:
-                at = next((i for i, (a, b) in enumerate(zip(found, manifest[what], strict=False)) if a != b), "the end")
-                findings.append(Finding("ids of a test conversation", False, f"not those of training from id {at} on"))
+        findings = _tokenizer(tokenizer, manifest)
     except ValueError as error:
-        findings.append(Finding("tokenizer", False, str(error)))
-        return findings
-    rows = None
+        return [Finding("tokenizer", False, str(error))]
+    findings += _weights(folder, manifest, len(tokenizer), code)
+    if manifest["kind"] == "model":
+        stops = end_ids(GenerationConfig.from_pretrained(folder), tokenizer)
+        findings.append(_compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"])))
+    return findings
+
+
+def _compare(what: str, found: Any, expected: Any) -> Finding:
+    ok = found == expected
+    return Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}")
+
+
+def _tokenizer(tokenizer: Any, manifest: dict[str, Any]) -> list[Finding]:
+    encoder = trained_encoder(tokenizer, manifest) if tokenizer.chat_template else None
+    described = describe_tokenizer(tokenizer, encoder)
+    ids, expected = described.pop("probe"), manifest["probe"]
+    findings = [_compare(what.replace("_", " "), found, manifest[what]) for what, found in described.items()]
+    text = f"{len(ids or [])} as when it was trained"
+    if ids != expected:
+        at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), "the end")
+        text = f"not those of training from id {at} on"
+    return [*findings, Finding("ids of a test conversation", ids == expected, text)]
+
+
+def _weights(folder: Path, manifest: dict[str, Any], tokens: int, code: bool) -> list[Finding]:
     try:
         if manifest["kind"] == "adapter":
             weights, config, _ = find_base(folder, code=code)
-            findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
+            found = Finding("base model", True, f"{weights.folder}, {weights.digest}")
         else:
-            read = read_weights(folder)
-            findings.append(Finding("weights", True, f"{len(read.files)} tensors, {read.nbytes / 1e9:.2f} GB"))
+            weights = read_weights(folder)
+            found = Finding("weights", True, f"{len(weights.files)} tensors, {weights.nbytes / 1e9:.2f} GB")
             config = load_pretrained(AutoConfig, str(folder), code=code)
-        rows = config.get_text_config().vocab_size
     except (MaSftError, OSError) as error:
-        findings.append(Finding("weights", False, first_line(error)))
-    if rows is not None:
-        enough = rows >= len(tokenizer)
-        findings.append(Finding("embedding rows", enough, f"{rows} for {len(tokenizer)} tokens"))
-    if manifest["kind"] == "model":
-        stops = end_ids(GenerationConfig.from_pretrained(folder), tokenizer)
-        compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"]))
-    return findings
+        return [Finding("weights", False, first_line(error))]
+    rows = config.get_text_config().vocab_size
+    return [found, Finding("embedding rows", rows >= tokens, f"{rows} for {tokens} tokens")]

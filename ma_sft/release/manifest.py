@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import not_there
+from ma_sft.files import not_there, write_whole
 from ma_sft.hub import is_hub_id
 from ma_sft.hub import model_folder as hub_folder
+from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.release.weights import read_weights
@@ -66,9 +67,7 @@ def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", da
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest into a model's or adapter's folder, whole or not at all."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
-    (folder / f".{NAME}").write_text(text, encoding="utf-8")
-    (folder / f".{NAME}").rename(folder / NAME)
+    write_whole(folder / NAME, json.dumps(manifest, indent=2, ensure_ascii=False, default=str))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -87,6 +86,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise RecipeError(f"{path} is broken; train or merge again") from None
     raise RecipeError(f"{path} has format {manifest['format']}, written by a newer ma_sft; pip install -U ma-sft")
+
+
+def trained_encoder(tokenizer: "PreTrainedTokenizerBase", manifest: dict[str, Any]) -> ChatEncoder:
+    """The encoder with the template's variables and date that training had; a manifest may be empty."""
+    kwargs = manifest.get("template_kwargs")
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
 
 
 def model_folder(folder: Path) -> Path:

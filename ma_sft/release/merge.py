@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,8 @@ def find_base(
     name = base or str(peft.base_model_name_or_path)
     revision = peft.revision if name == peft.base_model_name_or_path else None
     weights = read_weights(model_folder(name, revision, weights=True, code=code))
-    config, tokenizer = (
-        load_pretrained(AutoConfig, name, revision, code=code),
-        load_pretrained(AutoTokenizer, str(adapter), code=code),
-    )
+    config = load_pretrained(AutoConfig, name, revision, code=code)
+    tokenizer = load_pretrained(AutoTokenizer, str(adapter), code=code)
     if quantised := getattr(config, "quantization_config", None):
         raise RecipeError(
             f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
@@ -158,86 +157,85 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes), code)
 
 
-def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> "dict[str, Callable[[Tensor], Tensor]]":
+Update = Callable[["Tensor"], "Tensor"]
+
+
+def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> dict[str, Update]:
     """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
 
     Raises:
         RecipeError: the adapter has layers that the model has not, or of other shapes.
     """
-    import torch
-    from accelerate.utils import set_module_tensor_to_device
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, load_peft_weights
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    saved = load_peft_weights(str(adapter), device="cpu")
-    updates: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def fill(module: Any, name: str) -> None:
-        """Give the layer its part of the saved adapter; the base's weight stays on the meta device."""
-        for parameter, empty in [*module.named_parameters()]:
-            key = f"base_model.model.{name}.{parameter}".replace(".default", "").replace(".modules_to_save", "")
-            value = saved.get(key, saved.get(key.removesuffix(".weight")))
-            if value is None:
-                continue
-            if value.shape != empty.shape:
-                raise RecipeError(
-                    f"{adapter} was trained on another model: {key} is {list(value.shape)}, this base needs "
-                    f"{list(empty.shape)}; pass the right base model with --base"
-                )
-            used.update((key, key.removesuffix(".weight")))
-            set_module_tensor_to_device(module, parameter, "cpu", value=value.float())
-
-    def merged_layer(module: Any) -> "Callable[[Tensor], Tensor]":
-        def update(weight: "Tensor") -> "Tensor":
-            layer = module.get_base_layer()
-            set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
-            try:
-                module.merge(safe_merge=True)
-            except ValueError as error:
-                raise RecipeError(f"{adapter} cannot be merged: {first_line(error)}") from None
-            merged: Tensor = layer.weight.data
-            layer.weight = torch.nn.Parameter(merged.to("meta"))
-            return merged
-
-        return update
-
-    def new_rows(module: Any) -> "Callable[[Tensor], Tensor]":
-        def update(weight: "Tensor") -> "Tensor":
-            rows = module.token_adapter.base_layer.weight.shape[0] - len(weight)
-            weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(rows, 0), -1)])
-            weight[module.token_adapter.token_indices["default"]] = module.token_adapter.trainable_tokens_delta[
-                "default"
-            ]
-            return weight
-
-        return update
-
-    used: set[str] = set()
-    try:
-        model: Any = PeftModel(skeleton(config, code=code), read_adapter_config(adapter), low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise RecipeError(f"{adapter} was trained on another model: {first_line(error)}") from None
-    for name, module in model.base_model.model.named_modules():
+    updates: dict[str, Update] = {}
+    for name, module in _without_base(adapter, config, code).named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            fill(module, name)
             for part, value in module.modules_to_save["default"].named_parameters():
                 updates[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
         elif isinstance(module, TrainableTokensWrapper):
-            fill(module, name)
             if module.token_adapter.tied_adapter is None:
-                updates[f"{name}.weight"] = new_rows(module)
+                updates[f"{name}.weight"] = partial(_with_trained_rows, module.token_adapter)
         elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
-            fill(module, name)
-            updates[f"{name}.weight"] = merged_layer(module)
-    if left := sorted(set(saved) - used):
-        raise RecipeError(f"{adapter} was trained on another model: {left[0]} has no place in {config.model_type}")
+            updates[f"{name}.weight"] = partial(_merged_layer, adapter, module)
     return updates
 
 
-def merged_tensors(
-    weights: Weights, updates: "dict[str, Callable[[Tensor], Tensor]]", dtype: Any
-) -> "Iterator[tuple[str, Tensor]]":
+def _without_base(adapter: Path, config: "PreTrainedConfig", code: bool) -> Any:
+    """The model with the adapter's weights in float32, and the base's on the meta device, where PEFT would put both."""
+    from accelerate.utils import set_module_tensor_to_device
+    from peft import PeftModel, load_peft_weights
+
+    other = f"{adapter} was trained on another model"
+    saved = load_peft_weights(str(adapter), device="cpu")
+    left = dict.fromkeys(saved)
+    try:
+        model: Any = PeftModel(skeleton(config, code=code), read_adapter_config(adapter), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise RecipeError(f"{other}: {first_line(error)}") from None
+    for name, empty in [*model.named_parameters(remove_duplicate=False)]:
+        key = name.replace(".default", "").replace(".modules_to_save", "")
+        key = key if key in saved else key.removesuffix(".weight")
+        if key not in saved:
+            continue
+        if saved[key].shape != empty.shape:
+            raise RecipeError(
+                f"{other}: {key} is {list(saved[key].shape)}, this base needs {list(empty.shape)}; "
+                "pass the right base model with --base"
+            )
+        left.pop(key, None)
+        set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
+    if left:
+        raise RecipeError(f"{other}: {next(iter(left))} has no place in {config.model_type}")
+    return model.base_model.model
+
+
+def _merged_layer(adapter: Path, module: Any, weight: "Tensor") -> "Tensor":
+    import torch
+    from accelerate.utils import set_module_tensor_to_device
+
+    layer = module.get_base_layer()
+    set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
+    try:
+        module.merge(safe_merge=True)
+    except ValueError as error:
+        raise RecipeError(f"{adapter} cannot be merged: {first_line(error)}") from None
+    merged: Tensor = layer.weight.data
+    layer.weight = torch.nn.Parameter(merged.to("meta"))
+    return merged
+
+
+def _with_trained_rows(layer: Any, weight: "Tensor") -> "Tensor":
+    import torch
+
+    more = layer.base_layer.weight.shape[0] - len(weight)
+    weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(more, 0), -1)])
+    weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"]
+    return weight
+
+
+def merged_tensors(weights: Weights, updates: dict[str, Update], dtype: Any) -> "Iterator[tuple[str, Tensor]]":
     """The base's tensors one after the other, merged where the adapter changes them, in their own dtype or `dtype`."""
     import torch
 

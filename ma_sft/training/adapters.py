@@ -127,11 +127,8 @@ def _check_initialisation(settings: "Settings", config: Any) -> None:
         )
     if not str(init).startswith(CHANGE_BASE):
         return
-    for quantised in ("load_in_4bit", "load_in_8bit"):
-        if getattr(settings.model, quantised):
-            raise RecipeError(
-                f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}"
-            )
+    if quantised := next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(settings.model, key)), None):
+        raise RecipeError(f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}")
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise RecipeError(
             f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
@@ -242,14 +239,8 @@ def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
             weight alone; a module that is no layer.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.named_modules())
-    head = model.get_output_embeddings()
-    linear = {
-        name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head
-    }
+    modules, kind = dict(model.named_modules()), type(model).__name__
     one: Any = copy.copy(config)
     one.modules_to_save = None
     targets = one.target_modules or []
@@ -257,42 +248,56 @@ def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
         if target == "all-linear":
             continue
         one.target_modules = target if isinstance(targets, str) else [target]
-        found = [name for name in modules if check_target_module_exists(one, name)]
+        found = {name: module for name, module in modules.items() if check_target_module_exists(one, name)}
         if not found:
             raise RecipeError(
-                f"lora_target_modules: {target!r} matches no module of {type(model).__name__}; the linear layers are "
-                f"{', '.join(sorted(linear))}; or set lora_target_modules=all-linear"
+                f"lora_target_modules: {target!r} matches no module of {kind}; the linear layers are "
+                f"{_linear_layers(model)}; or set lora_target_modules=all-linear"
             )
-        for name in found:
-            if modules[name] is head:
-                raise RecipeError(
-                    f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
-                    f"from {name}'s weight directly; remove it"
-                )
-            if modules[name] is model.get_input_embeddings() and model.config.tie_word_embeddings:
-                raise RecipeError(
-                    f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
-                    'train rows of it with lora_config={"trainable_token_indices": [...]}'
-                )
-            if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                raise RecipeError(
-                    f"lora_target_modules: {target!r} is a {type(modules[name]).__name__}, a block of layers; "
-                    f"name layers: {', '.join(sorted(linear))}"
-                )
-    parameters = [name for name, _ in model.named_parameters()]
-    for name in getattr(config, "target_parameters", None) or []:
-        if not any(found == name or found.endswith(f".{name}") for found in parameters):
-            shown = sorted({re.sub(r"^.*\.\d+\.", "", found) for found in parameters})
-            raise RecipeError(
-                f"lora_target_parameters: {name!r} matches no parameter of {type(model).__name__}; there are "
-                f"{', '.join(shown)}"
-            )
-    for name in one.exclude_modules or [] if not isinstance(one.exclude_modules, str) else []:
-        if not any(m == name or m.endswith(f".{name}") for m in modules):
-            raise RecipeError(f"exclude_modules: {name!r} matches no module of {type(model).__name__}")
-    for name in config.modules_to_save or []:
-        if not any(m.rsplit(".", 1)[-1] == name or m.endswith(f".{name}") for m in modules):
-            raise RecipeError(f"lora_modules_to_save: {name!r} matches no module of {type(model).__name__}")
+        for name, module in found.items():
+            _check_target(model, target, name, module)
+    parameters = dict(model.named_parameters())
+    shown = ", ".join(sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}))
+    wanted = getattr(one, "target_parameters", None)
+    excluded = [] if isinstance(one.exclude_modules, str) else one.exclude_modules
+    for key, names, there, what in (
+        ("lora_target_parameters", wanted, parameters, f"parameter of {kind}; there are {shown}"),
+        ("exclude_modules", excluded, modules, f"module of {kind}"),
+        ("lora_modules_to_save", config.modules_to_save, modules, f"module of {kind}"),
+    ):
+        for name in names or []:
+            if not any(found == name or found.endswith(f".{name}") for found in there):
+                raise RecipeError(f"{key}: {name!r} matches no {what}")
+
+
+def _check_target(model: "PreTrainedModel", target: str, name: str, module: "nn.Module") -> None:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if module is model.get_output_embeddings():
+        raise RecipeError(
+            f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
+            f"from {name}'s weight directly; remove it"
+        )
+    if module is model.get_input_embeddings() and model.config.tie_word_embeddings:
+        raise RecipeError(
+            f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
+            'train rows of it with lora_config={"trainable_token_indices": [...]}'
+        )
+    if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise RecipeError(
+            f"lora_target_modules: {target!r} is a {type(module).__name__}, a block of layers; "
+            f"name layers: {_linear_layers(model)}"
+        )
+
+
+def _linear_layers(model: "PreTrainedModel") -> str:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
 
 
 def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ma_sft.errors import Interrupted, RunError
@@ -22,6 +22,7 @@ from ma_sft.files import write_whole
 from ma_sft.terminal import say
 from ma_sft.training.folder import COMPLETE, enter
 from ma_sft.training.processes import largest
+from ma_sft.training.progress import tokens_before
 
 if TYPE_CHECKING:
     from ma_sft.training.trainer import ResumableTrainer
@@ -89,35 +90,21 @@ class Survival(TrainerCallback):
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self.tokens_before, self.started, self.seconds = 0, 0.0, 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop.training = True
         self.started = time.monotonic()
-        self.tokens_before = int(
-            next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0)
-        )
-        self.trainer.tokens_seen = self.tokens_before
+        self.trainer.tokens_seen = self.tokens_before = int(tokens_before(state))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stop.asked():
             control.should_save = control.should_training_stop = True
         # What is summed up for the next log is not in a checkpoint: log first, and the curve goes on as if never cut.
         control.should_log |= control.should_save or control.should_evaluate or state.global_step >= state.max_steps
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= control.should_save or control.should_evaluate
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # a scaler of fp16 skips steps that overflow
             if not math.isfinite((logs or {}).get(key, 0.0)):
                 raise RunError(
@@ -125,7 +112,7 @@ class Survival(TrainerCallback):
                     "kept; lower learning_rate or max_grad_norm, raise warmup_steps, or train in bf16 or float32"
                 )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
@@ -139,9 +126,7 @@ class Survival(TrainerCallback):
         write_whole(folder / COMPLETE, json.dumps({"step": state.global_step, **self.content}))
         rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop.training = False
         self.seconds = time.monotonic() - self.started
 

@@ -18,7 +18,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.utils.logging import tqdm
 
@@ -84,9 +83,7 @@ class Exam(TrainerCallback):
             self.references.append(messages[last]["content"])
             self.sources.append(source)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:
             with torch.random.fork_rng([]):  # what is trained does not depend on whether it is measured
                 self.before = self._sit("answers before training")

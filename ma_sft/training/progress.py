@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -18,23 +18,19 @@ def add_callbacks(trainer: "SFTTrainer", *callbacks: TrainerCallback) -> None:
         trainer.add_callback(callback)
 
 
+def tokens_before(state: TrainerState) -> float:
+    """The tokens that a resumed run has seen, by its last log."""
+    return next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0.0)
+
+
 class TrainingBar(ProgressCallback):
     """transformers' own progress bar with the figures of the last log beside it instead of a dict per log."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         self._start = time.monotonic()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs or "loss" not in logs:
             return
         speed = float(logs.get("num_tokens", 0)) / (time.monotonic() - self._start)
@@ -58,22 +54,13 @@ class Journal(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry | {"time": time.time()}) + "\n")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.tokens = next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0.0)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.tokens = tokens_before(state)
         self.since = time.monotonic()
         if state.is_world_process_zero:
             self.write({"start": state.global_step, "max_steps": state.max_steps})
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         now, entry = time.monotonic(), {"step": state.global_step, **(logs or {})}
         if "loss" in entry and "num_tokens" in entry:
             entry["tokens_per_second"] = (entry["num_tokens"] - self.tokens) / (now - self.since)
