@@ -112,7 +112,7 @@ def _pair(question: str, *answer: str, extra: tuple[str, ...] = ()) -> Callable[
     """A question and its answer; `extra` are columns that go on with the question."""
 
     def convert(row: TrackedRow) -> list[Message]:
-        further = (text_of(row, field, optional=True) for field in extra if field in row)
+        further = (text_of(row, field) for field in extra if field in row)
         asked = "\n\n".join((text_of(row, question), *filter(None, further)))
         user = {"role": "user", "content": asked}
         return with_context(row, [user, {"role": "assistant", "content": text_of(row, row.first(answer) or answer[0])}])

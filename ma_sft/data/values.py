@@ -74,10 +74,9 @@ def check_text(text: Any, field: str) -> str:
     return text
 
 
-def text_of(row: Row, field: str, *, optional: bool = False) -> str:
-    """A column's text; "" where it is missing and `optional`."""
-    value = row.get(field)
-    return "" if optional and value is None else check_text(value, field)
+def text_of(row: Row, field: str) -> str:
+    """A column's text; errors as `check_text`'s."""
+    return check_text(row.get(field), field)
 
 
 def parse_json(text: str, field: str) -> Any:
