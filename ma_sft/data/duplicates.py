@@ -5,6 +5,7 @@ All rows are looked at: some 150 bytes for each are in memory, never its text; M
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None
     index = MinHashLSH(threshold=threshold, num_perm=NUM_PERM)
     names = [f"band{i}" for i in range(index.b)]
     types = {"signature": List(Value("uint32"), length=NUM_PERM), **dict.fromkeys(names, "uint64")}
-    found = new_columns(rows, _Signatures(index.b, index.r), types, num_proc).with_format("numpy")
+    found = new_columns(rows, partial(_signatures, bands=index.b, rows=index.r), types, num_proc).with_format("numpy")
     pairs: list[NDArray[Any]] = []
     for name in names:
         hashes = found.data.column(name).to_numpy()
@@ -58,24 +59,20 @@ def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None
     return np.unique(np.concatenate(pairs), axis=0) if pairs else np.zeros((0, 2), dtype=np.int64)
 
 
-class _Signatures:
-    def __init__(self, bands: int, rows: int) -> None:
-        self.bands, self.rows = bands, rows
+def _signatures(batch: dict[str, list[Any]], bands: int, rows: int) -> dict[str, Any]:
+    from datasketch import MinHash
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        from datasketch import MinHash
-
-        shingles = []
-        for messages in conversations(batch):
-            words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
-            shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
-        hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
-        signatures = np.stack([h.hashvalues for h in hashes])
-        columns: dict[str, Any] = {"signature": signatures}
-        for i in range(self.bands):
-            band = np.ascontiguousarray(signatures[:, i * self.rows : (i + 1) * self.rows])
-            columns[f"band{i}"] = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in band], dtype=np.uint64)
-        return columns
+    shingles = []
+    for messages in conversations(batch):
+        words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
+        shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
+    hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
+    signatures = np.stack([h.hashvalues for h in hashes])
+    columns: dict[str, Any] = {"signature": signatures}
+    for i in range(bands):
+        band = np.ascontiguousarray(signatures[:, i * rows : (i + 1) * rows])
+        columns[f"band{i}"] = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in band], dtype=np.uint64)
+    return columns
 
 
 def split_held_out(

@@ -239,9 +239,12 @@ class RowFilters:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         rows = list(conversations(batch))
         tokens = self._tokens(rows) if self.filters.min_tokens or self.filters.max_tokens else [0] * len(rows)
+        filters = [(name, ROW_FILTERS[name], getattr(self.filters, name)) for name in self.filters.by_row]
         found: dict[str, list[str]] = {"removed_by": [], "error": []}
         for origin, messages, count in zip(batch["origin"], rows, tokens, strict=True):
-            name, why = self._why(SeenRow(messages, count, self.filters, self.grams))
+            row = SeenRow(messages, count, self.filters, self.grams)
+            first = ((name, why) for name, find, setting in filters if (why := find(setting, row)))
+            name, why = next(first, ("", ""))
             found["removed_by"].append(name)
             found["error"].append(_tell(origin, messages, why) if name else "")
         return found
@@ -251,12 +254,6 @@ class RowFilters:
         texts = [m["content"] for messages in rows for m in messages]
         lengths = iter(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
         return [sum(next(lengths) for _ in messages) for messages in rows]
-
-    def _why(self, row: SeenRow) -> tuple[str, str]:
-        for name in self.filters.by_row:
-            if finding := ROW_FILTERS[name](getattr(self.filters, name), row):
-                return name, finding
-        return "", ""
 
 
 @cache

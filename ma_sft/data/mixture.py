@@ -249,7 +249,7 @@ class _Mixer:
         grams, before = self._grams(filters), len(self.report.stages)
         rows = apply_filters(rows, filters, self.report, name=path or "all", grams=grams, num_proc=procs)
         if not self.streaming and len(rows) == 0:
-            removed = Report(self.report.stages[before if path else 0 :]).filtered
+            removed = Report(self.report.stages[before:]).filtered
             words = ", ".join(f"{count:,} by {why}" for why, count in removed.items())
             raise FormatError(f"{path + ': ' if path else ''}every row was filtered: {words}")
         return rows

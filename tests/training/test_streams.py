@@ -169,7 +169,10 @@ def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_qwen3, pack
 
 
 @pytest.mark.parametrize("strategy", ["none", "bfd"])
-@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("workers", "processes"),
+    [(0, 1), (2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, 1), (2, 1), (0, 2), (1, 2)])],
+)
 @pytest.mark.parametrize("ends", ["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"])
 def test_a_short_source_ends_an_epoch_repeats_or_drops_out(tmp_path, ends, workers, processes, strategy):
     source(tmp_path, (12, 60), "mixture")
