@@ -14,20 +14,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerBase,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ma_sft.errors import ResponseTemplateError
 from ma_sft.labels.templates import control_tokens
 
 SURROUNDINGS = 32  # bytes of text shown on each side of the nearest place
-
-
-Status = Literal["found", "missing", "nothing left"]
 
 
 @dataclass(frozen=True)
@@ -217,14 +220,17 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
                     "tokenise the text first"
                 )
         labels = [self._row_labels(row, number) for number, row in enumerate(rows)]
-        left_out = ("labels", "special_tokens_mask")
-        features = [{key: value for key, value in row.items() if key not in left_out} for row in rows]
-        batch = self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of)
-        batch["labels"] = torch.full_like(batch["input_ids"], self.ignore_index)
-        left = self.tokenizer.padding_side == "left"
-        for target, own in zip(batch["labels"], labels, strict=True):
-            target[len(target) - len(own) if left else 0 :][: len(own)] = torch.from_numpy(own)
-        return self._flatten(batch) if self.padding_free else batch
+        if self.padding_free:
+            flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=self.ignore_index)
+            read = [(*self._read(row), own) for row, own in zip(rows, labels, strict=True)]
+            documents = [{"input_ids": ids[attended], "labels": own[attended]} for ids, attended, own in read]
+            return BatchEncoding(flatten(documents, return_tensors="pt"))
+        features = [{**row, "labels": own.tolist()} for row, own in zip(rows, labels, strict=True)]
+        for feature in features:
+            feature.pop("special_tokens_mask", None)
+        multiple, ignored = self.pad_to_multiple_of, self.ignore_index
+        pad = DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=multiple, label_pad_token_id=ignored)
+        return cast(BatchEncoding, pad(features))
 
     def numpy_call(self, examples: list[Any]) -> dict[str, Any]:
         """As `torch_call`, in numpy arrays."""
@@ -293,21 +299,6 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         if self.missing_rows == 0:
             warnings.warn(f"{message}; such rows are masked and counted in missing_rows", stacklevel=3)
         self.missing_rows += 1
-
-    def _flatten(self, batch: BatchEncoding) -> BatchEncoding:
-        """TRL's padding-free form: one row, positions that restart at each document, and flash attention's bounds."""
-        mask = batch.pop("attention_mask").bool()
-        positions = (mask.cumsum(1)[mask] - 1).unsqueeze(0)
-        batch["input_ids"] = batch["input_ids"][mask].unsqueeze(0)
-        batch["labels"] = batch["labels"][mask].unsqueeze(0)
-        # The first token of a document would be predicted from the document before it.
-        batch["labels"][positions == 0] = self.ignore_index
-        batch["position_ids"] = positions
-        starts = torch.nonzero(positions[0] == 0).flatten()
-        bounds = torch.cat([starts, torch.tensor([positions.shape[1]])]).to(torch.int32)
-        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
-        batch["max_length_q"] = batch["max_length_k"] = int(positions.max()) + 1
-        return batch
 
 
 def _answers(
