@@ -4,11 +4,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
 from ma_sft.data.values import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.files import as_written
+from ma_sft.hub import load_pretrained
 from ma_sft.labels.encoder import ChatEncoder, Message
+from ma_sft.release.manifest import model_folder, read_manifest, trained_encoder
+from ma_sft.release.merge import load_adapter
+from ma_sft.release.weights import read_weights
 from ma_sft.terminal import say
+from ma_sft.training.exam import end_ids
 
 
 def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[Any, ChatEncoder, str | None]:
@@ -19,13 +27,6 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
     Raises:
         RecipeError: the folder holds no model, or one that is not whole, or that brings code while `code` is false.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ma_sft.hub import load_pretrained
-    from ma_sft.release.manifest import model_folder, read_manifest, trained_encoder
-    from ma_sft.release.merge import load_adapter
-    from ma_sft.release.weights import read_weights
-
     folder = model_folder(folder)
     manifest = read_manifest(folder) or {}
     if (folder / "config.json").is_file():
@@ -51,10 +52,6 @@ def reply(
     Raises:
         RecipeError: the conversation leaves no room in the model's context.
     """
-    import torch
-
-    from ma_sft.training.exam import end_ids
-
     for message in messages:
         check_text(message["content"], message["role"])  # a terminal or a shell may hand over bytes that are no text
     ids = torch.tensor([encoder.encode_prompt(messages)], device=model.device)
@@ -137,7 +134,6 @@ def chat(
 
 def _streamer(tokenizer: Any) -> Any:
     """Shows an answer as it comes; a model's words are obeyed by no terminal."""
-    from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -147,6 +143,4 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def _device() -> str:
-    import torch
-
     return "auto" if torch.accelerator.is_available() else "cpu"

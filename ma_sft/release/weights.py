@@ -5,17 +5,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ma_sft.errors import RecipeError
 from ma_sft.hub import refuse_pickles, weight_files
-
-if TYPE_CHECKING:
-    import torch
-
 
 SHARD_BYTES = 4 * 2**30
 
@@ -77,20 +76,16 @@ def read_weights(folder: Path) -> Weights:
     return Weights(folder, files, sizes, nbytes, digest.hexdigest()[:32])
 
 
-def read_tensors(weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
+def read_tensors(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a folder one after the other, on the CPU."""
-    from safetensors import safe_open
-
     for file in dict.fromkeys(weights.files.values()):
         with safe_open(weights.folder / file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
 
 
-def write_shards(tensors: Iterable[tuple[str, "torch.Tensor"]], folder: Path) -> None:
+def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Write tensors as they come, holding at most `SHARD_BYTES` and one tensor, named as transformers names them."""
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
     total = 0

@@ -13,20 +13,24 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
+
+import peft
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from trl import SFTTrainer, get_peft_config
 
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
 from ma_sft.hub import is_hub_id, load_pretrained, model_folder, refuse_pickles
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTTrainer
-
-    from ma_sft.recipe import Settings
-
+from ma_sft.recipe import Settings
+from ma_sft.training.processes import outside_zero3
 
 # `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
 # QLoRA (https://arxiv.org/abs/2305.14314) found that adapting every linear layer matters most.
@@ -45,16 +49,13 @@ NEED_DATA = ("eva", "corda", "lora_ga")
 CHANGE_BASE = ("pissa", "olora")
 
 
-def lora_config(settings: "Settings") -> "PeftConfig | None":
+def lora_config(settings: Settings) -> PeftConfig | None:
     """The `peft.LoraConfig` of a recipe, None without `use_peft`; a field of `lora_config` wins, then the recipe's
     own keys, then the preset's.
 
     Raises:
         RecipeError: frozen layers with an adapter, an unknown or wrong PEFT field.
     """
-    from peft import LoraConfig
-    from trl import get_peft_config
-
     model, adapter = settings.model, settings.adapter
     if not model.use_peft:
         return None
@@ -87,7 +88,7 @@ def lora_config(settings: "Settings") -> "PeftConfig | None":
     return found
 
 
-def _saved_config(settings: "Settings", folder: str) -> "PeftConfig":
+def _saved_config(settings: Settings, folder: str) -> PeftConfig:
     """The configuration of an adapter that is trained further."""
     own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
     if own:
@@ -99,8 +100,6 @@ def _saved_config(settings: "Settings", folder: str) -> "PeftConfig":
 
 def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
     """The recipe's `lora_config` with mappings as the dataclasses that PEFT wants."""
-    from peft import LoraConfig
-
     hints = get_type_hints(LoraConfig)
     for key, value in more.items():
         if key not in hints:
@@ -117,7 +116,7 @@ def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
     return more
 
 
-def _check_initialisation(settings: "Settings", config: Any) -> None:
+def _check_initialisation(settings: Settings, config: Any) -> None:
     """Stop at a way to begin an adapter that PEFT needs data for, or cannot save for the base as it was."""
     init = config.init_lora_weights
     if init in NEED_DATA:
@@ -137,14 +136,9 @@ def _check_initialisation(settings: "Settings", config: Any) -> None:
 
 
 def skeleton(
-    config: "PreTrainedConfig", dtype: Any = None, attn_implementation: str | None = None, *, code: bool = False
+    config: PreTrainedConfig, dtype: Any = None, attn_implementation: str | None = None, *, code: bool = False
 ) -> Any:
     """The model of a configuration on the meta device: names, shapes and dtypes without a byte of weights."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    from ma_sft.training.processes import outside_zero3
-
     with outside_zero3(), init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=code
@@ -153,14 +147,12 @@ def skeleton(
     return model
 
 
-def model_skeleton(settings: "Settings") -> Any:
+def model_skeleton(settings: Settings) -> Any:
     """The skeleton of the recipe's model.
 
     Raises:
         RecipeError: no configuration there, or one that transformers does not know.
     """
-    from transformers import AutoConfig
-
     model, code = settings.model, settings.training.trust_remote_code
     config = load_pretrained(AutoConfig, str(model.model_name_or_path), model.model_revision, code=code)
     try:
@@ -173,8 +165,8 @@ def model_skeleton(settings: "Settings") -> Any:
 
 
 def fitting_adapter(
-    settings: "Settings", model: "PreTrainedModel | None" = None, config: "PeftConfig | None" = None
-) -> "PeftConfig | None":
+    settings: Settings, model: PreTrainedModel | None = None, config: PeftConfig | None = None
+) -> PeftConfig | None:
     """The recipe's adapter (or `config`) for a model (or its skeleton), tried out without weights; None without one.
 
     PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
@@ -182,10 +174,6 @@ def fitting_adapter(
     Raises:
         RecipeError: as `lora_config` and `check_targets`; what PEFT cannot adapt, with its reason.
     """
-    from peft import get_peft_model
-
-    from ma_sft.training.processes import outside_zero3
-
     by_hand = config is not None or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
     config = config or lora_config(settings)
     if config is None:
@@ -210,18 +198,14 @@ def fitting_adapter(
     return config
 
 
-def _on_meta(model: "PreTrainedModel") -> Any:
+def _on_meta(model: PreTrainedModel) -> Any:
     """A copy of the model without its weights."""
-    import torch
-
     memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
 
-def adapted_layers(model: "nn.Module") -> str:
+def adapted_layers(model: nn.Module) -> str:
     """What the adapter is on: how many layers of each name, e.g. `28 x q_proj, 28 x experts.down_proj`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -231,15 +215,13 @@ def adapted_layers(model: "nn.Module") -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
-def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
+def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
     """Check that every target of an adapter is a layer of the model that PEFT can adapt and TRL will train.
 
     Raises:
         RecipeError: a name that matches nothing, with what would match; `lm_head`, whose loss TRL computes from the
             weight alone; a module that is no layer.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     modules, kind = dict(model.named_modules()), type(model).__name__
     one: Any = copy.copy(config)
     one.modules_to_save = None
@@ -270,10 +252,7 @@ def check_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
                 raise RecipeError(f"{key}: {name!r} matches no {what}")
 
 
-def _check_target(model: "PreTrainedModel", target: str, name: str, module: "nn.Module") -> None:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
+def _check_target(model: PreTrainedModel, target: str, name: str, module: nn.Module) -> None:
     if module is model.get_output_embeddings():
         raise RecipeError(
             f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
@@ -291,16 +270,13 @@ def _check_target(model: "PreTrainedModel", target: str, name: str, module: "nn.
         )
 
 
-def _linear_layers(model: "PreTrainedModel") -> str:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
+def _linear_layers(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
 
 
-def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
 
     Raises:
@@ -321,24 +297,20 @@ def freeze(model: "nn.Module", patterns: Iterable[str]) -> None:
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
 
 
-def add_loraplus(trainer: "SFTTrainer", ratio: float) -> None:
+def add_loraplus(trainer: SFTTrainer, ratio: float) -> None:
     """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
-    from peft.optimizers import create_loraplus_optimizer
-
     kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
     trainer.optimizer = create_loraplus_optimizer(
         trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
     )
 
 
-def continue_adapter(model: Any, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Put a saved adapter's weights into the fresh one of the same configuration.
 
     Raises:
         RecipeError: the adapter does not fit the model, or was trained with another chat template.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
-
     adapter = adapter_dir(folder)
     template = adapter / "chat_template.jinja"
     if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
@@ -380,12 +352,12 @@ def save_converted(model: Any, folder: Path, initial: Path) -> None:
 
 
 def with_new_tokens(
-    model: "str | PreTrainedModel",
-    settings: "Settings",
+    model: str | PreTrainedModel,
+    settings: Settings,
     added: list[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    peft: "PeftConfig | None",
-) -> "PreTrainedModel":
+    tokenizer: PreTrainedTokenizerBase,
+    peft: PeftConfig | None,
+) -> PreTrainedModel:
     """The model, or the one in the folder `model`, with embedding rows for new tokens, which an adapter then trains.
 
     New rows are the mean of the old ones. Only these rows are trained, not the whole matrix; a separate `lm_head` has
@@ -394,8 +366,6 @@ def with_new_tokens(
     Raises:
         RecipeError: a quantised base model, whose embedding cannot grow.
     """
-    from transformers import AutoModelForCausalLM
-
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         raise RecipeError(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
@@ -403,7 +373,7 @@ def with_new_tokens(
         )
     if isinstance(model, str):
         code, kwargs = settings.training.trust_remote_code, settings.training.model_init_kwargs
-        model = cast("PreTrainedModel", load_pretrained(AutoModelForCausalLM, model, code=code, **kwargs))
+        model = cast(PreTrainedModel, load_pretrained(AutoModelForCausalLM, model, code=code, **kwargs))
         settings.training.model_init_kwargs = None
     embedding: Any = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
@@ -445,15 +415,13 @@ def adapter_dir(folder: Path) -> Path:
     raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
 
 
-def read_adapter_config(adapter: Path) -> "PeftConfig":
+def read_adapter_config(adapter: Path) -> PeftConfig:
     """The configuration of a saved adapter.
 
     Raises:
         RecipeError: broken, with weights that are a pickle, or with fields that the installed PEFT does not know and
             would ignore.
     """
-    import peft
-
     path = adapter / "adapter_config.json"
     refuse_pickles(str(adapter), ["adapter_model.safetensors"], [file.name for file in adapter.iterdir()])
     try:

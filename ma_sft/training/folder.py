@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import sort_checkpoints
@@ -19,11 +19,9 @@ from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.files import not_there, write_whole
 from ma_sft.hub import commits, recall
 from ma_sft.labels.clock import recall_clock
+from ma_sft.recipe import Settings
 from ma_sft.settings import shown
 from ma_sft.training.processes import once
-
-if TYPE_CHECKING:
-    from ma_sft.recipe import Settings
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 WRITTEN = "written.json"
@@ -44,7 +42,7 @@ _NOT_THE_RUN = set(
 
 
 @contextmanager
-def claimed(settings: "Settings") -> "Iterator[RunFolder]":
+def claimed(settings: Settings) -> "Iterator[RunFolder]":
     """Own the output folder while a run lasts; nothing in it changes until the run's `begin`.
 
     Raises:
@@ -71,7 +69,7 @@ def claimed(settings: "Settings") -> "Iterator[RunFolder]":
 class RunFolder:
     """A run's output folder; `checkpoint` is the one to go on from, None to start with step one."""
 
-    def __init__(self, settings: "Settings") -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.out = Path(settings.training.output_dir)
         self.lock = FileLock(self.out / ".lock", blocking=False)

@@ -54,7 +54,8 @@ def grade(answers: Sequence[Answer], references: Sequence[str], metric: str = "e
         try:
             grades.append(float(function(answer.text, reference)))
         except Exception as error:
-            raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(error).__name__}: {error}") from None
+            why = error.__cause__ or error  # what the user's own function raised
+            raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
     return grades
 
 

@@ -2,26 +2,24 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
+from ma_sft.labels.check import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.packs import COLUMNS, lengths, packs_of
 from ma_sft.packing.plan import check_settings
+from ma_sft.packing.report import PackingReport
 from ma_sft.packing.tokens import IGNORED
 from ma_sft.packing.view import pack_table, pack_with_report
+from ma_sft.recipe import Settings
 from ma_sft.training.processes import once
 from ma_sft.training.streams import Order, Share, share_out
-
-if TYPE_CHECKING:
-    from ma_sft.data.stages import Stage
-    from ma_sft.labels.check import CheckReport
-    from ma_sft.packing.report import PackingReport
-    from ma_sft.recipe import Settings
 
 SHOWN_ROWS = 4  # in the report
 STREAM_BUFFER = 10_000  # sequences of a stream that are packed together
@@ -37,17 +35,17 @@ class Prepared:
     dataset: Dataset | IterableDataset
     conversations: Dataset | None
     counts: Counts
-    check: "CheckReport | None"
-    packing: "PackingReport | None"
+    check: CheckReport | None
+    packing: PackingReport | None
     sources: list[str]  # of each held-out row; empty for training rows
-    stages: "list[Stage]"  # conversion and filters, with what each removed
+    stages: list[Stage]  # conversion and filters, with what each removed
     sample: list[dict[str, Any]]  # the first rows before they are cut: input_ids, labels, row
     lengths: dict[str, Any]  # a histogram of all rows' lengths before they are cut, in tokens
     order: Order | None = None  # of a stream
 
 
 def prepare(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False, given: Dataset | None = None
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False, given: Dataset | None = None
 ) -> Prepared:
     """Load, label, cut and pack the recipe's rows (those held out only if `eval_packing` says so).
 
@@ -100,7 +98,7 @@ def prepare(
     )
 
 
-def _how_to_pack(settings: "Settings", held_out: bool = False) -> dict[str, Any]:
+def _how_to_pack(settings: Settings, held_out: bool = False) -> dict[str, Any]:
     """The arguments of `pack_with_report`."""
     training, overflow = settings.training, settings.labels.overflow
     packing = training.eval_packing if held_out else training.packing
@@ -118,7 +116,7 @@ def _how_to_pack(settings: "Settings", held_out: bool = False) -> dict[str, Any]
     }
 
 
-def as_trained(settings: "Settings", rows: Dataset) -> list[dict[str, Any]]:
+def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
     """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
     how = _how_to_pack(settings)
     limit = how["seq_length"] or max(1, int(lengths(rows).max(initial=1)))
@@ -143,7 +141,7 @@ def _nothing_left(rows: Dataset, max_length: int) -> LabelError:
 
 
 def prepare_once(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, train: Dataset | None = None, test: Dataset | None = None
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, train: Dataset | None = None, test: Dataset | None = None
 ) -> tuple[Prepared, Prepared | None]:
     """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
 
@@ -172,7 +170,7 @@ def prepare_once(
     return once(make_to_send, per_machine=True)
 
 
-def _prepare_stream(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """The recipe's rows as an `IterableDataset` that reads, labels, cuts and packs while it is read.
 
     Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.

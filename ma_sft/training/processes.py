@@ -10,27 +10,25 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import import_utils
 
 from ma_sft.errors import MaSftError, RunError
+from ma_sft.packing.packs import as_arrays, fill, packs_of
 from ma_sft.terminal import say
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
 
 T = TypeVar("T")
 
 
 def available_attention(wanted: str | None) -> str | None:
     """The wanted attention, or SDPA, which gives the same, where a FlashAttention is wanted and missing."""
-    from transformers.utils import import_utils
-
     found = True
     if version := re.fullmatch(r"flash_attention_(\d)", wanted or ""):
         found = getattr(import_utils, f"is_flash_attn_{version[1]}_available")(kernels_fallback_ok=True)
@@ -92,8 +90,6 @@ _kept: list[Any] = []  # transformers holds its DeepSpeed configuration by a wea
 @contextmanager
 def outside_zero3() -> Iterator[None]:
     """Models that are made inside are whole and where they are asked to be, also while ZeRO-3 splits all others."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_config, unset_hf_deepspeed_config
-
     config = deepspeed_config()
     unset_hf_deepspeed_config()
     try:
@@ -111,15 +107,11 @@ def leave_together() -> None:
         dist.destroy_process_group()
 
 
-def digest(*datasets: "Dataset | IterableDataset | None") -> str:
+def digest(*datasets: Dataset | IterableDataset | None) -> str:
     """Hash of all token ids, labels and document borders in their order: of data, template and labels at once.
 
     Of a stream, the first hundred rows.
     """
-    from datasets import Dataset, IterableDataset
-
-    from ma_sft.packing.packs import as_arrays
-
     content = hashlib.sha256()
     for dataset in datasets:
         if dataset is None:
@@ -149,16 +141,12 @@ def agree(mine: str) -> str:
     return mine
 
 
-def fill_up(dataset: "Dataset | IterableDataset", multiple: int, pad_token_id: int) -> "Dataset | IterableDataset":
+def fill_up(dataset: Dataset | IterableDataset, multiple: int, pad_token_id: int) -> Dataset | IterableDataset:
     """Add rows of one padding token without a label until the last batch of all processes is full.
 
     Without them the sampler would repeat rows of the data set at the end of an epoch, and the order of the rows would
     depend on how many processes share a batch. A stream has no end.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    from ma_sft.packing.packs import fill, packs_of
-
     missing = -len(dataset) % multiple if isinstance(dataset, Dataset) else 0
     if not missing:
         return dataset

@@ -3,15 +3,13 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
+from trl import SFTTrainer
 
 
-def add_callbacks(trainer: "SFTTrainer", *callbacks: TrainerCallback) -> None:
+def add_callbacks(trainer: SFTTrainer, *callbacks: TrainerCallback) -> None:
     """Add callbacks before the bar, which begins when the first step does."""
     bar = trainer.pop_callback(TrainingBar)
     for callback in (*callbacks, *([bar] if bar else [])):

@@ -8,15 +8,18 @@ bitsandbytes.)
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError, one_line
+from ma_sft.hub import explain, model_folder
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
@@ -27,9 +30,6 @@ from ma_sft.training import adapters, quantized
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import available_attention, fill_up, once
 from ma_sft.training.progress import TrainingBar
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 TRL_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime")  # of an evaluation
 
@@ -118,10 +118,6 @@ def build_trainer(
     Raises:
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
-    from safetensors import SafetensorError
-
-    from ma_sft.hub import explain
-
     training = settings.training
     _leave_nothing_to_prepare(settings)
     if given.get("data_collator") is not None and training.padding_free:
@@ -182,10 +178,8 @@ def _leave_nothing_to_prepare(settings: Settings) -> None:
     }
 
 
-def _model(settings: Settings, given: dict[str, Any]) -> "tuple[Any, PeftConfig | None, Any]":
+def _model(settings: Settings, given: dict[str, Any]) -> tuple[Any, PeftConfig | None, Any]:
     """(the model or its folder, the adapter's configuration, the quantisation), checked against each other."""
-    from ma_sft.hub import model_folder
-
     own, peft = given.pop("model", None), given.pop("peft_config", None)
     quantization = get_quantization_config(settings.model)
     if quantization is not None:
@@ -201,7 +195,7 @@ def _model(settings: Settings, given: dict[str, Any]) -> "tuple[Any, PeftConfig 
 
 
 def _finish_model(
-    trainer: SFTTrainer, settings: Settings, tokenizer: PreTrainedTokenizerBase, peft: "PeftConfig | None"
+    trainer: SFTTrainer, settings: Settings, tokenizer: PreTrainedTokenizerBase, peft: PeftConfig | None
 ) -> None:
     """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
     model, adapter, training = trainer.model, settings.adapter, settings.training
