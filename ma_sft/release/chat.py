@@ -29,11 +29,12 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
     """
     folder = model_folder(folder)
     manifest = read_manifest(folder) or {}
+    device = "auto" if torch.accelerator.is_available() else "cpu"
     if (folder / "config.json").is_file():
         read_weights(folder)
-        model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=_device()).eval()
+        model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=device).eval()
     else:
-        model = load_adapter(folder, base, device_map=_device(), code=code)
+        model = load_adapter(folder, base, device_map=device, code=code)
     tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
     return model, trained_encoder(tokenizer, manifest), manifest.get("system_prompt")
 
@@ -60,7 +61,7 @@ def reply(
         raise RecipeError(f"the conversation has {ids.shape[1]} tokens and the model's context holds {room}")
     limit = min(max_new_tokens, room - ids.shape[1]) if room else max_new_tokens
     ends = end_ids(model.generation_config, encoder.tokenizer)
-    streamer = _streamer(encoder.tokenizer) if stream else None
+    streamer = Streamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.no_grad(), as_written(model.name_or_path):  # its generation config decides much
         output = model.generate(
@@ -132,15 +133,8 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-def _streamer(tokenizer: Any) -> Any:
+class Streamer(TextStreamer):
     """Shows an answer as it comes; a model's words are obeyed by no terminal."""
 
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            say(text, end="\n" if stream_end else "", flush=True)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _device() -> str:
-    return "auto" if torch.accelerator.is_available() else "cpu"
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        say(text, end="\n" if stream_end else "", flush=True)

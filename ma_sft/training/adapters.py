@@ -4,7 +4,6 @@ The configuration is checked against the model's skeleton, before its weights ar
 """
 
 import copy
-import difflib
 import json
 import re
 import shutil
@@ -30,6 +29,7 @@ from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
 from ma_sft.hub import is_hub_id, load_pretrained, model_folder, refuse_pickles
 from ma_sft.recipe import Settings
+from ma_sft.settings import nearest
 from ma_sft.training.processes import outside_zero3
 
 # `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
@@ -103,11 +103,7 @@ def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(LoraConfig)
     for key, value in more.items():
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            raise RecipeError(
-                f"lora_config: peft.LoraConfig has no field {key!r}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            raise RecipeError(f"lora_config: peft.LoraConfig has no field {key!r}{nearest(key, hints, '')}")
         nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
         try:
             more[key] = nested(**value) if nested and isinstance(value, dict) else value  # type: ignore[operator]
@@ -161,7 +157,8 @@ def model_skeleton(settings: Settings) -> Any:
         attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
         return skeleton(config, dtype, attention, code=code)
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(model.model_name_or_path, error) from None
+        name = model.model_name_or_path
+        raise RecipeError(f"the model {name!r} cannot be loaded: {first_line(error)}") from None
 
 
 def fitting_adapter(
@@ -435,7 +432,3 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
             f"the installed PEFT {peft.__version__} does not know; pip install -U peft"
         )
     return peft.PeftConfig.from_pretrained(adapter)
-
-
-def _cannot_load(name: object, error: Exception) -> RecipeError:
-    return RecipeError(f"the model {str(name)!r} cannot be loaded: {first_line(error)}")

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -23,9 +23,7 @@ from ma_sft.terminal import say
 from ma_sft.training.folder import COMPLETE, enter
 from ma_sft.training.processes import largest
 from ma_sft.training.progress import tokens_before
-
-if TYPE_CHECKING:
-    from ma_sft.training.trainer import ResumableTrainer
+from ma_sft.training.trainer import ResumableTrainer
 
 
 class Stop:
@@ -84,7 +82,7 @@ class Stop:
 class Survival(TrainerCallback):
     """Marks checkpoints as whole, saves before a stop, and ends a run whose loss is no number before it is saved."""
 
-    def __init__(self, trainer: "ResumableTrainer", stop: Stop, content: dict[str, Any]) -> None:
+    def __init__(self, trainer: ResumableTrainer, stop: Stop, content: dict[str, Any]) -> None:
         self.trainer, self.stop, self.content = trainer, stop, content
         # An older checkpoint goes when the newer one is whole, which transformers cannot know.
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None

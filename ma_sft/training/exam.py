@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,12 +26,10 @@ from ma_sft.labels.encoder import ChatEncoder, Message, parsed
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.recipe import Settings
 from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks
+from ma_sft.training.prepare import Prepared
 from ma_sft.training.processes import fill_up, gather
 from ma_sft.training.quantized import repacked
-
-if TYPE_CHECKING:
-    from ma_sft.training.prepare import Prepared
-    from ma_sft.training.trainer import ResumableTrainer
+from ma_sft.training.trainer import ResumableTrainer
 
 
 @dataclass
@@ -57,8 +55,8 @@ class Exam(TrainerCallback):
         self,
         settings: Settings,
         tokenizer: PreTrainedTokenizerBase,
-        held_out: "Prepared | None",
-        trainer: "ResumableTrainer",
+        held_out: Prepared | None,
+        trainer: ResumableTrainer,
         kept: Path,
     ) -> None:
         self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.exam
@@ -138,7 +136,7 @@ class Exam(TrainerCallback):
         return list(zip(questions, before, after, self.references, strict=True)) if after else []
 
 
-def held_out_loss(trainer: "ResumableTrainer", dataset: Dataset, sources: Sequence[str]) -> dict[str, HeldOut]:
+def held_out_loss(trainer: ResumableTrainer, dataset: Dataset, sources: Sequence[str]) -> dict[str, HeldOut]:
     """Loss and token accuracy on labelled rows, of `"all"` and of each source; every process must call it.
 
     The trainer's own evaluation runs, but every label weighs the same whatever batch it is in (`eval_loss` averages
