@@ -247,6 +247,8 @@ def test_weights_without_and_with_repetition(tmp_path):
     assert sum(n for question, n in repeated.items() if question.startswith("Many")) == 600
     assert min(repeated.values()) >= 1 and len(repeated) == 640
     assert 4 <= sum(n for q, n in repeated.items() if q.startswith("What")) / 40 <= 6
+    whole = Counter(questions(load_mixture(sources, stopping_strategy="all_exhausted_without_replacement").train))
+    assert len(whole) == 640 and set(whole.values()) == {1}
     with pytest.raises(RecipeError, match="weight: all sources need one"):
         load_mixture([{"path": one, "weight": 1}, two])
 
