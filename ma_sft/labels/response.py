@@ -465,7 +465,9 @@ class _Template:
             apart = self._begins_line(before)[0] if in_lines else before.endswith(b" ")
             if apart and begun.strip() and raw.endswith(begun):
                 ends = np.cumsum([len(piece) for piece in text])
-                return int(np.searchsorted(ends, len(before), side="right"))
+                at = int(np.searchsorted(ends, len(before), side="right"))
+                # sentencepiece may have put a space before the template, as a token of its own
+                return at - (self.bytes[self.ids[0]] == b" " == text[max(at - 1, 0)])
         return len(text)
 
     def nearest(self, ids: np.ndarray) -> tuple[list[int], str, str, str]:
