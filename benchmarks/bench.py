@@ -2,12 +2,14 @@
 
 python benchmarks/bench.py [--only preparation,packing,...] [--conversations 100000] [--lengths 200000,1000000]
 
-Prints goal, ours, TRL and ratio; exits with 1 where a goal is missed.
+Prints goal, ours, TRL and ratio, and keeps them with date, machine and command in benchmarks/results; exits with 1
+where a goal is missed.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -16,13 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from trainings import SHAPES
 
 HERE = Path(__file__).parent
+HEADS = ("", "goal", "ours", "TRL", "ratio", "")
 TEXTS = [HERE.parent / name for name in ("LICENSE", "README.md", "README.zh.md", "docs/reference.md")]
 
 
@@ -56,11 +62,11 @@ def cold(cache: Path | None = None) -> Iterator[dict[str, str]]:
         yield {**os.environ, **own, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
-def process(*arguments: object, env: dict[str, str]) -> dict[str, Any]:
+def process(*arguments: object, env: dict[str, str], script: str = "sides.py") -> dict[str, Any]:
     """Run one side to its end; its result, with `wall`, the seconds of the whole process."""
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(HERE / "sides.py"), *map(str, arguments)], env=env, capture_output=True, text=True
+        [sys.executable, str(HERE / script), *map(str, arguments)], env=env, capture_output=True, text=True
     )
     wall = time.perf_counter() - start
     if done.returncode:
@@ -68,9 +74,9 @@ def process(*arguments: object, env: dict[str, str]) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
 
 
-def side(*arguments: object) -> dict[str, Any]:
+def side(*arguments: object, script: str = "sides.py") -> dict[str, Any]:
     with cold() as env:
-        return process(*arguments, env=env)
+        return process(*arguments, env=env, script=script)
 
 
 def command(*arguments: str, env: dict[str, str]) -> float:
@@ -177,10 +183,26 @@ def start(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield Row("a 200-turn conversation: at most 12 times a 20-turn one, s", long, short, 12 * short / long, 1)
 
 
+def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """The demo's model trained on rows of three shapes, examined when our side has trained its tokens."""
+    model = side("save_model", scratch / "trained", script="trainings.py")["folder"]
+    for shape in SHAPES:
+        ours = side("ours", shape, model, script="trainings.py")
+        trl = side("trl", shape, model, ours["seconds"], script="trainings.py")
+        speeds = [found["tokens"] / found["seconds"] for found in (ours, trl)]
+        yield Row(f"{shape}: trained tokens/s", *speeds, speeds[0] / speeds[1], 1)
+        yield Row(f"{shape}: held-out loss at equal time", ours["loss"], trl["loss"], trl["loss"] / ours["loss"], 1)
+        exact = (1 + ours["exact"]) / (1 + trl["exact"])
+        yield Row(f"{shape}: 1 + exact match at equal time", 1 + ours["exact"], 1 + trl["exact"], exact, 1)
+        peaks = [found["peak"] / 1e9 for found in (ours, trl)]
+        yield Row(f"{shape}: peak memory, GB", *peaks, peaks[1] / peaks[0], 1)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
     "preparation": preparation,
     "packing": packing,
     "start": start,
+    "training": training,
 }
 
 
@@ -191,19 +213,37 @@ def main() -> int:
     parser.add_argument("--lengths", default="200000,1000000")
     parser.add_argument("--num_proc", type=int, default=2)
     options = parser.parse_args()
-    table = Table("", "goal", "ours", "TRL", "ratio", "")
-    missed = 0
+    missed, found = 0, []
     with tempfile.TemporaryDirectory() as scratch:
         for part in options.only.split(","):
             for row in PARTS[part](options, Path(scratch)):
                 missed += not row.met
                 theirs = "" if row.theirs is None else f"{row.theirs:,.4g}"
-                mark = "" if row.met else "missed"
-                cells = (f"{row.goal:g}", f"{row.ours:,.4g}", theirs, f"{row.ratio:.2f}", mark)
-                table.add_row(row.what, *cells)
-                print(row.what, *cells, flush=True)
+                found.append([row.what, f"{row.goal:g}", f"{row.ours:,.4g}", theirs, f"{row.ratio:.2f}"])
+                found[-1].append("" if row.met else "missed")
+                print(*found[-1], flush=True)
+                keep(options.only, found)
+    table = Table(*HEADS)
+    for cells in found:
+        table.add_row(*cells)
     Console(width=140).print(table)
     return int(missed > 0)
+
+
+def keep(parts: str, found: list[list[str]]) -> None:
+    """Write the table, as far as it has come, with what it was measured by and on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    known = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "datasets", "tokenizers"))
+    head = [
+        f"`{' '.join(['python benchmarks/bench.py', *sys.argv[1:]])}`",
+        f"{date.today()}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {known}. "
+        "A ratio of the goal or more is better.",
+    ]
+    rows = [" | ".join(cells) for cells in ([cell or " " for cell in HEADS], ["---"] * len(HEADS), *found)]
+    target = HERE / "results" / f"{parts.replace(',', '-')}.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n\n".join([*head, "\n".join(f"| {row} |" for row in rows)]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

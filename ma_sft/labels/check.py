@@ -136,6 +136,13 @@ class CheckReport:
             indent=2,
         )
 
+    @classmethod
+    def from_json(cls, text: str) -> "CheckReport":
+        """The report that `to_json` wrote."""
+        values = {name: value for name, value in json.loads(text).items() if name in cls.__dataclass_fields__}
+        values["histogram"] = {int(length): count for length, count in values["histogram"].items()}
+        return cls(**{**values, "findings": [Finding(**finding) for finding in values["findings"]]})
+
     def __rich__(self) -> RenderableType:
         table = Table(title="what is trained", show_header=False)
         plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns", "cut_rows", "lost_rows"]

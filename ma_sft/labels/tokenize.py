@@ -1,5 +1,6 @@
 """Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them."""
 
+import hashlib
 import logging
 import os
 import re
@@ -10,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
+import transformers
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.dataset import fingerprint_of
 from ma_sft.errors import FormatError, RecipeError, first_line
-from ma_sft.files import atomic_dir, cache_dir, over_bound
+from ma_sft.files import atomic_dir, cache_dir, over_bound, write_whole
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.fingerprint import label_fingerprint
+from ma_sft.labels.fingerprint import digest, label_fingerprint
 
 if TYPE_CHECKING:
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
     from ma_sft.labels.check import CheckReport
+    from ma_sft.labels.judge import Judge
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.recipe import Settings
 
@@ -101,9 +104,9 @@ def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out:
 def check(
     settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> "CheckReport":
-    """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`."""
+    """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`. A report without errors is kept."""
     from ma_sft.data.stages import unused_columns
-    from ma_sft.labels.check import check_dataset
+    from ma_sft.labels.check import CheckReport, check_dataset
     from ma_sft.labels.judge import Judge
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
@@ -111,17 +114,40 @@ def check(
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     now, train_on = settings.labels.template_now, settings.labels.train_on
     judge = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
-    report = check_dataset(
-        labelled.dataset,
-        tokenizer,
-        conversations=labelled.conversations,
-        judge=judge,
-        template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
-        max_length=settings.training.max_length,
-        **({"sample": None} if every_row else {}),
-    )
+    limit = settings.training.max_length
+    kept = _kept_report(labelled.dataset, judge, labelled.conversations is None, limit, every_row)
+    if kept is not None and kept.is_file():
+        report = CheckReport.from_json(kept.read_text(encoding="utf-8"))
+    else:
+        report = check_dataset(
+            labelled.dataset,
+            tokenizer,
+            conversations=labelled.conversations,
+            judge=judge,
+            template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
+            max_length=limit,
+            **({"sample": None} if every_row else {}),
+        )
+        if kept is not None and not report.errors:
+            write_whole(kept, report.to_json())
     report.unused_columns = unused_columns(labelled.stages)
     return report
+
+
+def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
+    """Where the report on rows of the cache is kept, by all that it depends on: the judge's code, the files' content.
+
+    The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
+    """
+    folder = cache_dir() / "tokenized" / fingerprint_of(labelled)
+    if not folder.is_dir():
+        return None
+    content = hashlib.sha256()
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), *sorted(folder.glob("rows*.arrow"))):
+        with file.open("rb") as opened:
+            content.update(hashlib.file_digest(opened, "sha256").digest())
+    known = (sorted(judge.inference.stops), judge.template_kwargs, judge.inference.template_now, judge.train_on)
+    return folder / f"check-{digest(content.hexdigest(), transformers.__version__, *map(str, known), *how)}.json"
 
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:

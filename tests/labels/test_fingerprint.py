@@ -117,3 +117,39 @@ def test_template_variables(rows, tiny_qwen3):
     (rows / "m" / "chat_template.jinja").write_text(template)
     assert texts(rows / "m", template_kwargs={"mood": "!"})[0] == "a0!<|im_end|>"
     assert texts(rows / "m", template_kwargs={"mood": "?"})[0] == "a0?<|im_end|>"
+
+
+def test_report_without_errors_is_kept_with_what_was_judged(rows, tiny_qwen3, monkeypatch):
+    """The judge is asked again where rows, stop tokens, the sample or a byte of the cache is another."""
+    from ma_sft.labels.judge import Judge
+    from ma_sft.labels.tokenize import check
+
+    monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
+    shutil.copytree(tiny_qwen3, rows / "m")
+    judged = []
+    real = Judge.judge
+    monkeypatch.setattr(Judge, "judge", lambda self, *given, **how: judged.append(1) or real(self, *given, **how))
+
+    def report(every_row=False):
+        judged.clear()
+        found = Recipe(model_name_or_path="m", dataset_name="rows.jsonl", use_cpu=True).resolve()
+        tokenizer, _ = load(found)
+        return check(found, tokenizer, label(found, tokenizer), every_row=every_row), len(judged)
+
+    first, count = report()
+    assert count == len(ROWS) and first.proven
+    assert report() == (first, 0)
+    assert report(every_row=True)[1] == len(ROWS)
+
+    (rows / "m" / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert report()[1] == len(ROWS)
+
+    [arrow] = (rows / "cache" / "tokenized").rglob("rows.arrow")
+    with arrow.open("ab") as file:
+        file.write(b"\0")  # after the end of the stream: the rows read the same
+    assert report()[1] == len(ROWS) and report()[1] == 0
+
+    with (rows / "rows.jsonl").open("a") as file:
+        file.write('\n{"question": "one more?", "answer": "yes"}')
+    longer, count = report()
+    assert count == len(ROWS) + 1 and longer.rows == len(ROWS) + 1
