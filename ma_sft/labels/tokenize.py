@@ -207,13 +207,13 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
     if settings.labels.template_now and not held_out:
         _tell_date(settings, tokenizer, conversations, labelled)
-    for reasons in labelled["untrained"]:
-        for reason in reasons:
-            counts.untrained_turns[reason] = counts.untrained_turns.get(reason, 0) + 1
-    counts.special_text_rows = sum(bool(text) for text in labelled["special_text"])
-    counts.turns_without_their_empty_reasoning = sum(labelled["unthought"])
-    first = np.unique(labelled.data["row"].to_numpy(), return_index=True)[1]
-    lengths = pc.list_value_length(labelled.data["input_ids"]).to_numpy()
+    columns = labelled.data  # iterating rows would cost as much as reading them all
+    reasons = pc.value_counts(pc.list_flatten(columns["untrained"])).to_pylist()
+    counts.untrained_turns = {found["values"]: found["counts"] for found in reasons}
+    counts.special_text_rows = pc.sum(pc.greater(pc.list_value_length(columns["special_text"]), 0)).as_py() or 0
+    counts.turns_without_their_empty_reasoning = pc.sum(columns["unthought"]).as_py() or 0
+    first = np.unique(columns["row"].to_numpy(), return_index=True)[1]
+    lengths = pc.list_value_length(columns["input_ids"]).to_numpy()
     counts.sequences_that_history_adds = len(lengths) - len(first)
     counts.tokens_that_history_adds = int(lengths.sum() - lengths[first].sum())
     return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)

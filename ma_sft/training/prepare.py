@@ -68,8 +68,9 @@ def prepare(
         report = check(settings, tokenizer, labelled)
         report.raise_errors()
     dataset, conversations, counts = labelled.dataset, labelled.conversations, labelled.counts
-    origin = np.full(len(dataset), "held-out") if conversations is None else np.array(conversations["source"])
-    sources = origin if conversations is None else origin[dataset["row"]]
+    sources = np.full(len(dataset), "held-out")
+    if held_out and conversations is not None:
+        sources = np.array(conversations["source"])[dataset["row"]]
     how = _how_to_pack(settings, held_out)
     packing = how["strategy"] != "none"
     how["seq_length"] = how["seq_length"] or int(lengths(dataset).max())
