@@ -24,11 +24,8 @@ recipe = Recipe(
     logging_steps=5,
     save_strategy="no",
     gradient_checkpointing=False,
-    attn_implementation="eager",
     use_peft=True,
     lora_preset="all-linear",
-    lora_r=16,
-    lora_alpha=32,
     lora_dropout=0.0,
 )
 

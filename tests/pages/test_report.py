@@ -119,7 +119,9 @@ def test_shows_the_mask_token_by_token(finished):
 
 def test_does_not_call_labels_right_that_nobody_judged(tiny_bpe, tmp_path):
     """A `formatting_func` without a response template trains whole texts: there is no boundary to be judged."""
-    (tmp_path / "texts.py").write_text("def texts(row):\n    return f\"Q: {row['q']} A: {row['a']}\"\n")
+    (tmp_path / "texts.py").write_text(
+        "def texts(rows):\n    return [f'Q: {q} A: {a}' for q, a in zip(rows['q'], rows['a'])]\n"
+    )
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": str(i)}) + "\n" for i in range(4)))
     run(
         Recipe(
