@@ -3,44 +3,68 @@
 import json
 
 import pytest
-from conftest import start
+from conftest import ROOT, start
+
+
+def train(out, *flags):
+    done = start(
+        *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "recipes/demo.py"),
+        *("--output_dir", out, "--eval_strategy", "no", *flags),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done, json.loads((out / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    done = start(
-        *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "recipes/demo.py"),
-        *("--output_dir", out, "--max_steps", "100", "--generate_eval", "40", "--eval_strategy", "no"),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done
+    """Twenty short steps: enough to write JSON, and four answers that show it."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = (ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "heldout.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    out = folder / "demo"
+    short = ("--max_steps", "20", "--max_length", "256", "--generate_eval", "4")
+    return out, *train(out, "--eval_dataset", folder / "heldout.jsonl", *short)
 
 
-def test_learns_the_task_and_stops(demo):
-    out, done = demo
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["exact_match_before"] <= 0.05
-    assert summary["exact_match_after"] >= 0.5
-    assert summary["eos_rate"] >= 0.9
+def test_learns_and_says_so(demo):
+    out, done, summary = demo
+    losses = [entry["loss"] for entry in map(json.loads, (out / "log.jsonl").open()) if "loss" in entry]
+    assert losses[0] > 1 and losses[-1] < 0.3
+    assert summary["evaluation"]["after"]["loss"] < 0.2 < 1 < summary["evaluation"]["before"]["loss"]
+    assert summary["eos_rate"] == 1
     assert summary["rows"] == 2300 and summary["trained_tokens"] > 50_000
     assert summary["train_seconds"] > 0 and summary["tokens_per_second"] > 0
     assert "held-out exact match" in done.stdout and f"ma-sft chat {out}" in done.stdout
     assert "token accuracy" in done.stderr and "tokens/s" in done.stderr
 
 
-def test_merged_model_answers_like_the_run_said(demo):
-    out, _ = demo
+@pytest.mark.slow
+def test_learns_the_task_and_stops(tmp_path):
+    out = tmp_path / "demo"
+    _, summary = train(out, "--max_steps", "100", "--generate_eval", "40")
+    assert summary["exact_match_before"] <= 0.05
+    assert summary["exact_match_after"] >= 0.5
+    assert summary["eos_rate"] >= 0.9
     message = "Turn the message into JSON.\n\nHello, I am Priya, I would like to buy 12 of your bamboo trays."
+    assert json.loads(chat(out, message))["quantity"] == 12
+
+
+def chat(out, message):
     done = start("ma-sft", "chat", out, "--system", "You write JSON.", "--prompt", message)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["quantity"] == 12
+    return done.stdout.strip()
+
+
+def test_merged_model_answers_like_the_run_said(demo):
+    out, _, _ = demo
+    question, _, answer, _ = json.loads((out / "answers.json").read_text())[0]
+    assert json.loads(answer)["intent"] and chat(out, question) == answer
 
 
 def test_merge_again_gives_the_same_model_and_refuses_to_overwrite(demo, tmp_path):
     from safetensors.torch import load_file
 
-    out, _ = demo
+    out, _, _ = demo
     done = start("ma-sft", "merge", out, "-o", tmp_path / "again")
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (load_file(folder / "model.safetensors") for folder in (out / "merged", tmp_path / "again"))
@@ -51,7 +75,7 @@ def test_merge_again_gives_the_same_model_and_refuses_to_overwrite(demo, tmp_pat
 
 
 def test_finished_run_is_not_overwritten(demo):
-    out, _ = demo
+    out, _, _ = demo
     before = (out / "summary.json").read_bytes()
     done = start("ma-sft", "train", "recipes/demo.py", "--output_dir", out)
     assert done.returncode == 2
@@ -60,7 +84,7 @@ def test_finished_run_is_not_overwritten(demo):
 
 
 def test_report_is_self_contained(demo):
-    out, _ = demo
+    out, _, _ = demo
     page = (out / "report.html").read_text()
     assert "<polyline" in page and "Held-out answers" in page and "exact_match_after" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page

@@ -61,7 +61,7 @@ def test_qwen3_without_a_hub_says_what_to_do(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["alpaca_qlora", "alpaca_pack"])
+@pytest.mark.parametrize("recipe", ["alpaca_qlora", pytest.param("alpaca_pack", marks=pytest.mark.slow)])
 def test_alpaca(recipe, tmp_path):
     data = write(tmp_path / "rows.jsonl", ALPACA)
     out = tmp_path / "run"

@@ -136,7 +136,12 @@ def test_configurations_splits_and_revisions_of_data(hub, model, ma_sft, recipe)
     assert "'never'" in error and "later" in error and "main" in error
 
 
-def test_a_stream(hub, data, model, ma_sft, recipe):
+# `datasets` waits 5 s at each end of a stream of Parquet files.
+@pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_a_stream(hub, model, ma_sft, recipe, ending):
+    rows = chats(8)
+    file = parquet(rows) if ending == "parquet" else "".join(json.dumps(row) + "\n" for row in rows).encode()
+    hub.add("datasets", "tiny/chats", {f"data/train-0.{ending}": file})
     done = ma_sft("train", recipe(dataset_streaming=True))
     assert done.code == 0, done.err
 

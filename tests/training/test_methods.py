@@ -13,13 +13,13 @@ from ma_sft.training.quantized import keep_gradients, repacked
 
 
 @pytest.fixture
-def train(tiny_qwen3, tmp_path):
+def train(tiny_bpe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"It is {i}."}) + "\n" for i in range(16)))
 
     def start(**settings):
         common = {
-            **{"model_name_or_path": str(tiny_qwen3), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
+            **{"model_name_or_path": str(tiny_bpe), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
             **{"learning_rate": 0.05, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_peft": True},
         }
         return tmp_path / "run", run(Recipe(**{**common, **settings}))
@@ -29,7 +29,7 @@ def train(tiny_qwen3, tmp_path):
 
 def logits(model):
     with torch.no_grad():
-        return model(torch.arange(1000, 1040)[None]).logits.float()
+        return model(torch.arange(100, 140)[None]).logits.float()
 
 
 def plain(text):
@@ -48,10 +48,10 @@ def plain(text):
         ({"load_in_8bit": True}, "8-bit"),
     ],
 )
-def test_adapter(train, tiny_qwen3, method, quantization, capsys):
+def test_adapter(train, tiny_bpe, method, quantization, capsys):
     out, summary = train(**method)
     said = plain(capsys.readouterr().out)
-    untouched = logits(AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32))
+    untouched = logits(AutoModelForCausalLM.from_pretrained(tiny_bpe, dtype=torch.float32))
     adapter = logits(load_adapter(out / "adapter", dtype=torch.float32))
     merged = logits(AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32))
     assert (adapter - untouched).abs().max() > 1e-2
@@ -96,7 +96,7 @@ def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train,
     settings = Recipe(**chosen).resolve()
     tokenizer, added = load_tokenizer(settings)
     model = build_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
-    ids = torch.arange(1000, 1064)[None]
+    ids = torch.arange(100, 164)[None]
 
     def gradient():
         model.train()
@@ -143,10 +143,10 @@ def test_answers_leave_4_bit_weights_as_they_were(tmp_path):
     assert model.train()(ids).logits.equal(before)
 
 
-def test_full_fine_tuning_with_frozen_layers(train, tiny_qwen3):
+def test_full_fine_tuning_with_frozen_layers(train, tiny_bpe):
     out, _ = train(use_peft=False, freeze=["embed_tokens", r"layers\.0\."], learning_rate=1e-3)
     before, after = (
-        dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in (tiny_qwen3, out / "model")
+        dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in (tiny_bpe, out / "model")
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("layers.1." in name or name == "model.norm.weight" for name in changed)
