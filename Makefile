@@ -50,6 +50,7 @@ sft-alpaca-pack: $(STAMP)  ## MA-RLHF's sft_pack.py: the same with constant-leng
 tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_tokenizers.py
 	$(BIN)/python scripts/fetch_converter.py
+	$(BIN)/python scripts/fetch_templates.py
 
 # A process for each core, one thread each; a file's tests stay together, as they share what is made once.
 JOBS ?= 2

@@ -9,18 +9,23 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
+from jinja2 import nodes
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.bounds import RunawayTemplateError
+from ma_sft.labels.clock import compiled
 
 Message = dict[str, Any]
 
 # What templates raise when they are given something that they do not expect.
 REFUSALS = (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError)
+
+_SWITCH = re.compile("think|reason")
 
 _SAID, _ASKED, _RESULT = "probe-said", "probe-asked", "probe-result"
 _TOOL = {
@@ -66,6 +71,7 @@ class Dialect:
     Args:
         render: `(messages, tools, prompt) -> text`, with the template's own errors.
         control: matches every control token.
+        eos: the tokenizer's EOS token.
         with_tools: whether this is the template of rows with tools.
 
     Raises:
@@ -73,9 +79,13 @@ class Dialect:
     """
 
     def __init__(
-        self, render: Callable[[list[Message], list[Any] | None, bool], str], control: re.Pattern[str], with_tools: bool
+        self,
+        render: Callable[[list[Message], list[Any] | None, bool], str],
+        control: re.Pattern[str],
+        eos: str | None,
+        with_tools: bool,
     ) -> None:
-        self._raw, self._control = render, control
+        self._raw, self._control, self._eos = render, control, eos
         self._refusal: Exception | None = None
         self._parts, self._text_arguments, self._blank = False, False, ""
         self._tools: list[Any] | None = [_TOOL] if with_tools else None
@@ -160,18 +170,23 @@ class Dialect:
     def _find_end_of_call(self, alone: str, history: str) -> End | None:
         if self.end.shared:  # whatever closes the call, the turn ends where the tool begins to speak
             rest = history[len(alone) :] if history.startswith(alone) else ""
-            first = self._control.search(rest)
-            return End(first.group(), gap=rest[: first.start()], shared=True) if first else None
+            if first := self._control.search(rest):
+                return End(first.group(), gap=rest[: first.start()], shared=True)
+            # The result stands right behind the call (Apertus), so generation stops at what closes the call.
+            closing = [m for m in self._control.finditer(alone) if m.end() == len(alone)] if rest else []
+            return End(closing[0].group()) if closing else None
         last = self._last_shared(alone, history)
         return last if last and (last.token == self.end.token or not last.tail.strip()) else None
 
     def _last_shared(self, alone: str, history: str) -> End | None:
-        """The last control token that both begin with; the first one if the next speaker's header may be shared too."""
+        """The control token that ends what both begin with: EOS, at which generation stops whatever follows, or the
+        last one; the first one if the next speaker's header may be shared too."""
         shared = shared_length(alone, history)
         found = [m for m in self._control.finditer(alone) if m.end() <= shared]
         if not found:
             return None
-        last = found[0] if self._always_prompts() else found[-1]
+        named = [m for m in found if m.group() == self._eos]
+        last = (named or found)[0] if named or self._always_prompts() else found[-1]
         return End(last.group(), alone[last.end() :])
 
     def _always_prompts(self) -> bool:
@@ -186,6 +201,19 @@ def _writes_call(text: str) -> bool:
     """Whether name and argument stand in the text, neither as Python's `repr` of a dict nor as JSON inside JSON."""
     wrong = ("{'probe_key'", '\\"probe_key')
     return _SAID in text and "probe_tool" in text and not any(form in text for form in wrong)
+
+
+@lru_cache
+def switches(template: str) -> list[tuple[str, Any]]:
+    """The variables by which a template may switch reasoning, each with each value that could matter."""
+    tree = compiled(template).environment.parse(template)
+    names = [name.name for name in tree.find_all(nodes.Name) if _SWITCH.search(name.name)]
+    values: dict[str, dict[Any, None]] = {name: dict.fromkeys((False, True)) for name in names}
+    for compared in tree.find_all(nodes.Compare):
+        if isinstance(compared.expr, nodes.Name) and compared.expr.name in values:
+            texts = [const.value for op in compared.ops for const in op.find_all(nodes.Const)]
+            values[compared.expr.name].update(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
+    return [(name, value) for name in values for value in values[name]]
 
 
 def shared_length(a: str, b: str) -> int:

@@ -31,8 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
 from ma_sft.labels.bounds import RunawayTemplateError
-from ma_sft.labels.dialect import REFUSALS, Dialect, map_strings, shared_length, strings
-from ma_sft.labels.losses import Losses
+from ma_sft.labels.dialect import REFUSALS, Dialect, map_strings, shared_length, strings, switches
+from ma_sft.labels.losses import TOOL_WORD, Losses
 from ma_sft.labels.render import Renderer
 from ma_sft.labels.templates import control_tokens, set_chat_template
 
@@ -53,8 +53,10 @@ _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 
-# Names of the variables by which templates switch reasoning on and off.
-_THINKING = re.compile(r"\b(?:enable_)?(?:thinking|reasoning)(?:_mode|_enabled)?\b")
+# A reasoning that the generation prompt opens and closes, so that the answer follows.
+_SHUT_THOUGHT = re.compile(
+    r"(<(?!/|\|END)[^<>]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*\Z", re.IGNORECASE
+)
 
 _FORBIDDEN = "marked not to be trained in the row"
 
@@ -189,9 +191,9 @@ class ChatEncoder:
         self.encode_suffix = lru_cache(maxsize=4096)(self._encode_marked)
         self._losses = Losses()
         self._advice: dict[Any, str] = {}
-        self._dialects: dict[str, Dialect] = {}
+        self._dialects: dict[tuple[str, str], Dialect] = {}
         self._tails: set[str] = set()
-        self.end_token = self._dialect(None).end.token
+        self.end_token = self._dialect(None, self.template_kwargs).end.token
 
     @property
     def end_token_id(self) -> int:
@@ -291,24 +293,30 @@ class ChatEncoder:
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def _dialect(self, tools: list[Any] | None, kwargs: dict[str, Any] | None = None) -> Dialect:
+    def _dialect(self, tools: list[Any] | None, kwargs: dict[str, Any]) -> Dialect:
+        """The dialect of the template with these variables, of which those of reasoning change what it writes."""
         template = self.tokenizer.get_chat_template(tools=tools)
-        if template not in self._dialects:
-            variables = self.template_kwargs if kwargs is None else kwargs
+        named = {name: kwargs[name] for name, _ in switches(template) if name in kwargs}
+        key = (template, repr(named))
+        if key not in self._dialects:
+            variables = {**self.template_kwargs, **named}
 
             def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
                 return self._renderer.render(messages, tools, variables, prompt=prompt)
 
-            self._dialects[template] = Dialect(render, self._control_pattern, with_tools=bool(tools))
-            self._tails |= self._dialects[template].tails
-        return self._dialects[template]
+            self._dialects[key] = Dialect(
+                render, self._control_pattern, self.tokenizer.eos_token, with_tools=bool(tools)
+            )
+            self._tails |= self._dialects[key].tails
+        return self._dialects[key]
 
     def _chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> _Chat:
         """The conversation with control-token text cut in two by a character that occurs nowhere in it."""
         untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
         # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
         messages = [_with_objects({key: m[key] for key in m if key != "train"}) for m in messages]
-        dialect, row = self._dialect(tools), kwargs or {}
+        row = kwargs or {}
+        dialect = self._dialect(tools, {**self.template_kwargs, **row})
         everything = "\0".join(strings([messages, tools, row]))
         found = self._control_pattern.findall(everything)
         if not found:
@@ -389,8 +397,9 @@ class ChatEncoder:
     def _turns(self, chat: _Chat) -> tuple[str, list[_Said]]:
         """The whole conversation's text, and what each turn that is to be trained writes."""
         full = self._render(chat, len(chat.messages))
-        setting = (repr(chat.kwargs), bool(chat.tools), id(chat.dialect))
-        self._losses.check_context(chat.messages, full, partial(self._shape_text, chat), setting)
+        render = partial(self._shape_text, chat)
+        named = bool(chat.tools) and all(isinstance(tool, dict) for tool in chat.tools or [])
+        self._losses.check_context(chat.messages, full, render, _setting(chat), tools=named)
         for tool in chat.tools or []:
             if _tool_name(tool) not in full:
                 raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
@@ -400,20 +409,30 @@ class ChatEncoder:
         turns = turns or [self._exact(chat, k, full) for k in wanted]
         for turn in turns:
             if not turn.reason:
-                reasoned = chat.messages[turn.message].get("reasoning_content") or ""
-                self._losses.check_turn(
-                    chat.messages,
-                    turn.message,
-                    turn.target,
-                    partial(self._shape_text, chat),
-                    setting,
-                    reasoned=turn.built or (len(reasoned) > 12 and reasoned.strip() in turn.target),
-                )
+                try:
+                    self._check_turn(chat, turn)
+                except TemplateError as error:
+                    if not (advice := self._advise(chat, turn.message)):
+                        raise
+                    raise TemplateError(f"{str(error).rpartition('; ')[0]}; {advice}") from None
         return full, turns
 
+    def _check_turn(self, chat: _Chat, turn: _Said) -> None:
+        """Raise `TemplateError` if something that the turn says is not in its target."""
+        reasoned = chat.messages[turn.message].get("reasoning_content") or ""
+        self._losses.check_turn(
+            chat.messages,
+            turn.message,
+            turn.target,
+            partial(self._shape_text, chat),
+            _setting(chat),
+            reasoned=turn.built or (len(reasoned) > 12 and reasoned.strip() in turn.target),
+        )
+
     def _shape_text(self, chat: _Chat, messages: list[Message]) -> str:
+        tools = [_named(tool, TOOL_WORD) for tool in chat.tools] if chat.tools else None
         try:
-            return self._render(replace(chat, messages=messages), len(messages))
+            return self._render(replace(chat, messages=messages, tools=tools), len(messages))
         except RunawayTemplateError:
             raise
         except TemplateError:
@@ -425,20 +444,34 @@ class ChatEncoder:
             return _Said(k, reason=_FORBIDDEN)
         if k == 0:
             return _Said(k, reason="no message comes before it, so nobody would ask the model for it")
+        said = self._say(chat, k, full if k == len(chat.messages) - 1 else None)
+        return said if isinstance(said, _Said) else _Said(k, reason=self._why_unlike(chat, k, said))
+
+    def _say(self, chat: _Chat, k: int, solo: str | None = None) -> _Said | str:
+        """What turn `k` writes, or the generation prompt after which the template does not write it.
+
+        `solo` is the text of the conversation up to this turn.
+        """
         prompt = self._render(chat, k, prompt=True)
-        solo = full if k == len(chat.messages) - 1 else self._render(chat, k + 1)
+        solo = self._render(chat, k + 1) if solo is None else solo
         rest, built = self._continuation(chat, k, prompt, solo), False
-        if rest is None and (opened := _OPEN_THOUGHT.search(prompt)):
-            answer = self._continuation(chat, k, prompt[: opened.start()], solo)
+        if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
+            answer = self._continuation(chat, k, prompt[: opened.start()], solo) if rest is None else rest
             rest = _thought_and_answer(chat.messages[k], answer)
             built = rest is not None
+        elif rest is None and (shut := _SHUT_THOUGHT.search(prompt)):
+            rest = self._continuation(chat, k, prompt[: shut.start()], solo)
+            rest = None if rest is None or rest.lstrip().startswith(shut.groups()) else rest
         if rest is None:
-            return _Said(k, reason=self._why_unlike(chat, k, prompt))
+            return prompt
         end = chat.dialect.end_of_call if chat.messages[k].get("tool_calls") else chat.dialect.end
         stop = self._stop(chat.dialect, rest.removesuffix(end.tail))
         if stop is None and not end.shared:
             return _Said(k, reason="the template writes no end-of-turn token after this turn")
         target = rest + end.gap + end.token if stop is None else rest[:stop]
+        if chat.dialect.end.token in target[:-1]:
+            what = f"the template writes {chat.dialect.end.token} inside this turn, where generation would stop"
+            return _Said(k, reason=f"{what}; choose another template")
         return _Said(k, prompt, target, built=built)
 
     def _stop(self, dialect: Dialect, rest: str) -> int | None:
@@ -456,29 +489,55 @@ class ChatEncoder:
         # The turns before may be written otherwise once this one follows; the message before it and the generation
         # prompt are not, and they show where it begins.
         before = self._render(chat, k - 1)
-        asked = prompt[shared_length(prompt, before) :]
+        asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, solo)
+        asked = prompt[asked_at:]
         at = solo.rfind(asked)
-        return solo[at + len(asked) :] if at >= 0 and len(asked) < len(prompt) else None
+        if at >= 0 and asked_at:
+            return solo[at + len(asked) :]
+        # Even that message may be (Hermes closes a result otherwise once an answer follows): then the prompt shows it.
+        written = self._render(chat, k)
+        opening = prompt[len(written) :] if prompt.startswith(written) else ""
+        at = solo.find(opening, differs_at)
+        found = at >= 0 and asked_at <= differs_at and self._control_pattern.search(opening)
+        return solo[at + len(opening) :] if found else None
 
     def _why_unlike(self, chat: _Chat, k: int, prompt: str) -> str:
         """Why the turn does not begin as the generation prompt does, and which variable would change that."""
         opened = "" if _OPEN_THOUGHT.search(prompt) is None else " opens <think> and this turn has no reasoning"
+        advice = self._advise(chat, k) or "no variable of the template changes that; " + (
+            "give the turn reasoning_content, or choose another template" if opened else "choose another template"
+        )
+        return f"the template's generation prompt{opened or ' is not how it begins the turn'}: {advice}"
+
+    def _advise(self, chat: _Chat, k: int) -> str:
+        """The template's variable with which turn `k` is trained and nothing of it lost; empty if there is none."""
         turn = chat.messages[k]
-        key = (id(chat.dialect), repr(chat.kwargs), opened, bool(turn.get("reasoning_content")), "tool_calls" in turn)
+        shape = [bool(turn.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
+        key = (id(chat.dialect), repr(chat.kwargs), *shape, chat.messages[k - 1]["role"])
         if key not in self._advice:
-            advice = "no variable of the template changes that; " + (
-                "give the turn reasoning_content, or choose another template" if opened else "choose another template"
+            self._advice[key] = next(
+                (
+                    f"set {name}={json.dumps(value)} in template_kwargs, or in the row's chat_template_kwargs"
+                    for name, value in switches(self.tokenizer.get_chat_template(tools=chat.tools))
+                    if self._is_trained(chat, {**chat.kwargs, name: value}, k)
+                ),
+                "",
             )
-            for name in dict.fromkeys(_THINKING.findall(self.tokenizer.get_chat_template(tools=chat.tools))):
-                for value in (False, True):
-                    kwargs = {**chat.kwargs, name: value}
-                    again = self._render(chat, k, prompt=True, kwargs=kwargs)
-                    if self._render(chat, k + 1, kwargs=kwargs).startswith(again):
-                        advice = (
-                            f"set {name}={json.dumps(value)} in template_kwargs, or in the row's chat_template_kwargs"
-                        )
-            self._advice[key] = advice
-        return f"the template's generation prompt{opened or ' is not how it begins the turn'}: {self._advice[key]}"
+        return self._advice[key]
+
+    def _is_trained(self, chat: _Chat, kwargs: dict[str, Any], k: int) -> bool:
+        """Whether turn `k` is trained, and wholly, with these variables of the template."""
+        try:
+            chat = replace(chat, kwargs=kwargs, dialect=self._dialect(chat.tools, kwargs))
+            said = self._say(chat, k)
+            if isinstance(said, str) or said.reason:
+                return False
+            self._check_turn(chat, said)
+        except RunawayTemplateError:
+            raise
+        except TemplateError:
+            return False
+        return True
 
     def _anchored(self, chat: _Chat, full: str, assistants: list[int]) -> list[_Said] | None:
         """All turns of a long conversation from its one text, or None where that cannot be shown to be right.
@@ -734,6 +793,18 @@ def _escaper(tokens: Iterable[str]) -> Callable[[str, str], str]:
     """A function that puts `marker` after the first character of every occurrence of a token, overlaps included."""
     pattern = re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
     return lambda text, marker: pattern.sub(lambda m: m.group(1) + marker, text)
+
+
+def _setting(chat: _Chat) -> tuple[Any, ...]:
+    """What decides, beside the shape of its messages, what the template leaves out of a conversation."""
+    return (repr(chat.kwargs), id(chat.dialect), bool(chat.tools))
+
+
+def _named(tool: Any, name: str) -> Any:
+    """The schema of a tool under another name."""
+    if not isinstance(tool, dict):
+        return tool
+    return {**tool, "function": _named(tool["function"], name)} if "function" in tool else {**tool, "name": name}
 
 
 def _tool_name(tool: Any) -> str:

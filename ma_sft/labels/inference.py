@@ -21,6 +21,10 @@ from ma_sft.labels.nonsense import Message, Words, one_of_each_kind, shape, with
 # What an assistant itself writes in its content as structure; everybody else's is ordinary text.
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
+# A reasoning that a prompt opens and closes, so that the answer follows
+SHUT_REASONING = re.compile(
+    r"(<[^<>/]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*$", re.I
+)
 PLANE = 0xF0000  # characters that stand for control tokens where ids are compared as text
 
 Form = Callable[[Message], Message]
@@ -66,7 +70,8 @@ class Inference:
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self.control_text = re.compile("|".join(longest_first) or r"(?!)")
         self._pieces = re.compile(f"({self.control_text.pattern})")
-        self.forms: dict[str, list[tuple[Form, list[Lost]]]] = {}  # by shape
+        # By shape: the forms, whether an empty list of tools is needed, and what the template refuses
+        self.forms: dict[str, tuple[list[tuple[Form, list[Lost]]], bool, str]] = {}
         self.own_ends: dict[str, int | None] = {}  # by variables of the template
 
     def render(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], *, prompt: bool) -> str:
@@ -212,8 +217,14 @@ class Conversation:
             return
         key = shape(self.said, self.tools, self.kwargs)
         if key not in self.inference.forms:
-            self.inference.forms[key] = self._weigh_forms()
-        yield from self.inference.forms[key]
+            found = self._weigh_forms()
+            if not found and self.tools is None:  # a template of rows with tools goes through them, unasked
+                self.tools = []
+                found = self._weigh_forms()
+            self.inference.forms[key] = found, self.tools == [], self.refusal
+        found, empty, self.refusal = self.inference.forms[key]
+        self.tools = [] if empty else self.tools
+        yield from found
 
     def _weigh_forms(self) -> list[tuple[Form, list[Lost]]]:
         called = any(m.get("tool_calls") for m in self.messages)
@@ -232,11 +243,12 @@ class Conversation:
     def _losses(self, form: Form) -> list[Lost]:
         words = Words(self.messages, self.tools)
         messages = [form(m) for m in words.messages]
+        tools = words.tools if self.tools else self.tools
         lost: list[Lost] = []
         last = self.turns[-1]
         for k in dict.fromkeys([*one_of_each_kind(self.said, self.turns), last]):
-            before = self._render(messages[:k], words.tools, prompt=True) if k else ""
-            own = self._render(messages[: k + 1], words.tools, prompt=False)
+            before = self._render(messages[:k], tools, prompt=True) if k else ""
+            own = self._render(messages[: k + 1], tools, prompt=False)
             own = own[len(shared(before, own)) :]
             lost += [(k, what, False) for what in words.missing(k, own)]
         for i in range(-1, last):
@@ -267,21 +279,57 @@ class Conversation:
         for n, k in enumerate(turns_at):
             prompt, whole = texts[2 * n : 2 * n + 2]
             turn = turns[k] = Turn(keys[2 * n], keys[2 * n + 1])
-            if (written := self._written(turn, prompt, whole)) is not None:
+            written = self._written(turn.prompt, turn.whole, prompt, whole)
+            if written is None:
+                written = self._behind_the_opening(turn.prompt, messages, k, prompt)
+            opened = re.search(r"<think>\s*$", prompt)
+            if written is not None and not (opened and "</think>" not in self.inference.spell(written)):
                 turn.targets = self._up_to_the_stop(written, messages, k)
-            elif re.search(r"<think>\s*$", prompt):
-                turn.targets = self._on_with_thinking(turn, messages[k], prompt, whole)
+            elif opened:
+                turn.targets = self._on_with_thinking(turn, messages[k], prompt[: opened.start()], prompt, whole)
                 turn.thinks_on = True
         return turns
 
-    def _written(self, turn: Turn, prompt: str, whole: str) -> Any:
-        """What the template writes for the turn after its prompt; as characters where a token spans the border."""
+    def _written(self, before: Any, both: Any, prompt: str, whole: str) -> Any:
+        """What the template writes for the turn after its prompt; as characters where a token spans the border.
+
+        `before` and `both` are the keys of `prompt` and `whole`.
+        """
         if not whole.startswith(prompt):
             return None
-        if starts(turn.whole, turn.prompt):
-            return turn.whole[len(turn.prompt) :]
+        if starts(both, before):
+            return both[len(before) :]
         before, both = (self.key(ids, shown=True) for ids in self.inference.ids([prompt, whole]))
         return both[len(before) :] if starts(both, before) else None
+
+    def _behind_the_opening(self, before: Any, messages: list[Message], k: int, prompt: str) -> Any:
+        """What the template writes for a turn once what stands before it is written otherwise than in its prompt.
+
+        That is what follows the prompt's opening of the turn, the first one behind the message before, in whose place
+        a word stands. The opening's empty reasoning, which templates do not write in a turn, is inference's.
+        """
+        word = "Quxu"
+        content = messages[k - 1].get("content")
+        said = {**messages[k - 1], "content": [{"type": "text", "text": word}] if isinstance(content, list) else word}
+        marked = [*messages[: k - 1], said, messages[k]]
+        try:
+            so_far = self._render(messages[:k], self.tools, prompt=False)
+            if so_far == prompt:  # it always opens the next answer
+                opening = self._render(marked[:k], self.tools, prompt=False).partition(word)[2]
+            else:
+                opening = prompt.removeprefix(so_far) if prompt.startswith(so_far) else ""
+            whole = self._render(marked, self.tools, prompt=False)
+        except Refused:
+            return None
+        shut = SHUT_REASONING.search(opening)
+        opening = opening[: shut.start()] if shut else opening
+        if not self.inference.control_text.search(opening):
+            return None
+        _, found, written = whole.partition(word)[2].partition(opening)
+        if not found or (shut and written.lstrip().startswith(shut.groups())):
+            return None
+        (ids,) = self.inference.ids([prompt + written])
+        return self._written(before, self.key(ids), prompt, prompt + written)
 
     def _up_to_the_stop(self, written: Any, messages: list[Message], k: int) -> tuple[Any, ...]:
         """What is written, cut where generation stops; templates may leave that token to what follows."""
@@ -292,7 +340,14 @@ class Conversation:
             cuts = [self.inference.trailing_control(written)]
         if found := tuple(written[: at + 1] for at in cuts if at is not None):
             return found
-        ends = {*stops, *([] if (begins := self._next_begins(messages, k)) is None else [begins])}
+        begins = self._next_begins(messages, k)
+        if (
+            begins is None
+            and messages[k].get("tool_calls")
+            and self.inference.trailing_control(written) == len(written) - 1
+        ):
+            return (written,)  # the result stands right behind what closes the call
+        ends = {*stops, *([] if begins is None else [begins])}
         if isinstance(written, str):
             return tuple(written + self.inference.signs.get(end, "") for end in ends)
         return tuple((*written, end) for end in ends)
@@ -354,17 +409,24 @@ class Conversation:
         if self._render(messages[:-2], self.tools, prompt=False) == prompt:
             # It always opens the next answer, so only what opens a question tells the end of an answer
             opens = len(shared(opening[::-1], between[::-1]))
-            candidates = [between[: len(between) - opens]]
+            stop = self._first(between, self.inference.stops)
+            candidates = [between[: len(between) - opens if stop is None else stop + 1]]
         ends = ((ids, self.inference.trailing_control(ids)) for ids in candidates)
         return next((ids[at] for ids, at in ends if at is not None), None)
 
-    def _on_with_thinking(self, turn: Turn, message: Message, prompt: str, whole: str) -> tuple[Any, ...]:
-        """The prompt opens a reasoning that the template leaves out of the turn: the row's own continues it."""
+    def _on_with_thinking(
+        self, turn: Turn, message: Message, unopened: str, prompt: str, whole: str
+    ) -> tuple[Any, ...]:
+        """The prompt opens a reasoning that the template leaves out of the turn: the row's own continues it.
+
+        `unopened` is the prompt without what opens it.
+        """
         inline = re.match(r"\s*<think>(.*?)</think>(.*)", str(message.get("content") or ""), re.DOTALL)
         reasoning = message.get("reasoning_content") or (inline and inline.group(1))
         if not reasoning:
             return ()
-        answer = whole[len(shared(prompt, whole)) :]
+        answer = whole.removeprefix(prompt)
+        answer = answer if answer != whole else whole[len(shared(unopened, whole)) :]
         (ids,) = self.inference.ids([f"{prompt}{reasoning.strip()}\n</think>\n\n{answer.strip()}"])
         written = self.key(ids)
         at = self.inference.trailing_control(written)

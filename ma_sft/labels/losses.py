@@ -20,6 +20,8 @@ Render = Callable[[list[Message]], str]
 _MARKUP = re.compile(r"</?(?:think|tool_call)>")
 _SHAPES = 4096
 
+TOOL_WORD = "ZqToolzW"  # the name that every tool has where a shape is rendered
+
 
 class Losses:
     """Remembers what is lost of each shape. `render` gives the template's text of messages, or "" if it refuses."""
@@ -27,9 +29,17 @@ class Losses:
     def __init__(self) -> None:
         self._lost: dict[Any, list[tuple[int, str]]] = {}
 
-    def check_context(self, messages: list[Message], text: str, render: Render, setting: Any) -> None:
-        """Raise `TemplateError` if a message that is no assistant's is not in `text`, the whole conversation's."""
+    def check_context(
+        self, messages: list[Message], text: str, render: Render, setting: Any, *, tools: bool = False
+    ) -> None:
+        """Raise `TemplateError` if a message that is no assistant's is not in `text`, the whole conversation's.
+
+        Args:
+            tools: there are tools. `render` names them `TOOL_WORD`: a call in the row would hide that none is written.
+        """
         lost = dict(self._of_shape(messages, render, setting))
+        if tools and -1 in lost:
+            raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         for i, m in enumerate(messages):
             if m["role"] != "assistant" and (i in lost or not all(_written(part, text) for part in _texts(m))):
                 raise TemplateError(
@@ -69,6 +79,7 @@ class Losses:
             if len(self._lost) >= _SHAPES:
                 self._lost.clear()
             marked, words = _with_words(messages)
+            words[TOOL_WORD] = (-1, "the tools")
             text = render(marked)
             self._lost[shape] = [where for word, where in words.items() if text and word not in text]
         return self._lost[shape]

@@ -1,0 +1,48 @@
+"""Chat templates of families that nobody here has tried, each on Qwen3's real tokenizer with the tokens it writes."""
+
+import re
+from functools import cache
+
+from conftest import load_tokenizer
+from fetch_templates import fetch_templates
+from transformers import PreTrainedTokenizerBase
+
+# Tags that are text in the families that write them: parts of a system prompt, XML inside a call or a result
+WRITTEN = re.compile(
+    r"<[|｜][^<>\n\s{}'\"]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|〈\|EOS\|〉|<SPECIAL_\d+>|</?seed:[a-z_]+>"
+    r"|</?(?:start_of_turn|end_of_turn|beginning_of_sentence|end_of_sentence|begin_of_document|sep|role|mm:think)>"
+    r"|</?(?:assistant|user|system)>|\[/?[A-Z_]{3,}\]|\](?:~!|~)b[\[\]]|\[e~\[|\]minimax\["
+)
+# What ends a turn of each family, in the order in which it is looked for in a template
+ENDS = (
+    *("<|END_OF_TURN_TOKEN|>", "<|return|>", "<|im_end|>", "<|eot_id|>", "<turn|>", "<end_of_turn>", "<sep>"),
+    *("<｜end▁of▁sentence｜>", "<|assistant_end|>", "<|end_of_text|>", "<|end_of_msg|>", "<|message_sep|>", "<|eot|>"),
+    *("<|role_end|>", "<end_of_sentence>", "[e~[", "<SPECIAL_12>", "<seed:eos>", "</assistant>", "<|end|>"),
+)
+# Hunyuan's template puts its tokens together
+HUNYUAN = [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
+# Their generation_config names the role tokens at which they stop, beside the EOS token
+ROLES = {"GLM": ("<|user|>", "<|observation|>"), "upstage": ("<|calls|>",), "openai": ("<|call|>",)}
+
+
+@cache
+def templates() -> dict[str, str]:
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(fetch_templates().glob("*.jinja"))}
+
+
+def strange_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Qwen3's tokenizer with the template `name` and its tokens; its EOS is the family's end of turn."""
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.chat_template = templates()[name]
+    end = next((end for end in ENDS if end in tokenizer.chat_template), "</s>")
+    written = set(WRITTEN.findall(tokenizer.chat_template))
+    if name.startswith("tencent"):
+        written, end = set(HUNYUAN), HUNYUAN[0]
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(written - set(tokenizer.get_vocab()))})
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": end})
+    return tokenizer
+
+
+def stops(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    named = next((tokens for family, tokens in ROLES.items() if name.startswith(family)), ())
+    return [tokenizer.convert_tokens_to_ids(token) for token in named]
