@@ -163,10 +163,14 @@ def _copy(options: argparse.Namespace) -> None:
     JSON,
 )
 def _settings(options: argparse.Namespace) -> None:
+    from ma_sft.errors import RecipeError
     from ma_sft.recipe import all_settings
+    from ma_sft.settings import nearest
 
-    word = options.word.lower()
-    found = {n: s for n, s in all_settings().items() if word in n or word in s["help"].lower()}
+    word, known = options.word.lower(), all_settings()
+    found = {n: s for n, s in known.items() if word in n or word in s["help"].lower()}
+    if not found:
+        raise RecipeError(f"no setting speaks of {options.word!r}{nearest(word, known)}")
     if options.json:
         return _print_json(found)
     for stage in dict.fromkeys(setting["stage"] for setting in found.values()):

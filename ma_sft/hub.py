@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ma_sft.errors import RecipeError, one_line
+from ma_sft.files import not_there
 from ma_sft.terminal import no_bar_for_weights, say
 
 KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
@@ -98,6 +99,26 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
     elif weights:
         refuse_pickles(name, weight_files(folder), [path.name for path in folder.iterdir()])
     return folder
+
+
+def saved_folder(folder: Path, *, adapter: bool = False) -> Path:
+    """The saved model or adapter that a run's folder, its own folder, or a hub id stands for; an adapter if it must be.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if is_hub_id(str(folder)):
+        folder = model_folder(str(folder), weights=True)
+    if not folder.is_dir():
+        raise RecipeError(f"the folder {not_there(folder)}")
+    files = {"config.json": "model", "adapter_config.json": "adapter"}
+    if adapter:
+        del files["config.json"]
+    for candidate in (folder / name for name in (("adapter", "") if adapter else ("merged", "model", "", "adapter"))):
+        if any((candidate / file).is_file() for file in files):
+            return candidate
+    holds = " and ".join(f"no {kind} ({file})" for file, kind in files.items())
+    raise RecipeError(f"{folder} holds {holds}; give a run's folder or that of what it saved")
 
 
 def is_hub_id(name: str) -> bool:

@@ -213,6 +213,10 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
         (["chat", "runs/none"], "runs/none"),
         (["report", "runs/none"], "give one that `ma-sft train` made"),
         (["merge", "runs/none", "-o", "out"], "runs/none"),
+        (["merge", "./none", "-o", "out"], "the folder 'none' does not exist (counted from /"),
+        (["merge", "rows.jsonl", "-o", "out"], "'rows.jsonl' is a file, not a folder"),
+        (["settings", "lerning_rate"], "no setting speaks of 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["settings", "xyzzy"], "'xyzzy'; `ma-sft settings` lists them all"),
         (["init", "--data", "rows.jsonl"], "pass --model demo"),
         (["init"], "pass --data"),
         (
@@ -303,7 +307,7 @@ def test_completion_knows_commands_and_settings(shell, tmp_path, capsys):
             assert done.stdout.strip() == answer, done.stderr
 
 
-@pytest.mark.parametrize(("no_color", "colours"), [("", True), ("1", False)])
+@pytest.mark.parametrize(("no_color", "colours"), [pytest.param("", True, marks=pytest.mark.slow), ("1", False)])
 def test_no_color_is_respected(no_color, colours, here):
     (here / "mine.yaml").write_text(json.dumps(BASE))
     environment = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": no_color}

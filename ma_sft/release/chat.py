@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from ma_sft.data.values import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.files import as_written
-from ma_sft.hub import load_pretrained
+from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.encoder import ChatEncoder, Message
-from ma_sft.release.manifest import model_folder, read_manifest, trained_encoder
+from ma_sft.release.manifest import read_manifest, trained_encoder
 from ma_sft.release.merge import load_adapter
 from ma_sft.release.weights import read_weights
 from ma_sft.terminal import say
@@ -27,7 +27,7 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
     Raises:
         RecipeError: the folder holds no model, or one that is not whole, or that brings code while `code` is false.
     """
-    folder = model_folder(folder)
+    folder = saved_folder(folder)
     manifest = read_manifest(folder) or {}
     device = "auto" if torch.accelerator.is_available() else "cpu"
     if (folder / "config.json").is_file():

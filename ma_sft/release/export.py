@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, must_be_new
-from ma_sft.hub import load_pretrained
-from ma_sft.release.manifest import model_folder, read_manifest, write_manifest
+from ma_sft.hub import load_pretrained, saved_folder
+from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
 from ma_sft.release.weights import read_weights, write_shards
 from ma_sft.terminal import say
@@ -32,7 +32,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
         RecipeError: no model there, weights that are not whole, `out` exists, no space.
     """
     must_be_new(out)
-    folder = model_folder(run)
+    folder = saved_folder(run)
     if not (folder / "config.json").is_file():
         say(merge(folder, out, dtype=dtype, code=code))
     else:
@@ -88,7 +88,7 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     must_be_new(out, "choose another name or remove it")
     command = find_converter(converter)
 
-    folder = model_folder(run)
+    folder = saved_folder(run)
     scratch = out.with_name(f".{out.stem}.export")
     with atomic_dir(scratch) as target:
         if not (folder / "config.json").is_file():

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ma_sft.errors import MaSftError, RecipeError, first_line
-from ma_sft.hub import load_pretrained
+from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
-from ma_sft.release.manifest import NAME, model_folder, read_manifest, trained_encoder
+from ma_sft.release.manifest import NAME, read_manifest, trained_encoder
 from ma_sft.release.merge import find_base
 from ma_sft.release.weights import read_weights
 from ma_sft.training.exam import end_ids
@@ -30,7 +30,7 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
     Raises:
         RecipeError: no model, or one without a manifest.
     """
-    folder = model_folder(folder)
+    folder = saved_folder(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")

@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import not_there, write_whole
-from ma_sft.hub import is_hub_id
-from ma_sft.hub import model_folder as hub_folder
+from ma_sft.files import write_whole
+from ma_sft.hub import model_folder
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
@@ -32,7 +31,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
         quantization = f"4-bit {model.bnb_4bit_quant_type}" + (", double" if model.use_bnb_nested_quant else "")
     elif model.load_in_8bit:
         quantization = "8-bit"
-    base = hub_folder(str(model.model_name_or_path), model.model_revision, weights=True)
+    base = model_folder(str(model.model_name_or_path), model.model_revision, weights=True)
     return {
         "format": 1,
         "base_model": {
@@ -89,19 +88,3 @@ def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
     kwargs = manifest.get("template_kwargs")
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
-
-
-def model_folder(folder: Path) -> Path:
-    """The saved model or adapter that a run's folder, a model's own folder, or a hub id stands for.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if is_hub_id(str(folder)):
-        return hub_folder(str(folder), weights=True)
-    if not folder.is_dir():
-        raise RecipeError(f"the folder {not_there(folder)}")
-    for candidate in (folder / "merged", folder / "model", folder, folder / "adapter"):
-        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise RecipeError(f"{folder} holds no model (config.json) and no adapter (adapter_config.json)")

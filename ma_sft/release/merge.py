@@ -25,10 +25,10 @@ from transformers import (
 
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import atomic_dir, must_be_new
-from ma_sft.hub import load_pretrained, model_folder
+from ma_sft.hub import load_pretrained, model_folder, saved_folder
 from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
-from ma_sft.training.adapters import adapter_dir, read_adapter_config, skeleton
+from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.exam import end_ids
 
 
@@ -131,7 +131,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
     """
     must_be_new(out)
-    adapter = adapter_dir(run)
+    adapter = saved_folder(run, adapter=True)
     weights, config, tokenizer = find_base(adapter, base, code=code)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
     check_space(out, sum(weights.sizes.values()) * kind.itemsize if kind else weights.nbytes)

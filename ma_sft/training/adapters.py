@@ -27,7 +27,7 @@ from trl import SFTTrainer, get_peft_config
 
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
-from ma_sft.hub import is_hub_id, load_pretrained, model_folder, refuse_pickles
+from ma_sft.hub import load_pretrained, refuse_pickles, saved_folder
 from ma_sft.recipe import Settings
 from ma_sft.settings import nearest
 from ma_sft.training.processes import outside_zero3
@@ -93,7 +93,7 @@ def _saved_config(settings: Settings, folder: str) -> PeftConfig:
     own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
     if own:
         raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
-    saved = read_adapter_config(adapter_dir(Path(folder)))
+    saved = read_adapter_config(saved_folder(Path(folder), adapter=True))
     saved.inference_mode = False
     return saved
 
@@ -308,7 +308,7 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
     Raises:
         RecipeError: the adapter does not fit the model, or was trained with another chat template.
     """
-    adapter = adapter_dir(folder)
+    adapter = saved_folder(folder, adapter=True)
     template = adapter / "chat_template.jinja"
     if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
         raise RecipeError(
@@ -396,20 +396,6 @@ def name_base(adapter: Path, name: str, revision: str) -> None:
     write_whole(path, json.dumps({**saved, "base_model_name_or_path": name, "revision": revision}, indent=2))
     if card.is_file():
         write_whole(card, card.read_text(encoding="utf-8").replace(cached, name))
-
-
-def adapter_dir(folder: Path) -> Path:
-    """The adapter in a run's folder, the folder itself if it is one, or that of a hub id.
-
-    Raises:
-        RecipeError: neither.
-    """
-    if is_hub_id(str(folder)):
-        folder = model_folder(str(folder), weights=True)
-    for candidate in (folder / "adapter", folder):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise RecipeError(f"{folder} holds no adapter (adapter_config.json); give a run's folder or an adapter's")
 
 
 def read_adapter_config(adapter: Path) -> PeftConfig:
