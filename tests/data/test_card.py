@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from datasets import DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard
+from patience import PATIENCE
 
 from ma_sft import Recipe, run
 from ma_sft.cli import main
@@ -121,7 +122,7 @@ def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(stop)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60 * PATIENCE)
     assert process.returncode == (130 if stop != signal.SIGKILL else -9)
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))

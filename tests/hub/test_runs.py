@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_tokenizer, save_tiny
 from hub.conftest import chats, parquet
+from patience import PATIENCE
 from processes import free_port
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def environment(hub, home: Path, **more: object) -> dict[str, str]:
     return {**os.environ, **own, **hub.env(home), **{key: str(value) for key, value in more.items()}}
 
 
-def finish(process, log: Path, seconds: float = 500) -> str:
+def finish(process, log: Path, seconds: float = 500 * PATIENCE) -> str:
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from check_pages import chromium, findings
+from patience import PATIENCE
 
 from ma_sft import Recipe, run
 from ma_sft.cli import main
@@ -267,12 +268,12 @@ def test_watch_reloads_until_the_run_is_finished(copy, tmp_path):
     time.sleep(1.5)
     assert watching.is_alive() and not page.exists()
     facts.rename(copy / "run.json")
-    until = time.monotonic() + 60
+    until = time.monotonic() + 60 * PATIENCE
     while not page.exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert ("http-equiv", "refresh") in Page(page).attributes and "not finished" in page.read_text()
     (copy / "summary.json").write_text(summary)
-    watching.join(60)
+    watching.join(60 * PATIENCE)
     assert not watching.is_alive()
     assert ("http-equiv", "refresh") not in Page(page).attributes and "not finished" not in page.read_text()
 

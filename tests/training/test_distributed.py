@@ -12,6 +12,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT, start
 from datasets import Dataset
+from patience import PATIENCE
 from processes import Run, free_port, launcher
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
@@ -100,7 +101,7 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
         processes=2,
         env=engine(name),
     )
-    assert run.finish(300) == 0, run.text
+    assert run.finish(300 * PATIENCE) == 0, run.text
     assert [process.exitcode for process in run.processes] == [0, 0]
     found, found_weights, found_summary = outcome(run.out)
     assert found == pytest.approx(losses, abs=1e-4)
@@ -144,7 +145,7 @@ def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
     run = Run(settings, "--use_cpu", "true", processes=2)
     run.wait_for("checkpoint-5")
     os.kill(run.processes[1].pid, signal.SIGTERM)
-    assert run.finish(30) == 0, run.text
+    assert run.finish(30 * PATIENCE) == 0, run.text
     assert run.processes[1].exitcode == 0
     assert run.text.count("stopped; the same command goes on from") == 1
 
@@ -154,7 +155,7 @@ def test_dead_process_ends_the_other_with_one_line(base, tmp_path):
     run = Run(settings, "--use_cpu", "true", processes=2)
     run.wait_for("checkpoint-5")
     run.processes[1].kill()
-    assert run.finish(60) == 2
+    assert run.finish() == 2
     assert run.text.count("error: lost another process of the run") == 1
     assert "Traceback" not in run.text
 
@@ -332,7 +333,7 @@ def test_two_machines(base, tmp_path):
         )
         for rank in (1, 0)
     ]
-    assert [machine.wait(240) for machine in machines] == [0, 0]
+    assert [machine.wait(240 * PATIENCE) for machine in machines] == [0, 0]
     assert json.loads((out / "summary.json").read_text())["steps"] == 2
 
 
@@ -343,7 +344,7 @@ def test_zero3_offload(base, tmp_path):
     del settings["max_new_tokens"]
     env = launcher("zero3_offload") | {"DS_ACCELERATOR": "cpu"}
     run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env)
-    assert run.finish(600) == 0, run.text
+    assert run.finish(600 * PATIENCE) == 0, run.text
     single = Run({**settings, "output_dir": str(tmp_path / "one")}, "--per_device_train_batch_size", "2")
     assert single.finish() == 0, single.text
     assert outcome(run.out)[0] == pytest.approx(outcome(single.out)[0], abs=1e-4)
