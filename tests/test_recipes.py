@@ -184,6 +184,7 @@ def test_reasoning_trains_thoughts_and_answer(train):
         assert text.startswith("<think>\nTwice ") and "</think>" in text and text.endswith("<|im_end|>")
 
 
+@pytest.mark.slow
 def test_csv_qa_maps_columns_and_keeps_the_system_message(train):
     out, summary = train("csv_qa")
     assert summary["rows"] == 36
@@ -191,6 +192,7 @@ def test_csv_qa_maps_columns_and_keeps_the_system_message(train):
     assert json.loads((out / "adapter" / "sft_manifest.json").read_text())["system_prompt"].startswith("You answer")
 
 
+@pytest.mark.slow
 def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
     out, _ = train("base_chatml", "--learning_rate", "0.1", "--merge", "true")
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
@@ -204,7 +206,8 @@ def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
     assert all(text.endswith("<|im_end|>") for text in trained_text(out))
 
 
-def test_continue_adapter_begins_where_the_adapter_ended(train):
+def test_continue_adapter_begins_where_the_adapter_ended(train, tmp_path):
+    make_model(tmp_path / "model", "smollm2")  # a third of the tokens, for four starts
     first, _ = train("alpaca_zh", "--learning_rate", "0.05")
     adapter = load_file(first / "adapter" / "adapter_model.safetensors")
     again = {"adapter_name_or_path": str(first)}
@@ -235,6 +238,7 @@ def test_all_recipes_are_tested_short_and_tell_what_they_are():
         assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For | ast.FunctionDef)]
 
 
+@pytest.mark.slow
 def test_demo_draws_a_held_out_curve_while_it_trains(tmp_path):
     recipe = Recipe.load(ROOT / "recipes" / "demo.py")
     assert 2 <= recipe.settings["max_steps"] // recipe.settings["eval_steps"] <= 4  # a few times, as each costs a pass

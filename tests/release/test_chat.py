@@ -6,6 +6,7 @@ import pytest
 from conftest import start
 
 from ma_sft import RecipeError
+from ma_sft.cli import main
 from ma_sft.release.chat import chat, load, reply
 
 
@@ -17,9 +18,9 @@ def talk(folder, lines, monkeypatch, capsys, **more):
 
 
 @pytest.fixture
-def lively(tiny_qwen3, monkeypatch):
+def lively(tiny_bpe, monkeypatch):
     """The tiny model with weights large enough that its answers depend on what was said before."""
-    model, encoder, _ = load(tiny_qwen3)
+    model, encoder, _ = load(tiny_bpe)
     for parameter in model.parameters():
         parameter.data *= 8
     monkeypatch.setattr("ma_sft.release.chat.load", lambda folder, base, code: (model, encoder, None))
@@ -40,22 +41,23 @@ def test_answer_that_ends_by_itself_says_with_which_token(lively, monkeypatch, c
     assert re.search(r"\[1 tokens, stopped by [^\n]+\]", out) and "limit" not in out
 
 
-def test_context_that_is_full(tiny_qwen3):
-    model, encoder, _ = load(tiny_qwen3)
+def test_context_that_is_full(tiny_bpe):
+    model, encoder, _ = load(tiny_bpe)
     model.config.max_position_embeddings = 10
     with pytest.raises(RecipeError, match="the model's context holds 10"):
         reply(model, encoder, [{"role": "user", "content": "word " * 20}], max_new_tokens=3, stream=False)
 
 
-def test_one_answer_is_all_that_a_script_gets(tiny_qwen3):
-    done = start("ma-sft", "chat", tiny_qwen3, "--prompt", "Hi", "--max_new_tokens", "3")
+def test_one_answer_is_all_that_a_script_gets(tiny_bpe):
+    done = start("ma-sft", "chat", tiny_bpe, "--prompt", "Hi", "--max_new_tokens", "3")
     assert done.returncode == 0, done.stderr[-2000:]
-    model, encoder, _ = load(tiny_qwen3)
+    model, encoder, _ = load(tiny_bpe)
     expected = reply(model, encoder, [{"role": "user", "content": "Hi"}], max_new_tokens=3, stream=False)
     assert done.stdout == expected + "\n"
 
 
-def test_folder_that_is_no_model(tmp_path):
-    for folder, message in ((tmp_path / "none", "does not exist"), (tmp_path, "holds no model")):
-        done = start("ma-sft", "chat", folder, "--prompt", "Hi")
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(("folder", "message"), [("./none", "'none' does not exist"), (".", "holds no model")])
+def test_folder_that_is_no_model(folder, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", folder, "--prompt", "Hi"]) == 2
+    assert message in capsys.readouterr().err
