@@ -14,7 +14,7 @@ NAMES = sorted(
 )
 WRITTEN = re.compile(
     r"<[|｜][^<>\n\s{}'\"]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>"
-    r"|</?(?:start_of_turn|end_of_turn|end_of_utterance)>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
+    r"|</s>|</?(?:start_of_turn|end_of_turn|end_of_utterance)>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
 )
 # In the order in which an end of turn is looked for in a template
 ENDS = (
@@ -26,6 +26,7 @@ ENDS = (
     "<end_of_turn>",
     "<end_of_utterance>",
     "<｜end▁of▁sentence｜>",
+    "</s>",
 )
 
 

@@ -488,7 +488,7 @@ class ChatEncoder:
             return None
         # The turns before may be written otherwise once this one follows; the message before it and the generation
         # prompt are not, and they show where it begins.
-        before = self._render(chat, k - 1)
+        before = self._shape_text(chat, chat.messages[: k - 1])
         asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, solo)
         asked = prompt[asked_at:]
         at = solo.rfind(asked)
@@ -546,15 +546,22 @@ class ChatEncoder:
         a middle and the last one) are rendered so. If the whole text holds them as inference sees them, and the
         generation prompt stands in it once for every turn, the other turns are where it stands.
         """
+        allowed = [k for k in assistants if k not in chat.untrained]
         kinds: dict[Any, list[int]] = {}
-        for k in assistants:
+        for k in allowed:
             m = chat.messages[k]
             kind = (chat.messages[k - 1]["role"], bool(m.get("tool_calls")), bool(m.get("reasoning_content")))
             marked = "</think>" in str(m.get("content"))
             kinds.setdefault((kind, marked, bool(m.get("content")), k == len(chat.messages) - 1), []).append(k)
         probes = {k for members in kinds.values() for k in (members[0], members[len(members) // 2], members[-1])}
         exact = {k: self._exact(chat, k, full) for k in sorted(probes)}
-        rendered = [turn for turn in exact.values() if turn.reason != _FORBIDDEN]
+        exact |= {k: _Said(k, reason=_FORBIDDEN) for k in chat.untrained.intersection(assistants)}
+        rendered = [exact[k] for k in sorted(probes)]
+        reasons = {turn.reason for turn in rendered}
+        if not rendered or (len(reasons) == 1 and rendered[0].reason):
+            return [exact.get(k) or _Said(k, reason=rendered[0].reason) for k in assistants]
+        if rendered[-1].message == len(chat.messages) - 1 and not _fit(full, rendered[-1]):
+            full = rendered[-1].prompt + rendered[-1].target  # with the end token that a next message would write
         if any(turn.reason or not _fit(full, turn) for turn in rendered):
             return None
         ends_of_prompts = [turn.prompt[::-1] for turn in rendered]
@@ -572,7 +579,7 @@ class ChatEncoder:
         for k, start, following in zip(assistants, starts, [*starts[1:], len(full)], strict=True):
             stop = ends.search(full, start, following)
             if k in chat.untrained:
-                turns.append(_Said(k, reason=_FORBIDDEN))
+                turns.append(exact[k])
             elif k in exact:
                 fit = _fit(full, exact[k])
                 if fit is None or fit.start != start or (stop is not None and fit.end != stop.end()):
@@ -582,7 +589,7 @@ class ChatEncoder:
                 return None
             else:
                 turns.append(_Said(k, full[:start], full[start : stop.end()]))
-        return turns if self.train_on == "all" else turns[-1:]
+        return turns
 
     # -- ids ----------------------------------------------------------------------------------------------------
 

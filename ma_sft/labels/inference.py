@@ -16,7 +16,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.clock import clock_at
-from ma_sft.labels.nonsense import Message, Words, one_of_each_kind, shape, with_objects, with_parts, with_text
+from ma_sft.labels.nonsense import (
+    FORMS,
+    FORMS_OF_CALLS,
+    Message,
+    Words,
+    one_of_each_kind,
+    shape,
+    with_objects,
+)
 
 # What an assistant itself writes in its content as structure; everybody else's is ordinary text.
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -229,7 +237,7 @@ class Conversation:
     def _weigh_forms(self) -> list[tuple[Form, list[Lost]]]:
         called = any(m.get("tool_calls") for m in self.messages)
         found: list[tuple[Form, list[Lost]]] = []
-        for form in (with_objects, with_text, with_parts) if called else (with_objects, with_parts):
+        for form in FORMS_OF_CALLS if called else FORMS:
             try:
                 found.append((form, self._losses(form)))
             except Refused as refusal:

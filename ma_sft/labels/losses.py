@@ -17,6 +17,7 @@ from ma_sft.labels.dialect import strings
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str]
 
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:think|tool_call)>")
 _SHAPES = 4096
 
@@ -93,9 +94,14 @@ def _texts(message: Message) -> list[str]:
 
 
 def _written(value: str, text: str) -> bool:
-    """Whether a value stands in a text, as it is or as JSON or Python writes it."""
+    """Whether a value stands in a text, as it is or with the backslashes of some kind of quotes."""
     value = value.strip()
-    return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text or repr(value)[1:-1] in text
+    return value in text or value in _ESCAPED.sub(_unescape, text)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    code, character = match.groups()
+    return chr(int(code, 16)) if code else {"n": "\n", "r": "\r", "t": "\t"}.get(character, character)
 
 
 def _shape(message: Message) -> tuple[Any, ...]:

@@ -130,6 +130,11 @@ def with_text(message: Message) -> Message:
     return _with_arguments(message, lambda function: json.dumps(arguments_of(function), ensure_ascii=False), None)
 
 
+def with_text_and_content(message: Message) -> Message:
+    """As `with_text`, with an empty content, for templates that read it beside calls too."""
+    return {"content": "", **{key: value for key, value in with_text(message).items() if value is not None}}
+
+
 def with_parts(message: Message) -> Message:
     """Content as a list of parts, as templates of models with images take it."""
     message = with_objects(message)
@@ -144,3 +149,7 @@ def _with_arguments(message: Message, convert: Callable[[Message], Any], empty: 
         function = dict(call.get("function") or call)
         calls.append({"type": "function", **call, "function": {**function, "arguments": convert(function)}})
     return {**message, "content": message.get("content") or empty, "tool_calls": calls}
+
+
+FORMS = (with_objects, with_parts)
+FORMS_OF_CALLS = (with_objects, with_text, with_text_and_content, with_parts)

@@ -1,6 +1,7 @@
 """Every kind of row with every chat template that TRL ships: right by inference's prompt and the judge, or refused."""
 
 import json
+import sys
 
 import pytest
 from conftest import ROOT, load_tokenizer
@@ -74,6 +75,40 @@ def assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, 
                     before, tools=tools, add_generation_prompt=True, return_dict=False
                 )
                 assert example.input_ids[: turn.start] == prompt, kind
+
+
+def work(function):
+    """How many functions of Python are called: the template's part of the time, the same on every machine."""
+    calls = 0
+
+    def count(_frame, event, _what):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "qwen3")])
+def test_work_is_linear_in_turns(name):
+    """But where the template's own is not, and where every turn needs a sequence of its own."""
+    tokenizer = trl_tokenizer(name)
+    encoder = ChatEncoder(tokenizer)
+    takes_text = "'content'][0]['text']" not in tokenizer.chat_template
+    applied, encoded, written = {}, {}, {}
+    for n in (20, 200):
+        chat = [turn for i in range(n // 2) for turn in (user(f"Question {i}?"), assistant(f"It is {i}."))]
+        given = chat if takes_text else [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        written[n] = sum(len(example.ids) for example in encoder.encode([chat])[0])
+        applied[n] = work(lambda given=given: tokenizer.apply_chat_template(given, return_dict=False))
+        encoded[n] = work(lambda chat=chat: encoder.encode([chat]))
+    more = max(1, applied[200] / applied[20] / 10, written[200] / written[20] / 10)
+    assert encoded[200] <= 12 * more * encoded[20]
+    assert written[200] > 2 * written[20] * 10 or encoded[200] <= 12 * applied[200]
 
 
 @pytest.mark.parametrize("name", ["nemotron_3_nano", pytest.param("qwen3_5_think", marks=pytest.mark.slow)])

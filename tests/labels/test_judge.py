@@ -183,21 +183,24 @@ def test_what_a_template_refuses_is_not_proven():
     assert "not proven" in report.verdict and json.loads(report.to_json())["proven"] is False
 
 
+# TRL ships no training twin of these.
+WITHOUT_MARKS = {"gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "llama3_1", "llama3_2"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - WITHOUT_MARKS))
 def test_a_template_ends_its_own_turns_or_leaves_that_to_the_next_message(name):
     """The end that the judge finds by itself is where the training twin's generation marks end."""
     tokenizer = trl_tokenizer(name)
     inference = Inference(tokenizer)
-    if inference.twin is None:
-        pytest.skip("TRL ships no training twin")
+    assert inference.twin is not None
     judge = Judge(tokenizer)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    if tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True).strip().endswith("<think>"):
+        chat[1]["reasoning_content"] = "Greet back."  # whoever is made to think has to
     conversation = Conversation(inference, chat, None, {})
     form, _ = next(conversation.forms())
     turn = conversation.read(form, [1])[1]
-    if not turn.targets or isinstance(turn.targets[0], str):
-        pytest.skip("the template does not continue its own prompt, or not between two tokens")
     ids = [*turn.prompt, *turn.targets[0]]
     verdict = judge.judge(chat, [(ids, [-100] * len(turn.prompt) + list(turn.targets[0]))])
     assert verdict.faults == [] and len(verdict.proven) == 1

@@ -12,8 +12,9 @@ from ma_sft.labels.judge import Judge, runs
 
 REAL = ("qwen3", "llama2", "gptoss", "smollm2")
 SLOW = ("llama3", "gemma3", "deepseek_v3")
-TRL = ("cohere", "gemma4_v5", "lfm2_v2", "llama3_1", "muse_glimmer", "phi3_5", "qwen2_5", "qwen3_5_think", "qwen3_8")
-WITH_TOOLS = ("gemma4_v5", "lfm2_v2", "qwen2_5", "qwen3_8")
+TRL = ("cohere", "cohere2", "deepseek_r1_distill", "gemma4_v5", "glm4moe", "lfm2_v2", "llama3_1", "muse_glimmer")
+TRL += ("nemotron_3_nano", "phi3_5", "qwen2_5", "qwen3_5_think", "qwen3_8", "smolvlm")
+WITH_TOOLS = ("gemma4_v5", "glm4moe", "lfm2_v2", "qwen2_5", "qwen3_8")
 
 CHAT = [
     {"role": "user", "content": "Name two rivers, please."},
@@ -141,6 +142,16 @@ MISREAD = {
 }
 
 
+MISTHOUGHT = {
+    "the reasoning is lost": _said(3, reasoning_content=""),
+    "the reasoning is another": _said(3, reasoning_content="Of the sea."),
+    "the reasoning is said": lambda rows: [
+        *rows[:3],
+        {"role": "assistant", "content": "One more. " + rows[3]["content"]},
+    ],
+}
+
+
 def _calls(change):
     def changed(rows):
         rows = copy.deepcopy(rows)
@@ -186,20 +197,25 @@ def _accuses(verdict):
 def _find_all(name):
     tokenizer = _tokenizer(name)
     encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer)
-    right = _sequences(encoder, CHAT)
-    assert not _accuses(judge.judge(CHAT, right)), "the encoder is right"
+    chat, misread = CHAT, MISREAD
+    if tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True).strip().endswith("<think>"):
+        thoughts = {1: "Of Europe.", 3: "One more."}
+        chat = [{**m, "reasoning_content": thoughts[n]} if n in thoughts else m for n, m in enumerate(CHAT)]
+        misread = MISREAD | MISTHOUGHT
+    right = _sequences(encoder, chat)
+    assert not _accuses(judge.judge(chat, right)), "the encoder is right"
     *others, last = right if len(right) == 1 or [*runs(right[0][1])][-1:] < [*runs(right[-1][1])][-1:] else right[::-1]
     begin, end = [*runs(last[1])][-1]
     missed = []
     for what, change in BROKEN.items():
         broken = change(*last, begin, end, tokenizer)
         assert broken != last, what
-        if not _accuses(judge.judge(CHAT, [*others, broken])):
+        if not _accuses(judge.judge(chat, [*others, broken])):
             missed.append(what)
-    for what, change in MISREAD.items():
-        if not _accuses(judge.judge(CHAT, _sequences(encoder, change(CHAT)))):
+    for what, change in misread.items():
+        if not _accuses(judge.judge(chat, _sequences(encoder, change(chat)))):
             missed.append(what)
-    if not _accuses(judge.judge(CHAT, [*right, last])):
+    if not _accuses(judge.judge(chat, [*right, last])):
         missed.append("a turn is trained twice")
     assert len(BROKEN) + len(MISREAD) > 30 and missed == []
 
