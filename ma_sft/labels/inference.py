@@ -298,6 +298,13 @@ class Conversation:
                 turn.thinks_on = True
         return turns
 
+    def ending(self, form: Form) -> Any:
+        """The whole conversation as the template writes it, where it does not end with a turn of the assistant."""
+        if self.turns[-1] == len(self.messages) - 1:
+            return None
+        (ids,) = self.inference.ids([self._render([form(m) for m in self.messages], self.tools, prompt=False)])
+        return self.key(ids)
+
     def _written(self, before: Any, both: Any, prompt: str, whole: str) -> Any:
         """What the template writes for the turn after its prompt; as characters where a token spans the border.
 
@@ -435,6 +442,9 @@ class Conversation:
             return ()
         answer = whole.removeprefix(prompt)
         answer = answer if answer != whole else whole[len(shared(unopened, whole)) :]
+        spoken = inline.group(2).strip() if inline else ""
+        if spoken and spoken in answer:  # without the reasoning, where the template writes the content as it is
+            answer = answer[answer.rindex(spoken) :]
         (ids,) = self.inference.ids([f"{prompt}{reasoning.strip()}\n</think>\n\n{answer.strip()}"])
         written = self.key(ids)
         at = self.inference.trailing_control(written)

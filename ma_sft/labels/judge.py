@@ -210,10 +210,11 @@ class _Hearing:
         if not self.inference.spell(ids[end:]).strip():
             return
         key, shown = self.conversation.key(ids), self.conversation.key(ids, shown=True)
-        for turn in self.turns.values():
-            if starts(key, turn.whole) and len(key) - len(turn.whole) <= 1:
+        ending = self.conversation.ending(self.form)
+        for whole in [turn.whole for turn in self.turns.values()] + [ending] * (ending is not None):
+            if starts(key, whole) and len(key) - len(whole) <= 1:
                 return
-            if not isinstance(turn.whole, str) and shown == self.conversation.key(turn.whole, shown=True):
+            if not isinstance(whole, str) and shown == self.conversation.key(whole, shown=True):
                 return
         self._accuse("unknown rest", f"the template does not go on with {self._spell(ids[end : end + 12])}")
 

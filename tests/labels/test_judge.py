@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft.labels.check import check_dataset
+from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.inference import Conversation, Inference
 from ma_sft.labels.judge import Judge
 from ma_sft.labels.shapes import EACH_SHAPE, shapes_of, spread
@@ -62,6 +63,32 @@ def test_arguments_are_values_and_never_text_inside_text(as_text):
     inner = '<call>{"name": "w", "parameters": "{\\"city\\": \\"Paris\\"}"}</call><|im_end|>'
     ((code, what),) = Judge(tokenizer).judge(messages, [labelled(tokenizer, [start, (inner,)])]).faults
     assert code == "unlike the template" and "message 1" in what
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_conversation_may_end_with_the_result_of_a_call(steps):
+    """Each call is trained; the last result stands behind the last turn and must be the row's, too."""
+    tokenizer = load_tokenizer("qwen3")
+    pairs = [(ASKED[1], {"role": "tool", "content": f"{n} degrees"}) for n in range(steps)]
+    messages = [ASKED[0], *(message for pair in pairs for message in pair)]
+    ((example,),) = ChatEncoder(tokenizer).encode([messages])
+    verdict = Judge(tokenizer).judge(messages, [(example.input_ids, example.labels)])
+    assert (verdict.faults, verdict.unjudged, len(verdict.proven)) == ([], [], steps)
+    other = [*messages[:-1], {"role": "tool", "content": "99 degrees"}]
+    ((code, _),) = Judge(tokenizer).judge(other, [(example.input_ids, example.labels)]).faults
+    assert code == "unknown rest"
+
+
+def test_reasoning_in_the_text_goes_on_with_an_opened_prompt():
+    """Spark closes an empty reasoning before a text, which here has one of its own; its prompt opens one."""
+    tokenizer = qwen(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
+    messages = [ASKED[0], {"role": "assistant", "content": "<think>\nSunny?\n</think>\n\nSunny."}]
+    ((example,),) = ChatEncoder(tokenizer).encode([messages])
+    verdict = Judge(tokenizer).judge(messages, [(example.input_ids, example.labels)])
+    assert (verdict.faults, verdict.unjudged, len(verdict.proven)) == ([], [], 1)
 
 
 FIRST_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
