@@ -56,15 +56,16 @@ tokenizers: $(STAMP)
 JOBS ?= 2
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 15 minutes on two cores
+test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 10 minutes on two cores
 	$(TEST) -m 'not slow' $(ARGS)
 
+SLOW ?= slow
 test-slow: tokenizers data/demo/train.jsonl  ## the long proofs: kills, launchers, whole recipes, faults
-	$(TEST) -m slow $(ARGS)
+	$(TEST) -m '$(SLOW)' $(ARGS)
 
-coverage: tokenizers data/demo/train.jsonl  ## both, with the lines of ma_sft that no test ran
-	$(TEST) -m 'not slow' --cov=ma_sft --cov-report= $(ARGS)
-	$(TEST) -m slow --cov=ma_sft --cov-append --cov-report=term-missing:skip-covered $(ARGS)
+coverage:  ## both, with the lines of ma_sft that no test ran
+	$(MAKE) test ARGS='--cov=ma_sft --cov-report= $(ARGS)'
+	$(MAKE) test-slow ARGS='--cov=ma_sft --cov-append --cov-report=term-missing:skip-covered $(ARGS)'
 
 test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
 	$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_checkpoints.py $(ARGS)

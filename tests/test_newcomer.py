@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import venv
 
 import pytest
@@ -335,7 +336,9 @@ def test_pipe_that_closes_early_is_no_error(here):
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(tmp_path):
+@pytest.fixture
+def installed(tmp_path):
+    """`ma-sft` of the wheel in an empty environment; with `more`, what it depends on is there too."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("ma_sft", "recipes", "accelerate_configs", "pyproject.toml", "README.md", "LICENSE"):
@@ -347,18 +350,36 @@ def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(tmp_path):
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
-    def ma_sft(*words):
+    def ma_sft(*words, **more):
         command = [tmp_path / "venv" / "bin" / "ma-sft", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, cwd=tmp_path, env={**bare, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    listed = ma_sft("recipes")
+    return ma_sft
+
+
+def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(installed, tmp_path):
+    listed = installed("recipes")
     assert "csv_qa" in listed and "zero3_offload" in listed
-    ma_sft("recipes", "copy", "reasoning")
+    installed("recipes", "copy", "reasoning")
     assert (tmp_path / "reasoning.py").read_text() == (ROOT / "recipes" / "reasoning.py").read_text()
-    ma_sft("recipes", "copy", "demo")
+    installed("recipes", "copy", "demo")
     rows = Recipe.load(tmp_path / "demo.py").settings
     for path in (*rows["datasets"], rows["eval_dataset"]):
         assert (tmp_path / path).read_text() == (ROOT / path).read_text()
-    assert "init" in ma_sft("--help")  # no dependency is installed: nothing of them is imported for this
+    assert "init" in installed("--help")  # no dependency is installed: nothing of them is imported for this
+
+
+@pytest.mark.slow
+def test_wheel_alone_trains_the_demo(installed, tmp_path):
+    # A folder on the path brings what is in it, and not the checkout that a .pth file in it names.
+    libraries = {"PYTHONPATH": sysconfig.get_path("purelib"), "HF_HUB_OFFLINE": "1"}
+    installed("recipes", "copy", "demo")
+    short = {"max_steps": 2, "per_device_train_batch_size": 1, "eval_strategy": "no", "generate_eval": 2}
+    shown = installed("train", "demo.py", *(w for k, v in short.items() for w in (f"--{k}", str(v))), **libraries)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2 and str(folder.name) in shown
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size > 0
