@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 
 import pytest
 import torch
 from conftest import ROOT, load_tokenizer, start
+from patience import PATIENCE
 
 from ma_sft import Recipe
 from ma_sft.cli import main
@@ -43,9 +45,14 @@ def test_five_commands_to_a_chat(here, capsys):
         "train": ["--max_steps", "12", "--generate_eval", "1", "--max_new_tokens", "4", "--learning_rate", "0.002"],
         "chat": ["--prompt", "Say number 7", "--max_new_tokens", "12"],
     }
+    took = {}
     for command in commands:
+        begin = time.perf_counter()
         assert main([*command[1:], *more.get(command[1], [])]) == 0
+        took[command[1]] = round(time.perf_counter() - begin, 1)
     said, shown = capsys.readouterr()
+    print("seconds on this machine:", took)
+    assert max(took["init"], took["check"]) < 20 * PATIENCE and max(took["train"], took["chat"]) < 90 * PATIENCE
     assert "Loading weights" not in shown  # a bar that says nothing to a user
     assert "every label is right" in said and "ma-sft chat runs/rows" in said
     assert said.splitlines()[-1].startswith("Number 7, aye")  # the answer alone, and in the tone of the rows
