@@ -52,9 +52,10 @@ tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_converter.py
 	$(BIN)/python scripts/fetch_templates.py
 
-# A process for each core, one thread each; a file's tests stay together, as they share what is made once.
+# A process for each core, one thread each; a file's tests stay together, as they share what is made once. In the order of
+# the folders whole runs begin early: by number of tests they would come last, and one core would wait for the other.
 JOBS ?= 2
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 10 minutes on two cores
 	$(TEST) -m 'not slow' $(ARGS)
