@@ -54,7 +54,7 @@ def fetched_once(hub) -> None:
 def test_make_sft_qwen3_as_it_stands(hub, qwen3, tmp_path):
     """The recipe of `make sft-qwen3 MAX_STEPS=4`: what the target runs after the environment is made."""
     dry = subprocess.run(
-        ["make", "--dry-run", "sft-qwen3", "MAX_STEPS=4", f"ARGS=--output_dir {tmp_path}/run"],
+        ["make", "--dry-run", "--no-print-directory", "sft-qwen3", "MAX_STEPS=4", f"ARGS=--output_dir {tmp_path}/run"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     command = dry.stdout.strip().splitlines()[-1]

@@ -323,7 +323,8 @@ def test_two_machines(base, tmp_path):
     machines = [
         subprocess.Popen(
             [
-                *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/multi_node.yaml"),
+                *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
+                *("--config_file", "accelerate_configs/multi_node.yaml"),
                 *("--num_processes", "2", "--machine_rank", str(rank), "--main_process_port", str(port)),
                 *("recipes/qwen3.py", "--model_name_or_path", base["model_name_or_path"]),
                 *("--dataset_name", base["dataset_name"], "--output_dir", str(out), "--use_cpu", "true"),
