@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ma_sft.data.formats import to_messages, to_messages_batch
     from ma_sft.data.preference import to_preference
     from ma_sft.labels.audit import audit
-    from ma_sft.labels.encoder import tokenize_conversation
+    from ma_sft.labels.conversation import tokenize_conversation
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.packing.constant_length import ConstantLengthDataset
     from ma_sft.packing.view import pack
@@ -46,7 +46,7 @@ _LAZY = {
     "pack": "ma_sft.packing.view",
     "to_preference": "ma_sft.data.preference",
     "Recipe": "ma_sft.recipe",
-    "tokenize_conversation": "ma_sft.labels.encoder",
+    "tokenize_conversation": "ma_sft.labels.conversation",
     "run": "ma_sft.sft",
     "make_trainer": "ma_sft.training.trainer",
     "SFTConfig": "ma_sft.training.compat",

@@ -22,7 +22,8 @@ from transformers import (
 from transformers.utils.logging import tqdm
 
 from ma_sft.files import write_whole
-from ma_sft.labels.encoder import ChatEncoder, Message, parsed
+from ma_sft.labels.encoder import ChatEncoder, parsed
+from ma_sft.labels.targets import Message
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.recipe import Settings
 from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks

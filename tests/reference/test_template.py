@@ -5,7 +5,7 @@ import torch
 from conftest import TOKENIZERS, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.labels.encoder import tokenize_conversation
+from ma_sft import tokenize_conversation
 from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
 from ma_sft.labels.templates import set_chat_template
 from ma_sft.reference import InputError, collate, template
