@@ -70,7 +70,7 @@ OURS = {
     "model_init_kwargs": "Passed to `from_pretrained`; its revision holds for the tokenizer and the merge as well.",
     "chat_template_path": "Chat template: a .jinja file, or the template and tokens of another tokenizer.",
     "dataset_text_field": "Column of plain text to train on, whatever its name.",
-    "dataset_num_proc": "Processes that convert and tokenise; all cores by default if there are many rows.",
+    "dataset_num_proc": "Processes that convert, tokenise and judge; all cores by default if there are many rows.",
     "eos_token": "End token of the tokenizer; refused where the chat template ends a turn with another one.",
     "pad_token": "Padding token of the tokenizer.",
     "max_length": "Longest sequence, or the length of a pack, in tokens; null: no limit.",

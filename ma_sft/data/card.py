@@ -10,7 +10,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from rich.table import Table
 
 from ma_sft.data.duplicates import conversations
-from ma_sft.data.mixture import load_mixture, processes, read_mixture
+from ma_sft.data.mixture import load_mixture, read_mixture
+from ma_sft.data.parallel import processes
 from ma_sft.data.stages import Report
 from ma_sft.errors import RecipeError
 from ma_sft.files import atomic_dir, must_be_new

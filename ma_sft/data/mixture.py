@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ from ma_sft.data.formats import (
     unused_of,
 )
 from ma_sft.data.functions import code_of
+from ma_sft.data.parallel import processes
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
 from ma_sft.data.reader import TOO_DEEP
@@ -35,7 +36,6 @@ from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
 
 SIDES = ("prompt", "chosen", "rejected")
-MANY_ROWS = 20_000  # from here on, other processes are worth their start
 SHUFFLE_BUFFER = 10_000
 RAW_TEXT = json.JSONEncoder(default=str)  # `json.dumps` would make one for each row
 
@@ -172,13 +172,6 @@ def read_mixture(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def processes(num_proc: int | None, rows: int) -> int | None:
-    """`num_proc`, or by default all cores for many rows and this process alone for few; None is this process alone."""
-    if num_proc is None and rows >= MANY_ROWS:
-        num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return None if num_proc == 1 else num_proc  # `datasets` would start a process for one
-
-
 @dataclass
 class _Mixer:
     """The steps of a mixture, with the settings that they share; each is a stage of the report."""
@@ -197,7 +190,7 @@ class _Mixer:
             rows, numbers = load_rows(source, streaming=True)
         else:
             with self.report.stage(f"{source.path}: read") as stage:
-                rows, numbers = load_rows(source, seed=self.seed, num_proc=processes(self.num_proc, MANY_ROWS))
+                rows, numbers = load_rows(source, seed=self.seed, num_proc=processes(self.num_proc, sys.maxsize))
                 stage.rows_in = len(rows)
         return replace(source, format=source.format or self._detect(rows, source)), rows, numbers
 

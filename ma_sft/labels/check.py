@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.data.parallel import Inherited, processes
 from ma_sft.errors import LabelError
 from ma_sft.labels.judge import IGNORE_INDEX, Judge, Verdict, runs
 from ma_sft.labels.response import TemplateReport, TokenBytes
@@ -34,7 +36,7 @@ TEXT_ROWS = (
     "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "
     "in their place, and each turn ends in a trained end token"
 )
-SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+LIKE_ROWS = 50  # judging a conversation takes as long as converting and tokenising so many
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def check_dataset(
     template_report: TemplateReport | None = None,
     max_length: int | None = None,
     sample: int | None = 2_000,
+    num_proc: int | None = 1,
 ) -> CheckReport:
     """Check every row of a labelled dataset.
 
@@ -206,6 +209,7 @@ def check_dataset(
         template_report: what `DataCollatorForCompletionOnlyLM.check` found in the rows.
         max_length: where rows will be cut, in tokens.
         sample: how many conversations are judged, evenly spread, beside 20 of every shape; None for all.
+        num_proc: processes that judge; None for all cores if there are many conversations.
     """
     report = CheckReport(rows=len(dataset))
     found = _Findings()
@@ -214,7 +218,7 @@ def check_dataset(
         facts.add(*batch)
     report.histogram = _histogram(facts.lengths)
     if conversations is not None:
-        court = _Court(dataset, conversations, judge or Judge(tokenizer), report, found, facts)
+        court = _Court(dataset, conversations, judge or Judge(tokenizer), report, found, facts, num_proc)
         court.judge(sample)
     elif template_report is not None:
         report.not_proven[TEXT_ROWS] = found.counts["not proven"] = report.rows
@@ -359,7 +363,7 @@ class _Facts:
 
 
 class _Court:
-    """Brings conversations and their sequences before the judge."""
+    """Brings conversations and their sequences before the judge, in several processes where there are many."""
 
     def __init__(
         self,
@@ -369,30 +373,21 @@ class _Court:
         report: CheckReport,
         found: _Findings,
         facts: _Facts,
+        num_proc: int | None,
     ) -> None:
-        self.conversations, self._judge, self.report, self.found, self.facts = (
-            conversations,
-            judge,
-            report,
-            found,
-            facts,
-        )
-        self.sequences = dataset.select_columns(["input_ids", "labels"])
-        self.reasons = dataset.select_columns(["untrained"]) if "untrained" in dataset.column_names else None
-        rows = np.asarray(dataset["row"]) if "row" in dataset.column_names else np.arange(len(dataset))
-        self.owner = rows
-        self.begins, self.ends = (np.searchsorted(rows, np.arange(len(conversations)), side) for side in SIDES)
+        self.conversations, self.report, self.found, self.facts = conversations, report, found, facts
+        self.num_proc = num_proc
+        self.owner = np.asarray(dataset["row"]) if "row" in dataset.column_names else np.arange(len(dataset))
+        columns = [name for name in ("input_ids", "labels", "untrained") if name in dataset.column_names]
+        self.bench = _Bench(judge, dataset.select_columns(columns), self.owner)
         self.proven_edges: set[tuple[str, int]] = set()
 
     def judge(self, sample: int | None) -> None:
         """Judge a sample, then rows with an edge (see `_Facts._add_edges`) that no proven turn had."""
         total = len(self.conversations)
         everything = sample is None or sample >= total
-        shapes = (
-            np.zeros(0, dtype=np.uint64)
-            if everything
-            else shapes_of(self.conversations, list(self._judge.inference.controls))
-        )
+        controls = list(self.bench.judge.inference.controls)
+        shapes = np.zeros(0, dtype=np.uint64) if everything else shapes_of(self.conversations, controls)
         chosen = np.arange(total) if everything else spread(shapes, sample or 0)
         self._judge_all(chosen)
         odd = [row for edge, rows in self.facts.edges.items() if edge not in self.proven_edges for row in rows]
@@ -407,23 +402,76 @@ class _Court:
             )
 
     def _judge_all(self, rows: "NDArray[Any]") -> None:
-        for start in range(0, len(rows), 200):
-            batch = rows[start : start + 200]
-            spans = [range(self.begins[row], self.ends[row]) for row in batch]
-            flat = [at for span in spans for at in span]
-            sequences = self.sequences.select(flat)[:]
-            reasons = self.reasons.select(flat)[:]["untrained"] if self.reasons is not None else [[]] * len(flat)
-            labelled = list(zip(sequences["input_ids"], sequences["labels"], strict=True))
-            at = 0
-            for conversation, span in zip(self.conversations.select(batch), spans, strict=True):
-                own = slice(at, at + len(span))
-                self._judge_one(span.start, conversation, labelled[own], sum(map(len, reasons[own])))
-                at += len(span)
+        bench = Inherited(partial(self.bench, rows=rows))
+        heard = self.conversations.select(rows).map(
+            bench,
+            batched=True,
+            batch_size=100,
+            with_indices=True,
+            remove_columns=self.conversations.column_names,
+            num_proc=processes(self.num_proc, len(rows) * LIKE_ROWS) if len(rows) > 100 else None,
+            keep_in_memory=True,
+            new_fingerprint="heard",  # nothing is kept: what the judge depends on need not be hashed
+            desc="judging",
+        )
+        for row, text in zip(rows, heard["heard"] if len(rows) else (), strict=True):
+            self._enter(int(self.bench.begins(row)), **json.loads(text))
 
-    def _judge_one(self, row: int, conversation: dict[str, Any], sequences: list[Any], excused: int) -> None:
+    def _enter(self, row: int, origin: str, turns: int, edges: list[list[Any]], verdict: dict[str, Any]) -> None:
+        report, said = self.report, Verdict(**verdict)
+        report.compared_turns += turns
+        report.proven_turns += len(said.proven)
+        report.witnessed_turns += said.witnessed
+        _count(report.losses, [dict.fromkeys(said.losses)])
+        _count(report.not_proven, [dict.fromkeys(said.unjudged)])
+        for code, what in dict(reversed(said.faults)).items():
+            if code == "missing end token" and row in self.facts.open_rows:
+                continue  # it was counted with the facts
+            self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
+        for remark in dict.fromkeys(said.remarks):
+            self.found.add("harmless", [row], remark)
+        if said.unjudged:
+            self.found.add("not proven", [row])
+        if said.losses:
+            self.found.add("said but not shown", [row])
+        self.proven_edges |= {(edge, token) for edge, token in edges}
+
+
+class _Bench:
+    """What a process needs to judge its share of the conversations; see `_Court._judge_all`.
+
+    Args:
+        sequences: columns `input_ids`, `labels` and, if there is one, `untrained`.
+        owner: the conversation of each sequence, in rising order.
+    """
+
+    def __init__(self, judge: Judge, sequences: Dataset, owner: "NDArray[Any]") -> None:
+        self.judge, self.sequences, self.owner = judge, sequences, owner
+
+    def begins(self, row: int) -> "np.intp":
+        """The first sequence of a conversation."""
+        return np.searchsorted(self.owner, row)
+
+    def __call__(self, batch: dict[str, list[Any]], places: list[int], rows: "NDArray[Any]") -> dict[str, list[str]]:
+        spans = [range(self.begins(rows[at]), np.searchsorted(self.owner, rows[at], "right")) for at in places]
+        found = self.sequences.select([at for span in spans for at in span])[:]
+        labelled = iter(zip(found["input_ids"], found["labels"], strict=True))
+        reasons = iter(found.get("untrained") or [[]] * sum(map(len, spans)))
+        return {
+            "heard": [
+                self._hear(
+                    {name: batch[name][at] for name in batch},
+                    [next(labelled) for _ in span],
+                    sum(len(next(reasons)) for _ in span),
+                )
+                for at, span in enumerate(spans)
+            ]
+        }
+
+    def _hear(self, conversation: dict[str, Any], sequences: list[Any], excused: int) -> str:
         messages = [_without_nulls(message) for message in _read(conversation["messages"])]
         tools, kwargs = (_read(conversation.get(name)) for name in ("tools", "chat_template_kwargs"))
-        verdict = self._judge.judge(messages, sequences, tools=tools, kwargs=kwargs)
+        verdict = self.judge.judge(messages, sequences, tools=tools, kwargs=kwargs)
         if raw := _read(conversation.get("raw")):
             wrong, unread = misquotes(raw, messages, tools)
             verdict.faults += [("unlike the row", what) for what in wrong]
@@ -431,34 +479,14 @@ class _Court:
         if len(verdict.untrained) > excused:
             named = ", ".join(map(str, verdict.untrained))
             verdict.faults.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
-        self._enter(row, conversation.get("origin") or "", sequences, verdict)
-
-    def _enter(self, row: int, origin: str, sequences: list[Any], verdict: Verdict) -> None:
-        report = self.report
-        report.compared_turns += sum(1 for _, labels in sequences for _ in runs(labels))
-        report.proven_turns += len(verdict.proven)
-        report.witnessed_turns += verdict.witnessed
-        _count(report.losses, [dict.fromkeys(verdict.losses)])
-        _count(report.not_proven, [dict.fromkeys(verdict.unjudged)])
-        for code, what in dict(reversed(verdict.faults)).items():
-            if code == "missing end token" and row in self.facts.open_rows:
-                continue  # it was counted with the facts
-            self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
-        for remark in dict.fromkeys(verdict.remarks):
-            self.found.add("harmless", [row], remark)
-        if verdict.unjudged:
-            self.found.add("not proven", [row])
-        if verdict.losses:
-            self.found.add("said but not shown", [row])
-        if not verdict.faults:
-            for number, begin, end in verdict.proven:
-                ids = sequences[number][0]
-                inside = {*ids[begin:end]} & self._judge.inference.signs.keys()
-                self.proven_edges |= {
-                    ("before", ids[begin - 1]),
-                    ("end", ids[end - 1]),
-                    *(("inside", i) for i in inside),
-                }
+        edges = set()
+        for number, begin, end in verdict.proven if not verdict.faults else ():
+            ids = sequences[number][0]
+            edges |= {("before", ids[begin - 1]), ("end", ids[end - 1])}
+            edges |= {("inside", i) for i in {*ids[begin:end]} & self.judge.inference.signs.keys()}
+        turns = sum(1 for _, labels in sequences for _ in runs(labels))
+        origin = conversation.get("origin") or ""
+        return json.dumps({"origin": origin, "turns": turns, "edges": [*edges], "verdict": asdict(verdict)})
 
 
 def _read(value: Any) -> Any:

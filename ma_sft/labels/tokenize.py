@@ -126,6 +126,7 @@ def check(
             judge=judge,
             template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
             max_length=limit,
+            num_proc=settings.training.dataset_num_proc,
             **({"sample": None} if every_row else {}),
         )
         if kept is not None and not report.errors:
@@ -251,13 +252,14 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
 
 def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_proc: int | None) -> Dataset:
     """The labelled rows that the cache has under `key`, or makes: Arrow files that are written once, one a process."""
-    from ma_sft.data.mixture import processes
+    from ma_sft.data.parallel import Inherited, processes
 
     folder = cache_dir() / "tokenized" / key
     if not folder.is_dir():
+        inherited = Inherited(label)
         with atomic_dir(folder) as target:
             rows.map(
-                label,
+                inherited,
                 batched=True,
                 with_indices=True,
                 remove_columns=rows.column_names,

@@ -29,6 +29,20 @@ def labelled(name: str, **settings) -> tuple[Dataset, Dataset, ChatEncoder]:
     return rows, conversations, encoder
 
 
+def test_several_processes_find_what_one_finds():
+    encoder = ChatEncoder(_load_tokenizer("smollm2"))
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(250)]
+    conversations = Dataset.from_dict({"messages": chats, "origin": [f"line {n}" for n in range(250)]})
+    rows = conversations.map(
+        encoder.tokenize_batch, batched=True, with_indices=True, remove_columns=["messages", "origin"]
+    )
+    wrong = broken(rows, 170, lambda ids, labels: (ids[:4] + ids[5:], labels[:4] + labels[5:]))
+    one, two = (
+        check_dataset(wrong, encoder.tokenizer, conversations=conversations, num_proc=n).to_json() for n in (1, 2)
+    )
+    assert one == two and "row 170 (line 170)" in one and json.loads(one)["judged_rows"] == 250
+
+
 def codes(findings) -> set[str]:
     return {finding.code for finding in findings}
 

@@ -5,6 +5,7 @@ import unicodedata
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 from conftest import FUZZ, load_tokenizer
 from hypothesis import given, settings
@@ -32,6 +33,23 @@ TURNS = [
     {"role": "user", "content": "谢谢 😀"},
     {"role": "assistant", "content": "不客气！"},
 ]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_many_texts_with_special_tokens_are_tokenised_as_each_alone(name):
+    encoder = ChatEncoder(load_tokenizer(name))
+    said = f" {SPECIAL[name]}</think>\n{SPECIAL[name]}"
+    chats = [
+        [{"role": "user", "content": f"{n}{said * (n % 3)}"}, {"role": "assistant", "content": f"{said * (n % 2)} {n}"}]
+        for n in range(20)
+    ]
+    together = encoder.encode(chats)
+    for chat, examples in zip(chats, together, strict=True):
+        ((alone,),) = encoder.encode([chat])
+        (example,) = examples
+        assert (example.input_ids, example.labels) == (alone.input_ids, alone.labels)
+        assert example.ids.dtype == alone.ids.dtype == np.int32
+
 
 words = (
     'Hello|你好，世界|😀🎉| |\n|\n\n|x = 1\n|{"a": 1}|it\'s|  lead|trail  |1234|é|<b>|<|im_end|\t|the quick brown fox'
