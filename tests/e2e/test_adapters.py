@@ -35,8 +35,9 @@ def answers(model, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.whole) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_learns_the_demo_task(method, tmp_path):
     out, few = tmp_path / "run", tmp_path / "few.jsonl"
     few.write_text("".join((ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines(True)[:8]))
