@@ -81,7 +81,7 @@ check-pages: $(STAMP)  ## hold PAGES="runs/demo/report.html" against axe-core in
 	PYTHONPATH=scripts $(BIN)/python scripts/check_pages.py $(PAGES)
 
 docs-images: $(STAMP)  ## the pictures of the README, from runs/demo, with Chromium
-	$(BIN)/python scripts/draw_pages.py
+	PYTHONPATH=scripts $(BIN)/python scripts/draw_pages.py
 
 lint: $(STAMP)  ## ruff: style and format; import-linter: imports go one way
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache

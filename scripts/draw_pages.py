@@ -1,14 +1,12 @@
 """The pictures of the README: a run's report and the mask preview of the demo, as Chromium shows them.
 
-Needs Chromium (`apt-get install chromium`) and a finished `runs/demo` (`make sft-demo`).
+Needs a finished `runs/demo` (`make sft-demo`).
 """
 
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from browser import show
 from PIL import Image
 
 from ma_sft.labels.templates import load_tokenizer
@@ -22,14 +20,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 def draw(page: Path, picture: Path, width: int, height: int) -> None:
     """Draw the top `width` x `height` pixels of a page, in few colours to keep the file small."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        sys.exit("Chromium is not installed: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        options += ["--disable-component-update", "--disable-sync", "--disable-quic", "--hide-scrollbars"]
-        options += [f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--screenshot={picture}"]
-        subprocess.run([browser, *options, page.resolve().as_uri()], check=True, stderr=subprocess.DEVNULL)
+    show(page, width=width, height=height, picture=picture)
     with Image.open(picture) as image:
         image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(picture, optimize=True)
     print(f"{picture}: {picture.stat().st_size / 1024:.0f} kB")

@@ -8,7 +8,8 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from check_pages import chromium, findings
+from browser import chromium
+from check_pages import findings
 from patience import PATIENCE
 
 from ma_sft import Recipe, run
@@ -302,11 +303,28 @@ def test_settings_of_a_run_train_again(finished, tmp_path):
     assert (settings.training.learning_rate, settings.training.max_steps, settings.rows.test_size) == (1e-3, 4, 6)
 
 
+@pytest.fixture
+def browser():
+    if chromium() is None:
+        pytest.skip("no Chromium for this kind of machine")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
+def test_what_is_wrong_is_found_in_a_browser(browser, tmp_path):
+    (tmp_path / "page.html").write_text(
+        "<!doctype html><html lang='en'><title>T</title><style>@media (prefers-color-scheme: dark) "
+        "{ p { color: #777; background: #666 } }</style><h1>T</h1>"
+        "<main><p>Hi</p><div style='width: 900px'>wide</div></main>"
+    )
+    light, dark = (findings(tmp_path / "page.html", 390, dark) for dark in (False, True))
+    assert light[-1].endswith("px wider than the window") and not any("contrast" in text for text in light)
+    assert any("color-contrast" in text for text in dark)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_pages_are_readable_in_a_browser(width, dark, finished, tmp_path):
+def test_pages_are_readable_in_a_browser(browser, width, dark, finished, tmp_path):
     """Contrast, names and keyboard by axe-core, and nothing wider than the window."""
     write_report([finished], tmp_path / "one.html")
     write_report([finished] * 9, tmp_path / "many.html")
