@@ -410,8 +410,9 @@ class _Court:
             with_indices=True,
             remove_columns=self.conversations.column_names,
             num_proc=processes(self.num_proc, len(rows) * LIKE_ROWS) if len(rows) > 100 else None,
-            keep_in_memory=True,
-            new_fingerprint="heard",  # nothing is kept: what the judge depends on need not be hashed
+            keep_in_memory=True,  # nothing is kept or found again: what the judge depends on need not be hashed
+            load_from_cache_file=False,
+            new_fingerprint="heard",
             desc="judging",
         )
         for row, text in zip(rows, heard["heard"] if len(rows) else (), strict=True):
