@@ -36,6 +36,7 @@ TEXT_ROWS = (
     "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "
     "in their place, and each turn ends in a trained end token"
 )
+AT_A_TIME = 100  # conversations that are judged; of fewer, other processes are not worth their start
 LIKE_ROWS = 50  # judging a conversation takes as long as converting and tokenising so many
 
 
@@ -377,9 +378,9 @@ class _Court:
     ) -> None:
         self.conversations, self.report, self.found, self.facts = conversations, report, found, facts
         self.num_proc = num_proc
-        self.owner = np.asarray(dataset["row"]) if "row" in dataset.column_names else np.arange(len(dataset))
+        owner = np.asarray(dataset["row"]) if "row" in dataset.column_names else np.arange(len(dataset))
         columns = [name for name in ("input_ids", "labels", "untrained") if name in dataset.column_names]
-        self.bench = _Bench(judge, dataset.select_columns(columns), self.owner)
+        self.bench = _Bench(judge, dataset.select_columns(columns), owner)
         self.proven_edges: set[tuple[str, int]] = set()
 
     def judge(self, sample: int | None) -> None:
@@ -391,7 +392,7 @@ class _Court:
         chosen = np.arange(total) if everything else spread(shapes, sample or 0)
         self._judge_all(chosen)
         odd = [row for edge, rows in self.facts.edges.items() if edge not in self.proven_edges for row in rows]
-        more = np.setdiff1d(self.owner[odd], chosen) if odd else np.zeros(0, dtype=np.int64)
+        more = np.setdiff1d(self.bench.owner[odd], chosen) if odd else np.zeros(0, dtype=np.int64)
         self._judge_all(more)
         self.report.judged_rows = len(chosen) + len(more)
         self.report.judged = f"all {total:,} rows were judged"
@@ -406,10 +407,10 @@ class _Court:
         heard = self.conversations.select(rows).map(
             bench,
             batched=True,
-            batch_size=100,
+            batch_size=AT_A_TIME,
             with_indices=True,
             remove_columns=self.conversations.column_names,
-            num_proc=processes(self.num_proc, len(rows) * LIKE_ROWS) if len(rows) > 100 else None,
+            num_proc=processes(self.num_proc, len(rows) * LIKE_ROWS) if len(rows) > AT_A_TIME else None,
             keep_in_memory=True,  # nothing is kept or found again: what the judge depends on need not be hashed
             load_from_cache_file=False,
             new_fingerprint="heard",

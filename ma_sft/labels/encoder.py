@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -279,17 +280,20 @@ class ChatEncoder:
 
     def _encode_batch(self, texts: list[tuple[str, str]]) -> list[Ids]:
         """Ids of rendered texts and their markers, by one call of the tokenizer."""
-        if len(texts) < _FEW or self._adds_prefix:
-            known = self.backend([text for text, _ in texts]) if len(texts) >= _FEW else [None] * len(texts)
-            return [
-                np.array(self._encode_marked(text, marker), np.int32)
-                if ids is None or (marker and marker in text)
-                else ids
-                for (text, marker), ids in zip(texts, known, strict=True)
-            ]
+        if len(texts) < _FEW:
+            return [np.array(self._encode_marked(text, marker), np.int32) for text, marker in texts]
         pieces = [text.split(marker) if marker else [text] for text, marker in texts]
-        ids = iter(self.backend([piece for each in pieces for piece in each]))
-        return [next(ids) if len(each) == 1 else np.concatenate([next(ids) for _ in each]) for each in pieces]
+        together = [each[:1] if self._adds_prefix else each for each in pieces]  # see `_ids_after`
+        ids = iter(self.backend([piece for each in together for piece in each]))
+        return [
+            np.concatenate(
+                [
+                    *islice(ids, len(known)),
+                    *(np.array(self._ids_after(piece), np.int32) for piece in each[len(known) :]),
+                ]
+            )
+            for each, known in zip(pieces, together, strict=True)
+        ]
 
     def _label(self, plan: _Plan, ids: Ids) -> Example:
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)

@@ -6,7 +6,7 @@ For turn k, `prompt = render(messages[:k], add_generation_prompt=True)` is what 
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -88,14 +88,14 @@ class Targets:
 
     Args:
         tokenizer: with a chat template.
-        control: the ids of the tokens that cut its text; see `control_tokens`.
+        control: the tokens that cut its text; see `control_tokens`.
         train_on, template_kwargs, template_now: as `ChatEncoder`'s.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        control: Iterable[str],
+        control: Collection[str],
         train_on: Literal["all", "last"],
         template_kwargs: dict[str, Any],
         template_now: str | None,
@@ -167,13 +167,12 @@ class Targets:
         text = [] if same else list(dict.fromkeys(found))
         return Chat(escaped, tools_cut, {**self.template_kwargs, **row_cut}, untrained, dialect, marker, text)
 
-    def render(self, chat: Chat, count: int, *, prompt: bool = False, kwargs: dict[str, Any] | None = None) -> str:
+    def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
         """The template's text of the first `count` messages."""
         messages = chat.messages[:count]
         tools = chat.tools or chat.dialect.default_tools
         try:
-            variables = chat.kwargs if kwargs is None else kwargs
-            return self._renderer.render(chat.dialect.messages(messages), tools, variables, prompt=prompt)
+            return self._renderer.render(chat.dialect.messages(messages), tools, chat.kwargs, prompt=prompt)
         except RunawayTemplateError:
             raise
         except REFUSALS as error:
