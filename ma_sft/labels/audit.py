@@ -18,7 +18,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
-from ma_sft.labels.check import CheckReport, Finding, check_dataset
+from ma_sft.labels.check import check_dataset
+from ma_sft.labels.findings import CheckReport, Finding
 from ma_sft.labels.inference import MARKUP, Inference, Refused
 from ma_sft.labels.judge import IGNORE_INDEX, Judge, Labelled, runs
 from ma_sft.labels.nonsense import Message

@@ -25,7 +25,7 @@ from ma_sft.labels.fingerprint import digest, label_fingerprint
 if TYPE_CHECKING:
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
-    from ma_sft.labels.check import CheckReport
+    from ma_sft.labels.findings import CheckReport
     from ma_sft.labels.judge import Judge
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.recipe import Settings
@@ -106,7 +106,8 @@ def check(
 ) -> "CheckReport":
     """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`. A report without errors is kept."""
     from ma_sft.data.stages import unused_columns
-    from ma_sft.labels.check import CheckReport, check_dataset
+    from ma_sft.labels.check import check_dataset
+    from ma_sft.labels.findings import CheckReport
     from ma_sft.labels.judge import Judge
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
-from ma_sft.labels.check import CheckReport
+from ma_sft.labels.findings import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.packs import COLUMNS, lengths, packs_of
 from ma_sft.packing.plan import check_settings
