@@ -8,11 +8,13 @@ template's own end of a turn, or, in templates that have none (GLM), the token t
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.clock import clock_at
@@ -81,6 +83,7 @@ class Inference:
         # By shape: the forms, whether an empty list of tools is needed, and what the template refuses
         self.forms: dict[str, tuple[list[tuple[Form, list[Lost]]], bool, str]] = {}
         self.own_ends: dict[str, int | None] = {}  # by variables of the template
+        self._latest: tuple[str, BatchEncoding] | None = None
 
     def render(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], *, prompt: bool) -> str:
         """The text that `apply_chat_template` gives.
@@ -104,22 +107,41 @@ class Inference:
         """Ids of rendered texts, as `apply_chat_template` makes them."""
         return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
+    def encoding(self, text: str) -> BatchEncoding:
+        """The ids of a rendered text, with their places in it; the latest is kept."""
+        if self._latest is None or self._latest[0] != text:
+            self._latest = text, self.tokenizer(text, add_special_tokens=False)
+        return self._latest[1]
+
     def ids_of_prefixes(self, texts: list[str]) -> list[tuple[int, ...]]:
         """`ids` of texts that share their beginnings, in time linear in what differs.
 
-        Texts are put together from the pieces between control tokens, if that gives the longest one's own ids.
+        Control tokens cut a text before anything else does, so the ids between two of them depend on what stands there
+        alone: what the longest text has, it gives, and the rest is tokenised between its own control tokens.
         """
         parts = [self._pieces.split(text) for text in texts]
-        pieces = list(dict.fromkeys(piece for part in parts for piece in part if piece and piece not in self.controls))
         longest = max(range(len(texts)), key=lambda n: len(texts[n]))
-        whole, *each = self.ids([texts[longest], *pieces])
-        known = {
-            "": (),
-            **{text: (index,) for text, index in self.controls.items()},
-            **dict(zip(pieces, each, strict=True)),
+        sections = [_sections(part) for part in parts]
+        known = self._ids_of_sections(parts[longest], self.encoding(texts[longest])["input_ids"])
+        if not known:
+            return self.ids(texts)
+        rest = [*dict.fromkeys("".join(section) for each in sections for section in each if section not in known)]
+        for text, ids in zip(rest, self.ids(rest), strict=True):
+            known |= self._ids_of_sections(self._pieces.split(text), ids)
+        if not all(section in known for each in sections for section in each):
+            return self.ids(texts)
+        control = {"": (), **{text: (self.controls[text],) for part in parts for text in part[1::2]}}
+        return [tuple(i for section in each for i in (*known[section], *control[section[2]])) for each in sections]
+
+    def _ids_of_sections(self, parts: list[str], ids: Sequence[int]) -> dict[tuple[str, ...], Sequence[int]]:
+        """The ids between control tokens, by what stands there and around; nothing if the ids have others."""
+        cuts = [-1, *(at for at, index in enumerate(ids) if index in self.signs), len(ids)]
+        if [ids[at] for at in cuts[1:-1]] != [self.controls[text] for text in parts[1::2]]:
+            return {}
+        return {
+            section: ids[begin + 1 : end]
+            for section, (begin, end) in zip(_sections(parts), pairwise(cuts), strict=True)
         }
-        joined = [tuple(i for piece in part for i in known[piece]) for part in parts]
-        return joined if joined[longest] == whole else self.ids(texts)
 
     def characters(self, ids: Sequence[int]) -> str:
         """The ids as text in which each control token is one character that no text can hold."""
@@ -130,7 +152,7 @@ class Inference:
                 held.append(index)
                 continue
             if held:
-                parts.append(str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False)))
+                parts.append(_decoded(self.tokenizer, tuple(held)))
                 held = []
             parts.append(self.signs.get(index, ""))
         return "".join(parts)
@@ -170,6 +192,35 @@ class Inference:
                 return twin.read_text(encoding="utf-8")
         return None
 
+    def marked(
+        self, messages: list[Message], tools: Any, kwargs: dict[str, Any], written: str | None
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation by the template's twin, and which of them stand between generation marks.
+
+        As `apply_chat_template(..., return_assistant_tokens_mask=True)`, of a text that need not be tokenised again:
+        if `written`, the template's own, is known and another, no ids.
+        """
+        with bounded(), clock_at(self.template_now, str(self.twin)):
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools,
+                chat_template=self.twin,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **kwargs},
+            )
+        (text,), (marks,) = rendered
+        if written not in (None, text):
+            return [], []
+        found = self.encoding(text)
+        ids: list[int] = found["input_ids"]
+        trained = [False] * len(ids)
+        for begin, end in marks:
+            first, last = found.char_to_token(begin), found.char_to_token(end - 1)
+            if first is not None:
+                for at in range(first, len(ids) if last is None else last + 1):
+                    trained[at] = True
+        return ids, trained
+
 
 class Conversation:
     """One conversation as inference sees it: its forms, and what it has and writes at each turn."""
@@ -182,6 +233,7 @@ class Conversation:
         self.turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         self.said = [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
         self.refusal = ""
+        self.written: str | None = None  # the template's text of all messages, where it was read
         self.hidden: dict[str, str] = {}  # placeholder -> the control token's text that it stands for
         self.messages = [self._hide(m) for m in self.said]
         self.tools = _map(tools or None, self._hide_text)
@@ -286,6 +338,7 @@ class Conversation:
         turns = {}
         for n, k in enumerate(turns_at):
             prompt, whole = texts[2 * n : 2 * n + 2]
+            self.written = whole if k + 1 == len(messages) else self.written
             turn = turns[k] = Turn(keys[2 * n], keys[2 * n + 1])
             written = self._written(turn.prompt, turn.whole, prompt, whole)
             if written is None:
@@ -473,6 +526,17 @@ def _generation_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     except (OSError, ValueError):  # a tokenizer without a model beside it
         return stops
     return stops | {*(eos if isinstance(eos, list) else [eos])} - {None}
+
+
+@lru_cache(maxsize=1024)  # what stands between two control tokens is asked for at every turn that follows
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _sections(parts: list[str]) -> list[tuple[str, ...]]:
+    """Each text between control tokens with the one before and the one behind it, empty at the ends."""
+    padded = ["", *parts, ""]
+    return [tuple(padded[at : at + 3]) for at in range(0, len(parts), 2)]
 
 
 def starts(whole: Any, begin: Any) -> bool:

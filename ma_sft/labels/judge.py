@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.labels.clock import clock_at
 from ma_sft.labels.inference import EMPTY_REASONING, Conversation, Form, Inference, Lost, Refused, Turn, shared, starts
 from ma_sft.labels.nonsense import Message
 
@@ -234,21 +233,15 @@ class _Hearing:
         if not self.inference.twin or conversation.hidden or len(conversation.messages) == 1:
             return
         try:
-            with clock_at(self.inference.template_now, self.inference.twin):
-                marked: Any = self.inference.tokenizer.apply_chat_template(
-                    [self.form(m) for m in conversation.messages],
-                    tools=conversation.tools,
-                    chat_template=self.inference.twin,
-                    return_dict=True,
-                    return_assistant_tokens_mask=True,
-                    **conversation.kwargs,
-                )
+            said = [self.form(m) for m in conversation.messages]
+            how = conversation.tools, conversation.kwargs, conversation.written
+            marked, mask = self.inference.marked(said, *how)
         except Exception:  # a twin may refuse what the template takes; the first witness is enough
             return
-        marks = list(runs([0 if m else IGNORE_INDEX for m in marked["assistant_masks"]]))
+        marks = list(runs([0 if m else IGNORE_INDEX for m in mask]))
         for number, begin, end in self.verdict.proven:
             ids = sequences[number][0]
-            if ids != marked["input_ids"] or not marks:
+            if ids != marked or not marks:
                 continue
             if any(self._confirms(ids, begin, end, mark) for mark in marks):
                 self.verdict.witnessed += 1

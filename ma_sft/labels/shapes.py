@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,17 +71,21 @@ def _field_codes(array: Any, special: str, by_value: bool) -> "NDArray[np.uint64
 
 
 def spread(shapes: "NDArray[np.uint64]", size: int) -> "NDArray[np.int64]":
-    """Rows to judge: `size` of them evenly spread, and of every shape `EACH_SHAPE` or all."""
+    """Rows to judge: `size` of them evenly spread, and as many more of every shape that it has `EACH_SHAPE` or all."""
     if size >= len(shapes):
         return np.arange(len(shapes))
     even = np.linspace(0, len(shapes) - 1, size, dtype=np.int64)
-    order = np.argsort(shapes, kind="stable")
-    _, starts, counts = np.unique(shapes[order], return_index=True, return_counts=True)
-    each = [
-        order[start + np.unique(np.linspace(0, count - 1, min(count, EACH_SHAPE), dtype=np.int64))]
-        for start, count in zip(starts, counts, strict=True)
+    kinds, kind = np.unique(shapes, return_inverse=True)
+    missing = EACH_SHAPE - np.bincount(kind[even], minlength=len(kinds))
+    others = np.setdiff1d(np.arange(len(shapes)), even)
+    others = others[np.argsort(kind[others], kind="stable")]
+    bounds = np.searchsorted(kind[others], np.arange(len(kinds) + 1)).tolist()
+    more = [
+        others[np.linspace(begin, end - 1, min(end - begin, count), dtype=np.int64)]
+        for (begin, end), count in zip(pairwise(bounds), missing.tolist(), strict=True)
+        if count > 0
     ]
-    return np.unique(np.concatenate([even, *each]))
+    return np.unique(np.concatenate([even, *more]))
 
 
 def _mix(codes: "NDArray[np.uint64]") -> "NDArray[np.uint64]":

@@ -37,7 +37,7 @@ _SHUT_THOUGHT = re.compile(
     r"(<(?!/|\|END)[^<>]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*\Z", re.IGNORECASE
 )
 
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
+_PRIVATE_USE = [chr(code) for code in range(0xE002, 0xF900)]  # the two before them are those of traces
 
 
 @dataclass(frozen=True)

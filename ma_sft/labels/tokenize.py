@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.dataset import fingerprint_of
+from ma_sft.data.parallel import Inherited, frozen, processes
 from ma_sft.errors import FormatError, RecipeError, first_line
 from ma_sft.files import atomic_dir, cache_dir, over_bound, write_whole
 from ma_sft.labels.backend import Backend, DifferentIdsError
@@ -95,12 +96,14 @@ def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Ch
     )
 
 
+@frozen()
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
     """Load the recipe's rows (the first `STREAM_SAMPLE` of a stream) and make their labels; errors as `prepare`'s."""
     make = _label_text if settings.labels.formatting_func else _label_conversations
     return make(settings, tokenizer, held_out)
 
 
+@frozen()
 def check(
     settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> "CheckReport":
@@ -253,8 +256,6 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
 
 def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_proc: int | None) -> Dataset:
     """The labelled rows that the cache has under `key`, or makes: Arrow files that are written once, one a process."""
-    from ma_sft.data.parallel import Inherited, processes
-
     folder = cache_dir() / "tokenized" / key
     if not folder.is_dir():
         inherited = Inherited(label)

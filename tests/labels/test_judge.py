@@ -329,3 +329,22 @@ def test_a_long_conversation_is_judged_to_its_last_turn():
         stop = ids.index(end, at)
         wrong = [*ids[:at], *said, *ids[stop:]]
         assert judge.judge(chat, [(wrong, [*labels[:at], *said, *labels[stop:]])]).faults, turn
+
+
+def test_ids_of_prefixes_are_the_tokenizers_own(tokenizer):
+    """They are put together from what stands between control tokens, which the longest text gives for most."""
+    inference = Inference(tokenizer)
+    first, second = list(inference.controls)[:2]
+    whole = f" a {first}\nuser\n 你好 \n{second}  x{first}{second}end{first}"
+    texts = [whole[:at] for at in range(len(whole) + 1)] + [f"{first}b {second}\nuser\n 你好 \n{first}"]
+    assert inference.ids_of_prefixes(texts) == inference.ids(texts)
+    hidden = {text: tokenizer.unk_token_id or 0 for text in inference.controls}  # as if the tokenizer had others
+    inference.controls = hidden
+    assert inference.ids_of_prefixes(texts) == inference.ids(texts)
+
+
+def test_a_sample_takes_no_more_of_a_shape_than_it_lacks():
+    shapes = np.repeat(np.arange(4, dtype=np.uint64), [5000, 100, 30, 3])
+    chosen = spread(shapes, 1000)
+    assert np.bincount(shapes[chosen].astype(int)).tolist()[1:] == [20, 20, 3]
+    assert len(chosen) == 1000 + (20 - 19) + (20 - 6) + 2
