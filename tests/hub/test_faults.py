@@ -4,7 +4,7 @@ import json
 
 import pytest
 from hub.conftest import chats, parquet
-from patience import PATIENCE
+from patience import PATIENCE, patience
 
 
 def test_cached_and_the_hub_down(hub, data, model, ma_sft, recipe, running_hub):
@@ -20,8 +20,8 @@ def test_cached_and_the_hub_down(hub, data, model, ma_sft, recipe, running_hub):
     assert done.code == again.code == 0, done.err + again.err
     assert "cannot be reached" in done.err and "going on with what is cached" in done.err
     assert "Retrying" not in done.err + again.err
-    assert done.seconds < warm + 10 * PATIENCE
-    assert "MODEL=PATH" in empty.error and "cannot be reached" in empty.error and empty.seconds < 15 * PATIENCE
+    assert done.seconds < warm + 10 * patience()
+    assert "MODEL=PATH" in empty.error and "cannot be reached" in empty.error and empty.seconds < 15 * patience()
 
 
 def test_cached_and_a_hub_that_does_not_answer(hub, data, model, ma_sft, recipe):
@@ -30,7 +30,7 @@ def test_cached_and_a_hub_that_does_not_answer(hub, data, model, ma_sft, recipe)
     done = ma_sft("check", recipe())
     assert done.code == 0, done.err
     assert "no answer within 8 s" in done.err
-    assert done.seconds < 25 * PATIENCE  # 8 s of waiting, and what a check takes
+    assert done.seconds < 25 * patience()  # 8 s of waiting, and what a check takes
 
 
 def test_offline_takes_the_revision_that_is_asked_for(hub, model, ma_sft, recipe, running_hub):
@@ -65,7 +65,7 @@ def test_a_hub_that_stays_busy(hub, data, model, ma_sft, recipe):
     hub.fail("api/models", "503", times=100)
     done = ma_sft("check", recipe())
     assert "503" in done.error and "tiny/model" in done.error
-    assert done.seconds < 25 * PATIENCE
+    assert done.seconds < 25 * patience()
 
 
 @pytest.mark.parametrize(

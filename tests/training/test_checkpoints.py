@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE
+from patience import patience
 from processes import Run
 
 from ma_sft.training.folder import COMPLETE, newest
@@ -139,7 +139,7 @@ def test_signal_saves_and_says_how_to_go_on(settings, number, code):
     started = time.monotonic()
     run.signal(number)
     assert run.finish() == code, run.text
-    assert time.monotonic() - started < 30 * PATIENCE
+    assert time.monotonic() - started < 30 * patience()
     (checkpoint,) = run.out.glob("checkpoint-*")
     assert (checkpoint / COMPLETE).exists()
     assert f"stopped; the same command goes on from {checkpoint}" in run.text
