@@ -54,8 +54,10 @@ tokenizers: $(STAMP)
 
 # A process for each core, one thread each; a file's tests stay together, as they share what is made once. In the order of
 # the folders whole runs begin early: by number of tests they would come last, and one core would wait for the other.
+# Which lines ran is counted along, by code that removes itself.
 JOBS ?= 2
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+COUNT = -m slipcover --source ma_sft --json --out .coverage.$@
+TEST = OMP_NUM_THREADS=1 $(BIN)/python $(COUNT) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 10 minutes on two cores
 	$(TEST) -m 'not slow' $(ARGS)
@@ -64,9 +66,8 @@ SLOW ?= slow
 test-slow: tokenizers data/demo/train.jsonl  ## the long proofs: kills, launchers, whole recipes, faults
 	$(TEST) -m '$(SLOW)' $(ARGS)
 
-coverage:  ## both, with the lines of ma_sft that no test ran
-	$(MAKE) test ARGS='--cov=ma_sft --cov-report= $(ARGS)'
-	$(MAKE) test-slow ARGS='--cov=ma_sft --cov-append --cov-report=term-missing:skip-covered $(ARGS)'
+coverage: $(STAMP)  ## the lines of ma_sft that the last `make test` and `make test-slow` did not run
+	$(BIN)/python -m slipcover --merge $(wildcard .coverage.test*) --json --out .coverage --skip-covered
 
 test-distributed: $(STAMP)  ## two processes train what one trains: DDP, FSDP2, ZeRO-2, ZeRO-3, on this machine's CPUs
 	$(BIN)/python -m pytest tests/training/test_distributed.py tests/training/test_checkpoints.py $(ARGS)
