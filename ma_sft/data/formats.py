@@ -14,13 +14,25 @@ from typing import Any
 from ma_sft.data.context import to_template_kwargs, to_tools, with_context
 from ma_sft.data.functions import load_function
 from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
-from ma_sft.data.turns import Message, check_order, conversation, list_of_turns, merge_turns, unknown_keys
+from ma_sft.data.turns import (
+    BAD,
+    GOOD,
+    WEIGHT_KEYS,
+    Message,
+    check_order,
+    conversation,
+    list_of_turns,
+    merge_turns,
+    turns_in_text,
+    unknown_keys,
+)
 from ma_sft.data.values import (
     Row,
     TrackedRow,
     are_objects,
     check_text,
     from_json,
+    is_blank,
     is_empty,
     need,
     show,
@@ -33,6 +45,8 @@ SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
 CHOICES = ("choices", "options")
 ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
 VERDICTS = ("label", "kto_tag")  # KTO's: whether an answer is a good one
+ROW_MARKS = frozenset((*WEIGHT_KEYS, *GOOD, *BAD))
+WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV's cells, too
 STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id"))  # of these, a text is only a part
 
 # Columns that change what a row says: where no format reads them, the row is refused.
@@ -121,7 +135,7 @@ def _pair(question: str, *answer: str, extra: tuple[str, ...] = ()) -> Callable[
 
 
 def _prompt_completion(row: TrackedRow) -> list[Message]:
-    prompt = conversation(row["prompt"], "prompt")
+    prompt = conversation(turns_in_text(row["prompt"]), "prompt")
     return with_context(row, prompt + completion(prompt, row["completion"], "completion"))
 
 
@@ -143,8 +157,9 @@ def _multiple_choice(row: TrackedRow) -> list[Message]:
     labels, texts = _choices(row)
     field = row.first(ANSWERS) or "answer"
     at = _answer(row[field], field, labels, texts)
-    for other in ANSWERS:  # says the same in another way
-        row.get(other)
+    for other in filter(row.__contains__, ANSWERS):  # says the same in another way
+        if _answer(row[other], other, labels, texts) != at:
+            raise FormatError(f"fields {field!r} and {other!r} mean different choices: {row[field]!r}, {row[other]!r}")
     options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
     question = text_of(row, "question" if "question" in row else "Question")
     user = {"role": "user", "content": f"{question}\n{options}"}
@@ -196,7 +211,8 @@ def _moss(row: TrackedRow) -> list[Message]:
     if not isinstance(row["chat"], dict):
         return with_context(row, conversation(list_of_turns(row["chat"], "chat"), "chat"))
     turns = []
-    for name, parts in row["chat"].items():
+    # A tool that sorts keys writes turn_10 before turn_2.
+    for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
         if not isinstance(parts, dict):
             raise FormatError(f"field 'chat.{name}': an object with Human and MOSS expected, found {show(parts)}")
         parts = {key: check_text(text, f"chat.{name}.{key}") for key, text in parts.items() if text is not None}
@@ -329,7 +345,7 @@ def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Con
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
+    if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
 
@@ -340,8 +356,9 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     need(row, [column for column in known.missing(set(row)) if (name, column) != ("preference", "prompt")], name)
     messages = known.convert(row)
     refuse_changing(row, name)
+    _check_marks(row)
     if name == "text":
-        if not messages[0]["content"].strip():
+        if is_blank(messages[0]["content"]):
             raise FormatError("field 'text' is empty, so there is nothing to train on")
         return messages
     _check_verdict(row)
@@ -363,6 +380,22 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
                 f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
+
+
+def _check_marks(row: TrackedRow) -> None:
+    """Raise `BadAnswer` at a column that says that the row's answer is a bad one, or must not be trained."""
+    for field in sorted(row.keys() & ROW_MARKS - row.used):
+        value = dict.get(row, field)
+        word = WORDS.get(str(value).strip().lower())
+        if word is None and field in WEIGHT_KEYS:
+            raise FormatError(
+                f"field {field!r}: a row is trained (1) or not (0); found {show(value)}; if it says something else, "
+                f"leave it out (ignore: [{field}])"
+            )
+        if word is (field in BAD):
+            raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
+        if word is not None:
+            row.used.add(field)
 
 
 def _check_verdict(row: TrackedRow) -> None:
@@ -389,7 +422,9 @@ def unused_of(row: TrackedRow) -> dict[str, str]:
                 found[column] = show(value)
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
             keys = unknown_keys(list(value))
-            found |= {f"{column}[].{key}": show(v) for key, v in keys.items() if not _matches(HARMLESS, key)}
+            # ChatGLM names the tool that a turn calls in a text of metadata.
+            calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
+            found |= {f"{column}[].{k}": show(v) for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ma_sft.data.context import with_context
 from ma_sft.data.functions import load_function
-from ma_sft.data.turns import Message, check_order, conversation, list_of_turns
-from ma_sft.data.values import Row, TrackedRow, check_text, need, show, show_columns
+from ma_sft.data.turns import Message, check_order, conversation, list_of_turns, turns_in_text
+from ma_sft.data.values import Row, TrackedRow, check_text, is_blank, need, show, show_columns
 from ma_sft.errors import FormatError
 
 # The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,
@@ -56,7 +56,8 @@ def to_preference(row: Row, format: str | None = None) -> Preference | None:
         return None
     for side in ("chosen", "rejected"):
         check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in found[side]):
+        answers = [m for m in found[side] if m["role"] == "assistant"]
+        if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
             raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
     if found["chosen"] == found["rejected"]:
         raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
@@ -111,7 +112,7 @@ def _plain(row: TrackedRow) -> Preference:
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
     if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
         return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
-    text = row[prompt]
+    text = turns_in_text(row[prompt])
     if prompt == "instruction" and row.get("input"):
         text = "\n\n".join(check_text(row[field], field) for field in ("instruction", "input"))
     messages = conversation(text, prompt)
@@ -124,7 +125,7 @@ def _plain(row: TrackedRow) -> Preference:
 
 def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
     """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
-    messages = conversation(value, field, "assistant")
+    messages = conversation(turns_in_text(value), field, "assistant")
     for start in (prompt, [m for m in prompt if m["role"] != "system"]):
         if start and messages[: len(start)] == start:
             return messages[len(start) :]

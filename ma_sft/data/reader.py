@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, SplitGenerator, Value
 from datasets.builder import Key
 
-from ma_sft.data.values import are_objects, plain, show_columns
+from ma_sft.data.values import are_objects, plain, read_json, show_columns
 from ma_sft.errors import FormatError, RecipeError, one_line
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -215,7 +215,7 @@ def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows
     if len(data) > WHOLE:
         raise FormatError(f"{where}: one JSON object of more than {WHOLE:,} bytes; write a row a line (.jsonl)")
     try:
-        value = json.loads(data.removeprefix(BOM))
+        value = read_json(data.removeprefix(BOM))
     except (ValueError, RecursionError) as error:
         if data.partition(b"\n")[2].startswith(b"{"):  # a line that is cut off, among good ones
             yield from _json_lines(io.BytesIO(data), where, config)
@@ -224,6 +224,9 @@ def _object(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows
             raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
         if isinstance(error, RecursionError):
             raise FormatError(f"{where}: not valid JSON: {TOO_DEEP}") from None
+        if isinstance(error, FormatError):  # a key that stands twice: whoever converts the row tells it
+            yield "line 1", data.removeprefix(BOM)
+            return
         raise
     if config.field:
         held = {config.field: value.get(config.field)}
@@ -297,9 +300,13 @@ def _csv(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
         names = list(reader.fieldnames or [])
         line = reader.line_num
         _check_header(names, f"{where}, line 1")
+        # A first column without a name is the index that pandas writes; any other holds something.
+        reader.fieldnames = [name or (f"column {at}" if at > 1 else "") for at, name in enumerate(names, 1)]
         for row in reader:
-            extra = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
-            yield f"line {line + 1}", json.dumps(extra or row).encode()
+            wrong = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
+            if list(row.values()) == names:
+                wrong = "the names of the columns once more; remove this line"
+            yield f"line {line + 1}", json.dumps(wrong or row).encode()
             line = reader.line_num
     except csv.Error as error:
         raise FormatError(f"{where}, line {line + 1}: not valid CSV: {error}") from None
@@ -340,8 +347,14 @@ def _rows_at_a_time(size: int) -> int:
     return max(1, min(1000, DECODED // max(1, size)))
 
 
+def _named(batch: pa.RecordBatch) -> pa.RecordBatch:
+    if twice := next((name for name in batch.schema.names if batch.schema.names.count(name) > 1), None):
+        raise ValueError(f"column {twice!r} stands twice; rename one of them")
+    return batch
+
+
 def _arrow_rows(batches: Iterator[pa.RecordBatch], unpacked: _Unpacked) -> Rows:
-    sized = ((batch, _rows_at_a_time(batch.nbytes)) for batch in batches)
+    sized = ((_named(batch), _rows_at_a_time(batch.nbytes)) for batch in batches)
     pieces = (batch[at : at + step] for batch, step in sized for at in range(0, batch.num_rows, step))
     for number, row in enumerate(itertools.chain.from_iterable(piece.to_pylist() for piece in pieces), 1):
         text = json.dumps(plain(row), default=str).encode()

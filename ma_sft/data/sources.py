@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
-from ma_sft.data.values import Row, are_objects, plain
+from ma_sft.data.values import Row, are_objects, plain, read_json
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
@@ -218,7 +218,7 @@ def rows_of(
 
 def _parse(text: bytes, is_table: bool) -> Row | FormatError:
     try:
-        row = json.loads(text)
+        row = read_json(text)
     except json.JSONDecodeError as error:
         return FormatError(f"not valid JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ or a list of parts: OpenAI's, Anthropic's (`tool_use`, `tool_result`, `thinking`
 from dataclasses import dataclass, field
 from typing import Any
 
-from ma_sft.data.values import are_objects, check_text, from_json, is_empty, parse_json, show, to_json
+from ma_sft.data.values import are_objects, check_text, from_json, is_empty, parse_json, read_json, show, to_json
 from ma_sft.errors import FormatError
 
 Message = dict[str, Any]
@@ -31,10 +31,16 @@ PAIR_ROLES = {
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text", "parts")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss", "train", "training")
+WEIGHT_KEYS = (
+    *("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss"),
+    *("train", "training", "trainable", "train_on_turn"),
+)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PARTIAL = ("mask", "masked", "train_detail")  # marks of parts of a turn
-MARKS = frozenset((*REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PARTIAL))
+# What says of an answer, true or false, whether it is a good one.
+GOOD = ("good", "correct", "accepted", "valid", "safe", "is_good", "is_correct", "is_accepted", "is_valid", "is_safe")
+BAD = ("rejected", "deleted", "is_rejected", "is_deleted", "is_bad", "is_wrong")
+MARKS = frozenset((*REASONING_KEYS, *WEIGHT_KEYS, *MEDIA, *PARTIAL, *GOOD, *BAD))
 MARKS |= {"tool_calls", "function_call", "tool_call_id", "name", "tools"}
 TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, PAIR_ROLES)
 
@@ -90,6 +96,18 @@ def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
     return list(turns)
 
 
+def turns_in_text(value: Any) -> Any:
+    """The turns that a text holds as JSON, as a cell of CSV does; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = read_json(value)
+    except (ValueError, RecursionError):
+        return value
+    are_turns = turns and are_objects(turns) and all(turn.keys() & {*ROLE_KEYS} and len(turn) > 1 for turn in turns)
+    return turns if are_turns else value
+
+
 def check_order(messages: list[Message], field: str) -> None:
     """Raise `FormatError` at a turn whose role cannot follow the one before it; see `BEFORE`."""
     before: str | None = None
@@ -143,8 +161,10 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         return _pair(turn, where)
     marked = not turn.keys().isdisjoint(MARKS)
     role_key = "role" if "role" in turn or "from" not in turn else "from"
-    content_key = next((key for key in CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
+    content_key = _one_of(turn, CONTENT_KEYS, where) or ("value" if role_key == "from" else "content")
     named, content, at = turn.get(role_key), turn.get(content_key), f"{where}.{content_key}"
+    if role_key == "role" and ROLES.get(str(turn.get("from", named)).lower()) != ROLES.get(str(named).lower()):
+        raise FormatError(f"field '{where}': role {show(named)} and from {show(turn['from'])} contradict each other")
     calls, calls_at = _calls(turn, where) if marked else ([], at)
     name = named.strip().lower() if isinstance(named, str) else ""
     role = ROLES.get(name)
@@ -167,17 +187,30 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
     return [*parts.results, *([] if parts.results and not parts.text else [message])]
 
 
-def _add_marks(message: Message, turn: dict[str, Any], where: str) -> None:
-    """What a turn says beside its role, content and calls."""
+def _one_of(turn: dict[str, Any], keys: tuple[str, ...], where: str) -> str | None:
+    """Which of the keys holds a value; the first that is there if none does."""
+    there = [key for key in keys if key in turn]
+    full = [key for key in there if not is_empty(turn[key])] or there[:1]
+    if any(turn[key] != turn[full[0]] for key in full[1:]):
+        raise FormatError(f"field '{where}': {' and '.join(full)} hold different texts; one of them expected")
+    return full[0] if full else None
+
+
+def _refuse_media(turn: dict[str, Any], where: str) -> None:
     for key in MEDIA:
         if key in turn and not is_empty(turn[key]):
             raise FormatError(f"field '{where}.{key}': only text can be trained on, found {show(turn[key])}")
+
+
+def _add_marks(message: Message, turn: dict[str, Any], where: str) -> None:
+    """What a turn says beside its role, content and calls."""
+    _refuse_media(turn, where)
     if reasoning := _reasoning(turn, where):
         message["reasoning_content"] = reasoning
     for key in ("tool_call_id", "name"):
         if turn.get(key):
             message[key] = check_text(turn[key], f"{where}.{key}")
-    if not _trained(turn, where) and message["role"] == "assistant":
+    if not is_trained(turn, where) and message["role"] == "assistant":
         message["train"] = False
 
 
@@ -188,25 +221,26 @@ def _pair(turn: dict[str, Any], where: str) -> list[Message]:
         messages.append({"role": PAIR_ROLES[key], "content": check_text(text, f"{where}.{key}")})
     if len({m["role"] for m in messages}) < len(messages):
         raise FormatError(f"field '{where}': one question and one answer expected, found {list(texts)}")
-    if not _trained(turn, where):
+    if not is_trained(turn, where):
         messages[-1]["train"] = False
     return messages
 
 
-def _trained(turn: dict[str, Any], where: str) -> bool:
+def is_trained(turn: dict[str, Any], where: str) -> bool:
     """Whether the turn's own marks let it be trained."""
-    if turn.keys().isdisjoint((*PARTIAL, *WEIGHT_KEYS)):
+    if turn.keys().isdisjoint((*PARTIAL, *WEIGHT_KEYS, *GOOD, *BAD)):
         return True
     for key in PARTIAL:
         if turn.get(key):
             raise FormatError(f"field '{where}.{key}' cannot be followed; mark a turn as a whole with train: false")
-    marks = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
+    marks = {key: turn[key] for key in (*WEIGHT_KEYS, *GOOD, *BAD) if turn.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1):
             raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(value)}")
-    if len(set(map(bool, marks.values()))) > 1:
+    trained = {bool(value) != (key in BAD) for key, value in marks.items()}
+    if len(trained) > 1:
         raise FormatError(f"field '{where}': {' and '.join(marks)} contradict each other")
-    return all(marks.values())
+    return all(trained)
 
 
 def _reasoning(turn: dict[str, Any], where: str) -> str:
@@ -242,6 +276,10 @@ def _are_parts(content: Any) -> bool:
 
 def _add_part(found: _Content, part: dict[str, Any], where: str) -> bool:
     """Add a part to what was found; False if it is none of those that can be trained on."""
+    if not part.keys().isdisjoint(MARKS):
+        _refuse_media(part, where)
+        if not is_trained(part, where):
+            raise FormatError(f"field '{where}' must not be trained; mark its turn as a whole with train: false")
     kind = part.get("type")
     text = next((part[key] for key in ("text", "value", kind) if key in part), None)
     call = part if kind == "tool_use" else part.get("functionCall") or part.get("function_call")
@@ -299,7 +337,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = next((function[key] for key in ("arguments", "parameters", "input", "args") if key in function), None)
     for _ in range(2):  # some data holds the text of a text
         arguments = from_json(arguments, f"{where}.arguments")
-    if not isinstance(arguments := arguments or {}, dict):
+    if not isinstance(arguments := {} if is_empty(arguments) else arguments, dict):
         raise FormatError(f"field '{where}.arguments': a JSON object expected, found {show(arguments)}")
     name = check_text(function["name"], f"{where}.name")
     identity = {"id": check_text(call["id"], f"{where}.id")} if call.get("id") else {}

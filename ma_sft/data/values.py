@@ -1,6 +1,7 @@
 """Values of raw rows: which are text, which are JSON, which are nothing; and how an error shows them."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ from ma_sft.errors import FormatError
 
 Row = dict[str, Any]
 SHOWN_COLUMNS = 20
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 
 
 class TrackedRow(Row):
@@ -35,6 +37,11 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(item is None for item in value)
     return value is None or (isinstance(value, str | dict) and not value)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it has spaces and characters without width alone."""
+    return BLANK.fullmatch(text) is not None
 
 
 def plain(value: Any) -> Any:
@@ -79,10 +86,26 @@ def text_of(row: Row, field: str) -> str:
     return check_text(row.get(field), field)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object, none of whose keys stands twice: Python would keep the last and lose the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise FormatError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def read_json(text: str | bytes) -> Any:
+    """`json.loads`; raises `FormatError` where a key stands twice in one object."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
 def parse_json(text: str, field: str) -> Any:
     """The value of a JSON text; raises `FormatError` naming the field."""
     try:
-        return json.loads(text)
+        return read_json(text)
+    except FormatError as error:
+        raise FormatError(f"field {field!r}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(text)}") from None
 
@@ -107,8 +130,12 @@ def need(row: Row, fields: Iterable[str], format: str) -> None:
 
 
 def to_json(value: Any, field: str) -> str:
-    """A value as JSON text that can be trained on; raises `FormatError` as `check_text`."""
-    return check_text(json.dumps(value, ensure_ascii=False, default=str), field)
+    """A value as JSON text that can be trained on; raises `FormatError` as `check_text`, and at NaN and infinities."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        raise FormatError(f"field {field!r} holds a number that JSON does not have: {show(value)}") from None
+    return check_text(text, field)
 
 
 def show(value: Any) -> str:

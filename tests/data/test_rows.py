@@ -647,3 +647,101 @@ def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
     assert "well." not in shown and "✂ max_length" in shown
     main(["preview", str(recipe), "--max_length", "400"])
     assert "✂" not in (shown := capsys.readouterr().out) and "well." in shown
+
+
+def test_marks_of_a_row_are_followed(tmp_path):
+    plain = {"question": "q", "answer": "a"}
+    for bad in ({"rejected": True}, {"is_correct": False}, {"is_safe": "False"}, {"weight": 0}, {"train": False}):
+        with pytest.raises(BadAnswer, match="marks a bad answer"):
+            to_messages({**plain, **bad})
+        with pytest.raises(BadAnswer):
+            to_messages({"text": "x", **bad}, "text")
+        good = {key: not (value and value != "False") for key, value in bad.items()}
+        assert read_row({**plain, **good}).unused == {}
+    for other in ({"loss_mask": [0, 1]}, {"weight": 0.5}):
+        with pytest.raises(FormatError, match=rf"leave it out \(ignore: \[{next(iter(other))}\]\)"):
+            to_messages({**plain, **other})
+    for mark in ({"deleted": True}, {"is_correct": False}, {"trainable": False}):
+        row = {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]}
+        assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
+    # the marks in a table are text
+    (tmp_path / "a.csv").write_text("question,answer,is_correct\nq,a,True\nr,b,False\n")
+    rows, report = load(tmp_path / "a.csv")
+    assert [row["messages"][1]["content"] for row in rows] == ["a"] and report.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (assistant([{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "yes"}]), "a whole with"),
+        (assistant([{"type": "text", "text": "see", "image": "x.png"}]), "messages[1].content[0].image': only text"),
+        (assistant("a", value="b"), "content and value hold different texts"),
+        ({"role": "assistant", "from": "human", "content": "a"}, 'role str "assistant" and from str "human"'),
+        (assistant("", tool_calls=[call("f", 0)]), "a JSON object expected, found int 0"),
+        (assistant("", tool_calls=[call("f", '{"a": NaN}')]), "a number that JSON does not have"),
+        (assistant("", tool_calls=[call("f", '{"a": 1e999}')]), "a number that JSON does not have"),
+        (assistant("", tool_calls=[call("f", '{"a": 1, "a": 2}')]), "the key 'a' stands twice in one object"),
+        (assistant("\u200b\ufeff "), "the response is empty"),
+    ],
+)
+def test_turns_that_say_two_things_or_nothing(turn, message):
+    with pytest.raises(FormatError) as error:
+        to_messages({"messages": [user("q"), turn]})
+    assert message in str(error.value)
+
+
+def test_a_content_under_another_key_where_the_first_is_null():
+    row = {"messages": [{**user(None), "text": "q"}, {**assistant(None), "text": "a", "value": None}]}
+    assert to_messages(row) == [user("q"), assistant("a")]
+
+
+def test_two_answers_of_a_choice_must_agree():
+    row = {"question": "q", "options": ["x", "y"], "answer": "A"}
+    assert to_messages({**row, "answer_index": 0})[1] == assistant("A. x")
+    with pytest.raises(FormatError, match="'answer_index' and 'answer' mean different choices: 1, 'A'"):
+        to_messages({**row, "answer_index": 1})
+
+
+def test_the_turns_of_moss_come_by_number():
+    turns = {f"turn_{i}": {"Human": f"q{i}", "MOSS": f"a{i}"} for i in (1, 10, 2)}
+    assert [m["content"] for m in to_messages({"chat": turns})] == ["q1", "a1", "q2", "a2", "q10", "a10"]
+
+
+def test_the_tool_that_a_turn_of_chatglm_calls_is_told():
+    row = {"messages": [user("q"), {**assistant("{}"), "metadata": "f"}, {"role": "tool", "content": "r"}]}
+    assert read_row(row).unused == {"messages[].metadata": 'str "f"'}
+    row["messages"][1]["metadata"] = {"tokens": 3}
+    assert read_row(row).unused == {}
+
+
+def test_lists_of_messages_in_cells_of_text():
+    prompt, good, bad = (json.dumps([turn]) for turn in (user("q"), assistant("a"), assistant("b")))
+    assert to_messages({"prompt": prompt, "completion": good}) == [user("q"), assistant("a")]
+    sides = {"prompt": prompt, "chosen": good, "rejected": bad}
+    assert to_preference(sides) == {key: json.loads(text) for key, text in sides.items()}
+    for text in ("[1, 2]", "[{", '[{"name": "f"}]'):  # which are texts
+        assert to_messages({"prompt": text, "completion": text}) == [user(text), assistant(text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"question": "q", "answer": "a"}\n' * 2 + '{"question": "q", "answer": "a", "answer": "b"}\n',
+         "a.jsonl, line 3: not valid JSON: the key 'answer' stands twice"),
+        ("a.json", '{"data": [{"question": "q", "answer": "a", "answer": "b"}]}', "the key 'answer' stands twice"),
+        ("a.csv", "question,answer\nq,a\nquestion,answer\n", "a.csv, line 3: the names of the columns once more"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_or_learned_by_accident(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FormatError) as error:
+        load(tmp_path / name)
+    assert message in str(error.value)
+
+
+def test_columns_of_one_name_or_none(tmp_path):
+    (tmp_path / "a.csv").write_text(",question,answer,,\n0,q,a,more,\n")
+    assert load(tmp_path / "a.csv")[1].unused == {str(tmp_path / "a.csv"): {"column 4": 'str "more"'}}
+    pq.write_table(pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"]), tmp_path / "a.parquet")
+    with pytest.raises(FormatError, match="column 'answer' stands twice"):
+        load(tmp_path / "a.parquet")
