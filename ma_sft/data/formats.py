@@ -356,7 +356,7 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     need(row, [column for column in known.missing(set(row)) if (name, column) != ("preference", "prompt")], name)
     messages = known.convert(row)
     refuse_changing(row, name)
-    _check_marks(row)
+    check_marks(row)
     if name == "text":
         if is_blank(messages[0]["content"]):
             raise FormatError("field 'text' is empty, so there is nothing to train on")
@@ -382,7 +382,7 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
             )
 
 
-def _check_marks(row: TrackedRow) -> None:
+def check_marks(row: TrackedRow) -> None:
     """Raise `BadAnswer` at a column that says that the row's answer is a bad one, or must not be trained."""
     for field in sorted(row.keys() & ROW_MARKS - row.used):
         value = dict.get(row, field)

@@ -664,6 +664,9 @@ def test_marks_of_a_row_are_followed(tmp_path):
     for mark in ({"deleted": True}, {"is_correct": False}, {"trainable": False}):
         row = {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]}
         assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "pairs.jsonl", pair, {**pair, "is_valid": False})
+    assert load_mixture([str(path)], kind="preference").report.stages[1].removed == {"bad answers": 1}
     # the marks in a table are text
     (tmp_path / "a.csv").write_text("question,answer,is_correct\nq,a,True\nr,b,False\n")
     rows, report = load(tmp_path / "a.csv")
