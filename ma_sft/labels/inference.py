@@ -489,7 +489,7 @@ class Conversation:
 
         `unopened` is the prompt without what opens it.
         """
-        inline = re.match(r"\s*<think>(.*?)</think>(.*)", str(message.get("content") or ""), re.DOTALL)
+        inline = re.match(r"\s*(?:<think>)?(.*?)</think>(.*)", str(message.get("content") or ""), re.DOTALL)
         reasoning = message.get("reasoning_content") or (inline and inline.group(1))
         if not reasoning:
             return ()

@@ -23,6 +23,9 @@ SYSTEM = ("system", "system_prompt", "system_message")
 ASKED = "instruction input question query problem prompt context choices options A B C D".split()
 ANSWERED = "output response answer solution completion chosen answers".split()
 BY_LETTER = {"choices", "options", "A"}  # columns beside which an answer is a letter or a number
+WEIGHTS = "train training trainable train_on_turn loss loss_weight loss_scale loss_mask weight output_with_loss".split()
+GOOD = "good correct accepted valid safe".split()
+BAD = "rejected deleted is_rejected is_deleted is_bad is_wrong".split()
 # Keys that say how a value is wrapped, not what it is
 WRAPPING = set("function name arguments parameters tool_call tool_calls think content text label tools".split())
 MARKS = {"type", "id", "index", "tool_call_id"}
@@ -62,12 +65,19 @@ def _turns(row: dict[str, Any]) -> list[Message] | None:
     for value in (row.get("messages"), row.get("conversations")):
         if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
             return value
-    answer = row.get("completion", row.get("chosen"))
-    prompt = row.get("prompt") or []
+    answer, prompt = (_turns_in_text(value) for value in (row.get("completion", row.get("chosen")), row.get("prompt")))
+    prompt = prompt or []
     if not isinstance(answer, list) or not isinstance(prompt, list | str):
         return None
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return answer if answer[: len(prompt)] == prompt else prompt + answer
+
+
+def _turns_in_text(value: Any) -> Any:
+    """A cell of CSV holds a list of turns as JSON."""
+    parsed = _parsed(value) if isinstance(value, str) else None
+    turns = isinstance(parsed, list) and parsed and all(isinstance(turn, dict) and "role" in turn for turn in parsed)
+    return parsed if turns else value
 
 
 def _side(turn: Message) -> str:
@@ -84,7 +94,8 @@ def _said(turn: Message) -> list[Any]:
 
 
 def _forbidden(turn: Message) -> bool:
-    return turn.get("train") is False or turn.get("loss") is False or 0 in (turn.get("weight"), turn.get("loss_weight"))
+    for_it = (turn.get(key) for key in [*WEIGHTS, *GOOD, *(f"is_{key}" for key in GOOD)])
+    return any(mark in (0, False) for mark in for_it) or any(turn.get(key) in (1, True) for key in BAD)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -248,7 +248,11 @@ CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content
         ({"messages": [*CONVERSATION, {"role": "user", "content": "r"}]}, "the row's turns are"),
         ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}]}, "must not be trained"),
         ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "reasoning": "why"}]}, "says"),
+        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "is_correct": False}]}, "must not be trained"),
+        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "rejected": True}]}, "must not be trained"),
         ({"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, ""),
+        ({"prompt": json.dumps(CONVERSATION[:1]), "completion": json.dumps(CONVERSATION[1:])}, ""),
+        ({"prompt": "q", "completion": json.dumps([{"role": "assistant", "content": "b"}])}, "says"),
     ],
 )
 def test_the_conversation_is_what_the_raw_row_says(row, wrong):
