@@ -62,6 +62,7 @@ class Said:
     target: str = ""
     reason: str = ""
     built: bool = False  # of the row's own reasoning, which the template drops
+    unthought: bool = False  # `target` stands in history, which lacks the last turn's empty reasoning block
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Targets:
         found = self.control_pattern.findall(everything)
         if not found:
             return Chat(messages, tools, {**self.template_kwargs, **row}, untrained, dialect, "", [])
-        marker = next(char for char in _PRIVATE_USE if char not in everything)
+        marker = next(c for c in _PRIVATE_USE if c not in everything and _as_json(c) not in everything)
 
         def cut(text: str) -> str:
             return self._escape(text, marker)
@@ -172,7 +173,9 @@ class Targets:
         messages = chat.messages[:count]
         tools = chat.tools or chat.dialect.default_tools
         try:
-            return self._renderer.render(chat.dialect.messages(messages), tools, chat.kwargs, prompt=prompt)
+            text = self._renderer.render(chat.dialect.messages(messages), tools, chat.kwargs, prompt=prompt)
+            # A template may write JSON in ASCII alone, the marker among it
+            return text.replace(_as_json(chat.marker), chat.marker) if chat.marker else text
         except RunawayTemplateError:
             raise
         except REFUSALS as error:
@@ -221,6 +224,7 @@ class Targets:
             kinds.setdefault((kind, marked, bool(m.get("content")), k == len(chat.messages) - 1), []).append(k)
         probes = {k for members in kinds.values() for k in (members[0], members[len(members) // 2], members[-1])}
         exact = {k: self._exact(chat, k, full) for k in sorted(probes)}
+        first_of = {k: members[0] for members in kinds.values() for k in members}
         exact |= {k: Said(k, reason=FORBIDDEN) for k in chat.untrained.intersection(assistants)}
         rendered = [exact[k] for k in sorted(probes)]
         reasons = {turn.reason for turn in rendered}
@@ -254,7 +258,8 @@ class Targets:
             elif stop is None:
                 return None
             else:
-                turns.append(Said(k, full[:start], full[start : stop.end()]))
+                unthought = (like := fit(full, exact[first_of[k]])) is not None and like.unthought
+                turns.append(Said(k, full[:start], full[start : stop.end()], unthought=unthought))
         return turns
 
     def _say(self, chat: Chat, k: int, solo: str | None = None) -> Said | str:
@@ -263,6 +268,8 @@ class Targets:
         `solo` is the text of the conversation up to this turn.
         """
         prompt = self.render(chat, k, prompt=True)
+        if chat.messages[k - 1]["role"] == "assistant" and self._stop(chat.dialect, prompt):
+            return Said(k, reason="the template opens no turn after an assistant's; join the two messages")
         solo = self.render(chat, k + 1) if solo is None else solo
         rest, built = self._continuation(chat, k, prompt, solo), False
         if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
@@ -313,14 +320,14 @@ class Targets:
 
     def _check_turn(self, chat: Chat, turn: Said) -> None:
         """Raise `TemplateError` if something that the turn says is not in its target."""
-        reasoned = chat.messages[turn.message].get("reasoning_content") or ""
+        reasoned = (chat.messages[turn.message].get("reasoning_content") or "").strip()
         self._losses.check_turn(
             chat.messages,
             turn.message,
             turn.target,
             partial(self._shape_text, chat),
             _setting(chat),
-            reasoned=turn.built or (len(reasoned) > 12 and reasoned.strip() in turn.target),
+            reasoned=(turn.built or len(reasoned) > 12) and reasoned in turn.target,
         )
 
     def _shape_text(self, chat: Chat, messages: list[Message]) -> str:
@@ -379,7 +386,8 @@ def fit(text: str, turn: Said) -> Turn | None:
     # An empty reasoning block is scaffolding, not something that the turn says.
     for target in dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1))):
         if text.startswith(target, start):
-            return Turn(turn.message, start, start + len(target), unthought=target != turn.target)
+            unthought = turn.unthought or target != turn.target
+            return Turn(turn.message, start, start + len(target), unthought=unthought)
     return None
 
 
@@ -418,13 +426,18 @@ def _thought_and_answer(message: Message, written: str | None) -> str | None:
     content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
     if written is None or not isinstance(content, str):
         return None
-    thought, closed, answer = content.rpartition("</think>")
-    if not (reasoning or closed) or answer.strip() not in written:
+    thought, closed, answer = content.partition("</think>")
+    thought = thought.strip().removeprefix("<think>").strip() if closed else reasoning.strip()
+    answer = answer.strip() if closed else content.strip()
+    # An empty reasoning is none, and one that holds another's mark is not what would be written behind `<think>`
+    if not thought or "<think>" in thought or answer not in written:
         return None
-    end = written[written.rindex(answer.strip()) + len(answer.strip()) :] if answer.strip() else written
-    if closed:
-        return thought.removeprefix("<think>").lstrip() + closed + answer.rstrip() + end
-    return f"{reasoning.strip()}\n</think>\n\n{answer.strip()}{end}"
+    end = written[written.rindex(answer) + len(answer) :] if answer else written
+    return f"{thought}\n</think>\n\n{answer}{end}"
+
+
+def _as_json(character: str) -> str:
+    return f"\\u{ord(character):04x}"
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -207,6 +207,17 @@ def test_consecutive_turns_of_one_role_are_kept_apart_where_the_template_allows_
     assert trained == "It is 4.<|im_end|>不客气！<|im_end|>"
 
 
+def test_a_turn_that_the_template_does_not_open_is_not_trained():
+    tokenizer = load_tokenizer("llama2")  # Mistral's way: an answer has no header, and two of them run together
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
+        "{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match="message 2 is not trained: the template opens no turn after an assistant's"):
+        row = tokenize_conversation([TURNS[0], TURNS[1], TURNS[3]], tokenizer)
+    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == "It is 4.</s>"
+
+
 def test_train_on_last():
     tokenizer = load_tokenizer("smollm2")
     row = tokenize_conversation(TURNS, tokenizer, train_on="last")
@@ -232,6 +243,47 @@ def test_history_that_the_template_rewrites():
 def test_plain_turns_of_a_reasoning_template_stay_in_one_sequence():
     (examples,) = ChatEncoder(load_tokenizer("qwen3")).encode([TURNS])
     assert len(examples) == 1 and all(turn.trained for turn in examples[0].turns)
+
+
+@pytest.mark.parametrize("turns", [2, 9])
+def test_turns_without_their_empty_reasoning_are_counted_in_long_conversations_too(turns):
+    batch = {"messages": [TURNS[:2] * turns]}
+    assert ChatEncoder(load_tokenizer("qwen3")).tokenize_batch(batch, [0])["unthought"] == [turns - 1]
+
+
+@pytest.mark.parametrize(
+    "answer, trained",
+    [
+        ({"content": "<think>So.</think>Hello."}, "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
+        ({"content": "So.\n</think>\n\nHello."}, "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
+        ({"content": "Hello.", "reasoning_content": " \n"}, None),
+        ({"content": "<think>\n\n</think>\n\nHello."}, None),
+        ({"content": "<think>a</think>b<think>c</think>d"}, None),
+    ],
+)
+def test_reasoning_in_all_forms_behind_a_prompt_that_opens_it(answer, trained):
+    tokenizer = trl_tokenizer("deepseek_r1_distill")
+    ((example,),) = ChatEncoder(tokenizer).encode([[TURNS[0], {"role": "assistant", **answer}]])
+    assert (tokenizer.decode([i for i in example.labels if i != -100]) or None) == trained
+    assert trained or "opens <think> and this turn has no reasoning" in example.turns[0].reason
+
+
+def test_reasoning_beside_another_in_the_text_is_not_lost():
+    answer = {"role": "assistant", "content": "<think>Inner.</think>Hello.", "reasoning_content": "Outer."}
+    with pytest.raises(TemplateError, match="leaves out the last message's reasoning_content"):
+        ChatEncoder(trl_tokenizer("deepseek_r1_distill")).encode([[TURNS[0], answer]])
+
+
+def test_special_text_in_a_template_that_writes_json_in_ascii():
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'] | tojson(ensure_ascii=True)"
+    )
+    assert "ensure_ascii" in tokenizer.chat_template
+    answer = {"role": "assistant", "content": "é <|im_end|>"}
+    row = tokenize_conversation([TURNS[0], answer], tokenizer)
+    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == '"\\u00e9 <|im_end|>"<|im_end|>'
+    assert row["labels"].count(tokenizer.eos_token_id) == 1
 
 
 def test_template_kwargs_reach_prompt_and_target():
