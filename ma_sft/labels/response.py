@@ -142,6 +142,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         self._instruction: _Template | None = None
         if instruction_template is not None:
             self._instruction = _Template("instruction_template", instruction_template, self._bytes)
+            if self._instruction.raw == self._response.raw:  # each would be answered by the other: all would be trained
+                raise ResponseTemplateError(
+                    f"response_template and instruction_template are both {self._response.source!r}; "
+                    "give each the text that only its turns begin with"
+                )
 
     @property
     def response_token_ids(self) -> list[int]:

@@ -149,7 +149,7 @@ def test_same_labels_as_the_conversation_path(name, instruction, response):
         for role, content in [("user", "Hi."), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2\n")]
     ]
     made = tokenize_conversation(messages, tokenizer)
-    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
+    collator = DataCollatorForCompletionOnlyLM(response, response, tokenizer=tokenizer)
     found = collator.labels_for(made["input_ids"])
     assert all(f == m for f, m in zip(found, made["labels"], strict=True) if m != -100)
     extra = [f for f, m in zip(found, made["labels"], strict=True) if f != m]
@@ -319,3 +319,9 @@ def test_batch_is_an_encoding():
     ids = encode(tokenizer, "### Answer: a")
     batch = collator([{"input_ids": ids, "special_tokens_mask": [0] * len(ids)}]).to("cpu")
     assert batch.input_ids.tolist() == [ids] and "special_tokens_mask" not in batch
+
+
+@pytest.mark.parametrize("response", ["###", "### ", [2, 3]])
+def test_one_template_for_both_sides_is_refused_as_all_would_be_trained(response):
+    with pytest.raises(ResponseTemplateError, match="are both"):
+        DataCollatorForCompletionOnlyLM(response, response, tokenizer=load_tokenizer("smollm2"))
