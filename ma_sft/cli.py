@@ -396,10 +396,11 @@ def _plan(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from ma_sft.release.export import export_folder, export_gguf
 
-    if options.out.suffix == ".gguf":
-        commands = export_gguf(options.run, options.out, options.outtype, options.converter)
-    else:
-        commands = export_folder(options.run, options.out, options.dtype, code=_trusts(options))
+    with as_written(options.run):
+        if options.out.suffix == ".gguf":
+            commands = export_gguf(options.run, options.out, options.outtype, options.converter)
+        else:
+            commands = export_folder(options.run, options.out, options.dtype, code=_trusts(options))
     say(*commands)
 
 

@@ -261,7 +261,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping of a YAML or JSON file.
 
     Raises:
-        RecipeError: no such file, not valid, or no mapping.
+        RecipeError: no such file, not valid, no mapping, or a key that is no text.
     """
     path = path.expanduser()
     if not path.is_file():
@@ -269,4 +269,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     content = parse_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):  # YAML reads `on`, `1` and `null` as other than text
+            raise RecipeError(f"{path}: {key!r} is no name of a setting; a name is text")
     return content

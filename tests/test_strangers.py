@@ -58,6 +58,7 @@ def commands(folder):
         ["chat", str(folder), *one],
         ["chat", str(folder / "adapter"), *one],
         ["merge", str(folder), "-o", str(folder / "again")],
+        ["export", str(folder), "-o", str(folder / "again")],
         ["check", str(folder / "recipe.json"), "--json"],
     ]
 
@@ -96,7 +97,7 @@ def test_run_folder(name, stranger, capsys):
 def concerns(command, name):
     """Whether the command reads that file."""
     if name.startswith(("adapter", "merged")):
-        return command[0] in ("chat", "merge", "handoff-check")
+        return command[0] in ("chat", "merge", "export", "handoff-check")
     return command[0] in ("report", "check") if name == "recipe.json" else command[0] == "report"
 
 
@@ -124,6 +125,8 @@ RECIPES = {
     "twice.yaml": ("max_steps: 1\nmodel_name_or_path: demo\nmax_steps: 2\n", "max_steps"),
     "bytes.yaml": (b"\xff\xfe\x00\x01", "bytes.yaml"),
     "list.json": ("[1, 2]", "list.json"),
+    "number.yaml": ("1: 2\nmodel_name_or_path: demo\ndataset_name: rows.jsonl\n", "1 is no name of a setting"),
+    "on.yaml": ("on: 2\nmodel_name_or_path: demo\ndataset_name: rows.jsonl\n", "True is no name of a setting"),
     "tag.yaml": ("!!python/object/apply:os.system ['touch mine']\n", "tag.yaml"),
     "name.yaml": ("name: ../../x\nmodel_name_or_path: demo\ndataset_name: rows.jsonl\n", "../../x"),
     "slash.yaml": ("name: /\nmodel_name_or_path: demo\ndataset_name: rows.jsonl\n", "name"),
@@ -143,6 +146,13 @@ def test_recipe(name, tmp_path, monkeypatch, capsys):
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert says in line and "Traceback" not in error
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "rows.jsonl"}
+
+
+def test_export_of_a_broken_adapter_is_one_line(stranger, capsys):
+    (stranger / "adapter" / "adapter_config.json").write_text("[]")
+    shutil.rmtree(stranger / "merged")
+    assert main(["export", str(stranger), "-o", "again"]) == 2
+    assert "is not as ma_sft writes it" in capsys.readouterr().err
 
 
 def test_negative_temperature_is_one_line(stranger, capsys):
