@@ -149,7 +149,7 @@ def test_same_labels_as_the_conversation_path(name, instruction, response):
         for role, content in [("user", "Hi."), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2\n")]
     ]
     made = tokenize_conversation(messages, tokenizer)
-    collator = DataCollatorForCompletionOnlyLM(response, response, tokenizer=tokenizer)
+    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
     found = collator.labels_for(made["input_ids"])
     assert all(f == m for f, m in zip(found, made["labels"], strict=True) if m != -100)
     extra = [f for f, m in zip(found, made["labels"], strict=True) if f != m]
