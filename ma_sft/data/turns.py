@@ -82,7 +82,17 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
             last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
         else:
             messages += found
+    _order_results(messages)
     return messages
+
+
+def _order_results(messages: list[Message]) -> None:
+    """Put results in the order of their calls: where a template writes no ids, the order is all that tells whose."""
+    for at, message in enumerate(messages, 1):
+        ids = [call.get("id") for call in message.get("tool_calls") or []]
+        results = messages[at : at + len(ids)]
+        if {*ids} == {result.get("tool_call_id") for result in results}:
+            messages[at : at + len(ids)] = sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
 
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:

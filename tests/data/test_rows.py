@@ -748,3 +748,14 @@ def test_columns_of_one_name_or_none(tmp_path):
     pq.write_table(pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"]), tmp_path / "a.parquet")
     with pytest.raises(FormatError, match="column 'answer' stands twice"):
         load(tmp_path / "a.parquet")
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    """Where a template writes no ids, a model would take the one for the other's."""
+    calls = assistant("", tool_calls=[call("f", id="c1"), call("g", id="c2")])
+    one, two = ({"role": "tool", "content": text, "tool_call_id": f"c{text}"} for text in "12")
+    right = [user("q"), calls, one, two, assistant("x")]
+    assert to_messages({"messages": [user("q"), calls, two, one, assistant("x")]}) == right
+    for results in ([one, two], [one, one], [two]):  # only where each is a call's
+        row = [user("q"), calls, *results, assistant("x")]
+        assert to_messages({"messages": row}) == row
