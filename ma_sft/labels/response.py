@@ -219,9 +219,10 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
         rows = [e if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
         for number, row in enumerate(rows):
-            if np.asarray(row["input_ids"]).dtype.kind not in "iu":
+            ids = np.asarray(row.get("input_ids"))
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids < 0).any():
                 raise ResponseTemplateError(
-                    f"row {number}: input_ids are no whole numbers: {str(row['input_ids'])[:60]}; "
+                    f"row {number}: input_ids are no list of whole numbers from 0: {str(row.get('input_ids'))[:60]}; "
                     "tokenise the text first"
                 )
         labels = [self._row_labels(row, number) for number, row in enumerate(rows)]

@@ -304,7 +304,10 @@ def test_ids_that_are_set_later_are_looked_for():
     [
         ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 0: 2 labels for 3 input_ids"),
         ({"input_ids": [10**9, 2]}, "token id 1000000000 is not in the tokenizer's vocabulary"),
-        ({"input_ids": ["### Answer: a", "b"]}, "row 0: input_ids are no whole numbers"),
+        ({"input_ids": ["### Answer: a", "b"]}, "row 0: input_ids are no list of whole numbers"),
+        ({"input_ids": [[1, 2]]}, "row 0: input_ids are no list"),
+        ({"input_ids": [1, -1]}, "row 0: input_ids are no list of whole numbers from 0"),
+        ({"text": "### Answer: a"}, "row 0: input_ids are no list of whole numbers from 0: None"),
     ],
 )
 def test_what_is_no_row_is_one_line(row, message):
