@@ -8,7 +8,7 @@ template's own end of a turn, or, in templates that have none (GLM), the token t
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
@@ -84,6 +84,7 @@ class Inference:
         self.forms: dict[str, tuple[list[tuple[Form, list[Lost]]], bool, str]] = {}
         self.own_ends: dict[str, int | None] = {}  # by variables of the template
         self._latest: tuple[str, BatchEncoding] | None = None
+        self._decoded: dict[tuple[int, ...], str] = {}
 
     def render(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], *, prompt: bool) -> str:
         """The text that `apply_chat_template` gives.
@@ -152,10 +153,18 @@ class Inference:
                 held.append(index)
                 continue
             if held:
-                parts.append(_decoded(self.tokenizer, tuple(held)))
+                parts.append(self._decode(tuple(held)))
                 held = []
             parts.append(self.signs.get(index, ""))
         return "".join(parts)
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        """What stands between two control tokens is asked for again at every turn that follows."""
+        if ids not in self._decoded:
+            if len(self._decoded) >= 1000:
+                self._decoded.clear()
+            self._decoded[ids] = str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return self._decoded[ids]
 
     def spell(self, value: Any) -> str:
         """Ids or characters as readable text."""
@@ -526,11 +535,6 @@ def _generation_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     except (OSError, ValueError):  # a tokenizer without a model beside it
         return stops
     return stops | {*(eos if isinstance(eos, list) else [eos])} - {None}
-
-
-@lru_cache(maxsize=1024)  # what stands between two control tokens is asked for at every turn that follows
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _sections(parts: list[str]) -> list[tuple[str, ...]]:
