@@ -150,6 +150,7 @@ def test_alpaca(train):
     assert all(text.startswith("That makes ") and text.endswith(".<|im_end|>") for text in trained_text(out))
 
 
+@pytest.mark.slow
 def test_alpaca_zh_trains_what_a_chat_without_thinking_sees(train):
     out, _ = train("alpaca_zh")
     assert all(text.startswith("结果是") and text.endswith("。<|im_end|>") for text in trained_text(out))
@@ -157,6 +158,7 @@ def test_alpaca_zh_trains_what_a_chat_without_thinking_sees(train):
     assert "<think>\n\n</think>\n\n结果是" in "".join(piece["text"] for piece in rows[0]["pieces"])
 
 
+@pytest.mark.slow
 def test_sharegpt_counts_broken_rows_and_trains_every_turn(train):
     broken = {"conversations": [{"from": "human", "value": "Nobody answers"}]}
     out, summary = train("sharegpt", "--generate_eval", "2", "--max_new_tokens", "4", rows=[*SHAREGPT, broken])
@@ -170,6 +172,7 @@ def test_sharegpt_counts_broken_rows_and_trains_every_turn(train):
         assert text.count("<|eot_id|>") == 2 and "I would say word" in text and "Is" not in text
 
 
+@pytest.mark.slow
 def test_tools_trains_calls_and_answers_but_not_results(train):
     out, _ = train("tools")  # the template drops the empty thoughts of the first turn, so each is a sequence of its own
     texts = trained_text(out)
@@ -178,6 +181,7 @@ def test_tools_trains_calls_and_answers_but_not_results(train):
     assert all(text.endswith("<|im_end|>") for text in texts)
 
 
+@pytest.mark.slow
 def test_reasoning_trains_thoughts_and_answer(train):
     out, _ = train("reasoning")
     for text in trained_text(out):
@@ -206,6 +210,7 @@ def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
     assert all(text.endswith("<|im_end|>") for text in trained_text(out))
 
 
+@pytest.mark.slow
 def test_continue_adapter_begins_where_the_adapter_ended(train, tmp_path):
     make_model(tmp_path / "model", "smollm2")  # a third of the tokens, for four starts
     first, _ = train("alpaca_zh", "--learning_rate", "0.05")

@@ -112,6 +112,7 @@ def choice(llama_70b, gpus, **more):
     return found["choice"], found
 
 
+@pytest.mark.slow
 def test_seventy_billion_parameters_on_eight_gpus(llama_70b):
     name, found = choice(llama_70b, 8, use_peft=True, dtype="bfloat16")
     assert name == "fsdp2" and not found["launchers"]["ddp"]["fits"]

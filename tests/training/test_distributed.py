@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+    "name", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2", "zero3"))]
 )
 def test_killed_and_resumed(base, tmp_path, name):
     settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
