@@ -356,7 +356,6 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     need(row, [column for column in known.missing(set(row)) if (name, column) != ("preference", "prompt")], name)
     messages = known.convert(row)
     refuse_changing(row, name)
-    check_marks(row)
     if name == "text":
         if is_blank(messages[0]["content"]):
             raise FormatError("field 'text' is empty, so there is nothing to train on")
@@ -373,17 +372,20 @@ def _matches(pattern: re.Pattern[str], column: str) -> bool:
 
 
 def refuse_changing(row: TrackedRow, format: str) -> None:
-    """Raise `FormatError` at a column that nothing read and that would change what the row says."""
+    """Raise `FormatError` at a column that nothing read and that would change what the row says.
+
+    It is a `BadAnswer` where the column says that the row's answer is a bad one, or must not be trained.
+    """
     for field, value in row.items():
         if field not in row.used and _matches(CHANGING, field) and not is_empty(value):
             raise FormatError(
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
                 f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
+    _check_marks(row)
 
 
-def check_marks(row: TrackedRow) -> None:
-    """Raise `BadAnswer` at a column that says that the row's answer is a bad one, or must not be trained."""
+def _check_marks(row: TrackedRow) -> None:
     for field in sorted(row.keys() & ROW_MARKS - row.used):
         value = dict.get(row, field)
         word = WORDS.get(str(value).strip().lower())

@@ -18,7 +18,6 @@ from ma_sft.data.filters import Filters, apply_filters, held_out_phrases, sift
 from ma_sft.data.formats import (
     FORMATS,
     BadAnswer,
-    check_marks,
     detect_format,
     message_features,
     read_row,
@@ -325,7 +324,6 @@ def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
             return {"error": "neither side is better", "removed_by": NO_BETTER, "unused": {}}
         if source.format in PREFERENCES:
             refuse_changing(tracked, source.format)
-            check_marks(tracked)
         sides, unused = dict(found), unused_of(tracked) if source.format in PREFERENCES else {}
     else:
         read = read_row(row, source.format, merge=source.merge_turns)

@@ -234,8 +234,7 @@ class _Hearing:
             return
         try:
             said = [self.form(m) for m in conversation.messages]
-            how = conversation.tools, conversation.kwargs, conversation.written
-            marked, mask = self.inference.marked(said, *how)
+            marked, mask = self.inference.marked(said, conversation.tools, conversation.kwargs, conversation.written)
         except Exception:  # a twin may refuse what the template takes; the first witness is enough
             return
         marks = list(runs([0 if m else IGNORE_INDEX for m in mask]))

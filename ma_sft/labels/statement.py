@@ -24,7 +24,7 @@ ASKED = "instruction input question query problem prompt context choices options
 ANSWERED = "output response answer solution completion chosen answers".split()
 BY_LETTER = {"choices", "options", "A"}  # columns beside which an answer is a letter or a number
 WEIGHTS = "train training trainable train_on_turn loss loss_weight loss_scale loss_mask weight output_with_loss".split()
-GOOD = "good correct accepted valid safe".split()
+GOOD = "good correct accepted valid safe is_good is_correct is_accepted is_valid is_safe".split()
 BAD = "rejected deleted is_rejected is_deleted is_bad is_wrong".split()
 # Keys that say how a value is wrapped, not what it is
 WRAPPING = set("function name arguments parameters tool_call tool_calls think content text label tools".split())
@@ -94,8 +94,7 @@ def _said(turn: Message) -> list[Any]:
 
 
 def _forbidden(turn: Message) -> bool:
-    for_it = (turn.get(key) for key in [*WEIGHTS, *GOOD, *(f"is_{key}" for key in GOOD)])
-    return any(mark in (0, False) for mark in for_it) or any(turn.get(key) in (1, True) for key in BAD)
+    return any(turn.get(key) == 0 for key in (*WEIGHTS, *GOOD)) or any(turn.get(key) == 1 for key in BAD)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -232,7 +232,8 @@ class Targets:
             return [exact.get(k) or Said(k, reason=rendered[0].reason) for k in assistants]
         if rendered[-1].message == len(chat.messages) - 1 and not fit(full, rendered[-1]):
             full = rendered[-1].prompt + rendered[-1].target  # with the end token that a next message would write
-        if any(turn.reason or not fit(full, turn) for turn in rendered):
+        spans = {turn.message: span for turn in rendered if (span := fit(full, turn))}
+        if len(spans) < len(rendered):
             return None
         ends_of_prompts = [turn.prompt[::-1] for turn in rendered]
         common = min(shared_length(ends_of_prompts[0], other) for other in ends_of_prompts)
@@ -251,14 +252,13 @@ class Targets:
             if k in chat.untrained:
                 turns.append(exact[k])
             elif k in exact:
-                span = fit(full, exact[k])
-                if span is None or span.start != start or (stop is not None and span.end != stop.end()):
+                if spans[k].start != start or (stop is not None and spans[k].end != stop.end()):
                     return None
                 turns.append(exact[k])
             elif stop is None:
                 return None
             else:
-                unthought = (like := fit(full, exact[first_of[k]])) is not None and like.unthought
+                unthought = spans[first_of[k]].unthought
                 turns.append(Said(k, full[:start], full[start : stop.end()], unthought=unthought))
         return turns
 
