@@ -277,8 +277,7 @@ def _knock(name: str, revision: str | None, kind: str) -> None:
     """Find out within `KNOCK` seconds whether the hub answers; if not, say so and go on without it."""
     import httpx2
     from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._http import http_backoff
+    from huggingface_hub.utils import build_hf_headers, http_backoff  # type: ignore[attr-defined]  # documented names
 
     url = f"{ENDPOINT}/api/{kind}s/{name}/revision/{(revision or 'main').replace('/', '%2F')}"
     failed: list[str] = [f"no answer within {KNOCK:.0f} s"]

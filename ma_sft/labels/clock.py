@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ma_sft.errors import RecipeError
+from ma_sft.labels.jinja import compiled
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
 
 NAME = "strftime_now"  # transformers' function of chat templates
-
-# The one object that `apply_chat_template` renders for a source: nothing public gives it.
-compiled = _compile_jinja_template
 
 _ONE_AT_A_TIME = threading.Lock()  # threads share it
 

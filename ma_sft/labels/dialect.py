@@ -18,7 +18,7 @@ from jinja2 import nodes
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.bounds import RunawayTemplateError
-from ma_sft.labels.clock import compiled
+from ma_sft.labels.jinja import compiled
 
 Message = dict[str, Any]
 

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.clock import clock_at
+from ma_sft.labels.jinja import text_and_marks
 from ma_sft.labels.nonsense import (
     FORMS,
     FORMS_OF_CALLS,
@@ -210,7 +210,7 @@ class Inference:
         if `written`, the template's own, is known and another, no ids.
         """
         with bounded(), clock_at(self.template_now, str(self.twin)):
-            rendered: Any = render_jinja_template(
+            rendered: Any = text_and_marks(
                 [messages],
                 tools,
                 chat_template=self.twin,

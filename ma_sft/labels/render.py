@@ -19,7 +19,8 @@ from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.labels.bounds import bounded, check_size
-from ma_sft.labels.clock import clock_at, compiled
+from ma_sft.labels.clock import clock_at
+from ma_sft.labels.jinja import compiled
 
 Message = dict[str, Any]
 

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ma_sft.data.dataset import table_rows
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -25,9 +27,11 @@ def shapes_of(conversations: Dataset, control_texts: Sequence[str]) -> "NDArray[
     messages count by their place.
     """
     special = "|".join(sorted(map(re.escape, control_texts), key=len, reverse=True)) or r"\z"
-    shapes = []
+    shapes = [np.zeros(0, dtype=np.uint64)]
     names = [n for n in ("messages", "tools", "chat_template_kwargs", "source") if n in conversations.column_names]
-    for batch in conversations.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+    table, rows = conversations.data, table_rows(conversations)  # shuffled rows would be joined one by one
+    for start in range(0, len(table), 10_000):
+        batch = table.slice(start, 10_000).select(names)
         messages = batch["messages"].combine_chunks()
         sizes = np.asarray(messages.value_lengths())
         owner, starts = np.repeat(np.arange(len(sizes)), sizes), np.cumsum(sizes) - sizes
@@ -42,7 +46,8 @@ def shapes_of(conversations: Dataset, control_texts: Sequence[str]) -> "NDArray[
         for name in names[1:]:
             shape = _mix(shape) + _field_codes(batch[name].combine_chunks(), special, name != "tools")
         shapes.append(shape)
-    return np.concatenate(shapes) if shapes else np.zeros(0, dtype=np.uint64)
+    found = np.concatenate(shapes)
+    return found if rows is None else found[rows]
 
 
 def _codes(array: Any, special: str) -> "NDArray[np.uint64]":

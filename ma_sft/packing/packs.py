@@ -10,10 +10,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.fingerprint import Hasher
-from datasets.utils._dill import pklregister
 from numpy.typing import NDArray
 
-from ma_sft.data.dataset import fingerprint_of, table_rows
+from ma_sft.data.dataset import fingerprint_of, pklregister, table_rows
 from ma_sft.packing.pieces import Ints
 from ma_sft.packing.plan import Plan
 from ma_sft.packing.tokens import IGNORED, Tokens
