@@ -389,7 +389,7 @@ def _check_marks(row: TrackedRow) -> None:
     for field in sorted(row.keys() & ROW_MARKS - row.used):
         value = dict.get(row, field)
         word = WORDS.get(str(value).strip().lower())
-        if word is None and field in WEIGHT_KEYS:
+        if word is None and field in WEIGHT_KEYS and not is_empty(value):
             raise FormatError(
                 f"field {field!r}: a row is trained (1) or not (0); found {show(value)}; if it says something else, "
                 f"leave it out (ignore: [{field}])"

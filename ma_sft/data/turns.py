@@ -243,7 +243,7 @@ def is_trained(turn: dict[str, Any], where: str) -> bool:
     for key in PARTIAL:
         if turn.get(key):
             raise FormatError(f"field '{where}.{key}' cannot be followed; mark a turn as a whole with train: false")
-    marks = {key: turn[key] for key in (*WEIGHT_KEYS, *GOOD, *BAD) if turn.get(key) is not None}
+    marks = {key: turn[key] for key in (*WEIGHT_KEYS, *GOOD, *BAD) if not is_empty(turn.get(key))}
     for key, value in marks.items():
         if value not in (0, 1):
             raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(value)}")

@@ -221,6 +221,10 @@ def test_turns_marked_not_to_be_trained(mark):
         {"conversation": [{"input": "a", "output": "b", **mark}, {"input": "c", "output": "d"}]},
     ):
         assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
+    for nothing in (None, ""):  # an empty cell of a CSV file
+        said = dict.fromkeys(mark, nothing)
+        assert to_messages({"messages": [user("a"), {**assistant("b"), **said}]}) == [user("a"), assistant("b")]
+        assert to_messages({"question": "a", "answer": "b", **said}) == [user("a"), assistant("b")]
     for wrong in (0.5, "no", 2):
         with pytest.raises(FormatError, match="a turn is trained"):
             to_messages({"messages": [user("a"), {**assistant("b"), **dict.fromkeys(mark, wrong)}]})
