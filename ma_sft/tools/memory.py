@@ -103,43 +103,15 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     Raises:
         RecipeError: the model is not there, a target that it has not, or neither `longest` nor `max_length`.
     """
-    import psutil
     import torch
-    from peft import get_peft_model
     from torch import nn
-
-    from ma_sft.training.adapters import fitting_adapter, freeze, model_skeleton
 
     training = settings.training
     length = min(filter(None, (longest, training.max_length)), default=None)
     if length is None:
         raise RecipeError("the plan needs max_length, the longest row in tokens")
-    model = model_skeleton(settings)
-    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
-    head = model.get_output_embeddings()
-    base = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    config = fitting_adapter(settings, model)
-    if config is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        for name, parameter in model.named_parameters():
-            # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
-            kind = torch.bfloat16 if quantised and "magnitude" not in name else torch.float32
-            parameter.data = parameter.data.to(kind if parameter.requires_grad else parameter.dtype)
-    else:
-        freeze(model, settings.adapter.freeze)
-
-    by_kind: dict[str, tuple[int, float]] = {}
-    largest = 0
-    for parameter in model.parameters():
-        stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
-        if quantised and id(parameter) in base and not parameter.requires_grad:
-            stored, nbytes = _quantised(settings, parameter)
-            largest = max(largest, parameter.numel() * 2)
-        stored = f"{stored}, trained" if parameter.requires_grad else stored
-        count, size = by_kind.get(stored, (0, 0.0))
-        by_kind[stored] = count + parameter.numel(), size + nbytes
+    model, linear, adapted = _skeleton(settings)
+    by_kind, largest = _stored(settings, model, linear)
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     layer = max((2 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
@@ -149,10 +121,11 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     rows = training.per_device_train_batch_size
     kept, activations, both = simulate(model, settings, rows, length)
     activations, both = activations + largest, both + largest
-    mixed = (training.bf16 or training.fp16) and any(p.dtype == torch.float32 for p in trained) and config is None
+    mixed = (training.bf16 or training.fp16) and any(p.dtype == torch.float32 for p in trained) and not adapted
     activations16 = simulate(model, settings, rows, length, half=True)[1] if mixed else activations
     accumulated = training.gradient_accumulation_steps > 1
     overlap = 0 if accumulated else gradients + activations - max(both, gradients)
+    reserve, process = _reserve(activations - overlap) if training.use_cpu else (0, [])
     lines = [
         *(f"weights: {count:,} parameters ({kind}) = {_gb(size)}" for kind, (count, size) in by_kind.items()),
         f"gradients: {trainable:,} trained parameters = {_gb(gradients)}",
@@ -161,17 +134,9 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         f"{_gb(activations)} with its temporaries, tiles of logits among them"
         + (f", {_gb(largest)} for the largest layer in 16 bits too" if largest else "")
         + ("; layers are computed again (gradient_checkpointing)" if training.gradient_checkpointing else ""),
+        *([f"not at the same time: activations go as gradients come = -{_gb(overlap)}"] if overlap else []),
+        *process,
     ]
-    if overlap:
-        lines.append(f"not at the same time: activations go as gradients come = -{_gb(overlap)}")
-    reserve = 0
-    if training.use_cpu:
-        resident, keeps = psutil.Process().memory_info().rss, round(CPU_SHARE * (activations - overlap))
-        reserve = resident + round(CPU_BYTES) + keeps
-        lines.append(
-            f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
-            f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
-        )
     return Forecast(
         sum(count for count, _ in by_kind.values()),
         trainable,
@@ -186,6 +151,60 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         reserve,
         lines,
     )
+
+
+def _skeleton(settings: "Settings") -> tuple[Any, set[int], bool]:
+    """The model as it is trained, without memory; its linear layers' weights, by id; and whether an adapter is on."""
+    import torch
+    from peft import get_peft_model
+    from torch import nn
+
+    from ma_sft.training.adapters import fitting_adapter, freeze, model_skeleton
+
+    model = model_skeleton(settings)
+    head = model.get_output_embeddings()
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    config = fitting_adapter(settings, model)
+    if config is None:
+        freeze(model, settings.adapter.freeze)
+        return model, linear, False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
+    for name, parameter in model.named_parameters():
+        # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
+        kind = torch.bfloat16 if quantised and "magnitude" not in name else torch.float32
+        parameter.data = parameter.data.to(kind if parameter.requires_grad else parameter.dtype)
+    return model, linear, True
+
+
+def _stored(settings: "Settings", model: "nn.Module", linear: set[int]) -> tuple[dict[str, tuple[int, float]], int]:
+    """Parameters and bytes by how they are stored, and the largest quantised layer's bytes in 16 bits."""
+    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
+    by_kind: dict[str, tuple[int, float]] = {}
+    largest = 0
+    for parameter in model.parameters():
+        stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
+        if quantised and id(parameter) in linear and not parameter.requires_grad:
+            stored, nbytes = _quantised(settings, parameter)
+            largest = max(largest, parameter.numel() * 2)
+        stored = f"{stored}, trained" if parameter.requires_grad else stored
+        count, size = by_kind.get(stored, (0, 0.0))
+        by_kind[stored] = count + parameter.numel(), size + nbytes
+    return by_kind, largest
+
+
+def _reserve(activations: int) -> tuple[int, list[str]]:
+    """What a process on the CPU holds beside its tensors, and that in words."""
+    import psutil
+
+    resident = psutil.Process().memory_info().rss
+    reserve = resident + round(CPU_BYTES) + round(CPU_SHARE * activations)
+    return reserve, [
+        f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
+        f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
+    ]
 
 
 def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
