@@ -59,7 +59,7 @@ JOBS ?= 2
 COUNT = -m slipcover --source ma_sft --json --out .coverage.$@
 TEST = OMP_NUM_THREADS=1 $(BIN)/python $(COUNT) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them; some 10 minutes on two cores
+test: tokenizers data/demo/train.jsonl  ## every promise once, one real train-merge-chat run among them
 	$(TEST) -m 'not slow' $(ARGS)
 
 SLOW ?= slow

@@ -9,18 +9,14 @@ from patience import PATIENCE, end_what_it_started
 
 os.environ.setdefault("PYTEST_TIMEOUT", f"{900 * PATIENCE:.0f}")  # for hangs, not for slow machines
 
-import copy
-import functools
-import importlib.resources
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fetch_tokenizers import fetch
 from hypothesis import HealthCheck, settings
+from real_tokenizers import TOKENIZERS, _load_tokenizer, changed, load_tokenizer
 from transformers import (
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +27,8 @@ from transformers import (
 
 from ma_sft.demo import demo_model
 
-__all__ = ["end_what_it_started"]  # a fixture of every test
+# `end_what_it_started` is a fixture of every test
+__all__ = ["TOKENIZERS", "_load_tokenizer", "end_what_it_started", "load_tokenizer"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,38 +48,11 @@ settings.register_profile(
 )
 settings.load_profile("ma_sft")
 
-# The template that meta-llama/Llama-2-7b-chat-hf ships, which the tokenizer package leaves out.
-LLAMA2_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 
-TOKENIZERS = ("qwen3", "llama2", "llama3", "gemma3", "deepseek_v3", "gptoss", "smollm2")
-
-
-@functools.cache
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(demo_model() if name == "smollm2" else fetch(name))
-    if name == "llama2":
-        tokenizer.chat_template = LLAMA2_TEMPLATE
-    if name == "gptoss":
-        templates = importlib.resources.files("trl") / "chat_templates"
-        tokenizer.chat_template = (templates / "gptoss.jinja").read_text(encoding="utf-8")
-    return tokenizer
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """One of TOKENIZERS with its real chat template; each call gives a copy that the test may change."""
-
-    return copy.deepcopy(_load_tokenizer(name))
+@pytest.fixture(autouse=True)
+def nobody_adds_to_a_shared_vocabulary():
+    yield
+    assert not changed(), "the test changes a vocabulary that others share: load_tokenizer(..., own=True)"
 
 
 @pytest.fixture(params=TOKENIZERS)

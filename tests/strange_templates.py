@@ -32,7 +32,7 @@ def templates() -> dict[str, str]:
 
 def strange_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer with the template `name` and its tokens; its EOS is the family's end of turn."""
-    tokenizer = load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3", own=True)
     tokenizer.chat_template = templates()[name]
     end = next((end for end in ENDS if end in tokenizer.chat_template), "</s>")
     written = set(WRITTEN.findall(tokenizer.chat_template))

@@ -32,7 +32,7 @@ ENDS = (
 
 def trl_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer with TRL's template `name`; its EOS is the template's end of turn, else `<|endoftext|>`."""
-    tokenizer = load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3", own=True)
     tokenizer.chat_template = (SHELF / f"{name}.jinja").read_text(encoding="utf-8")
     written = {token.replace("\\", "") for token in WRITTEN.findall(tokenizer.chat_template)}
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(written - set(tokenizer.get_vocab()))})

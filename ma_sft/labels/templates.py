@@ -43,7 +43,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     if template in TEMPLATES:
         source = TEMPLATES[template]
         if template == "chatml":
-            added = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
+            vocab = tokenizer.get_vocab()  # a new dict each time
+            added = [t for t in ("<|im_start|>", "<|im_end|>") if t not in vocab]
             tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": added})
             tokenizer.chat_template = source
             return added
@@ -134,7 +135,8 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) ->
     if not source.chat_template:
         raise TemplateError(f"chat_template_path: the tokenizer {path!r} has no chat template")
     tokenizer.chat_template = source.get_chat_template()
-    new = [token for token in source.added_tokens_decoder.values() if token.content not in tokenizer.get_vocab()]
+    vocab = tokenizer.get_vocab()
+    new = [token for token in source.added_tokens_decoder.values() if token.content not in vocab]
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
     return [token.content for token in new]

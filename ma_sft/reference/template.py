@@ -21,7 +21,7 @@ A conversation is a text with a structure, and a model sees one sequence of ids.
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -101,10 +101,10 @@ def special_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
     Raises:
         InputError: the tokenizer has no such token.
     """
-    vocab = tokenizer.get_vocab()
-    if token is None or token not in vocab:
+    index: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    if index is None or tokenizer.convert_ids_to_tokens(index) != token:  # it may be that of the unknown token
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no token {token or 'EOS'}")
-    return int(vocab[token])
+    return int(index)
 
 
 def join(parts: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> Encoded:

@@ -200,7 +200,7 @@ def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3
     assert "filtered by exact_duplicates" in page and "skipped rows" in page
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_recipe_streams(mixture, tmp_path, tiny_qwen3, packing, capsys):
     recipe = settings(
         tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl"), on_error="skip", dataset_streaming=True

@@ -38,6 +38,7 @@ def launch(recipe, *args):
     )
 
 
+@pytest.mark.slow
 def test_qwen3(tiny_qwen3, tmp_path):
     data = write(tmp_path / "rows.jsonl", CONVERSATIONS)
     out = tmp_path / "run"

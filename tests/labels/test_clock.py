@@ -157,6 +157,7 @@ class Stop(TrainerCallback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 def test_run_keeps_its_date(folder, tiny_qwen3, days_later, caplog, capsys):
     """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
     today = days_later(0)

@@ -132,7 +132,7 @@ CASES = json.loads((ROOT / "tests/files/labels/cases.json").read_text(encoding="
 @pytest.mark.parametrize("as_text", [False, True], ids=["objects", "json"])
 def test_cases(case, as_text):
     """`as_text`: the arguments of calls are JSON text, as rows from files carry them."""
-    tokenizer = load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3", own=True)
     tokenizer.add_special_tokens({"additional_special_tokens": case.get("add_special_tokens", [])})
     if "template" in case:
         tokenizer.chat_template = case["template"]

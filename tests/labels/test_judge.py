@@ -32,7 +32,7 @@ def call(name, arguments):
 
 
 def qwen(template, end="<|im_end|>", special=()):
-    tokenizer = load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3", own=True)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.add_special_tokens({"eos_token": end})
     tokenizer.chat_template = template

@@ -180,7 +180,7 @@ MISCALLED = {
 
 
 def _tokenizer(name):
-    tokenizer = load_tokenizer(name) if name in REAL + SLOW else trl_tokenizer(name)
+    tokenizer = load_tokenizer(name, own=True) if name in REAL + SLOW else trl_tokenizer(name)
     tokenizer.add_tokens([AddedToken("<|unused|>", special=True)])
     return tokenizer
 

@@ -20,9 +20,15 @@ MULTI = [
 SINGLE = MULTI[:3]
 
 
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """With a vocabulary of its own, to which a template may add tokens."""
+    return load_tokenizer(request.param, own=True)
+
+
 def ready(name: str, form: str) -> PreTrainedTokenizerBase:
     """The tokenizer with what the template needs, as the main path prepares it."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, own=True)
     set_chat_template(tokenizer, form)
     return tokenizer
 

@@ -211,6 +211,7 @@ def test_export_without_a_converter_says_what_to_install(sft, tmp_path, capsys, 
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.slow
 def test_gguf(smollm2, tmp_path, capsys, monkeypatch):
     """llama.cpp's converter makes the file; transformers reads it back and says the same."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

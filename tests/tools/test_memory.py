@@ -49,6 +49,7 @@ def test_full_fine_tuning_is_sixteen_bytes_a_parameter():
     assert accumulated.peak > found.peak and accumulated.overlap == 0
 
 
+@pytest.mark.slow
 def test_what_saves_memory_is_forecast_to_save_it(tmp_path, smollm2):
     """With six layers of thirty: a forecast walks through each."""
     small = without_weights(tmp_path, AutoConfig.from_pretrained(smollm2, num_hidden_layers=6), smollm2)

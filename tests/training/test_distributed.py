@@ -307,6 +307,7 @@ def test_real_launchers(base, tmp_path, command):
     assert (out / "adapter" / "adapter_config.json").exists() and (out / "merged" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_several_processes_of_a_configuration_that_starts_one(base, tmp_path):
     done = start(
         *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "--num_processes", "2"),
@@ -351,6 +352,7 @@ def test_zero3_offload(base, tmp_path):
     assert outcome(run.out)[0] == pytest.approx(outcome(single.out)[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_gpu_check_says_that_there_is_no_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = start(sys.executable, "benchmarks/gpu_check.py")
