@@ -261,6 +261,7 @@ def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, cap
     assert says in line and "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
 def test_gpu_launcher_without_a_gpu_says_which_to_take(here):
     (here / "mine.yaml").write_text(json.dumps(BASE))
@@ -332,6 +333,7 @@ def test_unforeseen_error_names_versions():
     assert re.search(r"please open an issue with .* python 3\.\d+\.\d+, ma-sft \S+, torch ", done.stderr)
 
 
+@pytest.mark.slow
 def test_pipe_that_closes_early_is_no_error(here):
     done = subprocess.run(
         f"{sys.executable} -m ma_sft.cli settings | head -n 1",

@@ -86,9 +86,8 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     if out.suffix != ".gguf":
         raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
     must_be_new(out, "choose another name or remove it")
-    command = find_converter(converter)
-
     folder = saved_folder(run)
+    command = find_converter(converter)
     scratch = out.with_name(f".{out.stem}.export")
     with atomic_dir(scratch) as target:
         if not (folder / "config.json").is_file():

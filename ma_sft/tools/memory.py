@@ -441,6 +441,8 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
 
     here = torch.cuda.device_count()
     gpus = here if gpus is None else gpus
+    if gpus < 0:
+        raise RecipeError(f"--gpus: 0 or more expected, found {gpus}")
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
     settings.training.use_cpu = gpus == 0

@@ -112,7 +112,7 @@ def test_alpaca_rows_name_file_line_and_field(tmp_path: Path) -> None:
         train.read_alpaca(data)
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("rank", [pytest.param(0, id="full", marks=pytest.mark.slow), pytest.param(4, id="lora")])
 def test_the_command_trains_writes_and_samples(tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A tiny model with the real tokenizer; what it writes loads elsewhere."""
     tokenizer = load_tokenizer("smollm2")

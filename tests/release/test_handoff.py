@@ -205,6 +205,8 @@ def test_export_without_a_converter_says_what_to_install(sft, tmp_path, capsys, 
     assert main(["export", str(out), "-o", str(tmp_path / "model.gguf")]) == 2
     error = capsys.readouterr().err
     assert "GGUF needs llama.cpp's convert_hf_to_gguf.py: clone" in error and error.count("\n") == 1
+    assert main(["export", str(tmp_path / "nix"), "-o", str(tmp_path / "model.gguf")]) == 2
+    assert "nix' does not exist" in capsys.readouterr().err
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     assert main(["export", str(out), "-o", str(tmp_path / "model.gguf")]) == 2
     assert "does not exist" in capsys.readouterr().err

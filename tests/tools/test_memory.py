@@ -153,10 +153,13 @@ def test_launchers_are_what_their_files_say():
 
 def test_sizes():
     assert bytes_of("80GB") == 80e9 and bytes_of("24 GiB") == 24 * 2**30 and bytes_of("512m") == 512e6
+    with pytest.raises(RecipeError, match="--gpus: 0 or more expected, found -1"):
+        plan(settings(), -1)
     with pytest.raises(RecipeError, match="a size like 80GB"):
         bytes_of("much")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("model_name_or_path: demo\ndataset_name: none.jsonl\nuse_peft: true\nmax_length: 128\n")

@@ -66,7 +66,7 @@ def outcome(out: Path) -> tuple[list, bytes, float]:
 MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("lora", "packed stream")]
 
 
-@pytest.fixture(scope="module", params=["lora", "packed stream", *MORE])
+@pytest.fixture(scope="module", params=["lora", pytest.param("packed stream", marks=pytest.mark.slow), *MORE])
 def uncut(request, base, tmp_path_factory):
     """(settings, outcome) of a run that nothing cut off."""
     settings = {**base, **KINDS[request.param], "output_dir": str(tmp_path_factory.mktemp("uncut") / "run")}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ ENGINES = {
     "zero3": {"DS_ACCELERATOR": "cpu"},
 }
 KINDS = {"full": {}, "lora": {"use_peft": True, "packing": True, "lora_dropout": 0.0}}
+# Each engine once and each kind twice; the other pairs are left to the slow set
+FIRST = {("full", "ddp"), ("full", "zero3"), ("lora", "fsdp2"), ("lora", "zero2")}
 
 
 def engine(name: str) -> dict[str, str]:
@@ -82,7 +85,7 @@ def outcome(out: Path) -> tuple[list[float], dict[str, torch.Tensor], dict]:
     return losses, load_file(weights), json.loads((out / "summary.json").read_text())
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def single(request, base, tmp_path_factory):
     """(settings, outcome) of one process with a batch of two."""
     out = tmp_path_factory.mktemp("single") / "run"
@@ -92,7 +95,14 @@ def single(request, base, tmp_path_factory):
     return settings, outcome(out)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    ("single", "name"),
+    [
+        pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair not in FIRST))
+        for pair in product(KINDS, ENGINES)
+    ],
+    indirect=["single"],
+)
 def test_two_processes_train_what_one_trains(single, tmp_path, name):
     settings, (losses, weights, summary) = single
     run = Run(
