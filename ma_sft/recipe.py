@@ -36,6 +36,11 @@ class Settings:
     model: "ModelConfig"
     chosen: dict[str, Any]
 
+    @property
+    def quantised(self) -> bool:
+        """Whether bitsandbytes holds the base's weights."""
+        return bool(self.model.load_in_4bit or self.model.load_in_8bit)
+
 
 class Recipe:
     """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.

@@ -110,7 +110,7 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     length = min(filter(None, (longest, training.max_length)), default=None)
     if length is None:
         raise RecipeError("the plan needs max_length, the longest row in tokens")
-    model, linear, adapted = _skeleton(settings)
+    model, linear = _skeleton(settings)
     by_kind, largest = _stored(settings, model, linear)
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
@@ -121,7 +121,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     rows = training.per_device_train_batch_size
     kept, activations, both = simulate(model, settings, rows, length)
     activations, both = activations + largest, both + largest
-    mixed = (training.bf16 or training.fp16) and any(p.dtype == torch.float32 for p in trained) and not adapted
+    in16 = (training.bf16 or training.fp16) and not settings.model.use_peft
+    mixed = in16 and any(p.dtype == torch.float32 for p in trained)
     activations16 = simulate(model, settings, rows, length, half=True)[1] if mixed else activations
     accumulated = training.gradient_accumulation_steps > 1
     overlap = 0 if accumulated else gradients + activations - max(both, gradients)
@@ -153,8 +154,8 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     )
 
 
-def _skeleton(settings: "Settings") -> tuple[Any, set[int], bool]:
-    """The model as it is trained, without memory; its linear layers' weights, by id; and whether an adapter is on."""
+def _skeleton(settings: "Settings") -> tuple[Any, set[int]]:
+    """The model as it is trained, without memory, and its linear layers' weights, by id."""
     import torch
     from peft import get_peft_model
     from torch import nn
@@ -167,26 +168,24 @@ def _skeleton(settings: "Settings") -> tuple[Any, set[int], bool]:
     config = fitting_adapter(settings, model)
     if config is None:
         freeze(model, settings.adapter.freeze)
-        return model, linear, False
+        return model, linear
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
     for name, parameter in model.named_parameters():
         # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
-        kind = torch.bfloat16 if quantised and "magnitude" not in name else torch.float32
+        kind = torch.bfloat16 if settings.quantised and "magnitude" not in name else torch.float32
         parameter.data = parameter.data.to(kind if parameter.requires_grad else parameter.dtype)
-    return model, linear, True
+    return model, linear
 
 
 def _stored(settings: "Settings", model: "nn.Module", linear: set[int]) -> tuple[dict[str, tuple[int, float]], int]:
     """Parameters and bytes by how they are stored, and the largest quantised layer's bytes in 16 bits."""
-    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
     by_kind: dict[str, tuple[int, float]] = {}
     largest = 0
     for parameter in model.parameters():
         stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
-        if quantised and id(parameter) in linear and not parameter.requires_grad:
+        if settings.quantised and id(parameter) in linear and not parameter.requires_grad:
             stored, nbytes = _quantised(settings, parameter)
             largest = max(largest, parameter.numel() * 2)
         stored = f"{stored}, trained" if parameter.requires_grad else stored
@@ -363,11 +362,13 @@ def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | Non
     trained = [p for p in model.parameters() if p.requires_grad]
     count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
     total = found.total if found else get_model_param_count(model)
-    quantised = settings.model.load_in_4bit or settings.model.load_in_8bit
     states = sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)
     lines = [
         ("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})"),
-        ("weights", f"{_gb(2 * total)} in 16 bits before, {_gb(weights)} quantised" if quantised else _gb(weights)),
+        (
+            "weights",
+            f"{_gb(2 * total)} in 16 bits before, {_gb(weights)} quantised" if settings.quantised else _gb(weights),
+        ),
         ("gradients", _gb(sum(p.nbytes for p in trained))),
         (f"states of {settings.training.optim.value}", _gb(states)),
     ]
@@ -375,7 +376,7 @@ def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | Non
         lines.insert(0, ("the adapter is on", adapted_layers(model)))
     if found:
         lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
-    if quantised and settings.training.use_cpu:
+    if settings.quantised and settings.training.use_cpu:
         how = "nothing is paged, optimiser states stay in memory; each product unpacks its weights first"
         lines.append(("bitsandbytes on the CPU", how))
     return lines
@@ -455,7 +456,7 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
         candidates = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
     else:
         candidates = [Launcher("cpu", many=False)]
-    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+    if settings.quantised:
         # ZeRO-3 cannot share out bitsandbytes' weights, FSDP can with a storage dtype
         stored = settings.model.bnb_4bit_quant_storage is not None
         candidates = [one for one in candidates if not one.weights or (one.name == "fsdp2" and stored)]

@@ -363,7 +363,7 @@ def with_new_tokens(
     Raises:
         RecipeError: a quantised base model, whose embedding cannot grow.
     """
-    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+    if settings.quantised:
         raise RecipeError(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
             "save a model with the tokens first, or use a template that the tokenizer knows"

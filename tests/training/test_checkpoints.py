@@ -63,10 +63,10 @@ def outcome(out: Path) -> tuple[list, bytes, float]:
     return curve, weights.read_bytes(), json.loads((out / "summary.json").read_text())["train_loss"]
 
 
-MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("lora", "packed stream")]
+MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "lora"]
 
 
-@pytest.fixture(scope="module", params=["lora", pytest.param("packed stream", marks=pytest.mark.slow), *MORE])
+@pytest.fixture(scope="module", params=["lora", *MORE])
 def uncut(request, base, tmp_path_factory):
     """(settings, outcome) of a run that nothing cut off."""
     settings = {**base, **KINDS[request.param], "output_dir": str(tmp_path_factory.mktemp("uncut") / "run")}
