@@ -101,6 +101,12 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with SmolLM2's tokenizer and template: a third of the tokens, which load in a third of the time."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", load_tokenizer("smollm2"))
+
+
+@pytest.fixture(scope="session")
 def tiny_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Qwen3 of random weights with a BPE tokenizer of 300 tokens and ChatML: a step takes 10 ms."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

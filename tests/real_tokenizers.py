@@ -44,11 +44,17 @@ def load_tokenizer(name: str, *, own: bool = False) -> PreTrainedTokenizerBase:
     All share one vocabulary, which takes seconds to copy; a test that adds tokens asks for its `own`.
     """
     shared = _load_tokenizer(name)
-    copied = object.__new__(type(shared))
-    aside = ("_vocab", "_merges", "_tokenizer")
-    copied.__dict__ = {key: value if key in aside else copy.copy(value) for key, value in vars(shared).items()}
+    copied = copy_without_vocabulary(shared)
     if own:
         copied._tokenizer = copy.deepcopy(shared._tokenizer)
+    return copied
+
+
+def copy_without_vocabulary(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy with settings and templates of its own, that shares the vocabulary."""
+    copied = object.__new__(type(tokenizer))
+    aside = ("_vocab", "_merges", "_tokenizer")
+    copied.__dict__ = {key: value if key in aside else copy.copy(value) for key, value in vars(tokenizer).items()}
     return copied
 
 

@@ -70,7 +70,7 @@ def test_output_folder_of_a_finished_run(tmp_path):
     (tmp_path / "run" / "summary.json").write_text("{}")
     path = write(tmp_path / "a.jsonl", [GOOD])
     assert "holds a finished run; pass --overwrite_output_dir" in fails(recipe(tmp_path, dataset_name=path))
-    assert (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "summary.json").read_text() == "{}"
 
 
 def test_output_folder_of_another_recipe(tmp_path):

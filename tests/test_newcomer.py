@@ -35,6 +35,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_five_commands_to_a_chat(here, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## From your rows to a chat.*?```bash\n(.*?)```", readme, re.DOTALL)[1]

@@ -166,16 +166,16 @@ def settings(tmp_path, smollm2, **data):
     )
 
 
-def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny_qwen3):
+def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny):
     out = tmp_path / "out"
     assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
-    summary = run(settings(tmp_path, tiny_qwen3, dataset_name=str(out), eval_dataset=str(out)))
+    summary = run(settings(tmp_path, tiny, dataset_name=str(out), eval_dataset=str(out)))
     assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
     again = load_mixture([str(out)]).train
     assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
 
 
-def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3):
+def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny):
     pairs = [{"question": f"Why {i}?", "answer": "Because."} for i in range(9)]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     sources = [
@@ -184,7 +184,7 @@ def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3
     ]
     recipe = settings(
         tmp_path,
-        tiny_qwen3,
+        tiny,
         datasets=sources,
         on_error="skip",
         filters={"exact_duplicates": True, "max_tokens": 500},
@@ -201,18 +201,16 @@ def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_qwen3
 
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_recipe_streams(mixture, tmp_path, tiny_qwen3, packing, capsys):
-    recipe = settings(
-        tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl"), on_error="skip", dataset_streaming=True
-    )
+def test_recipe_streams(mixture, tmp_path, tiny, packing, capsys):
+    recipe = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl"), on_error="skip", dataset_streaming=True)
     summary = run(recipe, ["--packing", str(packing)])
     assert summary["steps"] == 2 and summary["tokens"] > 50
     shown = " ".join(capsys.readouterr().out.split())
     assert "checked rows of the stream" in shown and "every label is right" in shown
 
 
-def test_stream_needs_an_end(mixture, tmp_path, tiny_qwen3):
-    recipe = settings(tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl"), dataset_streaming=True)
+def test_stream_needs_an_end(mixture, tmp_path, tiny):
+    recipe = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl"), dataset_streaming=True)
     with pytest.raises(ValueError, match="set max_steps"):
         run(recipe, ["--max_steps", "-1"])
 
@@ -227,13 +225,13 @@ def test_check_and_preview_a_stream(mixture, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 61
 
 
-def test_plain_text_is_trained_whole(tmp_path, tiny_qwen3):
+def test_plain_text_is_trained_whole(tmp_path, tiny):
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.training.prepare import prepare
 
     texts = ["It rained all night.", "A line with <|im_end|> in it."]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    resolved = settings(tmp_path, tiny_qwen3, dataset_name=str(tmp_path / "a.jsonl")).resolve(["--packing", "false"])
+    resolved = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl")).resolve(["--packing", "false"])
     tokenizer, _ = load_tokenizer(resolved)
     rows = prepare(resolved, tokenizer).dataset
     assert sorted(tokenizer.decode(row["input_ids"]) for row in rows) == sorted(

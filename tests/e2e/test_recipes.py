@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import start
 
+pytestmark = pytest.mark.slow
+
 CONVERSATIONS = [
     {
         "messages": [
@@ -38,7 +40,6 @@ def launch(recipe, *args):
     )
 
 
-@pytest.mark.slow
 def test_qwen3(tiny_qwen3, tmp_path):
     data = write(tmp_path / "rows.jsonl", CONVERSATIONS)
     out = tmp_path / "run"
@@ -62,7 +63,7 @@ def test_qwen3_without_a_hub_says_what_to_do(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["alpaca_qlora", pytest.param("alpaca_pack", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["alpaca_qlora", "alpaca_pack"])
 def test_alpaca(recipe, tmp_path):
     data = write(tmp_path / "rows.jsonl", ALPACA)
     out = tmp_path / "run"

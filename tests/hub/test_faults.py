@@ -24,6 +24,7 @@ def test_cached_and_the_hub_down(hub, data, model, ma_sft, recipe, running_hub):
     assert "MODEL=PATH" in empty.error and "cannot be reached" in empty.error and empty.seconds < 15 * patience()
 
 
+@pytest.mark.slow
 def test_cached_and_a_hub_that_does_not_answer(hub, data, model, ma_sft, recipe):
     assert ma_sft("check", recipe()).code == 0
     hub.fail(".", "stall", times=100, method="*", seconds=60 * PATIENCE)
@@ -51,7 +52,8 @@ def test_offline_takes_the_revision_that_is_asked_for(hub, model, ma_sft, recipe
         running_hub.start()
 
 
-@pytest.mark.parametrize("fault", [pytest.param("503", marks=pytest.mark.slow), "429"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["503", "429"])
 def test_a_busy_hub_is_asked_again(hub, data, model, ma_sft, recipe, fault):
     hub.fail("models/tiny/model", fault, times=2)
     hub.fail("resolve/.*/config.json", fault, times=1, method="HEAD")
@@ -61,6 +63,7 @@ def test_a_busy_hub_is_asked_again(hub, data, model, ma_sft, recipe, fault):
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_busy(hub, data, model, ma_sft, recipe):
     hub.fail("api/models", "503", times=100)
     done = ma_sft("check", recipe())
@@ -92,6 +95,7 @@ def test_damaged_bytes_never_stay(hub, data, model, ma_sft, recipe, file, times,
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut_for_good_leaves_nothing_whole(hub, data, model, ma_sft, recipe):
     hub.fail("resolve/.*/model.safetensors", "cut", times=100)
     error = ma_sft("train", recipe()).error

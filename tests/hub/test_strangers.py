@@ -142,8 +142,8 @@ DOUBLE = "{% set n = namespace(s='abcdefgh') %}{% for i in range(60) %}{% set n.
 @pytest.mark.parametrize(
     ("template", "word"),
     [
-        (LOOP, "stopped"),
-        (DOUBLE, "gigabytes"),
+        pytest.param(LOOP, "stopped", marks=pytest.mark.slow),
+        pytest.param(DOUBLE, "gigabytes", marks=pytest.mark.slow),
         ("{{ 'a' * 100000000000 }}", "gigabytes"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],

@@ -25,10 +25,10 @@ CHATS = [
 
 
 @pytest.fixture(scope="module")
-def model(tiny_qwen3):
+def model(tiny):
     from transformers import Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM.from_pretrained(tiny_qwen3)
+    return Qwen3ForCausalLM.from_pretrained(tiny)
 
 
 def trainer(model, folder, *, collator=None, chats=CHATS, template=None, **settings):

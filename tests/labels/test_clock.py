@@ -73,49 +73,49 @@ def prepared(model, **settings) -> list[str]:
     return [tokenizer.decode(ids) for ids in labelled.dataset["input_ids"]]
 
 
-def test_each_day_has_its_date_and_is_proven(folder, tiny_qwen3, days_later):
+def test_each_day_has_its_date_and_is_proven(folder, tiny, days_later):
     today, tomorrow = days_later(0), days_later(1)
-    assert all(f"Today: {tomorrow} 00:00:00" in text for text in prepared(tiny_qwen3))
+    assert all(f"Today: {tomorrow} 00:00:00" in text for text in prepared(tiny))
     days_later(0)
-    assert all(f"Today: {today} 00:00:00" in text for text in prepared(tiny_qwen3))
+    assert all(f"Today: {today} 00:00:00" in text for text in prepared(tiny))
 
 
-def test_template_now_is_what_the_template_writes(folder, tiny_qwen3, caplog):
-    assert all("Today: 29 Feb 2024 13:14:00" in text for text in prepared(tiny_qwen3, template_now="2024-02-29T13:14"))
+def test_template_now_is_what_the_template_writes(folder, tiny, caplog):
+    assert all("Today: 29 Feb 2024 13:14:00" in text for text in prepared(tiny, template_now="2024-02-29T13:14"))
     assert "the template writes the date 2024-02-29T13:14 (template_now)" in caplog.messages
 
 
-def test_many_rows_of_one_date_are_warned_about(folder, tiny_qwen3, caplog):
+def test_many_rows_of_one_date_are_warned_about(folder, tiny, caplog):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS * 50)))
-    prepared(tiny_qwen3, template_now="2024-02-29")
+    prepared(tiny, template_now="2024-02-29")
     assert "300 rows with one date teach the model that it is always that day" in caplog.text
 
 
-def test_date_that_is_not_written_is_not_told(folder, tiny_qwen3, caplog):
+def test_date_that_is_not_written_is_not_told(folder, tiny, caplog):
     dated = "{% if messages[0].role != 'user' %}{{ strftime_now('%Y') }}{% endif %}"
     (folder / "date.jinja").write_text(dated + DATED.replace("strftime_now is defined", "false"))
-    assert all("26 Jul 2024" in text for text in prepared(tiny_qwen3, template_now="2021-02-03"))
+    assert all("26 Jul 2024" in text for text in prepared(tiny, template_now="2021-02-03"))
     assert "template_now" not in caplog.text
 
 
-def test_recipe_in_yaml(folder, tiny_qwen3):
+def test_recipe_in_yaml(folder, tiny):
     for written in ("2024-02-29", "2024-02-29 13:14:00"):
         (folder / "r.yaml").write_text(
-            f"model_name_or_path: {tiny_qwen3}\ndataset_name: rows.jsonl\ntemplate_now: {written}\n"
+            f"model_name_or_path: {tiny}\ndataset_name: rows.jsonl\ntemplate_now: {written}\n"
         )
         assert Recipe.load("r.yaml").resolve().labels.template_now == written.replace(" ", "T")
 
 
-def test_wrong_values_are_refused(folder, tiny_qwen3):
+def test_wrong_values_are_refused(folder, tiny):
     with pytest.raises(RecipeError, match=r"template_now: a date as .* expected, found 'yesterday'"):
-        recipe(tiny_qwen3, template_now="yesterday").resolve()
+        recipe(tiny, template_now="yesterday").resolve()
     with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
-        load(recipe(tiny_qwen3, template="chatml", template_now="2024-02-29").resolve())
+        load(recipe(tiny, template="chatml", template_now="2024-02-29").resolve())
 
 
-def test_workers_and_streams_have_the_same_clock(folder, tiny_qwen3):
-    texts = prepared(tiny_qwen3, template_now="2024-02-29", dataset_num_proc=2)
-    found = recipe(tiny_qwen3, template_now="2024-02-29", dataset_streaming=True).resolve()
+def test_workers_and_streams_have_the_same_clock(folder, tiny):
+    texts = prepared(tiny, template_now="2024-02-29", dataset_num_proc=2)
+    found = recipe(tiny, template_now="2024-02-29", dataset_streaming=True).resolve()
     tokenizer, _ = load(found)
     assert [tokenizer.decode(ids) for ids in label(found, tokenizer).dataset["input_ids"]] == texts
 
@@ -158,22 +158,22 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_run_keeps_its_date(folder, tiny_qwen3, days_later, caplog, capsys):
+def test_run_keeps_its_date(folder, tiny, days_later, caplog, capsys):
     """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
     today = days_later(0)
     day = datetime.strptime(today, "%d %b %Y").date().isoformat()
     settings = {"save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
     with pytest.raises(InterruptedError):
-        run(recipe(tiny_qwen3, **settings), on_trainer=lambda trainer: trainer.add_callback(Stop()))
+        run(recipe(tiny, **settings), on_trainer=lambda trainer: trainer.add_callback(Stop()))
     assert json.loads((folder / "o" / "recipe.json").read_text())["template_now"] == day
 
     tomorrow = days_later(1)
-    assert all(today in text for text in prepared(tiny_qwen3, **settings))
+    assert all(today in text for text in prepared(tiny, **settings))
     kept = Recipe.load(folder / "o" / "recipe.json").resolve(["--output_dir", "elsewhere"])
     assert kept.labels.template_now == day
-    assert all(tomorrow in text for text in prepared(tiny_qwen3, **settings, resume="never"))
+    assert all(tomorrow in text for text in prepared(tiny, **settings, resume="never"))
     caplog.clear()
-    summary = run(recipe(tiny_qwen3, **settings))
+    summary = run(recipe(tiny, **settings))
     assert summary["steps"] == 4 and "going on from o/checkpoint-2" in capsys.readouterr().out
     assert f"the template writes the date {day} (template_now)" in caplog.messages
 
@@ -187,10 +187,10 @@ def test_run_keeps_its_date(folder, tiny_qwen3, days_later, caplog, capsys):
     )
 
 
-def test_trainer_of_a_tokenizer_that_is_given(folder, tiny_qwen3):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen3)
+def test_trainer_of_a_tokenizer_that_is_given(folder, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = DATED
-    given = recipe(tiny_qwen3, template=None, template_now="2024-02-29")
+    given = recipe(tiny, template=None, template_now="2024-02-29")
     row = make_trainer(given, processing_class=tokenizer).train_dataset[0]
     assert "Today: 29 Feb 2024 00:00:00" in tokenizer.decode(row["input_ids"])
     tokenizer.chat_template = BUILT_IN["chatml"]

@@ -46,28 +46,28 @@ def forget(*modules: str) -> None:
         sys.modules.pop(module, None)
 
 
-def test_end_token_of_the_tokenizer(rows, tiny_qwen3):
-    shutil.copytree(tiny_qwen3, rows / "m")
+def test_end_token_of_the_tokenizer(rows, tiny):
+    shutil.copytree(tiny, rows / "m")
     (rows / "m" / "chat_template.jinja").write_text(BRACKETS)
     assert all(text.endswith("<|im_end|>") for text in texts(rows / "m"))
     edit(rows / "m" / "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
     assert all(text.endswith("<|endoftext|>") for text in texts(rows / "m"))
 
 
-def test_formatting_func_of_a_module(rows, tiny_qwen3):
+def test_formatting_func_of_a_module(rows, tiny):
     (rows / "form.py").write_text(
         'def text(batch):\n    return ["###Question: " + q + "\\n###Answer: " + a '
         'for q, a in zip(batch["question"], batch["answer"])]\n'
     )
     settings = {"formatting_func": "form:text", "response_template": "###Answer:"}
-    assert texts(tiny_qwen3, **settings)[0] == " a0<|im_end|>"
+    assert texts(tiny, **settings)[0] == " a0<|im_end|>"
     edit(rows / "form.py", '"\\n###Answer: " + a', '"\\n###Answer: " + a.upper() + "!"')
     forget("form")
-    assert texts(tiny_qwen3, **settings)[0] == " A0!<|im_end|>"
+    assert texts(tiny, **settings)[0] == " A0!<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["conv:chat", "conv.py:chat"])
-def test_helper_that_a_format_function_imports(rows, tiny_qwen3, name):
+def test_helper_that_a_format_function_imports(rows, tiny, name):
     forget("conv", "helper", "deep", "deep.words")
     (rows / "deep").mkdir()
     (rows / "deep" / "__init__.py").write_text("")
@@ -79,10 +79,10 @@ def test_helper_that_a_format_function_imports(rows, tiny_qwen3, name):
         "def chat(row):\n    from helper import answer\n"
         "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': answer(row)}]\n"
     )
-    assert "a0 one" in texts(tiny_qwen3, dataset_format=name)[0]
+    assert "a0 one" in texts(tiny, dataset_format=name)[0]
     edit(rows / "deep" / "words.py", "one", "two")
     forget("conv", "helper", "deep", "deep.words")
-    assert "a0 two" in texts(tiny_qwen3, dataset_format=name)[0]
+    assert "a0 two" in texts(tiny, dataset_format=name)[0]
 
 
 def test_code_of_a_function_is_its_own_and_not_the_libraries(rows):
@@ -93,39 +93,39 @@ def test_code_of_a_function_is_its_own_and_not_the_libraries(rows):
     assert code_of("alpaca") == code_of(None) == ""
 
 
-def test_what_decides_nothing_is_found_again(rows, tiny_qwen3, monkeypatch):
+def test_what_decides_nothing_is_found_again(rows, tiny, monkeypatch):
     from ma_sft.labels import encoder
 
-    first = texts(tiny_qwen3, learning_rate=1e-3)
+    first = texts(tiny, learning_rate=1e-3)
     monkeypatch.setattr(encoder.ChatEncoder, "tokenize_batch", None)  # nothing may be tokenised again
-    assert texts(tiny_qwen3, learning_rate=1e-4, logging_steps=3) == first
+    assert texts(tiny, learning_rate=1e-4, logging_steps=3) == first
 
 
-def test_tokens_are_written_once(rows, tiny_qwen3, monkeypatch):
+def test_tokens_are_written_once(rows, tiny, monkeypatch):
     """One copy of ids and labels on the disk, whoever keeps it."""
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", rows / "datasets")
-    texts(tiny_qwen3)
+    texts(tiny)
     found = [path for name in ("cache", "datasets") for path in (rows / name).rglob("*.arrow")]
     columns = [set(datasets.Dataset.from_file(str(path)).column_names) for path in found]
     assert sum("input_ids" in names for names in columns) == 1
 
 
-def test_template_variables(rows, tiny_qwen3):
-    shutil.copytree(tiny_qwen3, rows / "m")
+def test_template_variables(rows, tiny):
+    shutil.copytree(tiny, rows / "m")
     template = BRACKETS.replace("eos_token }}", "(mood or '') + eos_token }}")
     (rows / "m" / "chat_template.jinja").write_text(template)
     assert texts(rows / "m", template_kwargs={"mood": "!"})[0] == "a0!<|im_end|>"
     assert texts(rows / "m", template_kwargs={"mood": "?"})[0] == "a0?<|im_end|>"
 
 
-def test_report_without_errors_is_kept_with_what_was_judged(rows, tiny_qwen3, monkeypatch):
+def test_report_without_errors_is_kept_with_what_was_judged(rows, tiny, monkeypatch):
     """The judge is asked again where rows, stop tokens, the sample or a byte of the cache is another."""
     from ma_sft.labels.judge import Judge
     from ma_sft.labels.tokenize import check
 
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
-    shutil.copytree(tiny_qwen3, rows / "m")
+    shutil.copytree(tiny, rows / "m")
     judged = []
     real = Judge.judge
     monkeypatch.setattr(Judge, "judge", lambda self, *given, **how: judged.append(1) or real(self, *given, **how))

@@ -31,12 +31,12 @@ def write(path, rows):
 
 
 @pytest.fixture(scope="module")
-def sft(tiny_qwen3, tmp_path_factory):
+def sft(tiny, tmp_path_factory):
     """A short run of a tiny model with LoRA, two held-out sources and a metric of the user's."""
     folder = tmp_path_factory.mktemp("sft")
     (folder / "metrics.py").write_text("def length(answer, reference):\n    return len(answer) / 1000\n")
     recipe = Recipe(
-        model_name_or_path=str(tiny_qwen3),
+        model_name_or_path=str(tiny),
         dataset_name=write(folder / "train.jsonl", ROWS),
         eval_dataset=[write(folder / "sums.jsonl", ROWS[:3]), write(folder / "more.jsonl", ROWS[3:8])],
         output_dir=str(folder / "run"),
@@ -60,7 +60,7 @@ def sft(tiny_qwen3, tmp_path_factory):
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_by_source_before_and_after(sft, tiny_qwen3):
+def test_evaluation_by_source_before_and_after(sft, tiny):
     out, summary = sft
     before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
     assert json.loads((out / "summary.json").read_text())["evaluation"]["after"] == after

@@ -90,7 +90,7 @@ def test_sizes_while_another_process_writes_and_removes(cache):
         other.join()
 
 
-def test_run_says_that_the_bound_is_passed(tmp_path, monkeypatch, tiny_qwen3, caplog):
+def test_run_says_that_the_bound_is_passed(tmp_path, monkeypatch, tiny, caplog):
     from ma_sft import Recipe
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
@@ -98,7 +98,7 @@ def test_run_says_that_the_bound_is_passed(tmp_path, monkeypatch, tiny_qwen3, ca
     monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MA_SFT_CACHE_GB", "0.0000001")
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
-    settings = Recipe(model_name_or_path=str(tiny_qwen3), dataset_name=str(tmp_path / "rows.jsonl")).resolve()
+    settings = Recipe(model_name_or_path=str(tiny), dataset_name=str(tmp_path / "rows.jsonl")).resolve()
     with caplog.at_level(logging.WARNING):
         label(settings, load_tokenizer(settings)[0])
     assert "ma-sft cache --keep" in caplog.text

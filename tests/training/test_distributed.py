@@ -127,9 +127,8 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
         assert found_summary["merge_max_logit_difference"] < 1e-4
 
 
-@pytest.mark.parametrize(
-    "name", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
 def test_killed_and_resumed(base, tmp_path, name):
     settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
     del settings["max_new_tokens"]
@@ -293,15 +292,15 @@ def test_missing_flash_attention_falls_back_with_a_line(base, tmp_path):
     assert run.text.count("flash_attention_2 is not installed for this machine: attention by PyTorch's SDPA") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(
-            ("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"), id="accelerate"
-        ),
-        pytest.param(("deepspeed", "--num_gpus", "2", "--master_port"), id="deepspeed", marks=pytest.mark.slow),
-        pytest.param(("torchrun", "--standalone", "--nproc_per_node", "2"), id="torchrun", marks=pytest.mark.slow),
+        ("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"),
+        ("deepspeed", "--num_gpus", "2", "--master_port"),
+        ("torchrun", "--standalone", "--nproc_per_node", "2"),
     ],
+    ids=["accelerate", "deepspeed", "torchrun"],
 )
 def test_real_launchers(base, tmp_path, command):
     out = tmp_path / "run"

@@ -16,15 +16,15 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/mig
 
 
 @pytest.fixture
-def names(tmp_path, tiny_qwen3):
+def names(tmp_path, tiny):
     """What a script has before it makes its trainer."""
     return {
         "SFTTrainer": SFTTrainer,
         "SFTConfig": SFTConfig,
         "DataCollatorForCompletionOnlyLM": DataCollatorForCompletionOnlyLM,
         "ConstantLengthDataset": ConstantLengthDataset,
-        "tokenizer": AutoTokenizer.from_pretrained(tiny_qwen3),
-        "model": AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny),
+        "model": AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
         "rows": Dataset.from_dict({"question": ["What is 1+1?"] * 8, "answer": ["Two."] * 8}),
         "output_dir": str(tmp_path / "run"),
         "short": {

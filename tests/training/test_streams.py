@@ -137,11 +137,11 @@ def test_a_share_can_be_sent_to_workers_that_are_not_forked(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_qwen3, packing):
+def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny, packing):
     rows = [{"prompt": f"{row}?", "completion": "so " * (row % 9) + f"{row}."} for row in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe(
-        model_name_or_path=str(tiny_qwen3),
+        model_name_or_path=str(tiny),
         dataset_name=str(tmp_path / "rows.jsonl"),
         dataset_streaming=True,
         dataloader_num_workers=2,
