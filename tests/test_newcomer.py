@@ -244,7 +244,7 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
         ),
         (
             ["init", "--data", "semicolon.csv", "--model", "demo"],
-            "delimiter: ';' in its entry of `datasets`",
+            'delimiter: ";" in its entry of `datasets`',
         ),
         (["init", "--data", "latin.csv", "--model", "demo"], "if it is another encoding, set encoding: "),
         (["init", "--data", "sheet.xlsx", "--model", "demo"], "'sheet.xlsx' exists, but it is none of .jsonl"),

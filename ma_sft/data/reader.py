@@ -106,16 +106,22 @@ def _read(file: str, config: ReaderConfig) -> Rows:
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
-    """What to do about a text in another encoding."""
+    """What to do about a text in another encoding, or about none."""
+    if error.object.startswith(b"\x1f\x8b"):
+        return "not UTF-8 text but gzip; end the file's name in .gz"
+    return f"not UTF-8 text: {error.reason} at byte {error.start}; {other_encoding(error.object)}"
+
+
+def other_encoding(text: bytes) -> str:
+    """What to do about a text that may be in another encoding."""
     try:
-        error.object.decode("gb18030")
+        text.decode("gb18030")
         guess = "gb18030 would fit"
     except UnicodeDecodeError:
-        guess = "such as utf-16 or cp1252"
-    return (
-        f"not UTF-8 text: {error.reason} at byte {error.start}; if it is another encoding, set encoding: ({guess}) "
-        "in its entry of `datasets`, or save it as UTF-8"
-    )
+        guess = "such as cp1252"
+    if b"\0" in text:  # each letter of ASCII has one; gb18030 takes any
+        guess = "such as utf-16-le, utf-16-be or utf-32"
+    return f"if it is another encoding, set encoding: ({guess}) in its entry of `datasets`, or save it as UTF-8"
 
 
 def _sniff(file: str, where: str) -> str:
@@ -192,7 +198,7 @@ def _json(stream: io.BufferedReader, where: str, config: ReaderConfig) -> Rows:
     head = stream.peek(1).removeprefix(BOM).lstrip()
     first, end, rest = head.partition(b"\n")
     try:
-        value, whole = json.loads(first), bool(rest.strip())
+        value, whole = json.loads(first.decode()), bool(rest.strip())
         problem = -1
     except (ValueError, RecursionError) as error:
         value, whole, problem = None, False, getattr(error, "pos", 0)
@@ -319,7 +325,7 @@ def _check_header(names: list[str], where: str) -> None:
     mark = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
     if mark:
         raise FormatError(
-            f"{where}: one column {names[0]!r}; if {mark!r} parts its cells, set delimiter: {mark!r} "
+            f"{where}: one column {names[0]!r}; if {mark!r} parts its cells, set delimiter: {json.dumps(mark)} "
             "in its entry of `datasets`, or save it with commas"
         )
 

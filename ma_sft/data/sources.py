@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8
+from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8, other_encoding
 from ma_sft.data.values import Row, are_objects, plain, read_json
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.files import not_there
@@ -220,7 +220,8 @@ def _parse(text: bytes, is_table: bool) -> Row | FormatError:
     try:
         row = read_json(text)
     except json.JSONDecodeError as error:
-        return FormatError(f"not valid JSON: {error.msg} at column {error.colno}")
+        nulls = f"; {other_encoding(text)}" if b"\0" in text else ""
+        return FormatError(f"not valid JSON: {error.msg} at column {error.colno}{nulls}")
     except UnicodeDecodeError as error:
         return FormatError(f"not valid JSON: {not_utf_8(error)}")
     except RecursionError:

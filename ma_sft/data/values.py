@@ -96,7 +96,8 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def read_json(text: str | bytes) -> Any:
-    """`json.loads`; raises `FormatError` where a key stands twice in one object."""
+    """`json.loads`; raises `FormatError` where a key stands twice in one object, `UnicodeDecodeError` without UTF-8."""
+    text = text if isinstance(text, str) else text.decode()  # of bytes alone, `json` takes some lines for UTF-16
     return json.loads(text, object_pairs_hook=_once)
 
 

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import ROOT
 from datasets import Dataset, DatasetDict
 from rich.console import Console
@@ -516,6 +518,33 @@ def test_text_in_another_encoding(tmp_path):
             load(tmp_path / name)
         rows, _ = load(tmp_path / name, encoding="gb18030")
         assert rows[0]["messages"] == [user("你好"), assistant("好")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+def test_text_with_nulls_for_letters(tmp_path, encoding):
+    line = json.dumps({"instruction": "a", "output": "b"}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line, encoding=encoding)
+    with pytest.raises(FormatError, match=f"set encoding: .such as .*{encoding}"):
+        load(tmp_path / "a.jsonl")
+    assert load(tmp_path / "a.jsonl", encoding=encoding)[0][0]["messages"] == [user("a"), assistant("b")]
+
+
+def test_packed_file_whose_name_does_not_say_so(tmp_path):
+    import gzip
+
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"instruction": "a", "output": "b"}'))
+    with pytest.raises(FormatError, match=r"but gzip; end the file's name in \.gz"):
+        load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_delimiter_as_the_message_gives_it(tmp_path, mark):
+    (tmp_path / "a.csv").write_text(f"instruction{mark}output\na{mark}b\n")
+    with pytest.raises(FormatError, match="parts its cells") as error:
+        load(tmp_path / "a.csv")
+    advice = re.search(r"set (delimiter: \S+) in its entry", str(error.value))[1]
+    rows, _ = load(tmp_path / "a.csv", **yaml.safe_load(advice))
+    assert rows[0]["messages"] == [user("a"), assistant("b")]
 
 
 @pytest.mark.parametrize(
