@@ -25,8 +25,10 @@ def cache_dir() -> Path:
 
 def not_there(path: str | Path) -> str:
     """What is wrong with a path: that it is of the other kind, or that it is not there, counted from which folder."""
+    if Path(path).is_dir():
+        return f"{str(path)!r} is a folder, not a file"
     if Path(path).exists():
-        return f"{str(path)!r} is a {'folder, not a file' if Path(path).is_dir() else 'file, not a folder'}"
+        return f"{str(path)!r} is {'a file, not a folder' if Path(path).is_file() else 'neither a file nor a folder'}"
     return f"{str(path)!r} does not exist" + ("" if Path(path).is_absolute() else f" (counted from {Path.cwd()})")
 
 

@@ -113,12 +113,13 @@ def init(
     data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet), a folder or a hub id")
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
+    source, total = _source(data, split)  # before the next question
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     extra = {
         **({"dataset_train_split": split} if split != "train" else {}),
         **({"trust_remote_code": True} if code else {}),
     }
-    rows = look(model, data, extra)
+    rows = look(model, data, source, total, extra)
     say(f"{data}: {rows}")
     hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
     gpus, memory = _parse_hardware(hardware)
@@ -132,23 +133,20 @@ def init(
     return out, command
 
 
-def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
-    """Convert and tokenise the rows as training with these extra settings would.
+def look(model: str, data: str, source: dict[str, Any], total: int, extra: dict[str, Any]) -> Rows:
+    """Convert and tokenise rows of a source of `total` rows as training with these extra settings would.
 
     Raises:
-        MaSftError: model or data cannot be had, or no row is a conversation.
+        MaSftError: the model cannot be had, or no row is a conversation.
     """
     from transformers import AutoConfig
 
     from ma_sft.data.mixture import load_mixture
-    from ma_sft.data.sources import Source, load_rows
     from ma_sft.hub import load_pretrained
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import make_encoder, tokenize
 
     split = extra.get("dataset_train_split", "train")
-    source = _source(data, split)
-    total = len(load_rows(Source.of(source, split=split))[0])
     mixture = load_mixture([{**source, "limit": LOOKED_AT, "split": split}], on_error="skip")
     template = None
     settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none", **extra).resolve()
@@ -180,14 +178,16 @@ def look(model: str, data: str, extra: dict[str, Any]) -> Rows:
     )
 
 
-def _source(data: str, split: str) -> dict[str, Any]:
-    """The entry of `datasets`: with encoding, delimiter and names of columns where the rows show which they are."""
+def _source(data: str, split: str) -> tuple[dict[str, Any], int]:
+    """The entry of `datasets`, with encoding, delimiter and names of columns where the rows show which they are; and
+    how many rows there are."""
     from ma_sft.data.formats import detect_format
     from ma_sft.data.sources import Source, load_rows, rows_of
 
     found = {"path": data, **_how_written(data)}
     source = Source.of(found, split=split)
-    first = load_rows(source)[0][:1]
+    rows, _ = load_rows(source)
+    first = rows[:1]
     names = next((list(row) for _, _, row in rows_of(first, [0], source) if isinstance(row, dict)), [])
     renamed = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in names}
     for form in (names, renamed.values()):
@@ -196,8 +196,8 @@ def _source(data: str, split: str) -> dict[str, Any]:
         except FormatError:
             continue
         columns = {} if form is names else {old: new for old, new in renamed.items() if old != new}
-        return found | ({"columns": columns} if columns else {})
-    return found
+        return found | ({"columns": columns} if columns else {}), len(rows)
+    return found, len(rows)
 
 
 def _how_written(data: str) -> dict[str, str]:
