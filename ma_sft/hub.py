@@ -66,16 +66,14 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
 
 
 def pin_model(settings: Any) -> dict[str, str]:
-    """Put the commit in the place of a recipe's `model_revision`, which `model_init_kwargs` may give, too.
+    """Put the commit in the place of a recipe's `model_revision`.
 
     Returns:
         As `commits`.
     """
-    model, more = settings.model, dict(settings.training.model_init_kwargs or {})
-    revision = more.pop("revision", None) or model.model_revision
-    settings.training.model_init_kwargs = more or None
+    model = settings.model
     if model.model_name_or_path != "demo" and not Path(model.model_name_or_path).expanduser().is_dir():
-        model.model_revision = pin(model.model_name_or_path, revision)
+        model.model_revision = pin(model.model_name_or_path, model.model_revision)
     return commits()
 
 

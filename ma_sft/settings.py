@@ -67,7 +67,7 @@ OURS = {
     "ddp_backend": "gloo where DeepSpeed runs on the CPU.",
     "dataloader_drop_last": "True: rows that fill no batch of all processes are left out of an epoch, and counted.",
     "resume_from_checkpoint": "Go on from this checkpoint instead of the newest whole one.",
-    "model_init_kwargs": "Passed to `from_pretrained`; its revision holds for the tokenizer and the merge as well.",
+    "model_init_kwargs": "Passed to `from_pretrained`; a dtype or revision in it is the setting of that name.",
     "chat_template_path": "Chat template: a .jinja file, or the template and tokens of another tokenizer.",
     "dataset_text_field": "Column of plain text to train on, whatever its name.",
     "dataset_num_proc": "Processes that convert, tokenise and judge; all cores by default if there are many rows.",
@@ -157,6 +157,13 @@ RIVALS = (
 )
 
 
+# What `from_pretrained` takes of a model and a setting says of all that is loaded.
+INIT_KWARGS = {
+    **{"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attn_implementation"},
+    **{"revision": "model_revision", "trust_remote_code": "trust_remote_code"},
+}
+
+
 @dataclass(frozen=True)
 class Need:
     """Settings (`names`) that do nothing unless one of `switches` is on, or, where that is not all, `met` holds."""
@@ -196,6 +203,13 @@ NEEDS = (
         ),
     ),
     Need("test_near_duplicates", "test_size"),
+    Need("dataset_test_split", "eval_dataset"),
+    Need(
+        "model_revision",
+        "model_name_or_path",
+        "is for a model on a hub, and model_name_or_path is a folder; give its id",
+        lambda values: not Path(values["model_name_or_path"]).expanduser().is_dir(),
+    ),
     Need(
         "stopping_strategy",
         "datasets",
@@ -359,7 +373,7 @@ class Setting:
         return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
     def _check(self, value: Any) -> None:
-        if self.choices and value is not None and value not in self.choices:
+        if self.choices and isinstance(value, str) and value not in self.choices:
             raise RecipeError(
                 f"{self.name}: invalid choice: {value!r}{nearest(str(value), self.choices, '')}; "
                 f"one of {', '.join(self.choices)}"
@@ -377,7 +391,8 @@ class Setting:
         return "a secret" if is_secret(self.name) else repr(value)
 
 
-ADDED_CHOICES: dict[str, list[str]] = {}  # what plug-ins add to the choices of a setting
+# What plug-ins add to the choices of a setting, and what the help of one names.
+ADDED_CHOICES: dict[str, list[str]] = {"include_num_input_tokens_seen": ["all", "non_padding", "no"]}
 
 
 def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
@@ -389,6 +404,7 @@ def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
             hint = hints[field.name]
             parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
             names = [item.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for item in part]
+            names += [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
             default = field.default if field.default_factory is MISSING else field.default_factory()
             found[field.name] = Setting(
                 name=field.name,
@@ -543,7 +559,17 @@ class Chosen:
                 if self.layer.get(other, layer) < layer:
                     self.values.pop(other, None)
                     self.layer[other] = layer  # where it was turned off
+            if name == "model_init_kwargs":
+                taken = self._without_own(layer, taken or {}, settings)
             self.values[name], self.layer[name] = taken, layer
+
+    def _without_own(self, layer: int, kwargs: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What is left of `model_init_kwargs` when each that is a setting, too, has become that setting."""
+        own = {INIT_KWARGS[key]: value for key, value in kwargs.items() if key in INIT_KWARGS}
+        for key in own.keys() & settings.keys():
+            raise RecipeError(f"{key} and model_init_kwargs say the same in two ways; leave one of them out")
+        self.add(layer, own)
+        return {key: value for key, value in kwargs.items() if key not in INIT_KWARGS} or None
 
     def refuse_what_does_nothing(self, values: Mapping[str, Any]) -> None:
         """Compare what was chosen with all settings' values.

@@ -24,6 +24,7 @@ if "MA_SFT_PATIENCE" not in os.environ:  # once: what a test starts has the same
     os.environ["MA_SFT_PATIENCE"] = f"{patience():.1f}"
 
 PATIENCE = float(os.environ["MA_SFT_PATIENCE"])  # as it was at the start; limits are multiplied by it
+HANG = 900 * PATIENCE  # seconds that a test may take; a whole training says that it may take more
 
 SUBREAPER = 36  # prctl: the children of a process that ended become this one's, not init's
 if sys.platform == "linux":

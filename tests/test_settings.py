@@ -243,9 +243,21 @@ def test_rows_may_be_handed_over():
 
 
 def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
-    recipe = Recipe(**BASE, model_init_kwargs={"revision": "main"})
+    recipe = Recipe(**BASE, model_init_kwargs={"x": 1})
     recipe.resolve().training.model_init_kwargs.clear()
-    assert recipe.settings["model_init_kwargs"] == {"revision": "main"}
+    assert recipe.settings["model_init_kwargs"] == {"x": 1}
+
+
+def test_model_init_kwargs_that_are_settings_become_them():
+    kwargs = {"torch_dtype": "float16", "attn_implementation": "eager", "use_cache": False}
+    settings = resolve(model_init_kwargs=kwargs)
+    assert (settings.model.dtype, settings.model.attn_implementation) == ("float16", "eager")
+    assert settings.training.model_init_kwargs == {"use_cache": False}
+    assert resolve("--dtype", "float32", model_init_kwargs=kwargs).model.dtype == "float32"
+    # the folder may come later than what was chosen for a hub's model
+    assert (
+        Recipe(**{**BASE, "model_revision": "v1"}).resolve(["--model_name_or_path", "."]).model.model_revision == "v1"
+    )
 
 
 # what is not installed, or does not go together, is said before any data is read
@@ -273,6 +285,11 @@ def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
         ({"formatting_func": "question-answer", "response_template": "A", "completion_only_loss": False}, "response"),
         ({"accelerator_config": {"splits": 1}}, "splits"),
         ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"model_init_kwargs": {"torch_dtype": "float17"}}, "dtype: invalid choice: 'float17'"),
+        ({"model_init_kwargs": {"dtype": "float32"}, "dtype": "float16"}, "dtype and model_init_kwargs say the same"),
+        ({"include_num_input_tokens_seen": "some"}, "one of all, non_padding, no"),
+        ({"dataset_test_split": "dev"}, "dataset_test_split does nothing without eval_dataset"),
+        ({"model_name_or_path": ".", "model_revision": "v1"}, "model_revision is for a model on a hub"),
     ],
 )
 def test_what_cannot_be_is_one_line(settings, message):
@@ -330,9 +347,10 @@ def test_dataset_text_field_names_the_column(tiny_bpe, tmp_path):
         labelled(tiny_bpe, str(path), dataset_text_field="prose")
 
 
-def test_dataset_config_is_for_hub_data_sets(tiny_bpe, rows):
-    with pytest.raises(MaSftError, match="de"):
-        labelled(tiny_bpe, rows, dataset_config="de")
+@pytest.mark.parametrize("setting", ["dataset_config", "dataset_train_split"])
+def test_what_is_for_hub_data_sets_is_refused_for_files(tiny_bpe, rows, setting):
+    with pytest.raises(RecipeError, match=f"{setting}=de says nothing of .*, a .jsonl file; remove it"):
+        labelled(tiny_bpe, rows, **{setting: "de"})
 
 
 def test_eos_and_pad_token(tiny_bpe, rows):
@@ -613,7 +631,7 @@ def test_default_adapter_trains_a_mixture_of_experts(tiny_bpe, rows, tmp_path):
 
 # Settings whose proof is a test above, or one of another file.
 PROVEN = {
-    "dataset_config": "test_settings.py::test_dataset_config_is_for_hub_data_sets",
+    "dataset_config": "test_settings.py::test_what_is_for_hub_data_sets_is_refused_for_files",
     "dataset_text_field": "test_settings.py::test_dataset_text_field_names_the_column",
     "completion_only_loss": "test_settings.py::test_completion_only_loss_false_trains_every_token",
     "chat_template_path": "test_settings.py::test_chat_template_path_takes_a_file_or_a_tokenizer",

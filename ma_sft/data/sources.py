@@ -19,6 +19,14 @@ from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.version import __version__
 
+OF_A_HUB = ("name", "split", "revision", "data_files", "data_dir")
+OF_A_FILE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), ("field", "encoding")),
+    **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
+    **dict.fromkeys((".parquet", ".arrow"), ()),
+    ".txt": ("encoding", "sample_by"),
+}
+PLACING = {*OF_A_HUB, *(key for keys in OF_A_FILE.values() for key in keys)}
 MANY_BYTES = 64 << 20  # of several files; from here on, other processes are worth their start
 
 
@@ -101,7 +109,22 @@ class Source:
             settings |= {key: value for key, value in short.items() if value}
         source = cls(**{**defaults, **settings})
         source._check()
+        what, read = source.kind()
+        said = [f.name for f in fields(cls) if f.name in PLACING and settings.get(f.name, f.default) != f.default]
+        for key in (key for key in said if key not in read):
+            raise RecipeError(f"source {source.path}: {key} says nothing of {what}; remove it")
         return replace(source, ignore=tuple(source.ignore))
+
+    def kind(self) -> tuple[str, tuple[str, ...]]:
+        """What the source is, in words, and which of its fields say where the rows are and how they are read."""
+        if self.rows is not None:
+            return "a data set in memory", ("split",)
+        if Path(self.path).is_dir() and not (self.data_files or self.data_dir):
+            return "a saved data set", ("split",)
+        suffix = kind_of(self.path)
+        if Path(self.path).is_file() or suffix in KINDS:
+            return f"a {suffix} file", OF_A_FILE.get(suffix, ("field", "encoding", "delimiter", "sample_by"))
+        return "a hub data set", OF_A_HUB
 
     def _check(self) -> None:
         kinds: dict[str, Any] = {"limit": int, "weight": int | float, "merge_turns": bool, "columns": dict}

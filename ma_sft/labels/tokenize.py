@@ -157,7 +157,6 @@ def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     """The recipe's sources with the settings that hold for those that do not say themselves."""
-    from ma_sft.data.reader import KINDS, kind_of
     from ma_sft.data.sources import Source
 
     data, text = settings.rows, settings.training.dataset_text_field
@@ -172,11 +171,14 @@ def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     }
     sources = data.eval_dataset if own_file else data.datasets if data.datasets else [data.dataset_name]
     found = [Source.of(source, **defaults) for source in sources]
-    for source in found if data.dataset_config else []:
-        if source.rows is not None or Path(source.path).exists() or kind_of(source.path) in KINDS:
+    split = "dataset_test_split" if own_file else "dataset_train_split"
+    for setting, key in (("dataset_config", "name"), (split, "split")):
+        value = settings.chosen.get(setting)
+        other = next((source for source in found if key not in source.kind()[1]), None)
+        if other and value not in (None, getattr(Source, key)):
             raise RecipeError(
-                f"dataset_config={data.dataset_config}: {source.path} is no hub data set; remove it, or give those of "
-                "datasets that are one a name"
+                f"{setting}={value} says nothing of {other.path}, {other.kind()[0]}; remove it, or give those of "
+                f"datasets that it is for a {key}"
             )
     return found
 

@@ -29,7 +29,7 @@ from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
 from ma_sft.hub import load_pretrained, refuse_pickles, saved_folder
 from ma_sft.recipe import Settings
-from ma_sft.settings import nearest
+from ma_sft.settings import nearest, settings_of
 from ma_sft.training.processes import outside_zero3
 
 # `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
@@ -43,6 +43,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Initialisations that PEFT computes from activations or gradients on data, with calls of its own before training.
 NEED_DATA = ("eva", "corda", "lora_ga")
+
+
+# Fields of a `LoraConfig` that say nothing of how to train, with the value that a recipe may give.
+WRITTEN = {
+    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": False},
+    **dict.fromkeys(("auto_mapping", "peft_version", "base_model_name_or_path", "revision")),
+}
 
 
 # Initialisations that take a part of the base's weights into the adapter.
@@ -99,16 +106,23 @@ def _saved_config(settings: Settings, folder: str) -> PeftConfig:
 
 
 def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's `lora_config` with mappings as the dataclasses that PEFT wants."""
-    hints = get_type_hints(LoraConfig)
+    """The recipe's `lora_config` in the types that PEFT wants and does not check, mappings as its dataclasses."""
+    hints, known = get_type_hints(LoraConfig), settings_of({"lora": LoraConfig})
     for key, value in more.items():
-        if key not in hints:
+        if key not in known:
             raise RecipeError(f"lora_config: peft.LoraConfig has no field {key!r}{nearest(key, hints, '')}")
+        if key in WRITTEN and value != WRITTEN[key]:
+            raise RecipeError(f"lora_config: {key} is what PEFT writes of a finished adapter; leave it out")
         nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
         try:
-            more[key] = nested(**value) if nested and isinstance(value, dict) else value  # type: ignore[operator]
+            if nested and isinstance(value, dict):
+                more[key] = nested(**value)  # type: ignore[operator]
+            elif not re.fullmatch(r"pissa_niter_\d+", str(value)):  # named with a blank for the number
+                more[key] = known[key].take(value)
         except TypeError as error:
             raise RecipeError(f"lora_config: {key}: {error}") from None
+        except RecipeError as error:
+            raise RecipeError(f"lora_config: {error}") from None
     return more
 
 
@@ -183,7 +197,7 @@ def fitting_adapter(
         with warnings.catch_warnings(), outside_zero3():
             warnings.simplefilter("ignore")
             get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
-    except ValueError as error:
+    except Exception as error:  # a value of a wrong type fails somewhere in PEFT
         if "lora_dropout" not in str(error):
             raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
         if by_hand:

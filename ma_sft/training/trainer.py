@@ -143,7 +143,7 @@ def build_trainer(
             )
     except (OSError, SafetensorError) as error:
         raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
-    except TypeError as error:
+    except Exception as error:
         if not settings.chosen.get("model_init_kwargs"):
             raise
         raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error

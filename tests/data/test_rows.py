@@ -17,6 +17,7 @@ from ma_sft.data.context import to_tools
 from ma_sft.data.formats import BadAnswer, detect_format, read_row
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.mixture import load_mixture
+from ma_sft.data.sources import Source
 
 CASES = ROOT / "tests/files/rows"
 
@@ -792,3 +793,21 @@ def test_results_stand_in_the_order_of_their_calls():
     for results in ([one, two], [one, one], [two]):  # only where each is a call's
         row = [user("q"), calls, *results, assistant("x")]
         assert to_messages({"messages": row}) == row
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "what"),
+    [
+        ("a.jsonl", {"split": "dev"}, "split says nothing of a .jsonl file"),
+        ("a.jsonl", {"delimiter": ";"}, "delimiter says nothing of a .jsonl file"),
+        ("a.csv.gz", {"field": "rows"}, "field says nothing of a .csv file"),
+        ("a.parquet", {"encoding": "utf-8"}, "encoding says nothing of a .parquet file"),
+        ("a.txt", {"revision": "v1"}, "revision says nothing of a .txt file"),
+        ("owner/name", {"encoding": "utf-16"}, "encoding says nothing of a hub data set"),
+        (Dataset.from_list([{"text": "a"}]), {"name": "x"}, "name says nothing of a data set in memory"),
+    ],
+    ids=str,
+)
+def test_what_says_nothing_of_a_source_is_refused(name, more, what):
+    with pytest.raises(RecipeError, match=f"{what}; remove it"):
+        Source.of({"path": name, **more})

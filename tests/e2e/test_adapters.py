@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, start
+from patience import HANG
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -36,7 +37,7 @@ def answers(model, folder):
 
 @pytest.mark.slow
 @pytest.mark.whole
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(8 * HANG)
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_the_demo_task(method, tmp_path):
     out, few = tmp_path / "run", tmp_path / "few.jsonl"

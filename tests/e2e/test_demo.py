@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, start
+from patience import HANG
 
 
 def train(out, *flags):
@@ -40,6 +41,7 @@ def test_learns_and_says_so(demo):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * HANG)
 def test_learns_the_task_and_stops(tmp_path):
     out = tmp_path / "demo"
     _, summary = train(out, "--max_steps", "100", "--generate_eval", "40")
