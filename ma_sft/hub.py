@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.files import not_there
 from ma_sft.terminal import no_bar_for_weights, say
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
 
@@ -175,6 +178,27 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     if "Tokenizer" in auto.__name__:
         loaded.name_or_path = name
     return loaded
+
+
+def generation_config(folder: Path) -> "GenerationConfig | None":
+    """What a model's folder says of how it generates; None if it says nothing.
+
+    Raises:
+        RecipeError: a file that transformers does not take.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(str(folder))
+        ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id or 0]
+        if not all(type(end) is int for end in ends):
+            raise ValueError(f"eos_token_id: whole numbers expected, found {ends}")
+    except Exception as error:
+        raise RecipeError(f"{path}: {one_line(error)}; mend it or remove it") from None
+    return found
 
 
 def _refuse_tokenizer_code(name: str, folder: Path) -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
+from ma_sft.hub import generation_config
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.clock import clock_at
 from ma_sft.labels.jinja import text_and_marks
@@ -529,12 +531,15 @@ def _map(value: Any, function: Callable[[str], str]) -> Any:
 
 
 def _generation_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    stops = {tokenizer.eos_token_id} - {None}
-    try:
-        eos = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
-    except (OSError, ValueError):  # a tokenizer without a model beside it
-        return stops
-    return stops | {*(eos if isinstance(eos, list) else [eos])} - {None}
+    if Path(tokenizer.name_or_path).is_dir():
+        generation = generation_config(Path(tokenizer.name_or_path))
+    else:
+        try:
+            generation = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        except (OSError, ValueError):  # a tokenizer without a model beside it
+            generation = None
+    eos = generation.eos_token_id if generation else None
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
 def _sections(parts: list[str]) -> list[tuple[str, ...]]:

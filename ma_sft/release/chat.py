@@ -71,6 +71,7 @@ def reply(
             max_new_tokens=limit,
             eos_token_id=ends,
             pad_token_id=ends[0],
+            tokenizer=encoder.tokenizer,  # for stop strings of the model's own
             streamer=streamer,
             **sampling,
         )[0, ids.shape[1] :].tolist()

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ma_sft.errors import MaSftError, RecipeError, first_line
-from ma_sft.hub import load_pretrained, saved_folder
+from ma_sft.hub import generation_config, load_pretrained, saved_folder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.release.manifest import NAME, read_manifest, trained_encoder
 from ma_sft.release.merge import find_base
@@ -41,7 +41,7 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
         return [Finding("tokenizer", False, str(error))]
     findings += _weights(folder, manifest, len(tokenizer), code)
     if manifest["kind"] == "model":
-        stops = end_ids(GenerationConfig.from_pretrained(folder), tokenizer)
+        stops = end_ids(generation_config(folder) or GenerationConfig(), tokenizer)
         findings.append(_compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"])))
     return findings
 

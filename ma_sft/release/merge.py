@@ -25,11 +25,12 @@ from transformers import (
 
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.files import atomic_dir, must_be_new
-from ma_sft.hub import load_pretrained, model_folder, saved_folder
+from ma_sft.hub import generation_config, load_pretrained, model_folder, saved_folder
 from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.exam import end_ids
+from ma_sft.training.trainer import as_it_was
 
 
 def find_base(
@@ -263,15 +264,13 @@ def _compare(
 
 def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Save what belongs to a model beside its weights: configuration, tokenizer with chat template, end-of-turn ids."""
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
+    generation = generation_config(source) or GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_ids(generation, tokenizer)
     generation.pad_token_id = tokenizer.pad_token_id
     for file in source.glob("*.py") if getattr(config, "auto_map", None) else []:  # the model's own code goes with it
         shutil.copyfile(file, target / file.name)
     config.save_pretrained(target)
+    as_it_was(generation)
     generation.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

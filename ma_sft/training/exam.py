@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils.logging import tqdm
 
+from ma_sft.errors import RecipeError, one_line
 from ma_sft.files import write_whole
 from ma_sft.labels.encoder import ChatEncoder, parsed
 from ma_sft.labels.targets import Message
@@ -213,6 +214,9 @@ def generate_answers(
 
     Prompts, each with the tools and template variables `given` for it, are encoded as training encodes them, sorted by
     length and padded on the left.
+
+    Raises:
+        RecipeError: the model's own generation config holds what it cannot generate with.
     """
     ends = end_ids(model.generation_config, encoder.tokenizer)
     given = given or [(None, None)] * len(prompts)
@@ -228,15 +232,22 @@ def generate_answers(
             width, progress = len(ids[chunk[0]]), TokenByToken(bar)
             rows = [[ends[0]] * (width - len(ids[i])) + ids[i] for i in chunk]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk]
-            output: list[list[int]] = model.generate(  # type: ignore[operator]
-                input_ids=torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=ends[0],
-                stopping_criteria=StoppingCriteriaList([progress]),
-            )[:, width:].tolist()
+            try:
+                output: list[list[int]] = model.generate(  # type: ignore[operator]
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends,
+                    pad_token_id=ends[0],
+                    tokenizer=encoder.tokenizer,  # for stop strings of the model's own
+                    stopping_criteria=StoppingCriteriaList([progress]),
+                )[:, width:].tolist()
+            except (TypeError, ValueError) as error:
+                raise RecipeError(
+                    f"the model's generation_config.json cannot be followed: {one_line(error)}; mend it, or leave "
+                    "generate_eval out"
+                ) from error
             for i, row in zip(chunk, output, strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 text = str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True))

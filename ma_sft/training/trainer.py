@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.data.functions import load_function
-from ma_sft.errors import RecipeError, one_line
-from ma_sft.hub import explain, model_folder
+from ma_sft.errors import MaSftError, RecipeError, one_line
+from ma_sft.hub import explain, generation_config, model_folder
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
@@ -71,6 +71,7 @@ def check_early(settings: Settings) -> None:
     """
     if get_quantization_config(settings.model) is not None:
         quantized.check_installed()
+    generation_config(model_folder(str(settings.model.model_name_or_path), settings.model.model_revision))
     adapters.fitting_adapter(settings)
     if settings.adapter.freeze:
         adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
@@ -141,8 +142,11 @@ def build_trainer(
                 peft_config=peft,
                 **given,
             )
+        trainer.model.config.validate()  # as saving does, with what model_init_kwargs changed
     except (OSError, SafetensorError) as error:
         raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
+    except (MaSftError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         if not settings.chosen.get("model_init_kwargs"):
             raise
@@ -211,6 +215,14 @@ def _finish_model(
         adapters.keep_initial(model, Path(training.output_dir) / "initial_adapter")
 
 
+def as_it_was(generation: GenerationConfig) -> None:
+    """Let it be saved with what greedy decoding does not read (a temperature, a length penalty), as the base has it.
+
+    transformers saves a configuration of which it says so only if nothing in it changed, and ours gets other end ids.
+    """
+    generation._original_object_hash = hash(generation)
+
+
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, which takes no step more when resumed after its last one, and names a full disk as such."""
 
@@ -242,6 +254,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        as_it_was(self.accelerator.unwrap_model(self.model).generation_config)
+        super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:

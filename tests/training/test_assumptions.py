@@ -4,19 +4,21 @@ A release that changes one fails here with the name of what changed, before it c
 """
 
 import inspect
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Trainer, TrainerCallback
 from transformers.integrations import deepspeed
 from trl import SFTConfig, SFTTrainer
 
 from ma_sft.training.processes import outside_zero3
 from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
-from ma_sft.training.trainer import ResumableTrainer
+from ma_sft.training.trainer import ResumableTrainer, as_it_was
 
 ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
 
@@ -62,6 +64,36 @@ def test_transformers_saves_through_save_checkpoint(trainer, monkeypatch):
     trainer.state.compute_steps(trainer.args, 2)
     trainer.train()
     assert saved == [1, 2]
+
+
+def test_transformers_saves_models_through_save(trainer, monkeypatch, tmp_path):
+    saved = []
+
+    def note(self, output_dir, state_dict=None):
+        Path(output_dir).mkdir(parents=True)
+        saved.append(Path(output_dir).name)
+
+    monkeypatch.setattr(Trainer, "_save", note)
+    trainer.save_model(str(tmp_path / "model"))
+    trainer.args.save_steps = 1
+    trainer.state.compute_steps(trainer.args, 2)
+    trainer.train()
+    assert saved == ["model", "checkpoint-1", "checkpoint-2"]
+
+
+def test_transformers_knows_by_original_object_hash_that_a_generation_config_changed(tmp_path):
+    GenerationConfig(eos_token_id=2).save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))
+    config = GenerationConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    config.eos_token_id = [2, 3]
+    with pytest.raises(ValueError, match="temperature"):
+        config.save_pretrained(tmp_path)
+    as_it_was(config)
+    config.save_pretrained(tmp_path)
+    saved = json.loads(path.read_text())
+    assert (saved["temperature"], saved["eos_token_id"]) == (0.5, [2, 3])
 
 
 def test_transformers_prepares_the_model_before_on_train_begin(trainer):

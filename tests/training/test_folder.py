@@ -220,3 +220,41 @@ def test_figures_before_training_are_kept_for_a_run_that_goes_on(finished, tmp_p
     went_on = run(recipe)
     assert went_on["evaluation"] == whole["evaluation"]
     assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(finished, tmp_path, tiny_bpe, use_peft):
+    """transformers refuses to save it in a configuration that changed, as ours does by its end ids."""
+    settings, _ = finished
+    base = shutil.copytree(tiny_bpe, tmp_path / "base")
+    said = {"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "stop_strings": ["zz"]}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    out = tmp_path / "run"
+    more = {"model_name_or_path": str(base), "use_peft": use_peft, "generate_eval": 1, "max_new_tokens": 2}
+    summary = run(Recipe(**{**settings, **more}, output_dir=str(out)))
+    assert "failed" not in summary
+    saved = ["merged"] if use_peft else ["model", "checkpoint-1"]
+    for folder in saved:
+        found = json.loads((out / folder / "generation_config.json").read_text())
+        assert found.items() >= said.items() and found["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ('"text"', "not a mapping"),
+        ("{", "not a valid JSON file"),
+        ('{"max_new_tokens": "x"}', "not supported between"),
+        ('{"cache_implementation": "none"}', "Invalid `cache_implementation`"),
+        ('{"eos_token_id": [2, "x"]}', r"eos_token_id: whole numbers expected, found \[2, 'x'\]"),
+        ('{"stop_strings": 3}', "cannot be followed: 'int' object is not iterable"),
+    ],
+)
+def test_broken_generation_config_of_the_base_is_one_line_before_training(finished, tmp_path, tiny_bpe, said, found):
+    settings, _ = finished
+    base = shutil.copytree(tiny_bpe, tmp_path / "base")
+    (base / "generation_config.json").write_text(said)
+    more = {"model_name_or_path": str(base), "generate_eval": 1, "max_new_tokens": 2}
+    with pytest.raises(RecipeError, match=f"generation_config.json.*{found}") as error:
+        run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
+    assert "\n" not in str(error.value) and not (tmp_path / "run/checkpoint-1").exists()
