@@ -173,6 +173,8 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     try:
         with no_bar_for_weights():
             loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
+        if "Tokenizer" in auto.__name__:
+            loaded("a é 你 😀")  # what does not fit each other fails at a text alone
     except Exception as error:
         raise RecipeError(explain(error, name)) from None
     if "Tokenizer" in auto.__name__:

@@ -260,3 +260,40 @@ def test_file_in_place_of_a_folder_is_said(stranger, capsys):
     ):
         assert main(command) == 2
         assert says in capsys.readouterr().err
+
+
+def of_json(name, **changed):
+    """The file `name` of a model's folder with other values."""
+    return lambda folder: json.dumps({**json.loads((folder / name).read_text()), **changed})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", of_json("config.json", architectures=None), "is none that writes text: config.json gives None"),
+        ("config.json", of_json("config.json", architectures=["BertModel"]), "config.json gives BertModel"),
+        ("config.json", of_json("config.json", architectures=["OfNobody"]), "cannot be loaded: AttributeError"),
+        ("config.json", of_json("config.json", pad_token_id=99_999), "Padding_idx must be within num_embeddings"),
+        ("config.json", of_json("config.json", vocab_size=100), "cannot be loaded: RuntimeError"),
+        ("config.json", of_json("config.json", hidden_act="none"), "cannot be loaded: KeyError: 'none'"),
+        ("config.json", of_json("config.json", num_attention_heads=0), "cannot be loaded: ZeroDivisionError"),
+        (
+            "config.json",
+            of_json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            "Please attach trainable adapters",
+        ),
+        ("adapter_config.json", "{}", "cannot be loaded: ValueError"),
+        ("tokenizer_config.json", of_json("tokenizer_config.json", model_max_length="x"), "cannot be loaded: Type"),
+        ("tokenizer_config.json", of_json("tokenizer_config.json", tokenizer_class="BertTokenizer"), "Missing [UNK]"),
+        ("chat_template.jinja", "{% if", "line 1: unexpected 'end of template'"),
+    ],
+)  # fmt: skip
+def test_broken_folder_of_a_base_is_one_line(name, content, says, tiny_bpe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = shutil.copytree(tiny_bpe, tmp_path / "base")
+    (base / name).write_text(content if isinstance(content, str) else content(tiny_bpe))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "?", "completion": "!"}\n' * 4)
+    (tmp_path / "mine.json").write_text(json.dumps({"model_name_or_path": "base", "dataset_name": "rows.jsonl"}))
+    assert main(["train", "mine.json", "--max_steps", "1", "--report_to", "none"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line

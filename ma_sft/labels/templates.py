@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import RecipeError, TemplateError
+from ma_sft.errors import RecipeError, TemplateError, one_line
 from ma_sft.files import not_there
 from ma_sft.labels.clock import set_clock
+from ma_sft.labels.jinja import compiled
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings
@@ -102,6 +104,7 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
         added = _take_template(tokenizer, training.chat_template_path, code)
     elif labels.formatting_func is None or labels.template or labels.formatting_func in TEMPLATES:
         added = set_chat_template(tokenizer, labels.template or labels.formatting_func)
+    _check_syntax(tokenizer)
     for setting in ("eos_token", "pad_token"):
         if (token := getattr(training, setting)) is not None:
             if token not in tokenizer.get_vocab():
@@ -140,6 +143,21 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) ->
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
     return [token.content for token in new]
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compile the chat template, or those for rows with and without tools.
+
+    Raises:
+        TemplateError: it is no text, or not valid Jinja.
+    """
+    found = tokenizer.chat_template or ""
+    for template in found.values() if isinstance(found, dict) else [found]:
+        try:
+            compiled(template)
+        except (jinja2.TemplateError, TypeError, AttributeError) as error:
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise TemplateError(f"the chat template of {tokenizer.name_or_path!r}{line}: {one_line(error)}") from None
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:

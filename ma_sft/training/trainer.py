@@ -6,20 +6,22 @@ bitsandbytes.)
 """
 
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProgressCallback
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
 from ma_sft.data.functions import load_function
-from ma_sft.errors import MaSftError, RecipeError, one_line
-from ma_sft.hub import explain, generation_config, model_folder
+from ma_sft.errors import RecipeError, one_line
+from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
@@ -71,7 +73,7 @@ def check_early(settings: Settings) -> None:
     """
     if get_quantization_config(settings.model) is not None:
         quantized.check_installed()
-    generation_config(model_folder(str(settings.model.model_name_or_path), settings.model.model_revision))
+    _check_model(settings)
     adapters.fitting_adapter(settings)
     if settings.adapter.freeze:
         adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
@@ -143,14 +145,12 @@ def build_trainer(
                 **given,
             )
         trainer.model.config.validate()  # as saving does, with what model_init_kwargs changed
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from None
-    except (MaSftError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if not settings.chosen.get("model_init_kwargs"):
+        if not isinstance(error, OSError | SafetensorError) and not _of_the_model(error):
             raise
-        raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
+        if settings.chosen.get("model_init_kwargs") and not isinstance(error, OSError):
+            raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
+        raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from error
     training.model_init_kwargs = shown(training.model_init_kwargs)  # trackers write down all arguments
     _finish_model(trainer, settings, tokenizer, peft)
     if settings.adapter.loraplus_lr_ratio is not None:
@@ -161,6 +161,29 @@ def build_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
     return trainer
+
+
+def _check_model(settings: Settings) -> None:
+    """See that the model writes text, and that its generation config can be read.
+
+    Raises:
+        RecipeError: it does not, or it cannot.
+    """
+    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
+    generation_config(model_folder(name, revision))
+    config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code)
+    said = next(iter(config.architectures or []), None)
+    kind = getattr(transformers, str(said), None)  # None of code of its own
+    if said is None or (kind is not None and not kind.can_generate()):
+        raise RecipeError(f"the model {name!r} is none that writes text: config.json gives {said} as its architecture")
+
+
+def _of_the_model(error: BaseException) -> bool:
+    """Whether an error was raised where TRL makes the model of its folder, or where its own config is looked at."""
+    places = {"create_model_from_path", "validate_quantization_for_training", "validate"}
+    return not isinstance(error, torch.OutOfMemoryError) and any(
+        frame.name in places for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def _leave_nothing_to_prepare(settings: Settings) -> None:

@@ -6,6 +6,7 @@ A release that changes one fails here with the name of what changed, before it c
 import inspect
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from ma_sft.training.processes import outside_zero3
 from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
-from ma_sft.training.trainer import ResumableTrainer, as_it_was
+from ma_sft.training.trainer import ResumableTrainer, _of_the_model, as_it_was
 
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
 
 
@@ -94,6 +96,20 @@ def test_transformers_knows_by_original_object_hash_that_a_generation_config_cha
     config.save_pretrained(tmp_path)
     saved = json.loads(path.read_text())
     assert (saved["temperature"], saved["eos_token_id"]) == (0.5, [2, 3])
+
+
+def test_trl_makes_a_model_of_its_folder_in_create_model_from_path(tiny_bpe, tmp_path):
+    broken = shutil.copytree(tiny_bpe, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    for change in ({"architectures": ["OfNobody"]}, {"quantization_config": QUANTISED}):
+        (broken / "config.json").write_text(json.dumps({**config, **change}))
+        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+        with pytest.raises((AttributeError, ValueError)) as error:
+            SFTTrainer(str(broken), args=args, train_dataset=ROWS)
+        assert _of_the_model(error.value)
+    with pytest.raises(ValueError, match="train_dataset") as error:
+        SFTTrainer(str(tiny_bpe), args=args, train_dataset=None)
+    assert not _of_the_model(error.value)
 
 
 def test_transformers_prepares_the_model_before_on_train_begin(trainer):
