@@ -123,7 +123,7 @@ def train(tmp_path):
         settings = recipe.settings
         if "datasets" in settings:  # keep what the recipe says of its sources, but for where they are
             settings["datasets"] = [
-                {**({} if isinstance(s, str) else s), "path": str(data)} for s in settings["datasets"]
+                {**({} if isinstance(s, str) else s), "path": str(data), "name": None} for s in settings["datasets"]
             ]
         else:
             settings["dataset_name"] = str(data)
