@@ -297,3 +297,4 @@ def test_broken_folder_of_a_base_is_one_line(name, content, says, tiny_bpe, tmp_
     assert main(["train", "mine.json", "--max_steps", "1", "--report_to", "none"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert says in line
+    assert main(["plan", "mine.json", "--max_length", "64", "--gpus", "1", "--gpu_memory", "8GB"]) in (0, 2)

@@ -27,7 +27,7 @@ from trl import SFTTrainer, get_peft_config
 
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.files import write_whole
-from ma_sft.hub import load_pretrained, refuse_pickles, saved_folder
+from ma_sft.hub import explain, load_pretrained, refuse_pickles, saved_folder
 from ma_sft.recipe import Settings
 from ma_sft.settings import nearest, settings_of
 from ma_sft.training.processes import outside_zero3
@@ -170,9 +170,8 @@ def model_skeleton(settings: Settings) -> Any:
         # Other attention comes from packages that this machine may lack; without weights it makes no difference.
         attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
         return skeleton(config, dtype, attention, code=code)
-    except (OSError, ValueError, ImportError) as error:
-        name = model.model_name_or_path
-        raise RecipeError(f"the model {name!r} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:
+        raise RecipeError(explain(error, str(model.model_name_or_path))) from None
 
 
 def fitting_adapter(
