@@ -175,32 +175,36 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
             loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if "Tokenizer" in auto.__name__:
             loaded("a é 你 😀")  # what does not fit each other fails at a text alone
+            loaded.name_or_path = name
     except Exception as error:
         raise RecipeError(explain(error, name)) from None
-    if "Tokenizer" in auto.__name__:
-        loaded.name_or_path = name
     return loaded
 
 
-def generation_config(folder: Path) -> "GenerationConfig | None":
-    """What a model's folder says of how it generates; None if it says nothing.
+def generation_config(name: str) -> "GenerationConfig | None":
+    """What a model's folder, or its hub id in the cache, says of how it generates; None if it says nothing.
 
     Raises:
         RecipeError: a file that transformers does not take.
     """
     from transformers import GenerationConfig
 
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
     try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(str(folder))
-        ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id or 0]
-        if not all(type(end) is int for end in ends):
-            raise ValueError(f"eos_token_id: whole numbers expected, found {ends}")
+        found: GenerationConfig = GenerationConfig.from_pretrained(name, local_files_only=True)
+        if not all(type(end) is int for end in stop_ids(found)):
+            raise ValueError(f"eos_token_id: whole numbers expected, found {stop_ids(found)}")
     except Exception as error:
+        path = Path(name, "generation_config.json")
+        if isinstance(error, OSError | ValueError) and not path.is_file():
+            return None
         raise RecipeError(f"{path}: {one_line(error)}; mend it or remove it") from None
     return found
+
+
+def stop_ids(generation: "GenerationConfig | None") -> list[Any]:
+    """The ids at which a model stops by its own configuration, which gives none, one or a list."""
+    ends = generation.eos_token_id if generation else None
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def _refuse_tokenizer_code(name: str, folder: Path) -> None:

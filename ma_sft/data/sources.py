@@ -19,14 +19,20 @@ from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.version import __version__
 
-OF_A_HUB = ("name", "split", "revision", "data_files", "data_dir")
+# What a source is, in words, and which of its fields say where its rows are and how they are read; of files by suffix.
+PLACES = {
+    "memory": ("a data set in memory", ("split",)),
+    "folder": ("a saved data set", ("split",)),
+    "hub": ("a hub data set", ("name", "split", "revision", "data_files", "data_dir")),
+}
 OF_A_FILE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), ("field", "encoding")),
     **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
     **dict.fromkeys((".parquet", ".arrow"), ()),
     ".txt": ("encoding", "sample_by"),
 }
-PLACING = {*OF_A_HUB, *(key for keys in OF_A_FILE.values() for key in keys)}
+OF_ANY_FILE = tuple({key for keys in OF_A_FILE.values() for key in keys})
+PLACING = {*PLACES["hub"][1], *OF_ANY_FILE}
 MANY_BYTES = 64 << 20  # of several files; from here on, other processes are worth their start
 
 
@@ -115,16 +121,21 @@ class Source:
             raise RecipeError(f"source {source.path}: {key} says nothing of {what}; remove it")
         return replace(source, ignore=tuple(source.ignore))
 
+    @property
+    def place(self) -> str:
+        """Where the rows are: in `memory`, a saved `folder`, `files`, or on a `hub`."""
+        if self.rows is not None:
+            return "memory"
+        if Path(self.path).is_dir() and not (self.data_files or self.data_dir):
+            return "folder"
+        return "files" if Path(self.path).is_file() or kind_of(self.path) in KINDS else "hub"
+
     def kind(self) -> tuple[str, tuple[str, ...]]:
         """What the source is, in words, and which of its fields say where the rows are and how they are read."""
-        if self.rows is not None:
-            return "a data set in memory", ("split",)
-        if Path(self.path).is_dir() and not (self.data_files or self.data_dir):
-            return "a saved data set", ("split",)
+        if self.place != "files":
+            return PLACES[self.place]
         suffix = kind_of(self.path)
-        if Path(self.path).is_file() or suffix in KINDS:
-            return f"a {suffix} file", OF_A_FILE.get(suffix, ("field", "encoding", "delimiter", "sample_by"))
-        return "a hub data set", OF_A_HUB
+        return f"a {suffix} file", OF_A_FILE.get(suffix, OF_ANY_FILE)
 
     def _check(self) -> None:
         kinds: dict[str, Any] = {"limit": int, "weight": int | float, "merge_turns": bool, "columns": dict}
@@ -168,16 +179,16 @@ def load_rows(
 
 
 def _load(source: Source, streaming: bool, num_proc: int | None) -> Any:
-    path, local = source.path, Path(source.path)
-    if source.rows is not None:
+    path, local, place = source.path, Path(source.path), source.place
+    if place == "memory":
         return _in_memory(source, streaming)
-    if local.is_dir() and not (source.data_files or source.data_dir):
+    if place == "folder":
         if not ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
         saved = load_from_disk(path)
         saved = _of_split(saved, source.split, path) if isinstance(saved, DatasetDict) else saved
         return saved.to_iterable_dataset() if streaming else saved
-    if local.is_file() or kind_of(path) in KINDS:
+    if place == "files":
         return _load_files(source, streaming, num_proc)
     if glob.has_magic(path):
         raise RecipeError(f"the files {path!r} must end in one of {', '.join(KINDS)}, and .gz or .zst if compressed")

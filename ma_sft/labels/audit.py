@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
+from ma_sft.hub import stop_ids
 from ma_sft.labels.check import check_dataset
 from ma_sft.labels.findings import CheckReport, Finding
 from ma_sft.labels.inference import MARKUP, Inference, Refused
@@ -42,10 +43,10 @@ def audit(trainer: "SFTTrainer", rows: str | None = None, *, sequences: int | No
         LabelError: no batch has labels.
     """
     tokenizer = trainer.processing_class
-    stops = getattr(getattr(trainer.model, "generation_config", None), "eos_token_id", None)
+    stops = stop_ids(getattr(trainer.model, "generation_config", None))
     found = (sequence for batch in trainer.get_train_dataloader() for sequence in unpacked(batch))
     limit = getattr(trainer.args, "max_length", None)
-    return _audit(list(islice(found, sequences)), tokenizer, rows, limit, stops if isinstance(stops, list) else [stops])
+    return _audit(list(islice(found, sequences)), tokenizer, rows, limit, stops)
 
 
 def audit_folder(

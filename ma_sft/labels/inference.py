@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ma_sft.hub import generation_config
+from ma_sft.hub import generation_config, stop_ids
 from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
 from ma_sft.labels.clock import clock_at
 from ma_sft.labels.jinja import text_and_marks
@@ -78,7 +77,7 @@ class Inference:
         }
         self.signs = {index: chr(PLANE + n) for n, index in enumerate(self.controls.values())}
         self._texts = {chr(PLANE + n): text for n, text in enumerate(self.controls)}
-        self.stops = {*stops, *_generation_stops(tokenizer)}
+        self.stops = {*stops, tokenizer.eos_token_id, *stop_ids(generation_config(tokenizer.name_or_path))} - {None}
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self.control_text = re.compile("|".join(longest_first) or r"(?!)")
         self._pieces = re.compile(f"({self.control_text.pattern})")
@@ -528,18 +527,6 @@ def _map(value: Any, function: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, function) for key, item in value.items()}
     return [_map(item, function) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _generation_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    if Path(tokenizer.name_or_path).is_dir():
-        generation = generation_config(Path(tokenizer.name_or_path))
-    else:
-        try:
-            generation = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
-        except (OSError, ValueError):  # a tokenizer without a model beside it
-            generation = None
-    eos = generation.eos_token_id if generation else None
-    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
 def _sections(parts: list[str]) -> list[tuple[str, ...]]:

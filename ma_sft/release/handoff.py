@@ -41,7 +41,7 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
         return [Finding("tokenizer", False, str(error))]
     findings += _weights(folder, manifest, len(tokenizer), code)
     if manifest["kind"] == "model":
-        stops = end_ids(generation_config(folder) or GenerationConfig(), tokenizer)
+        stops = end_ids(generation_config(str(folder)) or GenerationConfig(), tokenizer)
         findings.append(_compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"])))
     return findings
 

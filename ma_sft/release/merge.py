@@ -264,7 +264,7 @@ def _compare(
 
 def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Save what belongs to a model beside its weights: configuration, tokenizer with chat template, end-of-turn ids."""
-    generation = generation_config(source) or GenerationConfig.from_model_config(config)
+    generation = generation_config(str(source)) or GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_ids(generation, tokenizer)
     generation.pad_token_id = tokenizer.pad_token_id
     for file in source.glob("*.py") if getattr(config, "auto_map", None) else []:  # the model's own code goes with it

@@ -119,7 +119,7 @@ def init(
         **({"dataset_train_split": split} if split != "train" else {}),
         **({"trust_remote_code": True} if code else {}),
     }
-    rows = look(model, data, source, total, extra)
+    rows = look(model, source, total, extra)
     say(f"{data}: {rows}")
     hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
     gpus, memory = _parse_hardware(hardware)
@@ -133,7 +133,7 @@ def init(
     return out, command
 
 
-def look(model: str, data: str, source: dict[str, Any], total: int, extra: dict[str, Any]) -> Rows:
+def look(model: str, source: dict[str, Any], total: int, extra: dict[str, Any]) -> Rows:
     """Convert and tokenise rows of a source of `total` rows as training with these extra settings would.
 
     Raises:
@@ -149,7 +149,7 @@ def look(model: str, data: str, source: dict[str, Any], total: int, extra: dict[
     split = extra.get("dataset_train_split", "train")
     mixture = load_mixture([{**source, "limit": LOOKED_AT, "split": split}], on_error="skip")
     template = None
-    settings = Recipe(model_name_or_path=model, dataset_name=data, report_to="none", **extra).resolve()
+    settings = Recipe(model_name_or_path=model, dataset_name=source["path"], report_to="none", **extra).resolve()
     try:
         tokenizer, _ = load_tokenizer(settings)
     except TemplateError:  # a base model

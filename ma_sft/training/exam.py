@@ -23,6 +23,7 @@ from transformers.utils.logging import tqdm
 
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.files import write_whole
+from ma_sft.hub import stop_ids
 from ma_sft.labels.encoder import ChatEncoder, parsed
 from ma_sft.labels.targets import Message
 from ma_sft.labels.tokenize import make_encoder
@@ -181,10 +182,8 @@ def held_out_loss(trainer: ResumableTrainer, dataset: Dataset, sources: Sequence
 
 def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a turn: the chat template's end-of-turn token (EOS without a template) and the model's own."""
-    own = generation.eos_token_id
-    own = [] if own is None else own if isinstance(own, list) else [own]
     end = ChatEncoder(tokenizer).end_token_id if tokenizer.chat_template else tokenizer.eos_token_id
-    return list(dict.fromkeys([end, *own]))
+    return list(dict.fromkeys([end, *stop_ids(generation)]))
 
 
 class TokenByToken(StoppingCriteria):
@@ -197,6 +196,38 @@ class TokenByToken(StoppingCriteria):
         self.bar.update()
         self.tokens += 1
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generate(
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    prompts: list[list[int]],
+    ends: list[int],
+    max_new_tokens: int,
+    progress: StoppingCriteria,
+) -> list[list[int]]:
+    """The ids that the model writes behind each of the prompts, the first of which is the longest."""
+    width = len(prompts[0])
+    rows = [[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    try:
+        output = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            tokenizer=encoder.tokenizer,  # for stop strings of the model's own
+            stopping_criteria=StoppingCriteriaList([progress]),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"the model's generation_config.json cannot be followed: {one_line(error)}; mend it, or leave "
+            "generate_eval out"
+        ) from error
+    found: list[list[int]] = output[:, width:].tolist()
+    return found
 
 
 @torch.no_grad()
@@ -229,25 +260,8 @@ def generate_answers(
     with repacked(model), tqdm(total=batches * max_new_tokens, desc=desc, unit="token") as bar:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            width, progress = len(ids[chunk[0]]), TokenByToken(bar)
-            rows = [[ends[0]] * (width - len(ids[i])) + ids[i] for i in chunk]
-            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk]
-            try:
-                output: list[list[int]] = model.generate(  # type: ignore[operator]
-                    input_ids=torch.tensor(rows, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=ends,
-                    pad_token_id=ends[0],
-                    tokenizer=encoder.tokenizer,  # for stop strings of the model's own
-                    stopping_criteria=StoppingCriteriaList([progress]),
-                )[:, width:].tolist()
-            except (TypeError, ValueError) as error:
-                raise RecipeError(
-                    f"the model's generation_config.json cannot be followed: {one_line(error)}; mend it, or leave "
-                    "generate_eval out"
-                ) from error
+            progress = TokenByToken(bar)
+            output = _generate(model, encoder, [ids[i] for i in chunk], ends, max_new_tokens, progress)
             for i, row in zip(chunk, output, strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 text = str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True))

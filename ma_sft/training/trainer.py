@@ -169,9 +169,10 @@ def _check_model(settings: Settings) -> None:
     Raises:
         RecipeError: it does not, or it cannot.
     """
-    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
-    generation_config(model_folder(name, revision))
-    config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code)
+    name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
+    folder = str(model_folder(name, settings.model.model_revision, code=code))
+    generation_config(folder)
+    config = load_pretrained(AutoConfig, folder, code=code)
     said = next(iter(config.architectures or []), None)
     kind = getattr(transformers, str(said), None)  # None of code of its own
     if said is None or (kind is not None and not kind.can_generate()):

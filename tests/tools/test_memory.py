@@ -73,9 +73,9 @@ def test_what_saves_memory_is_forecast_to_save_it(tmp_path, smollm2):
 
 def test_peak_is_of_this_process_and_not_of_the_one_that_started_it():
     code = "from ma_sft.tools.memory import peak_memory; print(peak_memory())"
-    ballast = torch.ones(1 << 28)  # 1 GB
+    ballast = torch.ones(3 << 28)  # 3 GB
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < ballast.nbytes
+    assert int(done.stdout) < ballast.nbytes / 2
 
 
 def test_forecast_agrees_with_the_measured_peak(tmp_path):
@@ -85,7 +85,7 @@ def test_forecast_agrees_with_the_measured_peak(tmp_path):
     rows.write_text((json.dumps(row) + "\n") * 8)
     flags = {
         **{"model_name_or_path": "demo", "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
-        **{"max_length": 256, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"},
+        **{"max_length": 512, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"},
         **{"use_peft": True, "lora_dropout": 0.0, "merge": False, "check": False, "gradient_checkpointing": True},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(flags))
