@@ -189,6 +189,8 @@ def generation_config(name: str) -> "GenerationConfig | None":
     """
     from transformers import GenerationConfig
 
+    if not name:  # of a tokenizer that was made in memory; transformers would look into the working folder
+        return None
     try:
         found: GenerationConfig = GenerationConfig.from_pretrained(name, local_files_only=True)
         if not all(type(end) is int for end in stop_ids(found)):

@@ -130,6 +130,16 @@ def test_a_turn_ends_where_generation_stops_and_not_at_the_first_control_token()
     assert [code for code, _ in Judge(tokenizer).judge(messages, [short]).faults] == ["missing end token"]
 
 
+def test_a_tokenizer_without_a_name_has_no_folder_even_where_one_lies_around(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.name_or_path = ""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    monkeypatch.chdir(tmp_path)
+    assert Judge(tokenizer).inference.stops == {tokenizer.eos_token_id}
+    tokenizer.name_or_path = str(tmp_path)
+    assert Judge(tokenizer).inference.stops == {tokenizer.eos_token_id, 7}
+
+
 GLM = (
     "{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{% else %}<|{{ m.role }}|>\n{% endif %}"
     "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
