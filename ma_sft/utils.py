@@ -1,0 +1,329 @@
+"""What two rooms or more share: files that are written whole, and what a terminal gets to see.
+
+Text comes from rows, models, file names and other people's folders. None of it is markup, and what would move the
+cursor, change the title, colour the rest or turn the reading direction is shown as its escape instead.
+"""
+
+import codecs
+import errno
+import glob
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ma_sft.errors import MaSftError, RecipeError, one_line
+from ma_sft.version import versions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Controls but tab and newline, marks and overrides of direction, other line ends, halves of characters
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PLAIN = {"█": "#", "…": "...", "·": "*", "–": "-", "—": "-", "→": "->", "⏎": "\\n"}  # our own ornaments, in ASCII
+# What a user can mend where an operating system says no, if the error names a file
+MENDED = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOENT ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()}
+
+
+def visible(text: object) -> str:
+    """The text with what a terminal would obey written as its escape, e.g. `\\x1b`."""
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(*lines: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
+    """Print lines, to stderr if they tell an error; nothing in them is obeyed."""
+    if not lines:
+        return
+    print(*(visible(line) for line in lines), sep="\n", end=end, file=sys.stderr if error else sys.stdout, flush=flush)
+
+
+def console(**how: Any) -> "Console":
+    """A rich console for which every text is only text: no markup, no emoji names, no control characters."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(visible(text), **how)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    return PlainConsole(markup=False, emoji=False, highlight=False, **how)
+
+
+def guard(command: Callable[[], Any]) -> int:
+    """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
+    _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):  # one that cannot encode a character shows its escape
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="ma_sft.plain")
+    try:
+        result = command()
+        sys.stdout.flush()  # while a reader that has gone is still caught below
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # `| head` had enough; what is left would fail again when Python flushes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as stop:
+        if _first_here():
+            say(str(stop) or "stopped by Ctrl-C", error=True)
+        return getattr(stop, "exit_code", 130)
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # `datasets` lets a timeout of its workers cover it
+            say("stopped by Ctrl-C", error=True)
+            return 130
+        if line := _mendable(error):
+            return _fail(line)
+        known = ", ".join(f"{name} {version}" for name, version in versions().items())
+        error.add_note(f"This was not foreseen: please open an issue with the lines above and these versions: {known}")
+        raise
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error that a user can mend; None for all others."""
+    if isinstance(error, MaSftError):
+        return one_line(error)
+    # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
+            return (
+                f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written was "
+                "kept"
+            )
+    if isinstance(error, OSError) and error.errno in MENDED and error.filename is not None:
+        return f"{error.strerror}: {error.filename}; see to it that the path is right and yours to use"
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+        return (
+            "lost another process of the run: it died (its own message is above, or in its machine's log) or its "
+            "machine is out of reach; the same command goes on from the newest checkpoint"
+        )
+    return None
+
+
+def _quiet_libraries() -> None:
+    """What libraries say of themselves, by name: nothing that a user can do something about."""
+    # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # TRL sets it by itself under the name that transformers is about to drop
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
+    # PEFT asks for it by the name that transformers is about to drop
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+
+
+@contextmanager
+def no_bar_for_weights() -> Iterator[None]:
+    """transformers' bar over the tensors of a file that lies here is left out; its other bars stay."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def shown(bar: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        return bar(*args, **how, **({"disable": True} if how.get("desc") == "Loading weights" else {}))
+
+    previous = set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler for encoders: our own ornaments have a form in ASCII, all else becomes its escape."""
+    if isinstance(error, UnicodeEncodeError) and (plain := PLAIN.get(error.object[error.start])):
+        return plain, error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("ma_sft.plain", _plain)
+
+
+def _fail(message: str) -> int:
+    if not _first_here():
+        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
+    say(f"error: {message}", error=True)
+    return 2
+
+
+def _first_here() -> bool:
+    """Whether this is the only or the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def cache_dir() -> Path:
+    """The user's cache folder: `$MA_SFT_CACHE`, else `$XDG_CACHE_HOME/ma_sft`, else `~/.cache/ma_sft`."""
+    if path := os.environ.get("MA_SFT_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma_sft"
+
+
+def not_there(path: str | Path) -> str:
+    """What is wrong with a path: that it is of the other kind, or that it is not there, counted from which folder."""
+    if Path(path).is_dir():
+        return f"{str(path)!r} is a folder, not a file"
+    if Path(path).exists():
+        return f"{str(path)!r} is {'a file, not a folder' if Path(path).is_file() else 'neither a file nor a folder'}"
+    return f"{str(path)!r} does not exist" + ("" if Path(path).is_absolute() else f" (counted from {Path.cwd()})")
+
+
+def must_be_new(path: Path, way_out: str = "choose another folder or remove it") -> None:
+    """Nothing that is there is ever overwritten.
+
+    Raises:
+        RecipeError: `path` exists.
+    """
+    if path.exists():
+        raise RecipeError(f"{path} exists already; {way_out}")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; what another process removes meanwhile counts for nothing."""
+    files = [path] if path.is_file() else [Path(at, name) for at, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total
+
+
+def over_bound() -> str | None:
+    """What to say if the cache folder holds more than `$MA_SFT_CACHE_GB` (50) gigabytes, None if it does not."""
+    bound = float(os.environ.get("MA_SFT_CACHE_GB") or 50)
+    held = size_of(cache_dir()) / 1e9
+    if held <= bound:
+        return None
+    return (
+        f"the cache folder {cache_dir()} holds {held:,.1f} GB, more than the {bound:g} GB of MA_SFT_CACHE_GB; "
+        f"`ma-sft cache --keep {bound / 2:g}GB` removes what was used longest ago"
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name first, so that a reader sees the old or the new one, never a part.
+
+    The other name cannot be foreseen and must be new, and a link at `path` is replaced, not followed: nobody who
+    prepared the folder decides where the text goes.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    scratch = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    try:
+        with scratch.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_json(path: Path, default: Any = ...) -> Any:
+    """What a JSON file holds; `default`, where given, if there is none.
+
+    Raises:
+        RecipeError: the file is not there, or is no JSON.
+    """
+    if default is not ... and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"the file {not_there(path)}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
+
+
+MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
+
+
+def parse_yaml(path: Path) -> Any:
+    """What a YAML file holds; anything that YAML would quietly drop or blow up is refused.
+
+    Raises:
+        RecipeError: no valid YAML, a key that stands twice, nesting without end, or anchors that expand to more than
+            `MOST_VALUES` values.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise RecipeError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} stands twice; keep one")
+            return super().construct_mapping(node, deep)
+
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if id(value) not in sizes:
+            sizes[id(value)] = 1
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            sizes[id(value)] += sum(map(size, parts))
+        return sizes[id(value)]
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        if size(content) > MOST_VALUES:
+            raise RecipeError(f"{path}: its anchors expand to more than {MOST_VALUES:,} values; write it out")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} is not valid YAML: nested too deeply") from None
+    return content
+
+
+@contextmanager
+def as_written(what: object) -> Iterator[None]:
+    """Reading what ma_sft wrote once: whatever is not as it was written is an error of that file, in one line.
+
+    Raises:
+        RecipeError: anything in the block failed but the operating system.
+    """
+    try:
+        yield
+    except MaSftError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # transformers raises OSErrors of its own
+            raise
+        raise RecipeError(
+            f"{what} is not as ma_sft writes it ({type(error).__name__}: {error}); it was changed, or is of "
+            "another version"
+        ) from error
+
+
+@contextmanager
+def atomic_dir(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    The scratch folder lies beside `target`, so the last step is one rename: a reader sees nothing or the whole.
+    If another process made `target` meanwhile, theirs is kept. What a killed process of this machine left is removed.
+    """
+    import psutil
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mine = f".{target.name}.{socket.gethostname()}."
+    for left in target.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine).split(".")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}.", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
