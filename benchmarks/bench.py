@@ -50,7 +50,7 @@ class Row:
 @contextmanager
 def cold(cache: Path | None = None) -> Iterator[dict[str, str]]:
     """An environment whose caches are empty (or `cache`); tokenizers and models, which both sides need, are kept."""
-    from ma_sft.files import cache_dir
+    from ma_sft.utils import cache_dir
 
     with tempfile.TemporaryDirectory() as scratch:
         ours = cache or Path(scratch)

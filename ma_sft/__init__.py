@@ -21,6 +21,7 @@ from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.cli import launch
+    from ma_sft.config import Recipe
     from ma_sft.data.formats import to_messages, to_messages_batch
     from ma_sft.data.preference import to_preference
     from ma_sft.labels.audit import audit
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.packing.constant_length import ConstantLengthDataset
     from ma_sft.packing.view import pack
-    from ma_sft.recipe import Recipe
     from ma_sft.sft import run
     from ma_sft.training.compat import SFTConfig, SFTTrainer
     from ma_sft.training.trainer import make_trainer
@@ -45,7 +45,7 @@ _LAZY = {
     "ConstantLengthDataset": "ma_sft.packing.constant_length",
     "pack": "ma_sft.packing.view",
     "to_preference": "ma_sft.data.preference",
-    "Recipe": "ma_sft.recipe",
+    "Recipe": "ma_sft.config",
     "tokenize_conversation": "ma_sft.labels.conversation",
     "run": "ma_sft.sft",
     "make_trainer": "ma_sft.training.trainer",

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.files import as_written
-from ma_sft.terminal import console, guard, say
+from ma_sft.utils import as_written, console, guard, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
-    from ma_sft.recipe import Recipe
+    from ma_sft.config import Recipe
 
 Arguments = tuple[tuple[str, ...], dict[str, Any]]  # of `ArgumentParser.add_argument`
 
@@ -163,9 +162,8 @@ def _copy(options: argparse.Namespace) -> None:
     JSON,
 )
 def _settings(options: argparse.Namespace) -> None:
+    from ma_sft.config import all_settings, nearest
     from ma_sft.errors import RecipeError
-    from ma_sft.recipe import all_settings
-    from ma_sft.settings import nearest
 
     word, known = options.word.lower(), all_settings()
     found = {n: s for n, s in known.items() if word in n or word in s["help"].lower()}
@@ -182,7 +180,7 @@ def _settings(options: argparse.Namespace) -> None:
 
 @command("train", "fine-tune as a recipe says; any setting of the recipe is a flag", RECIPE, settings=True)
 def _train(options: argparse.Namespace) -> None:
-    from ma_sft.recipe import Recipe
+    from ma_sft.config import Recipe
     from ma_sft.sft import run
 
     run(Recipe.load(options.recipe), options.rest)
@@ -197,9 +195,9 @@ def _train(options: argparse.Namespace) -> None:
     settings=True,
 )
 def _check(options: argparse.Namespace) -> int:
+    from ma_sft.config import Recipe
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import check, label
-    from ma_sft.recipe import Recipe
 
     if options.json:
         _silence()
@@ -258,10 +256,10 @@ def _audit(options: argparse.Namespace) -> int:
     settings=True,
 )
 def _preview(options: argparse.Namespace) -> None:
+    from ma_sft.config import Recipe
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
     from ma_sft.pages.preview import preview
-    from ma_sft.recipe import Recipe
     from ma_sft.training.prepare import as_trained
 
     settings = Recipe.load(options.recipe).resolve(options.rest)
@@ -367,8 +365,8 @@ def _trusts(options: argparse.Namespace) -> bool:
     settings=True,
 )
 def _plan(options: argparse.Namespace) -> None:
+    from ma_sft.config import Recipe
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.recipe import Recipe
     from ma_sft.tools.memory import plan, show_plan
 
     recipe = Recipe.load(options.recipe)
@@ -466,7 +464,7 @@ def _cache(options: argparse.Namespace) -> None:
 def _completion(options: argparse.Namespace) -> None:
     import shtab
 
-    from ma_sft.recipe import all_settings
+    from ma_sft.config import all_settings
 
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices

@@ -4,8 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir, cache_dir
-from ma_sft.terminal import no_bar_for_weights, say
+from ma_sft.utils import atomic_dir, cache_dir, no_bar_for_weights, say
 
 
 def demo_model() -> Path:

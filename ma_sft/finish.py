@@ -7,17 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ma_sft.config import Settings
 from ma_sft.errors import first_line
-from ma_sft.files import write_whole
 from ma_sft.pages.report import write_report
 from ma_sft.pages.screen import show_end
-from ma_sft.recipe import Settings
 from ma_sft.release.manifest import write_manifest
 from ma_sft.release.publish import publish
-from ma_sft.terminal import say
 from ma_sft.training.exam import Exam
 from ma_sft.training.folder import enter
 from ma_sft.training.processes import outside_zero3
+from ma_sft.utils import say, write_whole
 
 if TYPE_CHECKING:
     from trl import SFTTrainer

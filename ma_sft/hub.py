@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.files import not_there
-from ma_sft.terminal import no_bar_for_weights, say
+from ma_sft.utils import no_bar_for_weights, not_there, say
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

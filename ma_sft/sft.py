@@ -5,12 +5,12 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ma_sft.config import Recipe
 from ma_sft.finish import finish
 from ma_sft.hub import pin_model, recall
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_start
 from ma_sft.pages.screen import forecast_memory, show_start
-from ma_sft.recipe import Recipe
 from ma_sft.release.manifest import make_manifest
 from ma_sft.release.publish import check_login
 from ma_sft.release.save import save

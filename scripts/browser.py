@@ -12,7 +12,7 @@ from typing import Any
 
 from fetch_tokenizers import unpack
 
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.utils import atomic_dir, cache_dir
 
 PACKAGE = "@sparticuz/chromium@153.0.0"
 UNPACK = 'const z = require("zlib"), f = require("fs"); f.writeFileSync(1, z.brotliDecompressSync(f.readFileSync(0)))'

@@ -12,7 +12,7 @@ from typing import Any
 from browser import show
 from fetch_tokenizers import unpack
 
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.utils import atomic_dir, cache_dir
 
 AXE = "axe-core@4.10.2"
 # What axe finds, and by how much anything is wider than the window

@@ -9,11 +9,11 @@ from pathlib import Path
 from browser import show
 from PIL import Image
 
+from ma_sft.config import Recipe
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.pages.preview import preview_html
 from ma_sft.pages.report import write_report
-from ma_sft.recipe import Recipe
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 

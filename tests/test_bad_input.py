@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from ma_sft import MaSftError, Recipe, run
 from ma_sft.cli import main
-from ma_sft.terminal import guard
+from ma_sft.utils import guard
 
 GOOD = {"instruction": "Say hi", "input": "", "output": "hi there"}
 

@@ -7,9 +7,9 @@ from conftest import ROOT
 from datasets import Dataset
 
 from ma_sft import Recipe, make_trainer, to_messages
+from ma_sft.config import ADDED_CHOICES
 from ma_sft.data import filters, formats
 from ma_sft.packing import plan
-from ma_sft.settings import ADDED_CHOICES
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)

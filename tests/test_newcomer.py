@@ -329,7 +329,7 @@ def test_no_color_is_respected(no_color, colours, here):
 
 
 def test_unforeseen_error_names_versions():
-    code = "from ma_sft.terminal import guard\nguard(lambda: 1 / 0)"
+    code = "from ma_sft.utils import guard\nguard(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert re.search(r"please open an issue with .* python 3\.\d+\.\d+, ma-sft \S+, torch ", done.stderr)

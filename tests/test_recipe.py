@@ -93,7 +93,7 @@ def test_python_file_without_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 def test_missing_tracker(monkeypatch, tracker):
-    monkeypatch.setattr("ma_sft.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("ma_sft.config.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=rf"{tracker} is not installed; pip install 'ma-sft\[trackers\]'"):
         Recipe(**BASE).resolve(["--report_to", tracker])
     assert Recipe(**BASE).resolve().training.report_to == []

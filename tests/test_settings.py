@@ -12,10 +12,20 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
+from ma_sft.config import (
+    NEEDS,
+    OURS,
+    PRESET,
+    REFUSED,
+    TRAINER,
+    all_settings,
+    known_settings,
+    settings_page,
+    shown,
+    shown_command,
+)
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import check, label
-from ma_sft.recipe import all_settings, known_settings
-from ma_sft.settings import NEEDS, OURS, PRESET, REFUSED, TRAINER, settings_page, shown, shown_command
 
 BASE = {"name": "x", "model_name_or_path": "demo", "dataset_name": "rows.jsonl"}
 ROWS = [{"instruction": f"Say {n}", "input": "", "output": f"it is {n}"} for n in range(4)]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ma_sft.errors import MaSftError
-from ma_sft.terminal import console, guard, say, visible
+from ma_sft.utils import console, guard, say, visible
 
 HOSTILE = "[/foo] [bold]x :smile: \x1b[31mred\x1b]0;title\x07 \x9b2J \u202eedoc\u2066 \r\x08 \ud800 [link=file:///etc]y"
 
@@ -59,13 +59,13 @@ def test_only_the_terminal_module_prints():
             own = name == "print" and isinstance(called, ast.Attribute)  # of what `console` gave
             assert own or name not in ("print", "Console", "input") or "visible(" in ast.unparse(node) or (
                 name == "input" and all(isinstance(a, ast.Constant) for a in node.args)
-            ), f"{path}:{node.lineno}: say() or console() of ma_sft.terminal"  # fmt: skip
+            ), f"{path}:{node.lineno}: say() or console() of ma_sft.utils"  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_cannot_show_a_character_shows_its_escape(encoding):
     code = (
-        "from ma_sft.terminal import guard, say, console\n"
+        "from ma_sft.utils import guard, say, console\n"
         "from rich.table import Table\n"
         "def show():\n"
         "    say('中文 → … \\u2713'); table = Table('中'); table.add_row('█ é \\ud800'); console().print(table)\n"

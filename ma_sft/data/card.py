@@ -9,14 +9,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
 from rich.table import Table
 
+from ma_sft.config import refuse_code
 from ma_sft.data.duplicates import conversations
 from ma_sft.data.mixture import load_mixture, read_mixture
 from ma_sft.data.parallel import processes
 from ma_sft.data.stages import Report
 from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir, must_be_new
-from ma_sft.recipe import refuse_code
-from ma_sft.terminal import console
+from ma_sft.utils import atomic_dir, console, must_be_new
 from ma_sft.version import __version__
 
 REPORT = "report.json"

@@ -159,8 +159,7 @@ def read_mixture(path: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: no such file, or an unknown key (with the nearest right one).
     """
-    from ma_sft.recipe import read_yaml
-    from ma_sft.settings import nearest
+    from ma_sft.config import nearest, read_yaml
 
     settings = read_yaml(Path(path))
     known = inspect.signature(load_mixture).parameters

@@ -15,8 +15,8 @@ from datasets.exceptions import DatasetGenerationError
 from ma_sft.data.reader import FILE, KINDS, PLACE, RAW, ROW, TOO_DEEP, RowReader, kind_of, not_utf_8, other_encoding
 from ma_sft.data.values import Row, are_objects, plain, read_json
 from ma_sft.errors import FormatError, RecipeError
-from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
+from ma_sft.utils import not_there
 from ma_sft.version import __version__
 
 # What a source is, in words, and which of its fields say where its rows are and how they are read; of files by suffix.

@@ -19,7 +19,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.labels.jinja import compiled
 
 if TYPE_CHECKING:
-    from ma_sft.recipe import Settings
+    from ma_sft.config import Settings
 
 NAME = "strftime_now"  # transformers' function of chat templates
 

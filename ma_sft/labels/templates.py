@@ -7,12 +7,12 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError, TemplateError, one_line
-from ma_sft.files import not_there
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.jinja import compiled
+from ma_sft.utils import not_there
 
 if TYPE_CHECKING:
-    from ma_sft.recipe import Settings
+    from ma_sft.config import Settings
 
 
 # Name -> Jinja source of every template that ships: a file of this folder is one.

@@ -18,18 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.data.dataset import fingerprint_of
 from ma_sft.data.parallel import Inherited, frozen, processes
 from ma_sft.errors import FormatError, RecipeError, first_line
-from ma_sft.files import atomic_dir, cache_dir, over_bound, write_whole
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import digest, label_fingerprint
+from ma_sft.utils import atomic_dir, cache_dir, over_bound, write_whole
 
 if TYPE_CHECKING:
+    from ma_sft.config import Settings
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
     from ma_sft.labels.findings import CheckReport
     from ma_sft.labels.judge import Judge
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
-    from ma_sft.recipe import Settings
 
 
 logger = logging.getLogger(__name__)

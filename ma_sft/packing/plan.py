@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ma_sft.config import ADDED_CHOICES
 from ma_sft.errors import RecipeError
 from ma_sft.packing.best_fit import argsort, best_fit_decreasing
 from ma_sft.packing.overflow import OVERFLOWS, Answers
 from ma_sft.packing.pieces import Ints, Pieces
-from ma_sft.settings import ADDED_CHOICES
 
 
 @dataclass(frozen=True)

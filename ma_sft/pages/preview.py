@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import MaSftError
 from ma_sft.labels.preview import heading, pieces, preview_text
-from ma_sft.terminal import console
+from ma_sft.utils import console
 
 
 def preview_html(

@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from ma_sft.config import shown_command
 from ma_sft.errors import RecipeError
-from ma_sft.files import as_written, read_json, write_whole
 from ma_sft.pages.charts import BOTTOM, COLOURS, HEIGHT, LEFT, WIDTH, charts
-from ma_sft.settings import shown_command
-from ma_sft.terminal import say, visible
+from ma_sft.utils import as_written, read_json, say, visible, write_whole
 from ma_sft.version import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ma_sft.recipe import Settings
+    from ma_sft.config import Settings
     from ma_sft.training.prepare import Prepared
 from ma_sft.training.grades import evaluation_rows
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 
 from ma_sft.errors import MaSftError
-from ma_sft.terminal import console, say, visible
 from ma_sft.training.grades import evaluation_rows
+from ma_sft.utils import console, say, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
     from trl import SFTTrainer
 
-    from ma_sft.recipe import Settings
+    from ma_sft.config import Settings
     from ma_sft.tools.memory import Forecast
     from ma_sft.training.prepare import Prepared
 

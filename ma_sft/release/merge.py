@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from ma_sft.errors import RecipeError, first_line
-from ma_sft.files import atomic_dir, must_be_new
 from ma_sft.hub import generation_config, load_pretrained, model_folder, saved_folder
 from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.exam import end_ids
 from ma_sft.training.trainer import as_it_was
+from ma_sft.utils import atomic_dir, must_be_new
 
 
 def find_base(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import cache_dir, size_of
+from ma_sft.utils import cache_dir, size_of
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SPANS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}  # seconds

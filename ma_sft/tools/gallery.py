@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.files import must_be_new
+from ma_sft.utils import must_be_new
 
 DEMO_DATA = Path("data/demo")
 

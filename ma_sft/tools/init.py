@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ma_sft.config import Recipe
 from ma_sft.errors import FormatError, RecipeError, TemplateError
-from ma_sft.files import must_be_new
-from ma_sft.recipe import Recipe
-from ma_sft.terminal import say, visible
+from ma_sft.utils import must_be_new, say, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError
-from ma_sft.terminal import console
+from ma_sft.utils import console
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ma_sft.recipe import Settings
+    from ma_sft.config import Settings
 
 
 # What is no tensor. On a GPU: the context with its libraries, and the share of the rest that the caching allocator

@@ -18,12 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ma_sft.errors import Interrupted, RunError
-from ma_sft.files import write_whole
-from ma_sft.terminal import say
 from ma_sft.training.folder import COMPLETE, enter
 from ma_sft.training.processes import largest
 from ma_sft.training.progress import tokens_before
 from ma_sft.training.trainer import ResumableTrainer
+from ma_sft.utils import say, write_whole
 
 
 class Stop:

@@ -21,18 +21,18 @@ from transformers import (
 )
 from transformers.utils.logging import tqdm
 
+from ma_sft.config import Settings
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.files import write_whole
 from ma_sft.hub import stop_ids
 from ma_sft.labels.encoder import ChatEncoder, parsed
 from ma_sft.labels.targets import Message
 from ma_sft.labels.tokenize import make_encoder
-from ma_sft.recipe import Settings
 from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks
 from ma_sft.training.prepare import Prepared
 from ma_sft.training.processes import fill_up, gather
 from ma_sft.training.quantized import repacked
 from ma_sft.training.trainer import ResumableTrainer
+from ma_sft.utils import write_whole
 
 
 @dataclass

@@ -15,13 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import sort_checkpoints
 
+from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
-from ma_sft.files import not_there, write_whole
 from ma_sft.hub import commits, recall
 from ma_sft.labels.clock import recall_clock
-from ma_sft.recipe import Settings
-from ma_sft.settings import shown
 from ma_sft.training.processes import once
+from ma_sft.utils import not_there, write_whole
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 WRITTEN = "written.json"

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.config import Settings
 from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.findings import CheckReport
@@ -17,7 +18,6 @@ from ma_sft.packing.plan import check_settings
 from ma_sft.packing.report import PackingReport
 from ma_sft.packing.tokens import IGNORED
 from ma_sft.packing.view import pack_table, pack_with_report
-from ma_sft.recipe import Settings
 from ma_sft.training.processes import once
 from ma_sft.training.streams import Order, Share, share_out
 

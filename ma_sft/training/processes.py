@@ -22,7 +22,7 @@ from transformers.utils import import_utils
 
 from ma_sft.errors import MaSftError, RunError
 from ma_sft.packing.packs import as_arrays, fill, packs_of
-from ma_sft.terminal import say
+from ma_sft.utils import say
 
 T = TypeVar("T")
 

@@ -19,19 +19,18 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTTrainer, get_quantization_config
 
+from ma_sft.config import Recipe, Settings, shown
 from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
-from ma_sft.recipe import Recipe, Settings
-from ma_sft.settings import shown
-from ma_sft.terminal import no_bar_for_weights
 from ma_sft.training import adapters, quantized
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import available_attention, fill_up, once
 from ma_sft.training.progress import TrainingBar
+from ma_sft.utils import no_bar_for_weights
 
 TRL_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime")  # of an evaluation
 

@@ -16,7 +16,7 @@ from patience import PATIENCE
 from ma_sft import Recipe, run
 from ma_sft.cli import main
 from ma_sft.data.mixture import load_mixture
-from ma_sft.files import atomic_dir
+from ma_sft.utils import atomic_dir
 
 ROWS = [{"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."} for i in range(60)]
 
@@ -135,7 +135,7 @@ def test_killed_while_writing(tmp_path):
     """What a killed process left is no folder of that name, and goes when the folder is made again."""
     out = tmp_path / "out"
     code = (
-        "import os, pathlib, signal\nfrom ma_sft.files import atomic_dir\n"
+        "import os, pathlib, signal\nfrom ma_sft.utils import atomic_dir\n"
         f"with atomic_dir(pathlib.Path({str(out)!r})) as folder:\n"
         "    (folder / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

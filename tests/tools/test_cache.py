@@ -57,7 +57,7 @@ def test_what_is_no_age_or_size_is_refused(cache, older, keep):
 
 
 def test_bound_is_said_when_it_is_passed(cache, monkeypatch):
-    from ma_sft.files import over_bound
+    from ma_sft.utils import over_bound
 
     assert over_bound() is None
     monkeypatch.setenv("MA_SFT_CACHE_GB", "0.005")
@@ -70,7 +70,7 @@ def test_bound_is_said_when_it_is_passed(cache, monkeypatch):
 def test_sizes_while_another_process_writes_and_removes(cache):
     import threading
 
-    from ma_sft.files import over_bound
+    from ma_sft.utils import over_bound
 
     done = threading.Event()
 

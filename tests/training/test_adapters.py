@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from ma_sft import RecipeError
-from ma_sft.recipe import Recipe
+from ma_sft.config import Recipe
 from ma_sft.release.merge import find_base, load_adapter, merge
 from ma_sft.release.weights import read_weights
 from ma_sft.training.adapters import check_targets, freeze, lora_config
