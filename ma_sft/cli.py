@@ -1,66 +1,71 @@
-"""`ma-sft`: the command line. Nothing heavy is imported before a command is known.
+"""`ma-sft`: the command line, a function a command. Nothing heavy is imported before a command is known.
 
-A command is one function here, with `@command` above it: its name, its text and its arguments.
 Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), 130 Ctrl-C.
 """
 
-import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+from typer import Argument, Option
+from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]  # core imports CompletionItem
+
+from ma_sft.errors import MaSftError, RecipeError, one_line
 from ma_sft.utils import as_written, console, guard, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.config import Recipe
 
-Arguments = tuple[tuple[str, ...], dict[str, Any]]  # of `ArgumentParser.add_argument`
-
-
-@dataclass(frozen=True)
-class Command:
-    """A line of `ma-sft --help`. `run` gives the exit code, None for 0; `settings`: a recipe's settings are flags."""
-
-    run: Callable[[argparse.Namespace], int | None]
-    text: str
-    arguments: tuple[Arguments, ...]
-    settings: bool
-
-
-COMMANDS: dict[str, Command] = {}  # in the order in which the help lists them; "data build" is an action of `data`
-GROUPS = {"data": "build a data set from a mixture, or show one"}
-
-
-def command(name: str, text: str, *arguments: Arguments, settings: bool = False) -> Callable[..., Any]:
-    """Make a function the command `name`; what `parse_known_args` leaves is in `options.rest`."""
-
-    def register(run: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
-        COMMANDS[name] = Command(run, text, arguments, settings)
-        return run
-
-    return register
-
-
-def arg(*names: str, **how: Any) -> Arguments:
-    """An argument of a command."""
-    return names, how
-
-
-RECIPE = arg("recipe", help="a recipe: .py, .yaml, or a run's recipe.json")
-JSON = arg("--json", action="store_true", help="print it as JSON")
-TRUST = arg(
-    "--trust_remote_code",
-    choices=("true", "false"),
-    default="false",
-    help="run the model's own Python code (default: false)",
+app = typer.Typer(
+    help="Supervised fine-tuning with proven labels.",
+    epilog="Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), "
+    "130 Ctrl-C. NO_COLOR=1 turns colours off.",
+    rich_markup_mode=None,
 )
-DTYPES = ("float32", "bfloat16", "float16")
+recipes = typer.Typer(help="list the recipes and launcher configurations that ship, or copy one to edit")
+data = typer.Typer(help="build a data set from a mixture")
+app.add_typer(recipes, name="recipes", invoke_without_command=True)
+app.add_typer(data, name="data")
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes a recipe, and every setting of it as a flag."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
+        """The command's own flags, and the settings."""
+        from ma_sft.config import known_settings
+
+        own = super().shell_complete(ctx, incomplete)
+        names = [f"--{name}" for name in known_settings()] if incomplete.startswith("-") else []
+        taken = {item.value for item in own}
+        return own + [CompletionItem(name) for name in names if name.startswith(incomplete) and name not in taken]
+
+
+ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
+RecipeArgs = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="[RECIPE] [--SETTING VALUE]...",
+        show_default=False,
+        help="a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well",
+    ),
+]
+Json = Annotated[bool, Option("--json", help="print it as JSON")]
+Trust = Annotated[Literal["true", "false"], Option("--trust_remote_code", help="run the model's own Python code")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    Option(show_default=False, help="dtype of the written weights (default: the model's)"),
+]
+Out = Annotated[Path, Option("-o", "--out", help="a folder that does not exist yet")]
+OutOrDefault = Annotated[Path | None, Option("-o", "--out", show_default=False, help="where it is written")]
+Run = Annotated[Path, Argument(help="a run's folder, that of a model or adapter, or a hub id")]
 
 
 def launch(recipe: "Recipe") -> None:
@@ -78,208 +83,211 @@ def launch(recipe: "Recipe") -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(args)
-    options.rest = rest
-    if rest and not options.chosen.settings:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    return guard(lambda: options.chosen.run(options))
+
+    def call() -> Any:
+        try:
+            command = typer.main.get_command(app)
+            return command(args, prog_name="ma-sft", complete_var="_MA_SFT_COMPLETE", standalone_mode=False)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # of the parser
+                raise
+            raise MaSftError(f"{one_line(ValueError(error.format_message()))} (see --help)") from None
+
+    return guard(call)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="ma-sft",
-        description="Supervised fine-tuning with proven labels.",
-        epilog="Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), "
-        "130 Ctrl-C. NO_COLOR=1 turns colours off.",
-    )
-    parser.add_argument("--version", action="version", version=f"ma-sft {__version__}")
-    shelves = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
-    parsers = {}
-    for name, entry in COMMANDS.items():
-        group, _, verb = name.rpartition(" ")
-        if group and group not in parsers:
-            parsers[group] = shelves[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
-        if group not in shelves:
-            shelves[group] = parsers[group].add_subparsers(required=group in GROUPS, metavar="ACTION")
-        parsers[name] = shelves[group].add_parser(verb, help=entry.text, description=entry.text, allow_abbrev=False)
-        parsers[name].set_defaults(chosen=entry)
-        for names, how in entry.arguments:
-            parsers[name].add_argument(*names, **how)
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"ma-sft {__version__}")
+        raise typer.Exit
 
 
-@command(
-    "init",
-    "look at your data and write a recipe for it; asks for what no flag says",
-    arg("--model", help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)"),
-    arg("--data", help="a hub id (also as owner/name:configuration), a file, a glob, or a folder"),
-    arg("--split", default="train", help="split of a hub data set (default: train)"),
-    TRUST,
-    arg("--hardware", help="cpu, or GPUs as 1x24GB"),
-    arg("--task", help="chat, exact, reasoning, tools or text"),
-    arg("-o", "--out", type=Path, help="the recipe (default: named after the data, here)"),
-)
-def _init(options: argparse.Namespace) -> None:
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("init")
+def _init(
+    model: Annotated[str | None, Option(help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)")] = None,
+    data: Annotated[str | None, Option(help="a hub id (owner/name:configuration), a file, glob or folder")] = None,
+    split: Annotated[str, Option(help="split of a hub data set")] = "train",
+    trust_remote_code: Trust = "false",
+    hardware: Annotated[str | None, Option(help="cpu, or GPUs as 1x24GB")] = None,
+    task: Annotated[str | None, Option(help="chat, exact, reasoning, tools or text")] = None,
+    out: OutOrDefault = None,
+) -> None:
+    """look at your data and write a recipe for it; asks for what no flag says"""
     from ma_sft.tools.init import init
 
-    how = {"split": options.split, "code": _trusts(options)}
-    recipe, start = init(options.model, options.data, options.hardware, options.task, options.out, **how)
+    recipe, start = init(model, data, hardware, task, out, split=split, code=trust_remote_code == "true")
     say(f"recipe: {recipe}; next:")
     for line in (f"ma-sft check {recipe}", start, f"ma-sft chat runs/{recipe.stem}"):
         say(f"  {line}")
 
 
-@command("recipes", "list the recipes and launcher configurations that ship, or copy one to edit", JSON)
-def _recipes(options: argparse.Namespace) -> None:
+@recipes.callback()
+def _recipes(ctx: typer.Context, as_json: Json = False) -> None:
     from ma_sft.tools.gallery import shipped
 
+    if ctx.invoked_subcommand:
+        return
     found = shipped().values()
-    if options.json:
+    if as_json:
         return _print_json([asdict(item) | {"path": str(item.path)} for item in found])
     for item in found:
         say(f"{item.name:<17} {item.kind:<9} {item.model:<37} {item.about}".rstrip())
     say("copy one to edit: ma-sft recipes copy NAME")
 
 
-@command(
-    "recipes copy",
-    "copy one into this folder",
-    arg("name"),
-    arg("-o", "--out", type=Path, help="file or folder (default: its own name, here)"),
-)
-def _copy(options: argparse.Namespace) -> None:
+@recipes.command("copy")
+def _copy(name: str, out: OutOrDefault = None) -> None:
+    """copy one into this folder"""
     from ma_sft.tools.gallery import copy
 
-    say(f"copied: {copy(options.name, options.out)}")
+    say(f"copied: {copy(name, out)}")
 
 
-@command(
-    "settings",
-    "list all settings of a recipe: each is a keyword, a YAML key and a flag",
-    arg("word", nargs="?", default="", help="only those whose name or help has this word"),
-    JSON,
-)
-def _settings(options: argparse.Namespace) -> None:
-    from ma_sft.config import all_settings, nearest
-    from ma_sft.errors import RecipeError
+@app.command("settings")
+def _settings(
+    word: Annotated[str, Argument(help="only those whose name or help has this word")] = "", as_json: Json = False
+) -> None:
+    """list all settings of a recipe: each is a keyword, a YAML key and a flag"""
+    from ma_sft.config import OF_THE_MACHINE, all_settings, nearest
 
-    word, known = options.word.lower(), all_settings()
+    known, word = all_settings(), word.lower()
     found = {n: s for n, s in known.items() if word in n or word in s["help"].lower()}
     if not found:
-        raise RecipeError(f"no setting speaks of {options.word!r}{nearest(word, known)}")
-    if options.json:
+        raise RecipeError(f"no setting speaks of {word!r}{nearest(word, known)}")
+    if as_json:
         return _print_json(found)
     for stage in dict.fromkeys(setting["stage"] for setting in found.values()):
         say(f"[{stage}]")
         for name, setting in found.items():
             if setting["stage"] == stage:
-                say(f"{name} = {setting['default']}  ({setting['class']})\n    {setting['help']}")
+                default = "by machine" if name in OF_THE_MACHINE else setting["default"]
+                say(f"{name} = {default}  ({setting['class']})\n    {setting['help']}")
 
 
-@command("train", "fine-tune as a recipe says; any setting of the recipe is a flag", RECIPE, settings=True)
-def _train(options: argparse.Namespace) -> None:
-    from ma_sft.config import Recipe
+@app.command("schema")
+def _schema() -> None:
+    """print the JSON Schema of a YAML recipe, for editors"""
+    from ma_sft.config import json_schema
+
+    _print_json(json_schema())
+
+
+def _load(args: list[str] | None) -> tuple["Recipe", list[str]]:
+    """The recipe that a command line begins with, or an empty one, and its flags; a wrong one is refused at once."""
+    from ma_sft.config import Recipe, known_settings, read_flags
+
+    rest = args or []
+    recipe = Recipe.load(rest.pop(0)) if rest and not rest[0].startswith("-") else Recipe()
+    read_flags(rest, known_settings())
+    return recipe, rest
+
+
+@app.command("train", **ON_RECIPE)
+def _train(args: RecipeArgs = None) -> None:
+    """fine-tune as a recipe says; any setting of the recipe is a flag"""
+    recipe, flags = _load(args)
     from ma_sft.sft import run
 
-    run(Recipe.load(options.recipe), options.rest)
+    run(recipe, flags)
 
 
-@command(
-    "check",
-    "prove the labels of a recipe's rows, without training; exit code 1 if any is wrong",
-    RECIPE,
-    JSON,
-    arg("--all", action="store_true", help="judge every row, not a sample in which every shape stands"),
-    settings=True,
-)
-def _check(options: argparse.Namespace) -> int:
-    from ma_sft.config import Recipe
+@app.command("check", **ON_RECIPE)
+def _check(
+    args: RecipeArgs = None,
+    as_json: Json = False,
+    every_row: Annotated[bool, Option("--all", help="verify every row, not a sample with every shape")] = False,
+) -> int:
+    """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
+    recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import check, label
 
-    if options.json:
+    if as_json:
         _silence()
-    settings = Recipe.load(options.recipe).resolve(options.rest)
+    settings = recipe.resolve(flags)
     tokenizer, _ = load_tokenizer(settings)
-    report = check(settings, tokenizer, label(settings, tokenizer), every_row=options.all)
-    if options.json:
+    report = check(settings, tokenizer, label(settings, tokenizer), every_row=every_row)
+    if as_json:
         say(report.to_json())
     else:
         console().print(report)
     return 1 if report.errors else 0
 
 
-@command(
-    "audit",
-    "judge token ids and labels that another tool prepared; exit code 1 if any is wrong",
-    arg(
-        "folder", type=Path, help="a saved data set with input_ids and labels, of TRL, axolotl, LLaMA-Factory, ms-swift"
-    ),
-    arg("--tokenizer", required=True, help="folder or hub id of the model's tokenizer"),
-    arg("--rows", help="the raw rows that were given to the tool, in any format that recipes take"),
-    arg("--max_length", type=int, help="where the tool cut sequences, in tokens"),
-    arg("-n", type=int, default=3, help="wrong rows to show (default: 3)"),
-    JSON,
-)
-def _audit(options: argparse.Namespace) -> int:
+@app.command("audit")
+def _audit(
+    folder: Annotated[Path, Argument(help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
+    tokenizer: Annotated[str, Option(help="folder or hub id of the model's tokenizer")],
+    rows: Annotated[str | None, Option(help="the raw rows that were given to the tool, in any format")] = None,
+    max_length: Annotated[int | None, Option("--max_length", help="where the tool cut sequences, in tokens")] = None,
+    n: Annotated[int, Option("-n", help="wrong rows to show")] = 3,
+    as_json: Json = False,
+) -> int:
+    """verify token ids and labels that another tool prepared; exit code 1 if any is wrong"""
     from transformers import AutoTokenizer
 
     from ma_sft.hub import load_pretrained
     from ma_sft.labels.audit import audit_folder, read_folder
     from ma_sft.labels.preview import preview_text
 
-    if options.json:
+    if as_json:
         _silence()
-    tokenizer = load_pretrained(AutoTokenizer, options.tokenizer)
-    report = audit_folder(options.folder, tokenizer, options.rows, max_length=options.max_length)
-    if options.json:
+    loaded = load_pretrained(AutoTokenizer, tokenizer)
+    report = audit_folder(folder, loaded, rows, max_length=max_length)
+    if as_json:
         say(report.to_json())
         return 1 if report.errors else 0
     console().print(report)
-    worst = list(dict.fromkeys(row for finding in report.errors for row in finding.rows))[: options.n]
+    worst = list(dict.fromkeys(row for finding in report.errors for row in finding.rows))[:n]
     if worst:
-        sequences = read_folder(options.folder)
+        sequences = read_folder(folder)
         shown = [{"row": n, "input_ids": sequences[n][0], "labels": sequences[n][1]} for n in worst]
-        console().print(preview_text(shown, tokenizer))
+        console().print(preview_text(shown, loaded))
     return 1 if report.errors else 0
 
 
-@command(
-    "preview",
-    "show which tokens of a recipe's rows are trained",
-    RECIPE,
-    arg("-n", type=int, default=3, help="rows to show (default: 3)"),
-    arg("--html", type=Path, help="write a self-contained page instead"),
-    arg("--borders", action="store_true", help="show the borders of tokens"),
-    settings=True,
-)
-def _preview(options: argparse.Namespace) -> None:
-    from ma_sft.config import Recipe
+@app.command("preview", **ON_RECIPE)
+def _preview(
+    args: RecipeArgs = None,
+    n: Annotated[int, Option("-n", help="rows to show")] = 3,
+    html: Annotated[Path | None, Option(help="write a self-contained page instead")] = None,
+    borders: Annotated[bool, Option("--borders", help="show the borders of tokens")] = False,
+) -> None:
+    """show which tokens of a recipe's rows are trained"""
+    recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
     from ma_sft.pages.preview import preview
     from ma_sft.training.prepare import as_trained
 
-    settings = Recipe.load(options.recipe).resolve(options.rest)
+    settings = recipe.resolve(flags)
     tokenizer, _ = load_tokenizer(settings)
     rows = label(settings, tokenizer).dataset
-    rows = rows.select(range(min(max(options.n, 0), len(rows))))
-    preview(as_trained(settings, rows), tokenizer, n=options.n, html=options.html, borders=options.borders)
-    if options.html:
-        say(f"preview: {options.html}")
+    rows = rows.select(range(min(max(n, 0), len(rows))))
+    preview(as_trained(settings, rows), tokenizer, n=n, html=html, borders=borders)
+    if html:
+        say(f"preview: {html}")
 
 
-@command(
-    "data build",
-    "load, convert, filter, split and mix what a YAML file says; save it",
-    arg("mixture", type=Path, help="a YAML file; see docs/formats.md"),
-    arg("-o", "--out", type=Path, required=True, help="folder of the data set; must not exist"),
-    arg("--num_proc", type=int, help="processes (default: all cores if there are many rows)"),
-    arg("--allow_code", choices=("true", "false"), default="false", help="run Python files that it names"),
-)
-def _data_build(options: argparse.Namespace) -> None:
+@data.command("build")
+def _data_build(
+    mixture: Annotated[Path, Argument(help="a YAML file; see docs/formats.md")],
+    out: Out,
+    num_proc: Annotated[int | None, Option("--num_proc", help="processes (all cores if rows are many)")] = None,
+    allow_code: Annotated[
+        Literal["true", "false"], Option("--allow_code", help="run Python files that it names")
+    ] = "false",
+) -> None:
+    """load, convert, filter, split and mix what a YAML file says; save it"""
     from ma_sft.data.card import build
 
     main_process = os.getpid()
@@ -290,131 +298,105 @@ def _data_build(options: argparse.Namespace) -> None:
             os._exit(128 + number)
         raise KeyboardInterrupt
 
-    overrides = {"num_proc": options.num_proc} if options.num_proc else {}
+    overrides = {"num_proc": num_proc} if num_proc else {}
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        console().print(build(options.mixture, options.out, allow_code=options.allow_code == "true", **overrides))
+        console().print(build(mixture, out, allow_code=allow_code == "true", **overrides))
     finally:
         signal.signal(signal.SIGTERM, before)
-    say(f"data set: {options.out} (ma-sft data show {options.out})")
+    say(f"data set: {out}")
 
 
-@command(
-    "data show",
-    "print counts, sources and first rows of a folder that `build` made",
-    arg("folder", type=Path),
-    arg("-n", type=int, default=3, help="rows to show (default: 3)"),
-)
-def _data_show(options: argparse.Namespace) -> None:
-    from ma_sft.data.card import show
-
-    show(options.folder, options.n)
-
-
-@command(
-    "report",
-    "write the page of one or several runs, finished or not; compare runs",
-    arg("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder"),
-    arg("-o", "--out", type=Path, help="the page (default: RUN/report.html, comparison.html for several)"),
-    arg("--watch", action="store_true", help="write it every few seconds until the runs are finished"),
-    arg("--json", action="store_true", help="print what the page is made of as JSON instead"),
-)
-def _report(options: argparse.Namespace) -> None:
+@app.command("report")
+def _report(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="folders of runs")],
+    out: OutOrDefault = None,
+    watching: Annotated[bool, Option("--watch", help="write it anew until the runs are finished")] = False,
+    as_json: Json = False,
+) -> None:
+    """write the page of one or several runs, finished or not; compare runs"""
     from ma_sft.pages.report import only_runs, read_run, watch, write_report
 
-    runs = only_runs(options.runs)
-    if options.json:
-        return _print_json([read_run(run) for run in runs])
-    page = options.out or (runs[0] / "report.html" if len(options.runs) == 1 else Path("comparison.html"))
-    if options.watch:
+    found = only_runs(runs)
+    if as_json:
+        return _print_json([read_run(run) for run in found])
+    page = out or (found[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    if watching:
         say(f"report: {page} (reloads itself; Ctrl-C ends the watch)", flush=True)
-        watch(runs, page)
+        watch(found, page)
     else:
-        write_report(runs, page)
+        write_report(found, page)
         say(f"report: {page}")
 
 
-@command(
-    "merge",
-    "merge a run's adapter into its base model",
-    arg("run", type=Path, help="a run's folder, an adapter's, or a hub id"),
-    arg("-o", "--out", type=Path, required=True, help="folder of the merged model; must not exist"),
-    arg("--base", help="the base model's folder or hub id (default: the one that the adapter names)"),
-    arg("--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)"),
-    TRUST,
-)
-def _merge(options: argparse.Namespace) -> None:
+@app.command("merge")
+def _merge(
+    run: Run,
+    out: Out,
+    base: Annotated[str | None, Option(help="folder or hub id of the base (else: the adapter's)")] = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = "false",
+) -> None:
+    """merge a run's adapter into its base model"""
     from ma_sft.release.merge import merge
 
-    how = {"base": options.base, "dtype": options.dtype, "code": _trusts(options)}
-    with as_written(options.run):
-        say(f"merged model: {options.out}: {merge(options.run, options.out, **how)}")
+    with as_written(run):
+        merged = merge(run, out, base=base, dtype=dtype, code=trust_remote_code == "true")
+        say(f"merged model: {out}: {merged}")
 
 
-def _trusts(options: argparse.Namespace) -> bool:
-    return bool(options.trust_remote_code == "true")
-
-
-@command(
-    "plan",
-    "forecast a recipe's peak memory and pick the first launcher that fits",
-    RECIPE,
-    arg("--gpus", type=int, help="number of GPUs, 0 for the CPU (default: this machine's)"),
-    arg("--gpu_memory", help="of each, e.g. 80GB (default: this machine's)"),
-    JSON,
-    settings=True,
-)
-def _plan(options: argparse.Namespace) -> None:
-    from ma_sft.config import Recipe
+@app.command("plan", **ON_RECIPE)
+def _plan(
+    args: RecipeArgs = None,
+    gpus: Annotated[int | None, Option(help="number of GPUs, 0 for the CPU (else: this machine's)")] = None,
+    gpu_memory: Annotated[str | None, Option("--gpu_memory", help="of each, e.g. 80GB")] = None,
+    as_json: Json = False,
+) -> None:
+    """forecast a recipe's peak memory and pick the first launcher that fits"""
+    name = Path(args[0]) if args else Path("RECIPE")
+    recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
 
-    recipe = Recipe.load(options.recipe)
-    if options.gpus and "fp16" not in recipe.settings:
+    if gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
-    settings = recipe.resolve(options.rest)
+    settings = recipe.resolve(flags)
     load_tokenizer(settings)
-    found = plan(settings, options.gpus, options.gpu_memory)
-    if options.json:
+    found = plan(settings, gpus, gpu_memory)
+    if as_json:
         _print_json(found)
     else:
-        show_plan(settings, found, options.recipe)
+        show_plan(settings, found, str(name))
 
 
-@command(
-    "export",
-    "write a run's whole model for vLLM and transformers serve, or as GGUF",
-    arg("run", type=Path, help="a run's folder, a model's, or a hub id"),
-    arg("-o", "--out", type=Path, required=True, help="a new folder, or a new file that ends with .gguf"),
-    arg("--dtype", choices=DTYPES, help="dtype of a folder's weights (default: the model's)"),
-    arg("--outtype", default="auto", help="type of a GGUF file's weights: f32, f16, bf16, q8_0, auto"),
-    arg("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py (default: $LLAMA_CPP, the PATH)"),
-    TRUST,
-)
-def _export(options: argparse.Namespace) -> None:
+@app.command("export")
+def _export(
+    run: Run,
+    out: Annotated[Path, Option("-o", "--out", help="a new folder, or a new file that ends with .gguf")],
+    dtype: Dtype = None,
+    outtype: Annotated[str, Option(help="weights of a GGUF file: f32, f16, bf16, q8_0, auto")] = "auto",
+    converter: Annotated[Path | None, Option(help="llama.cpp's convert_hf_to_gguf.py")] = None,
+    trust_remote_code: Trust = "false",
+) -> None:
+    """write a run's whole model for vLLM and transformers serve, or as GGUF"""
     from ma_sft.release.export import export_folder, export_gguf
 
-    with as_written(options.run):
-        if options.out.suffix == ".gguf":
-            commands = export_gguf(options.run, options.out, options.outtype, options.converter)
+    with as_written(run):
+        if out.suffix == ".gguf":
+            commands = export_gguf(run, out, outtype, converter)
         else:
-            commands = export_folder(options.run, options.out, options.dtype, code=_trusts(options))
+            commands = export_folder(run, out, dtype, code=trust_remote_code == "true")
     say(*commands)
 
 
-@command(
-    "handoff-check",
-    "compare a saved model with its manifest; exit code 1 if they disagree",
-    arg("folder", type=Path, help="a run's folder, a model's or an adapter's, or a hub id"),
-    TRUST,
-    JSON,
-)
-def _handoff(options: argparse.Namespace) -> int:
+@app.command("handoff-check")
+def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
+    """compare a saved model with its manifest; exit code 1 if they disagree"""
     from ma_sft.release.handoff import check_handoff
 
-    with as_written(options.folder):
-        findings = check_handoff(options.folder, code=_trusts(options))
-    if options.json:
+    with as_written(folder):
+        findings = check_handoff(folder, code=trust_remote_code == "true")
+    if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
@@ -422,61 +404,29 @@ def _handoff(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-@command(
-    "chat",
-    "talk to a run's model or to any model folder",
-    arg("folder", type=Path, help="a run's folder, a model's, or a hub id"),
-    arg("--prompt", help="ask this one question and print the answer alone"),
-    arg("--system", help="system message (default: the one of training; '' for none)"),
-    arg("--base", help="the base model of an adapter (default: the one that the adapter names)"),
-    arg("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"),
-    arg("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default: 512)"),
-    TRUST,
-)
-def _chat(options: argparse.Namespace) -> None:
+@app.command("chat")
+def _chat(
+    folder: Run,
+    prompt: Annotated[str | None, Option(help="ask this one question and print the answer alone")] = None,
+    system: Annotated[str | None, Option(help="system message (else: that of training; '': none)")] = None,
+    base: Annotated[str | None, Option(help="the base of an adapter (else: the one that it names)")] = None,
+    temperature: Annotated[float, Option(help="0 takes the likeliest token")] = 0.0,
+    max_new_tokens: Annotated[int, Option("--max_new_tokens", help="longest answer, in tokens")] = 512,
+    trust_remote_code: Trust = "false",
+) -> None:
+    """talk to a run's model or to any model folder"""
     from ma_sft.release.chat import chat
 
-    how = {key: getattr(options, key) for key in ("prompt", "system", "base", "max_new_tokens", "temperature")}
-    chat(options.folder, **how, code=_trusts(options))
+    how = {"prompt": prompt, "system": system, "base": base, "max_new_tokens": max_new_tokens}
+    chat(folder, **how, temperature=temperature, code=trust_remote_code == "true")
 
 
-@command(
-    "cache",
-    "list what the cache folder holds, or make it smaller",
-    arg("--older_than", metavar="AGE", help="remove what was not used for so long, e.g. 30d"),
-    arg("--keep", metavar="SIZE", help="remove what was used longest ago until this is left, e.g. 20GB"),
-    arg("--dry_run", action="store_true", help="only tell what would be removed"),
-)
-def _cache(options: argparse.Namespace) -> None:
-    from ma_sft.tools.cache import clean, entries, table
+@app.command("completion")
+def _completion(shell: Literal["bash", "zsh", "fish"]) -> None:
+    """print a script that completes commands and settings in a shell"""
+    from typer.completion import get_completion_script
 
-    if options.older_than is None and options.keep is None:
-        return say(*table(entries()))
-    gone = clean(options.older_than, options.keep, dry_run=options.dry_run)
-    say("would be removed:" if options.dry_run else "removed:", *table(gone))
-
-
-@command(
-    "completion",
-    "print a script that completes commands and settings in a shell",
-    arg("shell", choices=["bash", "zsh"]),
-)
-def _completion(options: argparse.Namespace) -> None:
-    import shtab
-
-    from ma_sft.config import all_settings
-
-    parser = build_parser()
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    for action in (action for command in commands.values() for action in command._actions):
-        if action.type is Path or action.dest in ("recipe", "data"):
-            action.complete = shtab.FILE
-    for name in (name for name, entry in COMMANDS.items() if entry.settings):
-        known = {flag for action in commands[name]._actions for flag in action.option_strings}
-        for setting, about in all_settings().items():
-            if f"--{setting}" not in known:
-                commands[name].add_argument(f"--{setting}", help=about["help"].split(". ")[0], choices=about["choices"])
-    say(shtab.complete(parser, options.shell))
+    say(get_completion_script(prog_name="ma-sft", complete_var="_MA_SFT_COMPLETE", shell=shell))
 
 
 def _print_json(found: Any) -> None:

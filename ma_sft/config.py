@@ -221,7 +221,7 @@ OURS = {
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting of TRL's that ma_sft decides: a value that means something else is refused, the first is the default."""
+    """A setting of TRL's that ma_sft decides: a contrary value is refused, the first is the default."""
 
     names: str
     accepted: tuple[Any, ...]  # none: only TRL's default

@@ -1,12 +1,16 @@
 """Whatever a user gets wrong ends, before any training, in one line that says what and where."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 from ma_sft import MaSftError, Recipe, run
 from ma_sft.cli import main
+from ma_sft.config import known_settings
 from ma_sft.utils import guard
 
 GOOD = {"instruction": "Say hi", "input": "", "output": "hi there"}
@@ -129,14 +133,33 @@ def test_cli_exit_code_and_line(tmp_path, capsys):
     assert "holds no adapter" in capsys.readouterr().err
 
 
-def test_cli_help_does_not_load_torch():
-    import subprocess
-    import sys
+@pytest.mark.parametrize(
+    ("args", "code", "word"),
+    [
+        (["--help"], 0, "handoff-check"),
+        (["settings", "lora_r"], 0, "lora_r = 16"),
+        (["schema"], 0, "lora_r"),
+        (["train", "mine.yaml", "--max_stepz", "3"], 2, "did you mean 'max_steps'?"),
+        (["train", "mine.yaml"], 2, "did you mean 'learning_rate'?"),
+        (["train", "--max_steps", "many"], 2, "invalid int value: 'many'"),
+        (["plan"], 2, "no model"),
+        (["frob"], 2, "No such command 'frob'"),
+    ],
+)
+def test_what_needs_no_torch_does_not_load_it(tmp_path, args, code, word):
+    (tmp_path / "mine.yaml").write_text("lr: 3\n")
+    known_settings()  # the table is there
+    script = "import sys\nfrom ma_sft.cli import main\ncode = main(sys.argv[1:])\n"
+    script += "sys.exit(99 if 'torch' in sys.modules else code)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *args]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert word in done.stdout + done.stderr
 
-    code = (
-        "import sys\nfrom ma_sft.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout and "chat" in done.stdout
+
+def test_train_without_a_recipe(tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", [GOOD, {"instruction": "x"}])
+    flags = ["--model_name_or_path", "demo", "--dataset_name", rows, "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags]) == 2
+    assert "line 2" in capsys.readouterr().err

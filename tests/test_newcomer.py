@@ -302,20 +302,16 @@ def test_settings_are_found_by_word(capsys):
     )
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_commands_and_settings(shell, tmp_path, capsys):
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert "--learning_rate" in script and "handoff-check" in script
-    if shell == "bash":
-        (tmp_path / "completion.sh").write_text(script)
-        ask = "source completion.sh; COMP_WORDS=({}); COMP_CWORD={}; _shtab_ma_sft; echo ${{COMPREPLY[@]}}"
-        for words, at, answer in (
-            ("ma-sft hand", 1, "handoff-check"),
-            ("ma-sft train x.py --max_st", 3, "--max_steps"),
-        ):
-            done = subprocess.run(["bash", "-c", ask.format(words, at)], cwd=tmp_path, capture_output=True, text=True)
-            assert done.stdout.strip() == answer, done.stderr
+def test_completion_knows_commands_and_settings(capsys):
+    for shell in ("bash", "zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        assert "_MA_SFT_COMPLETE" in capsys.readouterr().out
+    for words, at, answer in (("ma-sft hand", 1, "handoff-check"), ("ma-sft train x.py --max_st", 3, "--max_steps")):
+        environment = {**os.environ, "COMP_WORDS": words, "COMP_CWORD": str(at), "_MA_SFT_COMPLETE": "complete_bash"}
+        command = [sys.executable, "-X", "importtime", "-m", "ma_sft.cli"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == answer, done.stderr
+        assert " torch\n" not in done.stderr
 
 
 @pytest.mark.parametrize(("no_color", "colours"), [pytest.param("", True, marks=pytest.mark.slow), ("1", False)])

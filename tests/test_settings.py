@@ -9,17 +9,18 @@ import torch
 from conftest import ROOT, save_tiny
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import SFTConfig
 
 from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
 from ma_sft.config import (
-    NEEDS,
-    OURS,
-    PRESET,
-    REFUSED,
-    TRAINER,
+    FIXED,
+    RULES,
+    Needs,
     all_settings,
+    json_schema,
     known_settings,
+    settings_of,
     settings_page,
     shown,
     shown_command,
@@ -53,14 +54,59 @@ def rows(tmp_path_factory):
 # the table
 
 
-def test_every_field_stands_in_the_table_once():
+def test_new_fields_of_trl_are_named():
+    """They are passed on by themselves: whoever raises TRL's version looks at each, and adds it to the list."""
     from trl import ModelConfig, SFTConfig
 
     theirs = {field.name for kind in (SFTConfig, ModelConfig) for field in dataclasses.fields(kind) if field.init}
-    tables = [TRAINER, set(OURS), set(PRESET), set(REFUSED)]
-    assert set().union(*tables) == theirs
-    assert sum(map(len, tables)) == len(theirs)
-    assert {what.kind for what in known_settings().values()} == {"ours", "trainer", "preset", "refused"}
+    assert theirs == set((ROOT / "tests" / "trl_fields.txt").read_text(encoding="utf-8").split())
+    ruled = {name for rule in RULES for name in rule.names.split()}
+    assert ruled <= known_settings().keys()
+
+
+def test_a_field_that_a_new_trl_brings_passes_through():
+    @dataclasses.dataclass
+    class Newer(SFTConfig):
+        brand_new: int = dataclasses.field(default=3, metadata={"help": "New."})
+
+    setting = settings_of({"training": Newer})["brand_new"]
+    assert (setting.kind, setting.default, setting.take("4")) == ("trainer", 3, 4)
+
+
+def test_table_is_made_anew_where_it_is_broken_or_of_other_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path))
+    made = known_settings.__wrapped__()
+    (file,) = tmp_path.glob("settings-*.json")
+    assert known_settings.__wrapped__() == made == known_settings()
+    kept = json.loads(file.read_text())
+    for broken in ("", "{}", "[]", json.dumps({**kept, "made_from": {}}), json.dumps({**kept, "rows": [{"a": 1}]})):
+        file.write_text(broken)
+        assert known_settings.__wrapped__() == made
+        assert json.loads(file.read_text()) == kept
+    file.unlink()
+    tmp_path.chmod(0o500)
+    assert known_settings.__wrapped__() == made  # a cache folder that cannot be written costs time alone
+    tmp_path.chmod(0o700)
+
+
+def test_schema_knows_every_setting():
+    schema = json_schema()
+    assert schema["properties"].keys() - {"allow_code"} == known_settings().keys()
+    assert schema["properties"]["train_on"]["enum"] == ["all", "last"]
+    assert schema["properties"]["max_length"]["type"] == ["integer", "null"]
+    json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size"),
+        ("per_device_batch_size", "per_device_train_batch_size"), ("max_seq_length", "max_length"),
+    ],
+)  # fmt: skip
+def test_names_of_other_tools_lead_to_the_right_one(wrong, right):
+    assert f"unknown setting '{wrong}'; did you mean '{right}'?" in refused(**{wrong: 1})
+    assert f"did you mean '{right}'?" in refused(f"--{wrong.replace('_', '-')}", "1")
 
 
 def test_every_setting_may_be_given_its_own_default():
@@ -81,6 +127,8 @@ def test_settings_command_shows_class_and_the_default_that_holds(capsys):
     assert found["do_predict"]["class"] == "refused" and found["lora_r"]["class"] == "trainer"
     assert main(["settings", "lora_r"]) == 0
     assert "lora_r = 16" in capsys.readouterr().out
+    assert main(["schema"]) == 0
+    assert "lora_r" in json.loads(capsys.readouterr().out)["properties"]
 
 
 REFUSALS = {
@@ -94,13 +142,13 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "dataset_kwargs", "lora_task_type", "hub_strategy"])
+@pytest.mark.parametrize("name", REFUSALS)
 def test_contrary_value_is_refused(name):
     value, message = REFUSALS[name]
     assert message in refused(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, (accepted, _) in PRESET.items() for v in accepted])
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, rule in FIXED.items() for v in rule.accepted])
 def test_preset_may_be_said(name, value):
     resolve(**{name: value, **({"push_to_hub": True} if name.startswith("hub") else {})})
 
@@ -109,14 +157,12 @@ def test_preset_may_be_said(name, value):
 VALUES = {
     "adapter_name_or_path": "runs/x", "loraplus_lr_ratio": 4, "lora_preset": "mini", "lora_config": {"r": 3},
     "lora_target_modules": ["q_proj"], "lora_target_parameters": ["w"], "lora_modules_to_save": ["lm_head"],
-    "lora_dropout": 0.1, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8", "generate_eval": 2,
-    "eval_strategy": "steps", "metric": "m:f", "eval_steps": 3, "metric_for_best_model": "loss",
+    "lora_dropout": 0.1, "generate_eval": 2, "eval_strategy": "steps", "metric": "m:f",
     "test_near_duplicates": 0.9, "stopping_strategy": "all_exhausted", "packing_strategy": "wrapped",
     "response_template": "A:", "instruction_template": "Q:", "hub_model_id": "me/x", "hub_revision": "v1",
-    "liger_kernel_config": {"rope": True}, "optim_args": "a=1",
-    "optim_target_modules": ["q"], "fsdp_config": {}, "dataloader_prefetch_factor": 2,
+    "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.1,
 }  # fmt: skip
-DOES_NOTHING = [(need, name) for need in NEEDS for name in need.names.split() if name in known_settings()]
+DOES_NOTHING = [(rule, name) for rule in RULES if isinstance(rule, Needs) for name in rule.names.split()]
 
 
 @pytest.mark.parametrize(("need", "name"), DOES_NOTHING, ids=[name for _, name in DOES_NOTHING])
@@ -142,14 +188,14 @@ def test_setting_that_would_do_nothing_is_refused(need, name, rows):
         value, more = "keep_end", {"packing": True, "packing_strategy": "wrapped"}
     if name == "overflow":
         value, more = "drop", {"max_length": None}
-    if name == "fsdp_config":
-        value = {"min_num_params": 1}
+    if name == "label_smoothing_factor":
+        more = {"loss_type": "dft"}
+    if name == "router_aux_loss_coef":
+        more = {"label_smoothing_factor": 0.1}
     if need.switches == "completion_only_loss":
         more = {"completion_only_loss": False, **({"formatting_func": "question-answer"} if "template" in name else {})}
     if name == "load_best_model_at_end":
         more = {"save_strategy": "no"}
-    if name == "dataloader_prefetch_factor":
-        return  # transformers refuses it by itself
     assert name in refused(**{name: value, **more})
 
 
@@ -288,7 +334,6 @@ def test_model_init_kwargs_that_are_settings_become_them():
         ({"use_liger_kernel": True}, "use_liger_kernel: pip install liger-kernel"),
         ({"model_init_kwargs": {"use_kernels": True}}, "use_kernels needs pip install kernels"),
         ({"torch_compile_backend": "inducer"}, "torch_compile_backend: 'inducer' does not exist"),
-        ({"optim_args": "rank=4"}, "optim_args is not read by this optim"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", **HELD_OUT, "eval_steps": 7}, "load_best_model"),
         ({"assistant_only_loss": True, "completion_only_loss": False}, "assistant_only_loss"),
         ({"formatting_func": "question-answer", "completion_only_loss": True}, "response_template"),
