@@ -182,12 +182,12 @@ def _schema() -> None:
 
 
 def _load(args: list[str] | None) -> tuple["Recipe", list[str]]:
-    """The recipe that a command line begins with, or an empty one, and its flags; a wrong one is refused at once."""
-    from ma_sft.config import Recipe, known_settings, read_flags
+    """The recipe that a command line begins with, or an empty one, and its flags; what is wrong is refused at once."""
+    from ma_sft.config import Recipe
 
     rest = args or []
     recipe = Recipe.load(rest.pop(0)) if rest and not rest[0].startswith("-") else Recipe()
-    read_flags(rest, known_settings())
+    recipe.merge(rest)
     return recipe, rest
 
 
@@ -417,14 +417,15 @@ def _chat(
     """talk to a run's model or to any model folder"""
     from ma_sft.release.chat import chat
 
-    how = {"prompt": prompt, "system": system, "base": base, "max_new_tokens": max_new_tokens}
-    chat(folder, **how, temperature=temperature, code=trust_remote_code == "true")
+    code = trust_remote_code == "true"
+    limits = {"max_new_tokens": max_new_tokens}
+    chat(folder, prompt=prompt, system=system, base=base, temperature=temperature, code=code, **limits)
 
 
 @app.command("completion")
 def _completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     """print a script that completes commands and settings in a shell"""
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # it imports it
 
     say(get_completion_script(prog_name="ma-sft", complete_var="_MA_SFT_COMPLETE", shell=shell))
 

@@ -826,29 +826,37 @@ class Recipe:
         recipe.settings.setdefault("name", path.stem)
         return recipe
 
-    def resolve(self, args: Sequence[str] = ()) -> Settings:
-        """Merge the recipe, `--config` files and flags into one mapping, and that into the stages' dataclasses.
+    def merge(self, args: Sequence[str] = ()) -> tuple[Overrides, dict[str, Any]]:
+        """What the recipe, `--config` files and flags set, and that over our defaults; all that needs no torch.
 
         Raises:
-            RecipeError: an unknown key (with the nearest right one), a wrong value, or a setting that would do
-                nothing; also a package that a setting needs and this machine lacks.
-            RunError: the launcher asks for what this machine has not.
+            RecipeError: an unknown key (with the nearest right one), a wrong value, no model, no data, or code that a
+                file names.
         """
         known = known_settings()
         flags = read_flags(args, known)
         files = {file: read_yaml(Path(file)) for file in flags.pop("config", [])}
         if flags.pop("allow_code", "false") != "true":
-            for file, said in {**({str(self.file): self.settings} if self.file else {}), **files}.items():
-                refuse_code(said, file)
+            for file, content in {**({str(self.file): self.settings} if self.file else {}), **files}.items():
+                refuse_code(content, file)
         overrides = Overrides(known)
-        for layer, said in enumerate([self.settings, *files.values(), flags]):
-            overrides.add(layer, said)
+        for layer, settings in enumerate([self.settings, *files.values(), flags]):
+            overrides.add(layer, settings)
         values = with_defaults(overrides)
         if not values.get("model_name_or_path"):
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
         if not (values.get("dataset_name") or values.get("datasets")):
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
-        # What needs no torch has been said by now
+        return overrides, values
+
+    def resolve(self, args: Sequence[str] = ()) -> Settings:
+        """The settings of each stage, from the recipe, `--config` files and flags.
+
+        Raises:
+            RecipeError: as `merge`; a setting that would do nothing, or that needs a package which is not installed.
+            RunError: the launcher asks for what this machine has not.
+        """
+        overrides, values = self.merge(args)
         from trl import TrlParser
 
         from ma_sft.launcher import check_installed, check_launch
@@ -859,7 +867,7 @@ class Recipe:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             raise RecipeError(one_line(error)) from error
-        overrides.check_rules({name: what.default for name, what in known.items()} | values)
+        overrides.check_rules({name: what.default for name, what in overrides.known.items()} | values)
         settings = Settings(*parsed, chosen=overrides.values)  # type: ignore[misc]  # the unpacked ones are all but one
         _check_trackers(settings.training.report_to)
         check_installed(settings.training, settings.model, overrides.values)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from ma_sft.utils import no_bar_for_weights, not_there, say
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-KNOCK = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
+FIRST_ANSWER = 8.0  # seconds that the hub has for its first answer, retries of a busy one included
 
 
 # What a model is beside its weights; code comes only where it may run.
@@ -58,7 +57,7 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
     if key not in _commits:
         try:
             if not is_offline_mode():
-                _knock(name, revision, kind)
+                _check_connection(name, revision, kind)
             offline = is_offline_mode()
             found = HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=offline)
             _commits[key] = found.resolved
@@ -302,32 +301,29 @@ def _persist(get: Callable[[], Any], name: str, kind: str, revision: str | None)
     raise RecipeError(final or f"{_what(name, kind)}: {reason}, each time; try again later") from None
 
 
-def _knock(name: str, revision: str | None, kind: str) -> None:
-    """Find out within `KNOCK` seconds whether the hub answers; if not, say so and go on without it."""
+def _check_connection(name: str, revision: str | None, kind: str) -> None:
+    """Find out whether the hub answers within `FIRST_ANSWER` seconds; if not, say so and go on without it."""
     import httpx2
     from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, http_backoff  # type: ignore[attr-defined]  # documented names
 
     url = f"{ENDPOINT}/api/{kind}s/{name}/revision/{(revision or 'main').replace('/', '%2F')}"
-    failed: list[str] = [f"no answer within {KNOCK:.0f} s"]
-
-    def ask() -> None:
-        try:
-            http_backoff("GET", url, headers=build_hf_headers(), timeout=KNOCK, max_retries=3, retry_on_exceptions=())
-            failed.clear()
-        except httpx2.ProxyError as error:
-            failed[:] = [f"the proxy says: {error}"]
-        except Exception as error:
-            answered = getattr(getattr(error, "response", None), "status_code", 0)
-            failed[:] = [f"it answers {answered}" if answered >= 500 else str(error)]
-            if 0 < answered < 500:
-                failed.clear()
-
-    asking = threading.Thread(target=ask, daemon=True)  # a name server or a proxy can hold a request for minutes
-    asking.start()
-    asking.join(KNOCK)
-    if failed:
-        _go_offline(f"the hub {ENDPOINT} cannot be reached ({failed[0]})")
+    headers, wait = build_hf_headers(), FIRST_ANSWER
+    try:
+        http_backoff("GET", url, headers=headers, timeout=wait, max_retries=3, retry_on_exceptions=())
+        return
+    except httpx2.TimeoutException:
+        reason = f"no answer within {wait:.0f} s"
+    except httpx2.ProxyError as error:
+        reason = f"the proxy says: {error}"
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            return  # it answers, and whoever asks for more explains it
+        reason = f"it answers {error.response.status_code}"
+    except httpx2.TransportError as error:
+        reason = str(error)
+    _go_offline(f"the hub {ENDPOINT} cannot be reached ({reason})")
 
 
 def unreachable(name: str) -> str | None:
@@ -335,11 +331,11 @@ def unreachable(name: str) -> str | None:
     from huggingface_hub import is_offline_mode
 
     if not is_offline_mode():
-        _knock(name, None, "model")
+        _check_connection(name, None, "model")
     return (_unreachable or ["HF_HUB_OFFLINE=1 forbids asking the hub"])[0] if is_offline_mode() else None
 
 
-# Why there is no hub, where `_knock` found that out.
+# Why there is no hub, where `_check_connection` found that out.
 _unreachable: list[str] = []
 
 

@@ -205,7 +205,7 @@ def over_bound() -> str | None:
         return None
     return (
         f"the cache folder {cache_dir()} holds {held:,.1f} GB, more than the {bound:g} GB of MA_SFT_CACHE_GB; "
-        f"`ma-sft cache --keep {bound / 2:g}GB` removes what was used longest ago"
+        "what is removed is made again when it is needed"
     )
 
 

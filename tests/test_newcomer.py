@@ -369,11 +369,12 @@ def installed(tmp_path):
 
 
 def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(installed, tmp_path):
-    listed = installed("recipes")
+    typer = {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    listed = installed("recipes", **typer)
     assert "csv_qa" in listed and "zero3_offload" in listed
-    installed("recipes", "copy", "reasoning")
+    installed("recipes", "copy", "reasoning", **typer)
     assert (tmp_path / "reasoning.py").read_text() == (ROOT / "recipes" / "reasoning.py").read_text()
-    installed("recipes", "copy", "demo")
+    installed("recipes", "copy", "demo", **typer)
     rows = Recipe.load(tmp_path / "demo.py").settings
     for path in (*rows["datasets"], rows["eval_dataset"]):
         assert (tmp_path / path).read_text() == (ROOT / path).read_text()
@@ -384,7 +385,7 @@ def test_wheel_installs_in_an_empty_venv_and_lists_its_recipes(installed, tmp_pa
 def test_wheel_alone_trains_the_demo(installed, tmp_path):
     # A folder on the path brings what is in it, and not the checkout that a .pth file in it names.
     libraries = {"PYTHONPATH": sysconfig.get_path("purelib"), "HF_HUB_OFFLINE": "1"}
-    installed("recipes", "copy", "demo")
+    installed("recipes", "copy", "demo", **libraries)
     short = {"max_steps": 2, "per_device_train_batch_size": 1, "eval_strategy": "no", "generate_eval": 2}
     shown = installed("train", "demo.py", *(w for k, v in short.items() for w in (f"--{k}", str(v))), **libraries)
     (folder,) = (tmp_path / "runs").iterdir()
