@@ -962,32 +962,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def settings_page(settings: Mapping[str, Values]) -> str:
-    """`docs/settings.md`: what `all_settings` gives, as one table a stage, and the rules."""
-    lines = [
-        "# Settings",
-        "",
-        "Every setting is a keyword of `Recipe(...)`, a YAML key and a flag. Later wins: TRL's default, ours, the",
-        "recipe, `--config` files, flags. Dashes do for underscores. `ma-sft settings WORD` shows those with a word,",
-        "`ma-sft schema` prints a JSON Schema with which editors complete and check a YAML recipe.",
-        "",
-        "**ours** is done by ma_sft; **trainer** is passed on to TRL, transformers or PEFT as it is; **preset** is",
-        "decided by ma_sft, and a contrary value is refused; **refused** takes its default alone.",
-    ]
-    for stage in dict.fromkeys(about["stage"] for about in settings.values()):
-        lines += ["", f"## {stage}", "", "| setting | class | default | what it does |", "| --- | --- | --- | --- |"]
-        for name, about in settings.items():
-            if about["stage"] == stage:
-                help = about["help"].replace("|", "\\|").replace("<", "&lt;")
-                default = "by machine" if name in OF_THE_MACHINE else f"`{json.dumps(about['default'])}`"
-                lines.append(f"| `{name}` | {about['class']} | {default} | {help} |")
-    lines += ["", "## What goes together", "", "Anything against these rules is refused before a row is read.", ""]
-    for rule in RULES:
-        reason = rule.reason if isinstance(rule, Needs) else rule.words
-        lines.append(f"- {', '.join(f'`{name}`' for name in rule.names.split())}: {reason}")
-    return "\n".join(lines) + "\n"
-
-
 def is_secret(name: str) -> bool:
     """Whether a setting holds what nobody else may read. (The tokenizer's tokens are no secret.)"""
     return bool(re.search(r"(token|key|secret|password)$", name.lower())) and name not in ("eos_token", "pad_token")

@@ -77,20 +77,6 @@ def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
     if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
         raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
-    if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise RecipeError(f"torch_compile_backend: {training.torch_compile_backend!r} does not exist")
-    try:
-        if training.torch_compile:
-            torch.compile(torch.abs, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
-    except RuntimeError as error:
-        raise RecipeError(f"torch_compile_mode: {one_line(error)}") from None
-    try:
-        if kwargs := training.gradient_checkpointing_kwargs:
-            torch.utils.checkpoint.checkpoint(torch.abs, torch.zeros(1), **{"use_reentrant": True, **kwargs})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"gradient_checkpointing_kwargs: {one_line(error)}") from None
-    if training.activation_offloading and not torch.accelerator.is_available():
-        raise RecipeError("activation_offloading moves activations off a GPU, and this machine has none; leave it out")
     attention = model.attn_implementation
     if attention not in (None, "eager") and "/" not in attention:
         from transformers import AttentionInterface

@@ -216,8 +216,6 @@ def test_function_of_the_user_that_fails_is_one_line(flags, says, tiny_bpe, tmp_
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--torch_compile", "true", "--torch_compile_mode", "best"], "torch_compile_mode: Unrecognized mode=best"),
-        (["--gradient_checkpointing_kwargs", '{"x": 1}'], "gradient_checkpointing_kwargs: Unexpected keyword"),
         (["--model_init_kwargs", '{"x": 1}'], "model_init_kwargs: "),
         (["--model_init_kwargs", '{"device_map": "x"}'], "model_init_kwargs: When passing device_map as a string"),
         (["--model_init_kwargs", '{"num_hidden_layers": 1}'], "`num_hidden_layers` (1) must be equal to"),
