@@ -29,8 +29,10 @@ app = typer.Typer(
     "130 Ctrl-C. NO_COLOR=1 turns colours off.",
     rich_markup_mode=None,
 )
-recipes = typer.Typer(help="list the recipes and launcher configurations that ship, or copy one to edit")
-data = typer.Typer(help="build a data set from a mixture")
+recipes = typer.Typer(
+    rich_markup_mode=None, help="list the recipes and launcher configurations that ship, or copy one to edit"
+)
+data = typer.Typer(rich_markup_mode=None, help="build a data set from a mixture")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(data, name="data")
 
@@ -73,12 +75,17 @@ def launch(recipe: "Recipe") -> None:
 
     This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
     """
-    from ma_sft.sft import run
-
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     if main_file:
         recipe.settings.setdefault("name", Path(main_file).stem)
-    sys.exit(guard(lambda: run(recipe, sys.argv[1:])))
+
+    def start() -> None:
+        recipe.merge(sys.argv[1:])  # what is wrong here is said before torch is imported
+        from ma_sft.sft import run
+
+        run(recipe, sys.argv[1:])
+
+    sys.exit(guard(start))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -215,12 +222,7 @@ def _check(
         _silence()
     settings = recipe.resolve(flags)
     tokenizer, _ = load_tokenizer(settings)
-    report = check(settings, tokenizer, label(settings, tokenizer), every_row=every_row)
-    if as_json:
-        say(report.to_json())
-    else:
-        console().print(report)
-    return 1 if report.errors else 0
+    return _show(check(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
 
 
 @app.command("audit")
@@ -243,16 +245,13 @@ def _audit(
         _silence()
     loaded = load_pretrained(AutoTokenizer, tokenizer)
     report = audit_folder(folder, loaded, rows, max_length=max_length)
-    if as_json:
-        say(report.to_json())
-        return 1 if report.errors else 0
-    console().print(report)
+    code = _show(report, as_json)
     worst = list(dict.fromkeys(row for finding in report.errors for row in finding.rows))[:n]
-    if worst:
+    if worst and not as_json:
         sequences = read_folder(folder)
         shown = [{"row": n, "input_ids": sequences[n][0], "labels": sequences[n][1]} for n in worst]
         console().print(preview_text(shown, loaded))
-    return 1 if report.errors else 0
+    return code
 
 
 @app.command("preview", **ON_RECIPE)
@@ -428,6 +427,15 @@ def _completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # it imports it
 
     say(get_completion_script(prog_name="ma-sft", complete_var="_MA_SFT_COMPLETE", shell=shell))
+
+
+def _show(report: Any, as_json: bool) -> int:
+    """Print what a check found; its exit code."""
+    if as_json:
+        say(report.to_json())
+    else:
+        console().print(report)
+    return 1 if report.errors else 0
 
 
 def _print_json(found: Any) -> None:
