@@ -298,19 +298,7 @@ def _data_build(options: argparse.Namespace) -> None:
         console().print(build(options.mixture, options.out, allow_code=options.allow_code == "true", **overrides))
     finally:
         signal.signal(signal.SIGTERM, before)
-    say(f"data set: {options.out} (ma-sft data show {options.out})")
-
-
-@command(
-    "data show",
-    "print counts, sources and first rows of a folder that `build` made",
-    arg("folder", type=Path),
-    arg("-n", type=int, default=3, help="rows to show (default: 3)"),
-)
-def _data_show(options: argparse.Namespace) -> None:
-    from ma_sft.data.card import show
-
-    show(options.folder, options.n)
+    say(f"data set: {options.out}")
 
 
 @command(
