@@ -64,6 +64,7 @@ ENCODING = (
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
 ERROR = "_error"
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is none
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _load_files(source: Source, streaming: bool, num_proc: int | None) -> Any:
             gen_kwargs={"files": stamped, "how": how, "version": __version__},
             **{key: value for key, value in more.items() if key == "num_proc"},
         )
-    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+    except (DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(cause, FormatError | RecipeError):
             raise cause from None
@@ -310,16 +311,20 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
         where, kind = _short(file), kind_of(file)
         if file.endswith(".zst") and not importlib.util.find_spec("zstandard"):
             raise RecipeError(f"{where}: reading .zst needs another package: pip install 'ma-sft[data]'")
-        encoding = how["encoding"] or "utf-8-sig"
+        encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
         newline = "" if kind in (".csv", ".tsv") else "\n"
         try:
-            with fsspec.open(file, "rt", compression="infer", encoding=encoding, newline=newline) as stream:
+            with fsspec.open(
+                file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline
+            ) as stream:
                 for place, text in READERS.get(kind, _json)(stream, where, how):
+                    if not text.isascii() and NOT_UTF_8.search(text):
+                        text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:
             raise
         except UnicodeDecodeError as error:
-            raise FormatError(f"{where}: not {encoding[:5].upper()} text: {error.reason}; {ENCODING}") from None
+            raise FormatError(f"{where}: not {encoding} text: {error.reason}; {ENCODING}") from None
         except Exception as error:  # each compression library has its own
             raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}") from None
 
@@ -340,10 +345,17 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
             f"the file {where!r} exists, but it is none of {', '.join(KINDS)}; save its rows as one of them "
             "(a spreadsheet as CSV in UTF-8), and end its name so"
         )
+    lines: Iterator[str] = itertools.chain(head, stream)
     if how["field"] or not _has_a_row_a_line(full):
-        yield from _json_document("".join(itertools.chain(head, stream)), where, how["field"])
-        return
-    for number, line in enumerate(itertools.chain(head, stream), 1):
+        text = "".join(lines)
+        try:
+            yield from _json_document(text, where, how["field"])
+            return
+        except FormatError:  # or the first line is cut off, among good ones
+            if how["field"] or len(full) < 2 or full[0][0] != "{" or (kind_of(where) == ".json" and full[1][0] != "{"):
+                raise
+        lines = iter(text.split("\n"))
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"line {number}", line.rstrip("\r\n")
 
@@ -352,12 +364,12 @@ def _has_a_row_a_line(lines: list[str]) -> bool:
     """Whether the first lines of a file with anything on them begin JSON Lines, rather than one JSON document."""
     first = lines[0] if lines else ""
     try:
-        value = json.loads(first)
+        json.loads(first)
     except RecursionError:
         return True
     except ValueError as error:  # broken inside the line, or the value goes on in the next one
         return getattr(error, "pos", 0) < len(first.rstrip())
-    return len(lines) > 1 and (not isinstance(value, list) or _is_dialogue(value))
+    return len(lines) > 1
 
 
 def _is_dialogue(value: list[Any]) -> bool:
@@ -367,6 +379,9 @@ def _is_dialogue(value: list[Any]) -> bool:
 
 # Columns of a row that hold objects, and are no rows themselves.
 OWN_LISTS = ("messages", "conversations", "conversation", "contents", "history", "tools", "functions", "choices")
+
+
+_dump = partial(json.dumps, ensure_ascii=False)
 
 
 def _json_document(text: str, where: str, field: str | None) -> Rows:
@@ -391,9 +406,9 @@ def _json_document(text: str, where: str, field: str | None) -> Rows:
     if len(held) > 1:
         raise FormatError(f"{where}: rows may be in {show_columns(held)}; say which: field")
     if not held:
-        yield "line 1", json.dumps(value)
+        yield "line 1", _dump(value)
     for number, row in enumerate(next(iter(held.values()), []), 1):
-        yield f"row {number}", json.dumps(row)
+        yield f"row {number}", _dump(row)
 
 
 def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
@@ -418,7 +433,7 @@ def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
             wrong = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
             if list(row.values()) == names:
                 wrong = "the names of the columns once more; remove this line"
-            yield f"line {line + 1}", json.dumps({ERROR: wrong} if wrong else row)
+            yield f"line {line + 1}", _dump({ERROR: wrong} if wrong else row)
             line = reader.line_num
     except csv.Error as error:
         raise FormatError(f"{where}, line {line + 1}: not valid CSV: {error}") from None
@@ -432,7 +447,7 @@ def _text(stream: Any, where: str, how: dict[str, Any]) -> Rows:
         whole = stream.read()
         pieces = [whole] if how["sample_by"] == "document" else re.split(r"\n\s*\n", whole.strip("\n"))
         texts = ((f"row {number}", piece) for number, piece in enumerate(filter(str.strip, pieces), 1))
-    yield from ((place, json.dumps({"text": text})) for place, text in texts if text.strip())
+    yield from ((place, _dump({"text": text})) for place, text in texts if text.strip())
 
 
 READERS: dict[str, Callable[[Any, str, dict[str, Any]], Rows]] = {

@@ -136,7 +136,7 @@ def test_csv_cells_stay_text(tmp_path):
         ("a.jsonl", b'{"instruction": "x", "output": "\\ud800"}\n', "line 1: field 'output' holds a lone surrogate"),
         ("a.jsonl", b'{"instruction": "\\u0000", "output": "y"}\n', "line 1: field 'instruction' holds a NUL"),
         ("a.jsonl", b"PK\x03\x04 no text at all", "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", "ä".encode("latin-1"), "a.jsonl: not UTF-8 text"),
+        ("a.jsonl", "ä".encode("latin-1"), "a.jsonl, line 1: not UTF-8 text"),
         ("a.json", b'[{"instruction": "x", "output": "y"},\n {"instr', "a.json, line 2: not valid JSON"),
         ("a.json", b'[{"instruction": "x", "output": "y"}] 7', "line 1: not valid JSON: Extra data"),
         ("a.json", b'{"data": [\n1}', "a.json, line 2: not valid JSON"),
@@ -300,7 +300,7 @@ def test_files_read_by_many_processes(files, monkeypatch):
     rows = load_mixture([str(files / "part*.jsonl")], num_proc=2).train
     assert sorted(questions(rows)) == sorted(row["instruction"] for row in ROWS)
     (files / "part[2].jsonl").write_bytes(b"\xff" * 10)
-    with pytest.raises(FormatError, match=r"part\[2\]\.jsonl: not UTF-8 text"):
+    with pytest.raises(FormatError, match=r"part\[2\]\.jsonl, line 1: not UTF-8 text"):
         load_mixture([str(files / "part*.jsonl")], num_proc=2)
 
 
