@@ -64,7 +64,7 @@ ENCODING = (
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
 ERROR = "_error"
-NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is none
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,9 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
                 file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline
             ) as stream:
                 for place, text in READERS.get(kind, _json)(stream, where, how):
-                    if not text.isascii() and NOT_UTF_8.search(text):
-                        text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
+                    if not text.isascii() and (broken := SURROGATE.search(text)):
+                        of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
+                        text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"} if of_a_byte else json.loads(text))
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:
             raise
