@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-FILTERS = {"trivial": True, "refusals": True, "max_chars": 4000, "exact_duplicates": True, "near_duplicates": 0.9}
+FILTERS = {"max_chars": 4000, "exact_duplicates": True, "near_duplicates": 0.9}
 
 
 def write_rows(path: Path, count: int) -> None:

@@ -5,7 +5,7 @@ from ma_sft import Recipe, launch
 recipe = Recipe(
     model_name_or_path="HuggingFaceTB/SmolLM2-360M-Instruct",
     dataset_name="tatsu-lab/alpaca",  # or a file: columns instruction, input, output
-    filters={"trivial": True, "exact_duplicates": True},
+    filters={"exact_duplicates": True},
     test_size=200,  # rows held out: their loss and some of their answers before and after
     generate_eval=20,
     packing=True,

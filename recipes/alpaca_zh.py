@@ -5,7 +5,7 @@ from ma_sft import Recipe, launch
 recipe = Recipe(
     model_name_or_path="Qwen/Qwen3-0.6B",
     dataset_name="shibing624/alpaca-zh",  # or a file: instruction, input, output; *_zh columns work too
-    filters={"scripts": {"Han": 0.3}, "refusals": True, "exact_duplicates": True},
+    filters={"exact_duplicates": True},
     template_kwargs={"enable_thinking": False},  # train what a chat without thinking will see
     test_size=200,
     generate_eval=20,

@@ -5,7 +5,7 @@ from ma_sft import Recipe, launch
 recipe = Recipe(
     model_name_or_path="meta-llama/Llama-3.2-1B-Instruct",
     datasets=[{"path": "mlabonne/FineTome-100k", "limit": 20000}],  # conversations: [{from, value}]
-    filters={"near_duplicates": 0.85, "refusals": True},
+    filters={"near_duplicates": 0.85},
     on_error="skip",  # scraped conversations have broken ones; they are counted and shown
     test_size=200,
     generate_eval=20,

@@ -41,9 +41,7 @@ def test_format(plug_in):
 
 def test_filter(plug_in):
     plug_in("row_filter")
-    row = filters.SeenRow(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 2, filters.Filters(), None
-    )
+    row = filters.SeenRow([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 2)
     assert filters.ROW_FILTERS["max_messages"](1, row) == "2 messages"
     assert filters.ROW_FILTERS["max_messages"](2, row) is None
 

@@ -277,7 +277,7 @@ def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
         dtype=torch.bfloat16,
         use_peft=True, lora_target_modules="q_proj", lora_modules_to_save={"b", "a"}, output_dir=Path("~/out"),
         save_strategy=False, template_kwargs='{"enable_thinking": false}', lora_config='{"r": 3}', learning_rate="1e-3",
-        eval_dataset=[{"path": Path("~/held.jsonl")}], filters='{"trivial": true}',
+        eval_dataset=[{"path": Path("~/held.jsonl")}], filters='{"exact_duplicates": true}',
     )  # fmt: skip
     home = str(tmp_path)
     assert settings.training.max_steps == 2 and isinstance(settings.training.max_steps, int)
@@ -288,7 +288,7 @@ def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
     assert settings.model.dtype == "bfloat16" and settings.training.save_strategy == "no"
     assert settings.chosen["lora_target_modules"] == ["q_proj"] and settings.model.lora_modules_to_save == ["a", "b"]
     assert settings.labels.template_kwargs == {"enable_thinking": False} and settings.adapter.lora_config == {"r": 3}
-    assert settings.rows.filters == {"trivial": True} and settings.training.learning_rate == 1e-3
+    assert settings.rows.filters == {"exact_duplicates": True} and settings.training.learning_rate == 1e-3
 
 
 def test_rows_may_be_handed_over():

@@ -1,42 +1,32 @@
-"""Which conversations stay: filters that count what they remove and keep examples.
+"""Which conversations stay: filters that count what they remove and keep examples; equal rows, near duplicates, and the
+split that keeps relatives on one side.
 
-Row filters look at one conversation and run in one pass, over all cores or on a stream; filters of duplicates look at
-all rows (`ma_sft.data.duplicates`).
+Row filters look at one conversation and run in one pass, over all cores or on a stream. What compares rows looks at
+all: some 150 bytes of each are in memory, never its text; MinHash signatures lie in an Arrow file.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
-from datasets import Dataset, Features, IterableDataset, Value
+import xxhash
+from datasets import Dataset, Features, IterableDataset, List, Value
 
-from ma_sft.data.duplicates import WORD, chains, conversations, exact_key, hash_of, hashes, near_duplicates, new_columns
 from ma_sft.data.functions import code_of, load_function
+from ma_sft.data.messages import Message
 from ma_sft.data.stages import EXAMPLES, Report, Stage
-from ma_sft.data.turns import Message
-from ma_sft.errors import RecipeError, one_line
+from ma_sft.errors import RecipeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PATTERN_SECONDS = 5  # that a regular expression may take for one answer
-LETTER = regex.compile(r"\p{L}")
-
-REFUSALS = (
-    r"\bas an? (ai|artificial intelligence|large language model|language model)\b",
-    r"^\W*(i['’]?m|i am|we are)?\W*(very |so |really )?(sorry|unfortunately|i apologi[sz]e)\b.{0,60}\b"
-    r"(can['’]?t|cannot|can not|unable|not able|won['’]?t)\b",
-    r"^\W*i (can['’]?t|cannot|can not|won['’]?t|will not|am unable to|am not able to) "
-    r"(help|assist|provide|fulfil+|answer|comply|discuss|create|generate|engage|write|give|share|offer|support|do)\b",
-    r"作为(一个|一名|一款)?(ai|人工智能|语言模型|大模型)",
-    r"^\W*(很|非常|十分)?(抱歉|对不起|不好意思).{0,20}(不能|无法|没办法|没有办法)",
-    r"^\W*我(不能|无法)(提供|回答|帮助|协助|满足|生成)",
-)
+NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
+WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{N}]+")
+DROPPED = ("trivial", "refusals", "scripts", "contamination", "contamination_words")  # of earlier versions
 
 
 @dataclass(frozen=True)
@@ -48,13 +38,7 @@ class Filters:
         min_tokens, max_tokens: tokens of all messages' text together, without the chat template's.
         tokenizer: whose tokens: a hub id or folder, "demo", or in a recipe the recipe's model by default.
         min_response_chars: characters of the shortest answer.
-        trivial: drop rows with an answer that has no letter or digit, or only repeats the question.
-        refusals: True for `REFUSALS` (English, Chinese), or regular expressions; any answer that matches drops the row.
-        scripts: `{Unicode script: least share of letters}` or `{script: [least, most]}`, e.g. `{"Han": 0.3}`.
         function: the user's `messages -> bool` as `module:function` or `file.py:function`; False drops the row.
-        contamination: held-out files; a row that shares `contamination_words` words in a row with one of them, or its
-            whole first question, is dropped. Phrases in more than ten held-out rows are boilerplate and do not count
-            (as in the GPT-3 paper, appendix C, https://arxiv.org/abs/2005.14165).
         exact_duplicates: keep the first of equal rows.
         near_duplicates: keep the first of rows whose sets of three-word phrases have at least this Jaccard similarity,
             estimated by MinHash.
@@ -66,12 +50,7 @@ class Filters:
     max_tokens: int | None = None
     tokenizer: str | None = None
     min_response_chars: int | None = None
-    trivial: bool = False
-    refusals: bool | list[str] = False
-    scripts: dict[str, Any] | None = None
     function: str | None = None
-    contamination: str | list[Any] | None = None
-    contamination_words: int = 13
     exact_duplicates: bool = False
     near_duplicates: float | None = None
 
@@ -90,11 +69,12 @@ class Filters:
             raise RecipeError(f"filters: a mapping expected, found {value!r}") from None
         kinds: dict[str, Any] = {f.name: f.type for f in fields(cls)}
         for key, setting in value.items():
+            if key in DROPPED:
+                raise RecipeError(f"filter {key!r} is gone: write it as a function of your own; docs/formats.md has it")
             if key not in kinds:
                 raise RecipeError(f"unknown filter {key!r}; filters are {', '.join(kinds)}")
             kind = int | float | None if kinds[key] == float | None else kinds[key]
-            checked = kind in (int, bool, int | None, int | float | None)
-            if checked and (not isinstance(setting, kind) or isinstance(setting, bool) != (kind is bool)):
+            if not isinstance(setting, kind) or isinstance(setting, bool) != (kind is bool):
                 raise RecipeError(f"filter {key}: {getattr(kind, '__name__', kind)} expected, not {setting!r}")
         return cls(**{"tokenizer": tokenizer, **value})
 
@@ -103,23 +83,11 @@ class Filters:
             raise RecipeError("filters min_tokens and max_tokens need to know whose tokens: set tokenizer")
         if not 0 < (self.near_duplicates or 1) <= 1:
             raise RecipeError(f"filter near_duplicates: a similarity up to 1 expected, not {self.near_duplicates!r}")
-        shown: Any = None
-        try:
-            for shown in self.refusals if isinstance(self.refusals, list) else ():
-                regex.compile(shown)
-            for shown, share in (self.scripts or {}).items():
-                regex.compile(rf"\p{{{shown}}}")
-                low, high = share if isinstance(share, list | tuple) else (share, 1)
-                if not 0 <= low <= high <= 1:
-                    raise ValueError(f"shares from 0 to 1 expected, found {share!r}")
-        except (regex.error, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"filters: {shown!r}: {one_line(error)}") from None
 
     @property
     def by_row(self) -> list[str]:
         """The filters that look at one row alone, and are on."""
-        settings = {name: getattr(self, name) for name in ROW_FILTERS}
-        return [name for name, set_to in settings.items() if set_to or (set_to == 0 and set_to is not False)]
+        return [name for name in ROW_FILTERS if getattr(self, name) is not None and getattr(self, name) is not False]
 
 
 ALL_ROWS = ("exact_duplicates", "near_duplicates")
@@ -127,17 +95,19 @@ ALL_ROWS = ("exact_duplicates", "near_duplicates")
 
 @dataclass
 class SeenRow:
-    """What row filters look at: `answers` are (position, text) of the assistant's turns without calls."""
+    """What row filters look at."""
 
     messages: list[Message]
     tokens: int
-    filters: Filters
-    grams: "NDArray[Any] | None"
 
-    def __post_init__(self) -> None:
-        self.chars = sum(len(m["content"]) for m in self.messages)
-        spoken = ((i, m) for i, m in enumerate(self.messages) if m["role"] == "assistant" and not m.get("tool_calls"))
-        self.answers = [(i, m["content"]) for i, m in spoken]
+    @property
+    def chars(self) -> int:
+        return sum(len(m["content"]) for m in self.messages)
+
+    @property
+    def answers(self) -> list[str]:
+        """The texts of the assistant's turns without calls."""
+        return [m["content"] for m in self.messages if m["role"] == "assistant" and not m.get("tool_calls")]
 
 
 # A row filter is a function of its setting and a row, under the setting's name; it gives the finding, or None.
@@ -172,46 +142,8 @@ def max_tokens(limit: int, row: SeenRow) -> str | None:
 
 @row_filter
 def min_response_chars(limit: int, row: SeenRow) -> str | None:
-    shortest = min((len(text) for _, text in row.answers), default=limit)
+    shortest = min(map(len, row.answers), default=limit)
     return f"an answer of {shortest} characters" if shortest < limit else None
-
-
-@row_filter
-def trivial(_: bool, row: SeenRow) -> str | None:
-    for i, text in row.answers:
-        if not any(map(str.isalnum, text)):
-            return f"the answer is {text[:20]!r}"
-        if i and text.strip().casefold() == row.messages[i - 1]["content"].strip().casefold():
-            return "the answer repeats the question"
-    return None
-
-
-@row_filter
-def refusals(patterns: Any, row: SeenRow) -> str | None:
-    for pattern in REFUSALS if patterns is True else patterns:
-        for _, text in row.answers:
-            try:
-                found = regex.search(pattern, text, regex.IGNORECASE, timeout=PATTERN_SECONDS)
-            except TimeoutError:
-                raise RecipeError(
-                    f"filter refusals: {pattern!r} needs more than {PATTERN_SECONDS} s for one answer of {len(text):,} "
-                    "characters; write it so that it does not try the same text again and again"
-                ) from None
-            if found:
-                return f"{found.group()[:60]!r}"
-    return None
-
-
-@row_filter
-def scripts(shares: dict[str, Any], row: SeenRow) -> str | None:
-    text = "\n".join(m["content"] for m in row.messages if m["role"] in ("user", "assistant"))
-    letters = len(LETTER.findall(text))
-    for script, share in shares.items():
-        low, high = share if isinstance(share, list | tuple) else (share, 1)
-        part = len(regex.findall(rf"\p{{{script}}}", text)) / letters if letters else low
-        if not low <= part <= high:
-            return f"{part:.0%} of the letters are {script}"
-    return None
 
 
 @row_filter
@@ -219,21 +151,11 @@ def function(name: str, row: SeenRow) -> str | None:
     return None if load_function(name)(row.messages) else name
 
 
-@row_filter
-def contamination(_: Any, row: SeenRow) -> str | None:
-    assert row.grams is not None
-    for gram, words in phrases(row.messages, row.filters.contamination_words):
-        at = np.searchsorted(row.grams, gram)
-        if at < len(row.grams) and row.grams[at] == gram:
-            return f"shares {words!r}"
-    return None
-
-
 class RowFilters:
     """For `datasets.map(batched=True)`: of each row the filter that removes it and what to tell, or two empty texts."""
 
-    def __init__(self, filters: Filters, grams: "NDArray[Any] | None" = None) -> None:
-        self.filters, self.grams = filters, grams
+    def __init__(self, filters: Filters) -> None:
+        self.filters = filters
         self.code = code_of(filters.function)  # when it changes, `datasets` must not find what it gave before
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
@@ -242,7 +164,7 @@ class RowFilters:
         filters = [(name, ROW_FILTERS[name], getattr(self.filters, name)) for name in self.filters.by_row]
         found: dict[str, list[str]] = {"removed_by": [], "error": []}
         for origin, messages, count in zip(batch["origin"], rows, tokens, strict=True):
-            row = SeenRow(messages, count, self.filters, self.grams)
+            row = SeenRow(messages, count)
             first = ((name, why) for name, find, setting in filters if (why := find(setting, row)))
             name, why = next(first, ("", ""))
             found["removed_by"].append(name)
@@ -274,32 +196,13 @@ def load_tokenizer(name: str) -> Any:
         raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
 
 
-def phrases(messages: list[Message], length: int) -> Iterator[tuple[np.uint64, str]]:
-    """(hash, text) of each run of `length` words in a message, and of a shorter first question as a whole."""
-    first = next((m for m in messages if m["role"] == "user"), None)
-    for message in messages:
-        words = WORD.findall(message["content"].lower()) if message["role"] != "system" else []
-        if 4 <= len(words) < length and message is first:
-            yield hash_of(text := " ".join(words)), text
-        for at in range(len(words) - length + 1):
-            yield hash_of(text := " ".join(words[at : at + length])), text
-
-
-def held_out_phrases(rows: Iterable[list[Message]], length: int) -> "NDArray[Any]":
-    """Sorted hashes (uint64) of the phrases of held-out conversations, without boilerplate."""
-    counts = Counter(gram for messages in rows for gram in {int(gram) for gram, _ in phrases(messages, length)})
-    return np.array(sorted(gram for gram, rows_with in counts.items() if rows_with <= 10), dtype=np.uint64)
-
-
-def apply_filters(
-    rows: Any, filters: Filters, report: Report, *, name: str, grams: "NDArray[Any] | None", num_proc: int | None
-) -> Any:
+def apply_filters(rows: Any, filters: Filters, report: Report, *, name: str, num_proc: int | None) -> Any:
     """The rows that stay, in their order; each pass is a stage of the report. A stream is filtered while it is read.
 
     Raises:
         RecipeError: a filter that needs to see all rows of a stream.
     """
-    check = RowFilters(filters, grams)
+    check = RowFilters(filters)
     if isinstance(rows, IterableDataset):
         for each in ALL_ROWS:
             if getattr(filters, each):
@@ -352,3 +255,143 @@ def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage) ->
 def _tell(origin: str, messages: list[Message], why: str) -> str:
     text = " | ".join(" ".join(m["content"].split()) for m in messages if m["role"] != "system")
     return f"{origin}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
+
+
+def conversations(batch: dict[str, Any]) -> Iterator[list[Message]]:
+    """The messages of each row in a batch; of a preference, prompt and chosen answer."""
+    if "messages" in batch:
+        yield from batch["messages"]
+    else:
+        yield from (p + c for p, c in zip(batch["prompt"], batch["chosen"], strict=True))
+
+
+def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None) -> "NDArray[Any]":
+    """Pairs (int64, n x 2) of rows with an estimated Jaccard similarity of at least `threshold`.
+
+    MinHash with locality-sensitive hashing (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
+    Signatures and the split into bands are datasketch's. Its index is a dict of some kilobytes for each row, so rows
+    that share a band are found by sorting the hashes of one band at a time instead.
+    """
+    try:
+        from datasketch import MinHashLSH
+    except ImportError:
+        raise RecipeError("near duplicates need another package: pip install 'ma-sft[data]'") from None
+    index = MinHashLSH(threshold=threshold, num_perm=NUM_PERM)
+    names = [f"band{i}" for i in range(index.b)]
+    types = {"signature": List(Value("uint32"), length=NUM_PERM), **dict.fromkeys(names, "uint64")}
+    found = new_columns(rows, partial(_signatures, bands=index.b, rows=index.r), types, num_proc).with_format("numpy")
+    pairs: list[NDArray[Any]] = []
+    for name in names:
+        hashes = found.data.column(name).to_numpy()
+        order = np.argsort(hashes, kind="stable")
+        start = np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]])
+        leader = order[np.maximum.accumulate(np.where(start, np.arange(len(order)), 0))]
+        band = np.stack([leader, order], axis=1)[leader != order]
+        for at in range(0, len(band), 10_000):
+            left, right = (found[side]["signature"] for side in band[at : at + 10_000].T)
+            pairs.append(band[at : at + 10_000][(left == right).mean(axis=1) >= threshold])
+    return np.unique(np.concatenate(pairs), axis=0) if pairs else np.zeros((0, 2), dtype=np.int64)
+
+
+def _signatures(batch: dict[str, list[Any]], bands: int, rows: int) -> dict[str, Any]:
+    from datasketch import MinHash
+
+    shingles = []
+    for messages in conversations(batch):
+        words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
+        shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
+    hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
+    signatures = np.stack([h.hashvalues for h in hashes])
+    columns: dict[str, Any] = {"signature": signatures}
+    for i in range(bands):
+        band = np.ascontiguousarray(signatures[:, i * rows : (i + 1) * rows])
+        columns[f"band{i}"] = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in band], dtype=np.uint64)
+    return columns
+
+
+def split_held_out(
+    rows: Dataset, test_size: float, *, seed: int, near: float | None = None, num_proc: int | None = None
+) -> tuple["NDArray[Any]", "NDArray[Any]"]:
+    """Positions of the training rows and of the held-out rows, none of which has a relative on the other side.
+
+    Relatives are rows with the same first question (letters and digits alone, case aside), so duplicates and pieces of
+    one conversation; with the same value in the column `group`; and, if `near` is given, near duplicates that similar.
+
+    Args:
+        test_size: share of the rows if below 1, else their number. Relatives go together, so it may come out smaller.
+
+    Raises:
+        RecipeError: a size that leaves nothing to hold out or to train on.
+    """
+    target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
+    links = []
+    groups_by = [_question, *([lambda row: row["group"] or ""] if "group" in rows.column_names else [])]
+    for key in groups_by:
+        keys = hashes(rows, key, num_proc)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        own = np.arange(len(rows))
+        links.append(np.stack([np.where(keys == 0, own, first[inverse]), own], axis=1))
+    if near is not None:
+        links.append(near_duplicates(rows, near, num_proc))
+    _, groups, sizes = np.unique(chains(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    chosen, room = np.zeros(len(sizes), dtype=bool), target
+    for group in order:
+        if sizes[group] <= room:
+            chosen[group], room = True, room - sizes[group]
+        if room == 0:
+            break
+    held_out = chosen[groups]
+    if not held_out.any() or held_out.all():
+        raise RecipeError(
+            f"test_size={test_size} leaves nothing to {'train on' if held_out.any() else 'hold out'}: "
+            f"the {len(rows):,} rows are {len(sizes):,} groups that stay together, the smallest of {sizes.min():,}"
+        )
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def exact_key(row: dict[str, Any]) -> str:
+    own = ("source", "origin", "group", "_part")
+    return json.dumps({k: v for k, v in row.items() if k not in own}, sort_keys=True)
+
+
+def _question(row: dict[str, Any]) -> str:
+    messages = row.get("messages") or row["prompt"]
+    return " ".join(WORD.findall(next((m["content"] for m in messages if m["role"] == "user"), "").lower()))
+
+
+def hashes(rows: Dataset, key: Callable[[dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":
+    """A hash (uint64) of each row's key, 0 for an empty key."""
+
+    def hash_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        keys = (key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
+        return {"hash": np.array([hash_of(text) if text else 0 for text in keys], dtype=np.uint64)}
+
+    found: NDArray[Any] = new_columns(rows, hash_batch, {"hash": "uint64"}, num_proc).data.column("hash").to_numpy()
+    return found
+
+
+def new_columns(rows: Dataset, function: Any, types: dict[str, Any], num_proc: int | None) -> Dataset:
+    """New columns alone, computed in batches by all processes."""
+    features = Features({name: Value(t) if isinstance(t, str) else t for name, t in types.items()})
+    names = rows.column_names
+    return rows.map(
+        function, batched=True, remove_columns=names, features=features, num_proc=num_proc, desc="filtering"
+    )
+
+
+def chains(count: int, pairs: "NDArray[Any]") -> "NDArray[Any]":
+    """Of each row, the first of the rows that a chain of pairs links it with."""
+    groups = np.arange(count)
+    while True:
+        before = groups.copy()
+        lower = np.minimum(groups[pairs[:, 0]], groups[pairs[:, 1]])
+        for side in pairs.T:
+            np.minimum.at(groups, side, lower)
+        groups = groups[groups]
+        if (groups == before).all():
+            return groups
+
+
+def hash_of(text: str) -> Any:
+    return np.uint64(xxhash.xxh3_64_intdigest(text.encode()))

@@ -1,7 +1,7 @@
 """Raw rows -> OpenAI-style messages, for every common format.
 
 A format is known by its columns: `FORMATS` lists them with the function that makes messages of them. What a row says in
-further columns is used (`ma_sft.data.context`), known to be harmless, refused, or named as unused.
+further columns is used (`ma_sft.data.messages`), known to be harmless, refused, or named as unused.
 """
 
 import re
@@ -11,34 +11,34 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ma_sft.data.context import to_template_kwargs, to_tools, with_context
 from ma_sft.data.functions import load_function
-from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
-from ma_sft.data.turns import (
+from ma_sft.data.messages import (
     BAD,
     GOOD,
     WEIGHT_KEYS,
     Message,
-    check_order,
-    conversation,
-    list_of_turns,
-    merge_turns,
-    turns_in_text,
-    unknown_keys,
-)
-from ma_sft.data.values import (
     Row,
     TrackedRow,
     are_objects,
+    check_order,
     check_text,
+    conversation,
     from_json,
     is_blank,
     is_empty,
+    list_of_turns,
+    merge_turns,
     need,
     show,
     show_columns,
     text_of,
+    to_template_kwargs,
+    to_tools,
+    turns_in_text,
+    unknown_keys,
+    with_context,
 )
+from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
 from ma_sft.errors import FormatError
 
 SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
@@ -122,21 +122,40 @@ def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
     return convert
 
 
-def _pair(question: str, *answer: str, extra: tuple[str, ...] = ()) -> Callable[[TrackedRow], list[Message]]:
+class _Pair:
     """A question and its answer; `extra` are columns that go on with the question."""
 
-    def convert(row: TrackedRow) -> list[Message]:
-        further = (text_of(row, field) for field in extra if field in row)
-        asked = "\n\n".join((text_of(row, question), *filter(None, further)))
-        user = {"role": "user", "content": asked}
-        return with_context(row, [user, {"role": "assistant", "content": text_of(row, row.first(answer) or answer[0])}])
+    def __init__(self, question: str, *answer: str, extra: tuple[str, ...] = ()) -> None:
+        self.question, self.answer, self.extra = question, answer, extra
 
-    return convert
+    def __call__(self, row: TrackedRow) -> list[Message]:
+        further = (text_of(row, field) for field in self.extra if field in row)
+        asked = "\n\n".join((text_of(row, self.question), *filter(None, further)))
+        answer = text_of(row, row.first(self.answer) or self.answer[0])
+        return with_context(row, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
 
 
 def _prompt_completion(row: TrackedRow) -> list[Message]:
     prompt = conversation(turns_in_text(row["prompt"]), "prompt")
     return with_context(row, prompt + completion(prompt, row["completion"], "completion"))
+
+
+def _steps(row: TrackedRow) -> list[Message]:
+    """MA-RLHF's and TRL's steps of a solution: one answer, each step of which is trained."""
+    prompt = conversation(turns_in_text(row["prompt"]), "prompt")
+    steps, labels = (from_json(row.get(name), name, begins="[") for name in ("completions", "labels"))
+    if not steps or not isinstance(steps, list | tuple):
+        raise FormatError(f"field 'completions': a list of steps expected, found {show(steps)}")
+    texts = [check_text(step, f"completions[{i}]") for i, step in enumerate(steps)]
+    if not is_empty(labels):
+        if not isinstance(labels, list | tuple) or len(labels) != len(steps):
+            raise FormatError(
+                f"field 'labels': one for each of {len(steps)} completions expected, found {show(labels)}"
+            )
+        if wrong := [i for i, label in enumerate(labels) if WORDS.get(str(label).strip().lower()) is not True]:
+            raise BadAnswer(f"field 'labels[{wrong[0]}]': {show(labels[wrong[0]])} marks a wrong step")
+    separator = check_text(row.get("step_separator", "\n"), "step_separator")
+    return with_context(row, [*prompt, {"role": "assistant", "content": separator.join(texts)}])
 
 
 def _chosen(row: TrackedRow) -> list[Message]:
@@ -234,26 +253,27 @@ FORMATS = {
     "sharegpt": _format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
     "contents": _format("contents", _turns("contents"), rich=True),
     "moss": _format("chat", _moss, rich=True),
-    "alpaca": _format("instruction output", _pair("instruction", "output", extra=("input",)), also="input"),
-    "alpaca-zh": _format("instruction_zh output_zh", _pair("instruction_zh", "output_zh", extra=("input_zh",))),
+    "alpaca": _format("instruction output", _Pair("instruction", "output", extra=("input",)), also="input"),
+    "alpaca-zh": _format("instruction_zh output_zh", _Pair("instruction_zh", "output_zh", extra=("input_zh",))),
     "dolly": _format(
-        "instruction response", _pair("instruction", "response", extra=("input", "context")), also="input"
+        "instruction response", _Pair("instruction", "response", extra=("input", "context")), also="input"
     ),
     "multiple-choice": _format("question choices answerKey", _multiple_choice),
     "mmlu": _format("question choices answer", _multiple_choice),
     "options": _format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
     "ceval": _format("question|Question A B answer|Answer|answerKey", _multiple_choice),
     "prompt-completion": _format("prompt completion", _prompt_completion, rich=True),
+    "steps": _format("prompt completions", _steps, rich=True, also="labels step_separator"),
     "preference": _format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
     "hh-rlhf": _format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
     "pku-saferlhf": _format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
     "calls": _format("query tools answers", _calls, rich=True),
-    "question-answer": _format("question answer", _pair("question", "answer")),
-    "question-response": _format("question response", _pair("question", "response")),
-    "query-response": _format("query response", _pair("query", "response")),
-    "prompt-response": _format("prompt response|output|answer", _pair("prompt", "response", "output", "answer")),
-    "problem-solution": _format("problem solution", _pair("problem", "solution")),
-    "input-output": _format("input output", _pair("input", "output")),
+    "question-answer": _format("question answer", _Pair("question", "answer")),
+    "question-response": _format("question response", _Pair("question", "response")),
+    "query-response": _format("query response", _Pair("query", "response")),
+    "prompt-response": _format("prompt response|output|answer", _Pair("prompt", "response", "output", "answer")),
+    "problem-solution": _format("problem solution", _Pair("problem", "solution")),
+    "input-output": _format("input output", _Pair("input", "output")),
     "text": _format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
 }
 
@@ -279,7 +299,7 @@ def detect_format(row: Iterable[str]) -> str:
         fits.pop("text", None)
     names = list(fits)
     if len(names) > 1 and isinstance(row, Mapping):
-        names = [name for name in names if _works(dict(row), name)] or names
+        names = [name for name in names if all(_may_hold(row[column], name) for column in fits[name])] or names
     if len(names) == 1:
         return names[0]
     if names:
@@ -290,12 +310,11 @@ def detect_format(row: Iterable[str]) -> str:
     raise FormatError(f"unknown format: columns {show_columns(columns)}; {_nearest(columns)}")
 
 
-def _works(row: Row, name: str) -> bool:
-    try:
-        read_row(row, name)
-    except FormatError:
-        return False
-    return True
+def _may_hold(value: Any, name: str) -> bool:
+    """Whether a column of a format can hold such a value: turns where it needs turns, else a text."""
+    if name in ("messages", "sharegpt", "contents", "moss"):
+        return isinstance(value, list | tuple | dict) or str(value).lstrip().startswith("[")
+    return isinstance(value, str) or not isinstance(FORMATS[name].convert, _Pair)
 
 
 def _nearest(columns: set[str]) -> str:

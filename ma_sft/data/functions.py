@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ma_sft.data.values import Row, check_text
+from ma_sft.data.messages import Row, check_text, show
 from ma_sft.errors import FormatError, RecipeError, failed_in
 
 INSTALLED = ("site-packages", "dist-packages", "lib-dynload")
@@ -68,6 +68,46 @@ def load_function(name: str) -> Callable[..., Any]:
             raise FormatError(f"{name} failed at {failed_in(where, error)}") from error
 
     return call
+
+
+class TextFunction:
+    """A `formatting_func`, which gives one text for a row, or a list of texts for a batch; calls find out once which.
+
+    Args:
+        function: the function, or its name as for `load_function`.
+    """
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        self.function = load_function(function) if isinstance(function, str) else function
+        self.takes_batches: bool | None = None
+
+    def __call__(self, rows: list[Row]) -> list[Any]:
+        """The text of each row.
+
+        Raises:
+            FormatError: the function failed, or gives something else than a text a row.
+        """
+        if rows and self.takes_batches is None:
+            self.takes_batches = self._finds_batches(rows[0])
+        if self.takes_batches:
+            texts = self.function(_columns(rows))
+            if not isinstance(texts, list | tuple) or len(texts) != len(rows):
+                raise FormatError(f"a list of {len(rows)} texts for {len(rows)} rows expected, found {show(texts)}")
+            return list(texts)
+        texts = [self.function(dict(row)) for row in rows]
+        return [text[0] if isinstance(text, list | tuple) and len(text) == 1 else text for text in texts]
+
+    def _finds_batches(self, row: Row) -> bool:
+        """Whether it gives two texts for two rows; one that takes a row alone fails, or gives one text for both."""
+        try:
+            texts = self.function(_columns([row, row]))
+        except Exception:
+            return False
+        return isinstance(texts, list | tuple) and len(texts) == 2
+
+
+def _columns(rows: list[Row]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 @lru_cache

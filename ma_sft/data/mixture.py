@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
-from ma_sft.data.context import to_template_kwargs, to_tools
-from ma_sft.data.duplicates import conversations, split_held_out
-from ma_sft.data.filters import Filters, apply_filters, held_out_phrases, sift
+from ma_sft.data.filters import Filters, apply_filters, sift, split_held_out
 from ma_sft.data.formats import (
     FORMATS,
     BadAnswer,
@@ -25,19 +24,16 @@ from ma_sft.data.formats import (
     unused_of,
 )
 from ma_sft.data.functions import code_of
-from ma_sft.data.parallel import processes
+from ma_sft.data.load import TOO_DEEP, Source, load_rows, processes, rows_of
+from ma_sft.data.messages import Row, TrackedRow, show_columns, to_template_kwargs, to_tools
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
-from ma_sft.data.reader import TOO_DEEP
-from ma_sft.data.sources import Source, load_rows, rows_of
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NO_BETTER, Report, Stage
-from ma_sft.data.values import Row, TrackedRow, show_columns
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
 
 SIDES = ("prompt", "chosen", "rejected")
 SHUFFLE_BUFFER = 10_000
-RAW_TEXT = json.JSONEncoder(default=str)  # `json.dumps` would make one for each row
 
 
 @dataclass
@@ -69,20 +65,19 @@ def load_mixture(
 ) -> Mixture:
     """All sources as one shuffled data set: `messages` and `tools`, or `prompt`, `chosen`, `rejected` and `tools`.
 
-    Each row has its `source` (the path), `origin` (`file:line`) and `raw` (the row that it was made from as JSON text:
-    after the column map, without the nulls that Arrow adds) too. Memory stays constant whatever the number of
+    Each row has its `source` (the path) and `origin` (`file:line`), too. Memory stays constant whatever the number of
     rows, but for some 150 bytes a row; the rows themselves are in Arrow files in `datasets`' cache, from where the same
-    call has them again.
+    call has them again. A mixture by weight is drawn once: each epoch of training has the same rows.
 
     Args:
-        datasets: paths, data sets of `datasets`, or mappings with the fields of `ma_sft.data.sources.Source`.
+        datasets: paths, rows in memory, or mappings with the fields of `ma_sft.data.load.Source`.
         kind: `"conversation"`, or `"preference"`.
         seed: of draws and shuffles; the same seed and files give the same rows in the same order.
         on_error: `"raise"` at the first broken row, or `"skip"` it and count it.
         format, system_prompt, merge_turns, split: for sources that do not say themselves.
         filters: of all rows together; see `ma_sft.data.filters.Filters`.
         test_size: share of the rows (below 1) or number of rows to hold out, before rows are drawn by weight; see
-            `ma_sft.data.duplicates.split_held_out`.
+            `ma_sft.data.filters.split_held_out`.
         test_near_duplicates: similarity from which near duplicates must be on the same side of the split.
         stopping_strategy: of `datasets.interleave_datasets`, for sources with weights: `"first_exhausted"` uses no row
             twice and stops when a source runs dry, `"all_exhausted"` repeats rows until every source was seen in full,
@@ -137,7 +132,7 @@ def _features(sources: Sequence[Source], kind: str) -> Features:
     """The columns of converted rows."""
     rich = any(source.format not in FORMATS or FORMATS[str(source.format)].rich for source in sources)
     features = message_features(*(SIDES if kind == "preference" else ()), rich=rich)
-    texts = ["chat_template_kwargs", "source", "origin", "raw", "error", "removed_by", "unused"]
+    texts = ["chat_template_kwargs", "source", "origin", "error", "removed_by", "unused"]
     texts += ["group"] if any(source.group_by for source in sources) else []
     return Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
 
@@ -195,17 +190,17 @@ class _Mixer:
 
     def _detect(self, rows: Any, source: Source) -> str:
         """The format of the first row; with `on_error="skip"`, of the first that has one."""
-        head = list(rows.take(100))
-        if not head:
+        batch = next(iter(rows.take(100).iter(100)), None)
+        if batch is None:
             raise FormatError(f"{source.path}: the data set is empty; give at least one row")
-        batch = {key: [row[key] for row in head] for key in head[0]}
-        whole = list(rows_of(batch, range(len(head)), replace(source, columns=None, ignore=())))
+        numbers = range(len(batch) if isinstance(batch, pa.Table) else len(next(iter(batch.values()))))
+        whole = list(rows_of(batch, numbers, replace(source, columns=None, ignore=())))
         known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
         if known and (missing := [old for old in source.columns or {} if old not in known]):
             what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
             raise FormatError(f"{whole[0][0]}: {what}")
         first = ""
-        for where, _, row in rows_of(batch, range(len(head)), source):
+        for where, _, row in rows_of(batch, numbers, source):
             try:
                 if isinstance(row, FormatError):
                     raise row
@@ -220,15 +215,20 @@ class _Mixer:
     def convert(self, source: Source, rows: Any, numbers: Any, *, part: int, features: Features) -> Any:
         """A source's rows, converted and filtered by its own filters."""
         code = __version__ + code_of(source.format)
-        function = _Converter(replace(source, rows=None), part, list(features), self.on_error, numbers, code)
-        settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "features": features}
+        function = _Converter(replace(source, rows=None), part, features.arrow_schema, self.on_error, numbers, code)
+        settings = {"batched": True, "with_indices": True, "features": features}
+        if not self.streaming:
+            settings["remove_columns"] = rows.column_names
+        elif rows.features is None:  # a stream of tables has nothing to remove: it loses what is made under those names
+            settings["remove_columns"] = list(next(iter(rows), {}))
         name = f"{source.path}: convert from {source.format}"
         if self.streaming:
             self.report.stages.append(stage := Stage(name))
-            return self.filter(sift(rows.map(function, **settings), stage), source.filters, source.path)
+            rows = sift(rows.map(function, **settings).with_format(None), stage)
+            return self.filter(rows, source.filters, source.path)
         with self.report.stage(name) as stage:
             procs, what = processes(self.num_proc, len(rows)), f"converting {Path(source.path).name}"
-            rows = sift(rows.map(function, **settings, num_proc=procs, desc=what), stage)
+            rows = sift(rows.map(function, **settings, num_proc=procs, desc=what).with_format(None), stage)
         if len(rows) == 0:
             first = next(iter(stage.examples.values()))[0]
             raise FormatError(f"{source.path}: every row was skipped; the first: {first}")
@@ -238,21 +238,13 @@ class _Mixer:
         """Filters of one source, or of all together."""
         filters = Filters.of(filters, self.tokenizer)
         procs = None if self.streaming else processes(self.num_proc, len(rows))
-        grams, before = self._grams(filters), len(self.report.stages)
-        rows = apply_filters(rows, filters, self.report, name=path or "all", grams=grams, num_proc=procs)
+        before = len(self.report.stages)
+        rows = apply_filters(rows, filters, self.report, name=path or "all", num_proc=procs)
         if not self.streaming and len(rows) == 0:
             removed = Report(self.report.stages[before:]).filtered
             words = ", ".join(f"{count:,} by {why}" for why, count in removed.items())
             raise FormatError(f"{path + ': ' if path else ''}every row was filtered: {words}")
         return rows
-
-    def _grams(self, filters: Filters) -> Any:
-        """What the contamination filter looks for: the phrases of its held-out files."""
-        if not filters.contamination:
-            return None
-        files = [filters.contamination] if isinstance(filters.contamination, str | dict) else filters.contamination
-        batches = load_mixture(files, num_proc=self.num_proc).train.iter(1000)
-        return held_out_phrases((row for batch in batches for row in conversations(batch)), filters.contamination_words)
 
     def hold_out(self, rows: Dataset, size: float, near: float | None) -> tuple[Dataset, Dataset]:
         """Training rows and held-out rows."""
@@ -279,16 +271,19 @@ class _Mixer:
 
 @dataclass
 class _Converter:
-    """For `datasets.map`: raw rows as new columns. `code` is for the fingerprint: an edited function is run again."""
+    """For `datasets.map`: raw rows, a table or a mapping, as the same of conversations.
+
+    `code` is for the fingerprint: an edited function is run again.
+    """
 
     source: Source
     part: int
-    columns: list[str]
+    schema: pa.Schema
     on_error: str
     numbers: Any
     code: str
 
-    def __call__(self, batch: dict[str, Any], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Any, indices: list[int]) -> Any:
         records: list[dict[str, Any]] = []
         known: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
         numbers = indices if self.numbers is None else self.numbers[indices].tolist()
@@ -298,8 +293,7 @@ class _Converter:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                record["raw"] = RAW_TEXT.encode(row)
-                record |= _record(row, self.source, preference="prompt" in self.columns)
+                record |= _record(row, self.source, preference="prompt" in self.schema.names)
                 new = {column: shown for column, shown in record.pop("unused").items() if column not in known}
                 known.update(new)
                 record["unused"] = json.dumps(new) if new else None
@@ -310,7 +304,8 @@ class _Converter:
                 if self.on_error == "raise":
                     raise FormatError(what) from None
                 record |= {"error": what, "removed_by": BROKEN}
-        return {name: [record.get(name) for record in records] for name in self.columns}
+        found = {name: [record.get(name) for record in records] for name in self.schema.names}
+        return pa.Table.from_pydict(found, schema=self.schema) if isinstance(batch, pa.Table) else found
 
 
 def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:

@@ -9,10 +9,22 @@
 
 from typing import Any
 
-from ma_sft.data.context import with_context
 from ma_sft.data.functions import load_function
-from ma_sft.data.turns import Message, check_order, conversation, list_of_turns, turns_in_text
-from ma_sft.data.values import Row, TrackedRow, check_text, is_blank, need, show, show_columns
+from ma_sft.data.messages import (
+    Message,
+    Row,
+    TrackedRow,
+    check_order,
+    check_text,
+    conversation,
+    is_blank,
+    list_of_turns,
+    need,
+    show,
+    show_columns,
+    turns_in_text,
+    with_context,
+)
 from ma_sft.errors import FormatError
 
 # The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,

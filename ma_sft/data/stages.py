@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ma_sft.data.values import SHOWN_COLUMNS
+from ma_sft.data.messages import SHOWN_COLUMNS
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 5  # kept of each reason
@@ -99,10 +99,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Report":
-        return cls([Stage(**stage) for stage in value["stages"]], value["sources"])
 
     def __rich__(self) -> RenderableType:
         table = Table("stage")

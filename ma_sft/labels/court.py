@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from ma_sft.data.parallel import Inherited, processes
+from ma_sft.data.load import Inherited, processes
 from ma_sft.labels.facts import Facts
 from ma_sft.labels.findings import CheckReport, Findings, count
 from ma_sft.labels.judge import Judge, Verdict, runs

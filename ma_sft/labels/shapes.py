@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ma_sft.data.dataset import table_rows
+from ma_sft.data.load import table_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,8 +15,7 @@ import transformers
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.data.dataset import fingerprint_of
-from ma_sft.data.parallel import Inherited, frozen, processes
+from ma_sft.data.load import Inherited, fingerprint_of, frozen, processes
 from ma_sft.errors import FormatError, RecipeError, first_line
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
@@ -157,7 +156,7 @@ def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
 
 def _sources(settings: "Settings", held_out: bool) -> list[Any]:
     """The recipe's sources with the settings that hold for those that do not say themselves."""
-    from ma_sft.data.sources import Source
+    from ma_sft.data.load import Source
 
     data, text = settings.rows, settings.training.dataset_text_field
     own_file = held_out and bool(data.eval_dataset)
@@ -282,8 +281,8 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
     from ma_sft.data.functions import code_of, load_function
-    from ma_sft.data.sources import load_rows, rows_of
-    from ma_sft.data.values import check_text, show
+    from ma_sft.data.load import load_rows, rows_of
+    from ma_sft.data.messages import check_text, show
 
     data, labels = settings.rows, settings.labels
     sources = _sources(settings, held_out)

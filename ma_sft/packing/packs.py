@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
-from ma_sft.data.dataset import fingerprint_of, pklregister, table_rows
+from ma_sft.data.load import fingerprint_of, pklregister, table_rows
 from ma_sft.packing.pieces import Ints
 from ma_sft.packing.plan import Plan
 from ma_sft.packing.tokens import IGNORED, Tokens

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
-from ma_sft.data.dataset import fingerprint_of
+from ma_sft.data.load import fingerprint_of
 from ma_sft.packing.packs import COLUMNS, Packs, flatten, numbers_of_packs, packs_of, tokens_of
 from ma_sft.packing.plan import arrange, check_settings, documents
 from ma_sft.packing.report import PackingReport, make_report

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from ma_sft.data.values import check_text
+from ma_sft.data.messages import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.encoder import ChatEncoder

@@ -181,7 +181,7 @@ def _source(data: str, split: str) -> tuple[dict[str, Any], int]:
     """The entry of `datasets`, with encoding, delimiter and names of columns where the rows show which they are; and
     how many rows there are."""
     from ma_sft.data.formats import detect_format
-    from ma_sft.data.sources import Source, load_rows, rows_of
+    from ma_sft.data.load import Source, load_rows, rows_of
 
     found = {"path": data, **_how_written(data)}
     source = Source.of(found, split=split)
@@ -204,7 +204,7 @@ def _how_written(data: str) -> dict[str, str]:
     and the reader's error says what may help."""
     import fsspec
 
-    from ma_sft.data.reader import kind_of
+    from ma_sft.data.load import kind_of
 
     file = next(iter(sorted(glob.glob(data, recursive=True))), data) if not Path(data).is_file() else data
     if kind_of(file) not in (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt") or not Path(file).is_file():

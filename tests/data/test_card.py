@@ -1,4 +1,4 @@
-"""`ma-sft data build` gives the whole folder or nothing, and recipes, `datasets` and `data show` read it."""
+"""`ma-sft data build` gives the whole folder or nothing, and recipes and `datasets` read it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def mixture(tmp_path):
     return path
 
 
-def test_build_and_show(mixture, tmp_path, capsys):
+def test_build(mixture, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
     assert "exact_duplicates" in capsys.readouterr().out
@@ -53,17 +53,11 @@ def test_build_and_show(mixture, tmp_path, capsys):
     ]
 
     card = DatasetCard.load(out / "README.md")
-    assert card.data.license == "other" and card.data.size_categories == ["n<1K"]
+    assert card.data.license == "other"
     assert "| mit |" in card.text and "exact_duplicates: 1" in card.text
 
-    assert main(["data", "show", str(out), "-n", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert (
-        "train: 55 rows" in shown and "test: 6 rows" in shown and "assistant: It is" in shown and "apache-2.0" in shown
-    )
     assert main(["data", "build", str(mixture), "-o", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main(["data", "show", str(tmp_path)]) == 2
 
 
 def test_build_preferences(tmp_path, capsys):
@@ -73,8 +67,7 @@ def test_build_preferences(tmp_path, capsys):
     assert "no better side" in capsys.readouterr().out
     rows = load_from_disk(str(tmp_path / "out"))
     assert len(rows) == 2 and {"prompt", "chosen", "rejected"} <= set(rows.column_names)
-    assert main(["data", "show", str(tmp_path / "out")]) == 0
-    assert "rejected assistant: Water." in capsys.readouterr().out
+    assert any(row["rejected"][0]["content"] == "Water." for row in rows)
 
 
 def test_bad_mixture_is_one_line_and_nothing_stays(mixture, tmp_path, capsys):
@@ -179,7 +172,7 @@ def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny):
     pairs = [{"question": f"Why {i}?", "answer": "Because."} for i in range(9)]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     sources = [
-        {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filters": {"trivial": True}},
+        {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filters": {"min_response_chars": 1}},
         {"path": str(tmp_path / "b.jsonl"), "weight": 1, "columns": {"answer": "response", "question": "query"}},
     ]
     recipe = settings(

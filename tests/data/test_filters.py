@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ma_sft.data.duplicates import near_duplicates, split_held_out
+from ma_sft.data.filters import near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
 
 LONG = "The museum opens at nine in the morning and closes at six in the evening on every day but Monday"
@@ -39,29 +39,10 @@ GOOD = [
         ({"max_tokens": 40, "tokenizer": "demo"}, [("Hi", "one two three " * 20)], "tokens"),
         ({"min_tokens": 3, "tokenizer": "demo"}, [("a", "b")], "2 tokens"),
         ({"min_response_chars": 2}, [("2 + 2?", "4")], "an answer of 1 characters"),
-        ({"trivial": True}, [("Hi", "..."), ("Hi", "👍"), ("Say it", " say it ")], "the answer"),
-        (
-            {"refusals": True},
-            [
-                ("x", "I'm sorry, but I can't help with that."),
-                ("x", "I am really sorry, I am not able to do this."),
-                ("x", "I cannot provide medical advice."),
-                ("x", "As an AI language model, I have no feelings."),
-                ("x", "作为一个人工智能语言模型，我没有感情。"),
-                ("x", "很抱歉，我无法回答这个问题。"),
-                ("x", "Unfortunately, we won’t be able to say."),
-            ],
-            "",
-        ),
-        ({"refusals": [r"^no\b"]}, [("May I?", "No way.")], "'No'"),
-        ({"scripts": {"Latin": 0.5}}, [("Как дела?", "Хорошо.")], "0% of the letters are Latin"),
-        ({"scripts": {"Han": [0, 0.4]}}, [("请说中文", "好的 ok")], "Han"),
     ],
 )
 def test_row_filters(tmp_path, filters, bad, found):
     good = [pair for pair in GOOD if pair not in bad]
-    if "scripts" in filters:
-        good = [pair for pair in good if "好" not in pair[0]]  # one script alone
     mixture = load_mixture([write(tmp_path / "a.jsonl", [*good, *bad])], filters=filters)
     assert sorted(m[0]["content"] for m in mixture.train["messages"]) == sorted(question for question, _ in good)
     (name,) = (key for key in filters if key != "tokenizer")
@@ -138,42 +119,23 @@ def test_near_duplicates_keep_the_first_of_a_group(tmp_path):
     assert len(load_mixture([write(tmp_path / "b.jsonl", chinese)], filters={"near_duplicates": 0.8}).train) == 2
 
 
-def test_contamination(tmp_path):
-    held_out = [(f"{LONG}. When does it open?", "At nine."), ("What is the capital of France?", "Paris.")]
-    held_out += [
-        (f"Turn the customer's message into one line of JSON with exactly these five keys, in order: {i}", "{}")
-        for i in range(20)
-    ]
-    train = [
-        ("Tell me about the place.", f"I heard that {LONG.lower()}, which is a pity."),
-        ("what is the capital of FRANCE", "Paris"),
-        ("What is the capital of Norway?", "Oslo"),
-        ("Turn the customer's message into one line of JSON with exactly these five keys, in order: hello", "{}"),
-    ]
-    path = write(tmp_path / "held.jsonl", held_out)
-    mixture = load_mixture([write(tmp_path / "a.jsonl", train)], filters={"contamination": path})
-    assert sorted(origin[-1] for origin in mixture.train["origin"]) == ["3", "4"]  # a phrase of all rows is boilerplate
-    (stage,) = (s for s in mixture.report.stages if s.removed)
-    assert "shares 'the museum opens" in stage.examples["contamination"][0]
-
-
 def test_filters_of_one_source_leave_the_others(tmp_path):
-    one, two = (write(tmp_path / f"{i}.jsonl", [("Hi", "..."), ("Hi", f"Hello {i}")]) for i in (1, 2))
-    mixture = load_mixture([{"path": one, "filters": {"trivial": True}}, two])
-    assert sorted(m[-1]["content"] for m in mixture.train["messages"]) == ["...", "Hello 1", "Hello 2"]
+    one, two = (write(tmp_path / f"{i}.jsonl", [("Hi", "."), ("Hi", f"Hello {i}")]) for i in (1, 2))
+    mixture = load_mixture([{"path": one, "filters": {"min_response_chars": 2}}, two])
+    assert sorted(m[-1]["content"] for m in mixture.train["messages"]) == [".", "Hello 1", "Hello 2"]
 
 
 def test_preferences_are_filtered_by_their_chosen_side(tmp_path):
     rows = [
-        {"prompt": "Hi", "chosen": "Hello!", "rejected": "I can't help with that."},
-        {"prompt": "Hi", "chosen": "I can't help with that.", "rejected": "Hello!"},
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "I can not help with that."},
+        {"prompt": "Hi", "chosen": "I can not help with that.", "rejected": "Hello!"},
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
-    filters = {"refusals": True, "exact_duplicates": True}
+    filters = {"max_chars": 10, "exact_duplicates": True}
     mixture = load_mixture([str(path)], kind="preference", filters=filters)
     assert [row["chosen"][0]["content"] for row in mixture.train] == ["Hello!"]
-    assert mixture.report.filtered == {"refusals": 2, "exact_duplicates": 1}
+    assert mixture.report.filtered == {"max_chars": 2, "exact_duplicates": 1}
 
 
 def test_split_keeps_relatives_on_one_side():

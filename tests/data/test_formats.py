@@ -8,9 +8,9 @@ from conftest import ROOT
 from datasets import Dataset
 
 from ma_sft import FormatError, to_messages, to_messages_batch
-from ma_sft.data.context import to_tools
 from ma_sft.data.formats import FORMATS, detect_format, message_features
 from ma_sft.data.functions import formatting_func
+from ma_sft.data.messages import to_tools
 
 FIXTURES = ROOT / "tests/files/formats"
 

@@ -67,21 +67,11 @@ def test_sources(files, name, streaming):
     place = next(row["origin"] for row in rows if questions([row]) == ["What is 12 + 12?"])
     expected = {
         "bom.jsonl": "bom.jsonl:25",
-        "list.json": "list.json:62",  # the line on which the row begins
-        "list.json.zst": "list.json.zst:13",  # many rows on one line: the row's number
         "rows.csv": "rows.csv:14",
         "rows.tsv": "rows.tsv:14",
         "part*.jsonl": "part[1].jsonl:3",
     }
     assert place.endswith("/" + expected.get(name, f"{name}:13"))
-
-
-def test_each_row_keeps_the_raw_one(tmp_path):
-    path = write(tmp_path / "a.jsonl", ["", *[{**row, "id": i} for i, row in enumerate(ROWS)]])
-    for streaming in (False, True):
-        for row in load_mixture([{"path": path, "columns": {"id": "number"}}], streaming=streaming).train:
-            number = int(row["origin"].rpartition(":")[2]) - 2
-            assert json.loads(row["raw"]) == {**ROWS[number], "number": number}
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -146,9 +136,9 @@ def test_csv_cells_stay_text(tmp_path):
         ("a.jsonl", b'{"instruction": "x", "output": "\\ud800"}\n', "line 1: field 'output' holds a lone surrogate"),
         ("a.jsonl", b'{"instruction": "\\u0000", "output": "y"}\n', "line 1: field 'instruction' holds a NUL"),
         ("a.jsonl", b"PK\x03\x04 no text at all", "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", "ä".encode("latin-1"), "a.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", "ä".encode("latin-1"), "a.jsonl, line 1: not UTF-8 text"),
         ("a.json", b'[{"instruction": "x", "output": "y"},\n {"instr', "a.json, line 2: not valid JSON"),
-        ("a.json", b'[{"instruction": "x", "output": "y"}] 7', "line 1: not valid JSON: something follows the end"),
+        ("a.json", b'[{"instruction": "x", "output": "y"}] 7', "line 1: not valid JSON: Extra data"),
         ("a.json", b'{"data": [\n1}', "a.json, line 2: not valid JSON"),
         (
             "a.jsonl.gz",
@@ -306,17 +296,17 @@ def test_stream(tmp_path, caplog):
 
 
 def test_files_read_by_many_processes(files, monkeypatch):
-    monkeypatch.setattr("ma_sft.data.sources.MANY_BYTES", 0)
+    monkeypatch.setattr("ma_sft.data.load.MANY_BYTES", 0)
     rows = load_mixture([str(files / "part*.jsonl")], num_proc=2).train
     assert sorted(questions(rows)) == sorted(row["instruction"] for row in ROWS)
     (files / "part[2].jsonl").write_bytes(b"\xff" * 10)
-    with pytest.raises(FormatError, match=r"part\[2\]\.jsonl, line 1: not valid JSON"):
+    with pytest.raises(FormatError, match=r"part\[2\]\.jsonl, line 1: not UTF-8 text"):
         load_mixture([str(files / "part*.jsonl")], num_proc=2)
 
 
 def test_many_processes_give_the_same_rows(tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS[:5]])
-    filters = {"exact_duplicates": True, "near_duplicates": 0.95, "trivial": True}
+    filters = {"exact_duplicates": True, "near_duplicates": 0.95}
     alone, together = (load_mixture([path], filters=filters, num_proc=n, test_size=5) for n in (1, 2))
     assert questions(alone.train) == questions(together.train) and len(alone.test) == 5
 
@@ -333,8 +323,7 @@ def test_many_processes_give_the_same_rows(tmp_path):
         ({"filters": {"max_char": 5}}, "unknown filter 'max_char'"),
         ({"filters": {"max_chars": "5"}}, "filter max_chars"),
         ({"filters": {"near_duplicates": 2}}, "filter near_duplicates"),
-        ({"filters": {"scripts": {"Klingonese": 0.5}}}, "Klingonese"),
-        ({"filters": {"refusals": ["("]}}, "filters: "),
+        ({"filters": {"refusals": True}}, "filter 'refusals' is gone: write it as a function of your own"),
         ({"filters": {"max_tokens": 5}}, "set tokenizer"),
         ({"filters": {"max_chars": 1}}, "every row was filtered: 40 by max_chars"),
         ({"test_size": 40}, "leaves nothing to train on"),

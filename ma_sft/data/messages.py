@@ -1,17 +1,22 @@
-"""Turns of every shape -> messages: roles, text parts, reasoning, tool calls and results, marks not to train a turn.
+"""What a row's values hold, and turns of every shape -> messages: roles, text parts, reasoning, calls, results,
+marks not to train a turn; and the context beside the turns: system message, earlier turns, tools, template variables.
 
 A turn names its role (`role`, `from`), or holds a question and its answer (`human`, `assistant`). Its content is a text
 or a list of parts: OpenAI's, Anthropic's (`tool_use`, `tool_result`, `thinking`) or Vertex' (`functionCall`, ...).
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from ma_sft.data.values import are_objects, check_text, from_json, is_empty, parse_json, read_json, show, to_json
 from ma_sft.errors import FormatError
 
+Row = dict[str, Any]
 Message = dict[str, Any]
-
+SHOWN_COLUMNS = 20
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -21,6 +26,7 @@ ROLES = {
 }
 
 CALL_ROLES = ("function_call", "tool_call")  # an assistant turn whose text is the call, or the calls, as JSON
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # what LLaMA-Factory's data have before the call
 
 PAIR_ROLES = {
     "system": "system",
@@ -53,14 +59,143 @@ BEFORE: dict[str, tuple[str | None, ...]] = {
 }
 
 
-@dataclass
+# Columns of a row that hold its system message, or a text to answer from.
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction")
+CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
+TOOL_TURNS = frozenset(("messages", "conversations", "conversation"))
+
+
+class TrackedRow(Row):
+    """A row without its nulls that knows which of its columns were read (`used`)."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__({key: value for key, value in row.items() if value is not None})
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first of these columns that is there; it counts as read only when it is."""
+        return next((name for name in names if name in self), None)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, "", or a list or object without a value in it."""
+    if isinstance(value, list | tuple):
+        return all(item is None for item in value)
+    return value is None or (isinstance(value, str | dict) and not value)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it has spaces and characters without width alone."""
+    return BLANK.fullmatch(text) is not None
+
+
+def check_text(text: Any, field: str) -> str:
+    """The value, if it is a text that can be trained on.
+
+    Raises:
+        FormatError: no text, or one with a NUL or a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise FormatError(f"field {field!r}: text expected, found {show(text)}")
+    if "\0" in text:
+        raise FormatError(f"field {field!r} holds a NUL character; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"field {field!r} holds a lone surrogate at character {error.start}; the text is broken"
+        ) from None
+    return text
+
+
+def text_of(row: Row, field: str) -> str:
+    """A column's text; errors as `check_text`'s."""
+    return check_text(row.get(field), field)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object, none of whose keys stands twice: Python would keep the last and lose the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise FormatError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def read_json(text: str | bytes) -> Any:
+    """`json.loads`; raises `FormatError` where a key stands twice in one object, `UnicodeDecodeError` without UTF-8."""
+    text = text if isinstance(text, str) else text.decode()  # of bytes alone, `json` takes some lines for UTF-16
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def parse_json(text: str, field: str) -> Any:
+    """The value of a JSON text; raises `FormatError` naming the field."""
+    try:
+        return read_json(text)
+    except FormatError as error:
+        raise FormatError(f"field {field!r}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(text)}") from None
+
+
+def from_json(value: Any, field: str, begins: str | tuple[str, ...] = "") -> Any:
+    """What a text that begins so holds as JSON, None if it is blank; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(begins):
+        return value
+    return parse_json(value, field) if value.strip() else None
+
+
+def are_objects(value: Any) -> bool:
+    """Whether a value is a list of JSON objects."""
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
+
+
+def need(row: Row, fields: Iterable[str], format: str) -> None:
+    """Raise `FormatError` at the first of these fields that the row lacks."""
+    for field in fields:
+        if field not in row:
+            raise FormatError(f"field {field!r} is missing or null; format {format!r} needs it")
+
+
+def to_json(value: Any, field: str) -> str:
+    """A value as JSON text that can be trained on; raises `FormatError` as `check_text`, and at NaN and infinities."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        raise FormatError(f"field {field!r} holds a number that JSON does not have: {show(value)}") from None
+    return check_text(text, field)
+
+
+def show(value: Any) -> str:
+    """A value for an error: its type and its first 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = (text if len(text) <= 60 else text[:60] + "...").encode("utf-8", "backslashreplace").decode()
+    return f"{type(value).__name__} {text}"
+
+
+def show_columns(columns: Iterable[str]) -> str:
+    """Columns for an error, at most twenty."""
+    names = sorted(columns)
+    more = f" and {len(names) - SHOWN_COLUMNS:,} more" if len(names) > SHOWN_COLUMNS else ""
+    return f"{names[:SHOWN_COLUMNS]}{more}"
+
+
+@dataclasses.dataclass
 class _Content:
     """What a turn's content holds: its text and reasoning, the tools it calls, and messages with tools' results."""
 
     text: str = ""
     reasoning: str = ""
-    calls: list[Any] = field(default_factory=list)
-    results: list[Message] = field(default_factory=list)
+    calls: list[Any] = dataclasses.field(default_factory=list)
+    results: list[Message] = dataclasses.field(default_factory=list)
 
 
 def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
@@ -177,12 +312,15 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         raise FormatError(f"field '{where}': role {show(named)} and from {show(turn['from'])} contradict each other")
     calls, calls_at = _calls(turn, where) if marked else ([], at)
     name = named.strip().lower() if isinstance(named, str) else ""
-    role = ROLES.get(name)
+    role, thought = ROLES.get(name), ""
     if name in CALL_ROLES:
+        if isinstance(content, str) and (thinking := THINKING.match(content)):
+            thought, content = thinking[1].strip(), content[thinking.end() :]
         role, calls, calls_at, content = "assistant", _parse_calls(content, at), at, ""
     if role is None:
         raise FormatError(f"field '{where}.{role_key}': one of {sorted(ROLES)} expected, found {show(named)}")
     parts = _content(content, role, at, nothing=bool(calls) or role == "tool")
+    parts.reasoning = thought or parts.reasoning
     message: Message = {"role": role, "content": parts.text}
     if calls := [*calls, *parts.calls]:
         if role != "assistant":
@@ -353,3 +491,119 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     identity = {"id": check_text(call["id"], f"{where}.id")} if call.get("id") else {}
     text = to_json(arguments, f"{where}.arguments")
     return {**identity, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
+    """The messages of a row with its columns of context: system message, `history`, a text to answer from.
+
+    Raises:
+        FormatError: a context that has no place in these messages.
+    """
+    messages = _with_text(row, messages)
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    messages = [*messages[:start], *_history(row), *messages[start:]]
+    systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
+    for message in systems if start else systems[1:]:
+        if message != (messages if start else systems)[0]:
+            raise FormatError("two different system messages in one row; leave one out (ignore: [column])")
+    return messages if start else [*systems[:1], *messages]
+
+
+def _system(value: Any, field: str) -> list[Message]:
+    if is_empty(value):
+        return []
+    if isinstance(value, str):
+        return conversation(value, field, "system")
+    parts = value.get("parts", value.get("content")) if isinstance(value, dict) else value  # Vertex
+    return conversation({"role": "system", "content": parts}, field)
+
+
+def _history(row: TrackedRow) -> list[Message]:
+    history = from_json(row.get("history"), "history", begins="[")
+    if is_empty(history):
+        return []
+    if are_objects(history):
+        return conversation(history, "history")
+    if not isinstance(history, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in history):
+        raise FormatError(f"field 'history': a list of [question, answer] pairs expected, found {show(history)}")
+    return [
+        {"role": role, "content": check_text(text, f"history[{i}]")}
+        for i, pair in enumerate(history)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _with_text(row: TrackedRow, messages: list[Message]) -> list[Message]:
+    """The question with the text that it asks about before it, where the row has one that was not read yet."""
+    for field in filter(row.__contains__, CONTEXT):
+        if field in row.used or is_empty(row.get(field)):
+            continue
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(asked) != 1:
+            raise FormatError(
+                f"field {field!r}: a text to answer from has no place in a conversation of {len(asked)} questions; "
+                f"write it into a message, or leave it out (ignore: [{field}])"
+            )
+        text = row[field]
+        texts = text if isinstance(text, list | tuple) else [text]
+        text = "\n\n".join(check_text(part, field) for part in texts)
+        question = messages[asked[0]]
+        messages = [{**m, "content": f"{text}\n\n{m['content']}"} if m is question else m for m in messages]
+    return messages
+
+
+def to_tools(row: Row) -> str | None:
+    """The row's tools as JSON text: a list of JSON schemas, from `tools`, `functions` or its system turn; or None.
+
+    Raises:
+        FormatError: not a list of objects, or two different lists.
+    """
+    request = dict.get(row, "input")  # OpenAI's preferences; looking here is not yet reading the column
+    given = {"tools": row.get("tools"), "functions": row.get("functions")}
+    given["input.tools"] = request.get("tools") if isinstance(request, dict) else None
+    for column in row.keys() & TOOL_TURNS:
+        turns = dict.get(row, column)
+        for i, turn in enumerate(turns if isinstance(turns, list | tuple) else ()):
+            if isinstance(turn, dict) and turn.get("tools"):
+                given[f"{column}[{i}].tools"] = turn["tools"]
+    lists = [_schemas(value, field) for field, value in given.items() if not is_empty(value)]
+    lists = [found for found in lists if found]
+    if any(found != lists[0] for found in lists):
+        raise FormatError(f"two different lists of tools, in {' and '.join(k for k, v in given.items() if v)}")
+    return to_json(lists[0], "tools") if lists else None
+
+
+def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
+    tools = from_json(tools, field)
+    if not tools:
+        return []
+    if not are_objects(tools):
+        raise FormatError(f"field {field!r}: a list of JSON schemas expected, found {show(tools)}")
+    return [schema for tool in tools for schema in _schema(tool, field)]
+
+
+def _schema(tool: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    """OpenAI's form of a schema in OpenAI's older, Anthropic's or Vertex' form; another one as it is."""
+    declared = tool.get("functionDeclarations", tool.get("function_declarations"))
+    if declared is not None:
+        return _schemas(declared, "functions")
+    if "input_schema" in tool:
+        names = {"name": "name", "description": "description", "input_schema": "parameters"}
+        tool = {ours: tool[theirs] for theirs, ours in names.items() if theirs in tool}
+    elif field != "functions":
+        return [tool]
+    return [{"type": "function", "function": tool}]
+
+
+def to_template_kwargs(row: Row) -> str | None:
+    """The row's variables for the chat template, `chat_template_kwargs`, as JSON text; None where it has none.
+
+    Raises:
+        FormatError: not an object.
+    """
+    value = from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise FormatError(f"field 'chat_template_kwargs': an object expected, found {show(value)}")
+    return to_json(value, "chat_template_kwargs")

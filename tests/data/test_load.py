@@ -1,0 +1,166 @@
+"""A source means the same in every container; what is taken for granted of `datasets`; what worker processes have."""
+
+import json
+import os
+import pickle
+import threading
+
+import multiprocess
+import pytest
+from datasets import Dataset, IterableDataset, load_from_disk
+from datasets.fingerprint import Hasher
+
+from ma_sft import FormatError, RecipeError
+from ma_sft.data.functions import TextFunction
+from ma_sft.data.load import Inherited, Source, fingerprint_of, load_rows, pklregister, processes, rows_of, table_rows
+from ma_sft.data.mixture import load_mixture
+
+CALLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "4"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            {"role": "tool", "content": '{"n": 1.0}'},
+            {"role": "assistant", "content": "2024-01-02"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}],
+    }
+    for arguments, properties in (
+        ({"q": "x", "lang": None}, {"q": {"type": "string"}, "lang": {"default": None}}),
+        ({"n": 3.25, "big": 12345678901234567890}, {"n": {"type": "number"}}),
+    )
+]
+
+
+class Indexed:
+    """Any object with a length whose items are rows."""
+
+    def __len__(self):
+        return len(CALLS)
+
+    def __getitem__(self, at):
+        return CALLS[at]
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "list", "parquet", "arrow", "saved", "dataset", "stream", "rows", "indexed", "iterator"]
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
+    rows = Dataset.from_list(CALLS, on_mixed_types="use_json")
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in CALLS))
+    if kind == "stream" and not streaming:
+        with pytest.raises(RecipeError, match="is a stream: set dataset_streaming"):
+            load_mixture([IterableDataset.from_generator(lambda: iter(CALLS))])
+        return
+    source = {
+        "jsonl": lambda: lines,
+        "list": lambda: (tmp_path / "a.json").write_text(json.dumps(CALLS, indent=1)) and tmp_path / "a.json",
+        "parquet": lambda: rows.to_parquet(tmp_path / "a.parquet") and tmp_path / "a.parquet",
+        "arrow": lambda: rows.save_to_disk(tmp_path / "s") or next((tmp_path / "s").glob("*.arrow")),
+        "saved": lambda: rows.save_to_disk(tmp_path / "s") or tmp_path / "s",
+        "dataset": lambda: rows,
+        "stream": lambda: IterableDataset.from_generator(lambda: ({"id": 1, **row} for row in CALLS)),
+        "rows": lambda: CALLS,
+        "indexed": Indexed,
+        "iterator": lambda: (row for row in CALLS),
+    }[kind]()
+    found = sorted(load_mixture([{"path": source}], streaming=streaming).train, key=lambda row: "big" in str(row))
+    assert [m["content"] for m in found[0]["messages"]] == ["4", "", '{"n": 1.0}', "2024-01-02"]
+    arguments = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert arguments == ['{"q": "x", "lang": null}', '{"n": 3.25, "big": 12345678901234567890}']
+    assert [json.loads(row["tools"]) for row in found] == [row["tools"] for row in CALLS]
+
+
+def test_rows_as_they_were_saved(tmp_path):
+    Dataset.from_list(CALLS, on_mixed_types="use_json").save_to_disk(tmp_path / "s")
+    assert load_from_disk(tmp_path / "s").features["tools"] is not None
+    source = Source.of(tmp_path / "s")
+    rows, _ = load_rows(source)
+    assert next(row for _, _, row in rows_of(rows[:2], [0, 1], source))["tools"] == CALLS[0]["tools"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_both_forms_of_formatting_func(count):
+    def of_a_row(row):
+        return f"{row['q']}!"
+
+    def of_a_row_in_a_list(row):
+        return [f"{row['q']}!"]
+
+    def of_a_batch(batch):
+        return [f"{text}!" for text in batch["q"]]
+
+    rows = [{"q": f"Red {i}?"} for i in range(count)]
+    for function in (of_a_row, of_a_row_in_a_list, of_a_batch):
+        assert TextFunction(function)(rows) == [f"Red {i}?!" for i in range(count)]
+    assert TextFunction("question-answer")([{"instruction": "a", "output": "b"}]) == ["###Question: a\n###Answer: b"]
+
+
+def test_a_batch_function_that_gives_too_few_texts():
+    texts = TextFunction(lambda batch: batch["q"][:2])
+    with pytest.raises(FormatError, match="a list of 3 texts for 3 rows expected, found list"):
+        texts([{"q": "x"}] * 3)
+
+
+ROWS = Dataset.from_dict({"n": range(9)})
+
+
+def test_datasets_keeps_what_decides_the_rows_in_fingerprint():
+    mapped = ROWS.map(lambda row: {"n": row["n"] + 1}, new_fingerprint="mine")
+    assert fingerprint_of(mapped) == "mine" and fingerprint_of(ROWS) not in ("mine", fingerprint_of(ROWS.select([1])))
+
+
+def test_datasets_keeps_the_order_of_rows_in_indices():
+    assert table_rows(ROWS) is None
+    shuffled = ROWS.shuffle(seed=3)
+    rows = table_rows(shuffled)
+    assert shuffled.data is ROWS.data or shuffled.data.equals(ROWS.data)
+    assert rows.dtype == "int64" and rows.tolist() == shuffled["n"][:] != list(range(9))
+
+
+def test_datasets_hashes_what_pklregister_says_of_a_class():
+    class Held:
+        """Of a class that only this test registers."""
+
+        text = "one"
+
+    @pklregister(Held)
+    def _hash(pickler, held):
+        pickler.save_reduce(str, (held.text,), obj=held)
+
+    one, other = Held(), Held()
+    other.unlike = "what is not said"
+    assert Hasher.hash(one) == Hasher.hash(other)
+    other.text = "other"
+    assert Hasher.hash(one) != Hasher.hash(other)
+
+
+def double(batch):
+    return {"n": [2 * n for n in batch["n"]]}
+
+
+@pytest.mark.skipif(multiprocess.get_start_method() != "fork", reason="workers are not forked on this system")
+def test_forked_workers_have_what_cannot_be_pickled():
+    lock = threading.Lock()
+
+    def locked(batch):
+        with lock:
+            return double(batch)
+
+    function = Inherited(locked)
+    rows = Dataset.from_dict({"n": range(10)})
+    found = rows.map(function, batched=True, num_proc=2, new_fingerprint="doubled")
+    assert found["n"][:] == list(range(0, 20, 2))
+
+
+def test_is_pickled_for_workers_that_are_started_anew(monkeypatch):
+    monkeypatch.setattr(multiprocess, "get_start_method", lambda: "spawn")
+    assert pickle.loads(pickle.dumps(Inherited(double)))({"n": [3]}) == {"n": [6]}
+
+
+def test_each_process_has_rows_enough(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert [processes(None, rows) for rows in (100, 20_000, 100_000, 10**6)] == [None, 4, 20, 64]
+    assert processes(1, 10**6) is None and processes(3, 5) == 3
