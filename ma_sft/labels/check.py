@@ -11,7 +11,7 @@ from ma_sft.labels.court import Court
 from ma_sft.labels.facts import Facts
 from ma_sft.labels.findings import SHOWN_ROWS, CheckReport, Finding, Findings
 from ma_sft.labels.judge import Judge
-from ma_sft.labels.response import TemplateReport
+from ma_sft.labels.collator import TemplateReport
 
 TEXT_ROWS = (
     "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ma_sft.data.stages import Stage
     from ma_sft.labels.findings import CheckReport
     from ma_sft.labels.judge import Judge
-    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.recipe import Settings
 
 
@@ -347,7 +347,7 @@ def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "
     """The response-only collator of the classic path, None if the recipe has no response template."""
     if settings.labels.response_template is None:
         return None
-    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
 
     return DataCollatorForCompletionOnlyLM(
         settings.labels.response_template,
