@@ -198,14 +198,15 @@ def _train(options: argparse.Namespace) -> None:
 )
 def _check(options: argparse.Namespace) -> int:
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import check, label
+    from ma_sft.labels.tokenize import label
+    from ma_sft.training.prepare import check_as_trained
     from ma_sft.recipe import Recipe
 
     if options.json:
         _silence()
     settings = Recipe.load(options.recipe).resolve(options.rest)
     tokenizer, _ = load_tokenizer(settings)
-    report = check(settings, tokenizer, label(settings, tokenizer), every_row=options.all)
+    report = check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=options.all)
     if options.json:
         say(report.to_json())
     else:
@@ -260,6 +261,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _preview(options: argparse.Namespace) -> None:
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
+    from ma_sft.training.prepare import check_as_trained
     from ma_sft.pages.preview import preview
     from ma_sft.recipe import Recipe
     from ma_sft.training.prepare import as_trained
