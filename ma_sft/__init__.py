@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ma_sft.data.formats import to_messages, to_messages_batch
     from ma_sft.data.preference import to_preference
     from ma_sft.labels.audit import audit
-    from ma_sft.labels.conversation import tokenize_conversation
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.conversation import tokenize_conversation
     from ma_sft.packing.constant_length import ConstantLengthDataset
     from ma_sft.packing.view import pack
     from ma_sft.recipe import Recipe

@@ -199,8 +199,8 @@ def _train(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
-    from ma_sft.training.prepare import check_as_trained
     from ma_sft.recipe import Recipe
+    from ma_sft.training.prepare import check_as_trained
 
     if options.json:
         _silence()
@@ -261,7 +261,6 @@ def _audit(options: argparse.Namespace) -> int:
 def _preview(options: argparse.Namespace) -> None:
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
-    from ma_sft.training.prepare import check_as_trained
     from ma_sft.pages.preview import preview
     from ma_sft.recipe import Recipe
     from ma_sft.training.prepare import as_trained

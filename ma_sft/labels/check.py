@@ -140,8 +140,8 @@ def _batches(dataset: Dataset, kept: Kept | None) -> Iterator[_Batch]:
             begins = starts[kept.row[pieces] - first] + kept.start[pieces]
             edges = np.bincount(begins, minlength=starts[-1] + 1)
             left = np.cumsum(edges - np.bincount(begins + kept.length[pieces], minlength=len(edges)))[:-1] > 0
-        flat = (np.asarray(column.flatten()).astype(np.int64) for column in (ids, labels))
-        yield _Batch(starts, *flat, left)
+        flat_ids, flat_labels = (np.asarray(column.flatten()).astype(np.int64) for column in (ids, labels))
+        yield _Batch(starts, flat_ids, flat_labels, left)
         first += len(sizes)
 
 
@@ -198,15 +198,17 @@ def _facts(batch: _Batch, tokenizer: PreTrainedTokenizerBase) -> "dict[str, NDAr
     last = ends - 1  # whitespace behind the end token is no harm
     for _ in range(3):
         tokens, which = np.unique(ids[last], return_inverse=True)
-        blank = np.array([not tokenizer.decode([token]).strip() for token in tokens.tolist()], dtype=bool)
+        blank = np.array([not str(tokenizer.decode([token])).strip() for token in tokens.tolist()], dtype=np.bool_)
         last = np.where(blank[which], np.maximum(last - 1, begins), last)
     pairs = starts[:-1][sizes > 1]
     labels, tokens_left, trained_left = batch.per_row(trained), batch.per_row(batch.left), batch.per_row(counted)
-    # The form of a row: its control tokens, and where its turns begin and end; rows of other forms are verified, too
+    # The form of a row: which control tokens it has, where its turns begin and end, whether there are several
     inner, structure = begins[begins > starts[owner[begins]]] - 1, np.flatnonzero(np.isin(ids, controls))
-    form = np.zeros(len(sizes), dtype=np.uint64)
-    for kind, places in enumerate((inner, ends - 1, structure[trained[structure]], structure[~trained[structure]])):
-        np.add.at(form, owner[places], _mix(ids[places] * 4 + kind))
+    form, width = np.minimum(all_turns, 2).astype(np.uint64), 4 * (int(ids.max(initial=0)) + 1)
+    parts = (inner, ends - 1, structure[trained[structure]], structure[~trained[structure]])
+    codes = np.concatenate([owner[at] * width + ids[at] * 4 + kind for kind, at in enumerate(parts)])
+    row, code = np.divmod(np.unique(codes), width)
+    np.add.at(form, row, _mix(code))
     text = np.zeros(len(sizes), dtype=np.uint64)
     np.add.at(text, owner, _mix(_mix(np.arange(len(ids)) - starts[owner]) + ids.astype(np.uint64)))
     return {
@@ -336,7 +338,9 @@ def _enter(
     report.witnessed_turns += result["confirmed"]
     count(report.losses, [dict.fromkeys(result["losses"])])
     count(report.not_proven, [dict.fromkeys(result["unproven"])])
-    for code, what in {code: what for code, what in zip(result["codes"][::-1], result["errors"][::-1], strict=True)}.items():
+    for code, what in {
+        code: what for code, what in zip(result["codes"][::-1], result["errors"][::-1], strict=True)
+    }.items():
         if code != "missing end token" or not is_open:  # it was counted with the facts
             findings.add(code, [row], f"{where}: {what}")
     for remark in dict.fromkeys(result["remarks"]):

@@ -189,10 +189,9 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         def describe(row: int, status: str, template: _Template, ids: np.ndarray, why: str = "") -> None:
             described[status] += 1
             if described[status] <= max_problems:
-                *nearest, advice = template.nearest(ids)
-                report.problems.append(
-                    RowProblem(row, status, template.source, template.ids, *nearest, why or advice)
-                )
+                near, near_text, around, advice = template.nearest(ids)
+                looked_for = (template.source, template.ids)
+                report.problems.append(RowProblem(row, status, *looked_for, near, near_text, around, why or advice))
 
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
@@ -285,6 +284,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             matches = [match for match in responses if begin <= match.start < end]
             if len(matches) > 1:
                 why.append(f"{len(matches)} response templates in one turn, of which the last counts")
+                if matches[-1].body == len(ids):  # a prompt for the next answer, as some chat templates write
+                    end = matches.pop().start
             if not matches and counted:
                 why.append("an instruction template that no response follows; what follows it is masked")
             if matches:

@@ -119,9 +119,8 @@ def check(
     """
     from ma_sft.data.stages import unused_columns
     from ma_sft.labels.check import check_dataset
-    from ma_sft.labels.check import Kept
-    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.labels.judge import Judge
+    from ma_sft.labels.report import CheckReport
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
         labelled = replace(labelled, conversations=None)

@@ -9,12 +9,15 @@ from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
 from datasets import Dataset
 from rich.console import Console
 
-from ma_sft import DataCollatorForCompletionOnlyLM, LabelError
+from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
 from ma_sft.labels.check import BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
+from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
+from ma_sft.labels.tokenize import label
 from ma_sft.packing.plan import documents
 from ma_sft.pages.preview import preview, preview_html
+from ma_sft.training.prepare import check_as_trained
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello! 你好😀")],
@@ -123,6 +126,30 @@ def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
     assert next(f for f in report.warnings if f.code == "cut turns").rows == [longest]
     report = check_dataset(rows, encoder.tokenizer, max_length=3, kept=kept(lengths, 3))
     assert report.lost_rows == len(rows) and codes(report.errors) == {"nothing to train"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "codes"),
+    [
+        ({"overflow": "cut"}, {"nothing to train"}),
+        ({"overflow": "drop"}, {"nothing to train"}),
+        *(({"overflow": overflow}, set()) for overflow in ("keep_answer", "keep_end", "split")),
+        ({"truncation_mode": "keep_end"}, set()),
+        ({"packing": True, "packing_strategy": "bfd_split", "padding_free": True}, set()),
+    ],
+)
+def test_a_prompt_longer_than_max_length_is_counted_as_it_is_trained(tmp_path, smollm2, settings, codes):
+    chat = [{"role": "user", "content": "why? " * 100}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    recipe = {"model_name_or_path": str(smollm2), "dataset_name": str(tmp_path / "rows.jsonl"), "use_cpu": True}
+    found = Recipe(**recipe, max_length=64, **settings).resolve()
+    tokenizer, _ = load_recipes_tokenizer(found)
+    labelled = label(found, tokenizer)
+    report = check_as_trained(found, tokenizer, labelled)
+    assert {finding.code for finding in report.errors} == codes
+    if not codes:
+        assert (report.turns, report.lost_rows, report.cut_turns, report.proven_turns) == (1, 0, 0, 1)
+        assert report.trained_tokens == sum(label != -100 for label in labelled.dataset[0]["labels"])
 
 
 def test_duplicates_special_text_and_turns_without_label_are_warnings():
