@@ -250,6 +250,24 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
     return np.union1d(by_rank, order[:at_random])
 
 
+def _to_verify(
+    dataset: Dataset, facts: "dict[str, NDArray[Any]]", owner: "NDArray[Any]", total: int, sample: int | None
+) -> "tuple[NDArray[Any], int]":
+    """The conversations to verify, rising, and how many shapes there are; `owner` is the conversation of each sequence."""
+    left, shapes = np.ones(total, dtype=bool), np.zeros(total, dtype=np.uint64)
+    if facts:
+        left[owner] = False  # a conversation of which truncation leaves nothing is not trained, and not verified
+        left[owner[(facts["tokens"] > 0) | (facts["sizes"] == 0)]] = True
+        form = facts["form"]
+        if "shape" in dataset.column_names:
+            form = form + _mix(np.unique(dataset["shape"][:], return_inverse=True)[1])
+        np.add.at(shapes, owner, form)
+    rows = np.flatnonzero(left)
+    if sample is not None and sample < len(rows):
+        rows = rows[draw_sample(shapes[rows], sample)]
+    return rows, len(np.unique(shapes))
+
+
 def _verify(
     dataset: Dataset,
     conversations: Dataset,
@@ -263,17 +281,7 @@ def _verify(
     """Verify a sample of the conversations, and enter what was found."""
     total = len(conversations)
     owner = np.asarray(dataset["row"][:]) if "row" in dataset.column_names else np.arange(len(dataset))
-    left, shapes = np.ones(total, dtype=bool), np.zeros(total, dtype=np.uint64)
-    if facts:
-        left[owner] = False  # a conversation of which truncation leaves nothing is not trained, and not verified
-        left[owner[(facts["tokens"] > 0) | (facts["sizes"] == 0)]] = True
-        form = facts["form"]
-        if "shape" in dataset.column_names:
-            form = form + _mix(np.unique(dataset["shape"][:], return_inverse=True)[1])
-        np.add.at(shapes, owner, form)
-    rows = np.flatnonzero(left)
-    if sample is not None and sample < len(rows):
-        rows = rows[draw_sample(shapes[rows], sample)]
+    rows, shapes = _to_verify(dataset, facts, owner, total, sample)
     begins, ends = np.searchsorted(owner, rows), np.searchsorted(owner, rows, "right")
     columns = [name for name in ("input_ids", "labels", "untrained") if name in dataset.column_names]
     sequences = dataset.select_columns(columns)
@@ -304,7 +312,7 @@ def _verify(
     if len(rows) < total:
         report.judged = (
             f"{len(rows):,} of {total:,} rows were judged, {sample or 0:,} at random, with each of "
-            f"{len(np.unique(shapes)):,} shapes at least {EACH_SHAPE} times or wholly; all rows were counted"
+            f"{shapes:,} shapes at least {EACH_SHAPE} times or wholly; all rows were counted"
         )
     verified_sequences = np.isin(owner, rows)
     report.compared_turns = int(facts["all turns"][verified_sequences].sum()) if facts else 0
