@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ma_sft.data.formats import to_messages, to_messages_batch
     from ma_sft.data.preference import to_preference
     from ma_sft.labels.audit import audit
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.labels.conversation import tokenize_conversation
-    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
     from ma_sft.packing.constant_length import ConstantLengthDataset
     from ma_sft.packing.view import pack
     from ma_sft.sft import run
@@ -38,7 +38,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_a
 
 _LAZY = {
     "audit": "ma_sft.labels.audit",
-    "DataCollatorForCompletionOnlyLM": "ma_sft.labels.response",
+    "DataCollatorForCompletionOnlyLM": "ma_sft.labels.collator",
     "launch": "ma_sft.cli",
     "to_messages": "ma_sft.data.formats",
     "to_messages_batch": "ma_sft.data.formats",

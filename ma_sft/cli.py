@@ -216,13 +216,13 @@ def _check(
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import check, label
+    from ma_sft.training.prepare import check_as_trained
 
     if as_json:
         _silence()
     settings = recipe.resolve(flags)
     tokenizer, _ = load_tokenizer(settings)
-    return _show(check(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
+    return _show(check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
 
 
 @app.command("audit")

@@ -33,8 +33,8 @@ from datasets.utils._dill import pklregister
 
 from ma_sft.data.messages import Row, are_objects, read_json, show_columns
 from ma_sft.errors import FormatError, RecipeError, one_line
-from ma_sft.files import not_there
 from ma_sft.hub import is_hub_id, load_dataset
+from ma_sft.utils import not_there
 from ma_sft.version import __version__
 
 __all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "rows_of", "table_rows"]

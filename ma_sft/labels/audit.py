@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import LabelError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.check import check_dataset
-from ma_sft.labels.findings import CheckReport, Finding
 from ma_sft.labels.inference import MARKUP, Inference, Refused
 from ma_sft.labels.judge import IGNORE_INDEX, Judge, Labelled, runs
 from ma_sft.labels.nonsense import Message
+from ma_sft.labels.report import CheckReport, Finding
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -129,7 +129,7 @@ def _audit(
         conversations=Dataset.from_dict(
             {"messages": [json.dumps(each["messages"]) for each in conversations], **columns}
         ),
-        judge=judge,
+        verifier=judge,
         sample=None,
     )
     if not any(read) and all(reader.is_foreign(sequence) for sequence in sequences):

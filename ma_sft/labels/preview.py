@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
 from ma_sft.labels.encoder import IGNORE_INDEX
-from ma_sft.labels.response import TokenBytes
+from ma_sft.labels.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)

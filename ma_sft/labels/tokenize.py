@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from ma_sft.config import Settings
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
-    from ma_sft.labels.findings import CheckReport
+    from ma_sft.labels.check import Kept
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.labels.judge import Judge
-    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.report import CheckReport
 
 
 logger = logging.getLogger(__name__)
@@ -104,42 +105,55 @@ def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out:
 
 @frozen()
 def check(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
+    settings: "Settings",
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: Labelled,
+    *,
+    every_row: bool = False,
+    kept: "Kept | None" = None,
 ) -> "CheckReport":
-    """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`. A report without errors is kept."""
+    """Prove the labels of all rows: see `ma_sft.labels.check.check_dataset`. A report without errors is stored.
+
+    What truncation leaves, `kept`, is packing's to say: `ma_sft.training.prepare.check_as_trained` asks it.
+    """
     from ma_sft.data.stages import unused_columns
     from ma_sft.labels.check import check_dataset
-    from ma_sft.labels.findings import CheckReport
     from ma_sft.labels.judge import Judge
+    from ma_sft.labels.report import CheckReport
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
         labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     now, train_on = settings.labels.template_now, settings.labels.train_on
-    judge = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
-    limit = settings.training.max_length
-    kept = _kept_report(labelled.dataset, judge, labelled.conversations is None, limit, every_row)
-    if kept is not None and kept.is_file():
-        report = CheckReport.from_json(kept.read_text(encoding="utf-8"))
+    verifier = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
+    limit, left = settings.training.max_length, hashlib.sha256()
+    for places in (kept.row, kept.start, kept.length) if kept is not None else ():
+        left.update(places.tobytes())
+    stored = _stored_report(
+        labelled.dataset, verifier, labelled.conversations is None, limit, left.hexdigest(), every_row
+    )
+    if stored is not None and stored.is_file():
+        report = CheckReport.from_json(stored.read_text(encoding="utf-8"))
     else:
         report = check_dataset(
             labelled.dataset,
             tokenizer,
             conversations=labelled.conversations,
-            judge=judge,
+            verifier=verifier,
             template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
+            kept=kept,
             max_length=limit,
             num_proc=settings.training.dataset_num_proc,
             **({"sample": None} if every_row else {}),
         )
-        if kept is not None and not report.errors:
-            write_whole(kept, report.to_json())
+        if stored is not None and not report.errors:
+            write_whole(stored, report.to_json())
     report.unused_columns = unused_columns(labelled.stages)
     return report
 
 
-def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
-    """Where the report on rows of the cache is kept, by all that it depends on: the judge's code, the files' content.
+def _stored_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
+    """Where the report on rows of the cache is stored, by all that it depends on: the judge's code, the files' content.
 
     The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
     """
@@ -346,7 +360,7 @@ def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "
     """The response-only collator of the classic path, None if the recipe has no response template."""
     if settings.labels.response_template is None:
         return None
-    from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
 
     return DataCollatorForCompletionOnlyLM(
         settings.labels.response_template,

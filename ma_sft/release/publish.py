@@ -7,7 +7,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, get_token
 
 from ma_sft.config import Settings
 from ma_sft.data.load import Source
-from ma_sft.data.sources import Source
 from ma_sft.errors import RecipeError
 from ma_sft.hub import explain, is_hub_id, unreachable
 from ma_sft.utils import say

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.config import Settings
 from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
-from ma_sft.labels.findings import CheckReport
+from ma_sft.labels.report import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.packs import COLUMNS, lengths, packs_of
 from ma_sft.packing.plan import check_settings
@@ -65,7 +65,7 @@ def prepare(
     if len(labelled.dataset) == 0:
         raise LabelError("the data set is empty: no rows to train on")
     if settings.labels.check and not held_out and given is None:
-        report = check(settings, tokenizer, labelled)
+        report = check_as_trained(settings, tokenizer, labelled)
         report.raise_errors()
     dataset, conversations, counts = labelled.dataset, labelled.conversations, labelled.counts
     sources = np.full(len(dataset), "held-out")
@@ -117,11 +117,25 @@ def _how_to_pack(settings: Settings, held_out: bool = False) -> dict[str, Any]:
     }
 
 
-def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
-    """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
+def _truncated(settings: Settings, rows: Dataset) -> Dataset:
+    """What `max_length` and `overflow` leave of labelled rows, one piece a row."""
     how = _how_to_pack(settings)
     limit = how["seq_length"] or max(1, int(lengths(rows).max(initial=1)))
-    packs, _ = pack_with_report(rows, limit, "none", overflow=check_settings(limit, how["strategy"], how["overflow"]))
+    overflow = check_settings(limit, how["strategy"], how["overflow"])
+    return pack_with_report(rows, limit, "none", overflow=overflow)[0]
+
+
+def check_as_trained(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
+) -> CheckReport:
+    """Prove the labels of the rows as they are trained; see `ma_sft.labels.tokenize.check`."""
+    packs: Any = packs_of(_truncated(settings, labelled.dataset))
+    return check(settings, tokenizer, labelled, every_row=every_row, kept=packs.plan.documents)
+
+
+def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
+    """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
+    packs = _truncated(settings, rows)
     plan: Any = packs_of(packs)
     shown, whole, pieces = [], lengths(rows), plan.plan.pieces
     for number, (row, start, length) in enumerate(zip(pieces.row, pieces.start, pieces.length, strict=True)):
@@ -182,7 +196,7 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     if settings.labels.formatting_func:
         raise RecipeError("dataset_streaming does not go with formatting_func; leave one of them out")
     sample = label(settings, tokenizer)
-    report = check(settings, tokenizer, sample) if settings.labels.check else None
+    report = check_as_trained(settings, tokenizer, sample) if settings.labels.check else None
     if report is not None:
         report.raise_errors()
     how = _how_to_pack(settings)

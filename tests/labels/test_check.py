@@ -5,15 +5,19 @@ import re
 
 import numpy as np
 import pytest
-from conftest import TOKENIZERS, _load_tokenizer
+from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
 from datasets import Dataset
 from rich.console import Console
 
-from ma_sft import DataCollatorForCompletionOnlyLM, LabelError
-from ma_sft.labels.check import check_dataset
+from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
+from ma_sft.labels.check import BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
+from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
+from ma_sft.labels.tokenize import label
+from ma_sft.packing.plan import documents
 from ma_sft.pages.preview import preview, preview_html
+from ma_sft.training.prepare import check_as_trained
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello! 你好😀")],
@@ -106,17 +110,46 @@ def test_double_bos():
     assert next(f for f in check_dataset(wrong, encoder.tokenizer).errors if f.code == "double BOS").rows == [2]
 
 
+def kept(lengths: list[int], limit: int, overflow: str = "cut"):
+    """What packing's policy leaves of rows of these lengths, by itself."""
+    return documents(np.array(lengths), limit, overflow, lambda rows: (rows * 0, rows * 0))
+
+
 def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
     rows, _, encoder = labelled("smollm2")
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest = int(np.argmax(lengths))
     limit = lengths[longest] - 2
-    report = check_dataset(rows, encoder.tokenizer, max_length=limit)
+    report = check_dataset(rows, encoder.tokenizer, max_length=limit, kept=kept(lengths, limit))
     assert (report.cut_rows, report.cut_turns, report.lost_rows) == (sum(n > limit for n in lengths), 1, 0)
     assert report.errors == []
     assert next(f for f in report.warnings if f.code == "cut turns").rows == [longest]
-    report = check_dataset(rows, encoder.tokenizer, max_length=3)
+    report = check_dataset(rows, encoder.tokenizer, max_length=3, kept=kept(lengths, 3))
     assert report.lost_rows == len(rows) and codes(report.errors) == {"nothing to train"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "codes"),
+    [
+        ({"overflow": "cut"}, {"nothing to train"}),
+        ({"overflow": "drop"}, {"nothing to train"}),
+        *(({"overflow": overflow}, set()) for overflow in ("keep_answer", "keep_end", "split")),
+        ({"truncation_mode": "keep_end"}, set()),
+        ({"packing": True, "packing_strategy": "bfd_split", "padding_free": True}, set()),
+    ],
+)
+def test_a_prompt_longer_than_max_length_is_counted_as_it_is_trained(tmp_path, smollm2, settings, codes):
+    chat = [{"role": "user", "content": "why? " * 100}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    recipe = {"model_name_or_path": str(smollm2), "dataset_name": str(tmp_path / "rows.jsonl"), "use_cpu": True}
+    found = Recipe(**recipe, max_length=64, **settings).resolve()
+    tokenizer, _ = load_recipes_tokenizer(found)
+    labelled = label(found, tokenizer)
+    report = check_as_trained(found, tokenizer, labelled)
+    assert {finding.code for finding in report.errors} == codes
+    if not codes:
+        assert (report.turns, report.lost_rows, report.cut_turns, report.proven_turns) == (1, 0, 0, 1)
+        assert report.trained_tokens == sum(label != -100 for label in labelled.dataset[0]["labels"])
 
 
 def test_duplicates_special_text_and_turns_without_label_are_warnings():
@@ -194,3 +227,37 @@ def test_preview_writes_the_page(tmp_path):
     rows, _, encoder = labelled("smollm2")
     preview(rows, encoder.tokenizer, n=2, html=tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<pre ") == 2
+
+
+def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
+    tokenizer = load_tokenizer("smollm2")
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(300)]
+    ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    at = [
+        len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
+        for chat in chats
+    ]
+    labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
+    odd = 151
+    labels[odd] = [-100] * (at[odd] - 2) + ids[odd][at[odd] - 2 : -1] + [-100]  # the header is trained
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), sample=10)
+    assert 11 <= report.judged_rows <= 20  # each of two shapes, and ten at random
+    (finding,) = report.errors
+    assert finding.code == "unlike inference" and finding.rows == [odd]
+
+
+def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
+    shapes = np.repeat(np.arange(4, dtype=np.uint64), [50_000, 100, 30, 3])
+    chosen = draw_sample(shapes, 1_000)
+    counts = np.bincount(shapes[chosen].astype(int))
+    assert (counts[1:] >= [EACH_SHAPE, EACH_SHAPE, 3]).all() and counts[3] == 3
+    assert 1_000 <= len(chosen) <= 1_000 + 3 * EACH_SHAPE + 3
+    assert draw_sample(shapes, 1_000).tolist() == chosen.tolist() and (np.diff(chosen) > 0).all()
+    assert len(draw_sample(np.arange(20_000, dtype=np.uint64), 1_000)) <= BY_SHAPE + 1_000  # each of its own shape
+
+
+def test_a_fault_in_half_a_percent_of_rows_is_in_the_sample_with_99_percent():
+    found = [bool((draw_sample(np.zeros(20_000, dtype=np.uint64), 1_000) % 200 == k).any()) for k in range(200)]
+    assert sum(found) >= 196
+    assert (1 - 0.005) ** 1_000 < 0.01

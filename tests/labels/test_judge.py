@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from conftest import load_tokenizer
 from datasets import Dataset
@@ -12,8 +11,6 @@ from ma_sft.labels.check import check_dataset
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.inference import Conversation, Inference
 from ma_sft.labels.judge import Judge
-from ma_sft.labels.shapes import EACH_SHAPE, shapes_of, spread
-from ma_sft.labels.statement import misquotes
 
 
 def labelled(tokenizer, pieces):
@@ -243,86 +240,6 @@ def test_a_template_ends_its_own_turns_or_leaves_that_to_the_next_message(name):
     assert verdict.faults == [] and len(verdict.proven) == 1
 
 
-CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-@pytest.mark.parametrize(
-    ("row", "wrong"),
-    [
-        ({"messages": CONVERSATION}, ""),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ""),
-        ({"conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}, "the row's turns are"),
-        ({"messages": [CONVERSATION[0], {"role": "assistant", "content": "b"}]}, "says"),
-        ({"messages": CONVERSATION, "system": "Be brief."}, "system message"),
-        ({"messages": CONVERSATION, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"messages": [*CONVERSATION, {"role": "user", "content": "r"}]}, "the row's turns are"),
-        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}]}, "must not be trained"),
-        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "reasoning": "why"}]}, "says"),
-        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "is_correct": False}]}, "must not be trained"),
-        ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "rejected": True}]}, "must not be trained"),
-        ({"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, ""),
-        ({"prompt": json.dumps(CONVERSATION[:1]), "completion": json.dumps(CONVERSATION[1:])}, ""),
-        ({"prompt": "q", "completion": json.dumps([{"role": "assistant", "content": "b"}])}, "says"),
-    ],
-)
-def test_the_conversation_is_what_the_raw_row_says(row, wrong):
-    found, unread = misquotes(row, CONVERSATION, None)
-    assert unread == "" and bool(found) is bool(wrong) and wrong in " ".join(found)
-
-
-@pytest.mark.parametrize(
-    ("row", "unread"),
-    [
-        ({"instruction": "q", "input": "", "output": "a"}, ""),
-        ({"question": "q", "context": "z", "answer": "a"}, "'context'"),
-        ({"question": "q", "answer": "b"}, "'answer'"),
-        ({"this": "q", "that": "a"}, "only the conversion"),
-    ],
-)
-def test_a_flat_row_is_proven_or_not_proven(row, unread):
-    found, why = misquotes(row, CONVERSATION, None)
-    assert found == [] and bool(why) is bool(unread) and unread in why
-
-
-def test_every_shape_stands_in_the_sample():
-    plain = {"role": "assistant", "content": "a", "reasoning_content": None, "tool_calls": None}
-    thinking = {**plain, "reasoning_content": "why"}
-    calling = {**plain, "content": "", "tool_calls": [call("f", "{}")]}
-    asked = {**plain, "role": "user", "content": "q"}
-    kinds = [
-        [asked, plain],
-        [asked, thinking],
-        [asked, calling],
-        [asked, plain] * 2,
-        [asked, {**plain, "content": "<|im_end|>"}],
-    ]
-    rows = Dataset.from_dict({"messages": [kinds[0]] * 5000 + kinds[1:] + [kinds[1]] * 50})
-    shapes = shapes_of(rows, ["<|im_end|>", "<|im_start|>"])
-    assert len(np.unique(shapes)) == len(kinds) and len(np.unique(shapes[:5000])) == 1
-    chosen = spread(shapes, 100)
-    assert {*range(5000, 5004)} <= {*chosen.tolist()} and len(chosen) < 200
-    assert (shapes[chosen] == shapes[5000]).sum() >= EACH_SHAPE
-    assert len(spread(shapes, len(rows))) == len(rows)
-
-
-def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
-    tokenizer = load_tokenizer("smollm2")
-    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(300)]
-    ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-    at = [
-        len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
-        for chat in chats
-    ]
-    labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
-    odd = 151
-    labels[odd] = [-100] * (at[odd] - 2) + ids[odd][at[odd] - 2 : -1] + [-100]  # the header is trained
-    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), sample=10)
-    assert 20 <= report.judged_rows < 100  # one shape, at least 20 times
-    (finding,) = report.errors
-    assert finding.code == "unlike inference" and finding.rows == [odd]
-
-
 def test_a_long_conversation_is_judged_to_its_last_turn():
     tokenizer = load_tokenizer("smollm2")
     chat = [{"role": ("user", "assistant")[n % 2], "content": f"message number {n}"} for n in range(80)]
@@ -355,10 +272,3 @@ def test_ids_of_prefixes_are_the_tokenizers_own(tokenizer):
     hidden = {text: tokenizer.unk_token_id or 0 for text in inference.controls}  # as if the tokenizer had others
     inference.controls = hidden
     assert inference.ids_of_prefixes(texts) == inference.ids(texts)
-
-
-def test_a_sample_takes_no_more_of_a_shape_than_it_lacks():
-    shapes = np.repeat(np.arange(4, dtype=np.uint64), [5000, 100, 30, 3])
-    chosen = spread(shapes, 1000)
-    assert np.bincount(shapes[chosen].astype(int)).tolist()[1:] == [20, 20, 3]
-    assert len(chosen) == 1000 + (20 - 19) + (20 - 6) + 2

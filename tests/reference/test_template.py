@@ -9,7 +9,7 @@ from real_tokenizers import copy_without_vocabulary
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import tokenize_conversation
-from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
 from ma_sft.labels.templates import set_chat_template
 from ma_sft.reference import InputError, collate, template
 

@@ -3,11 +3,10 @@
 The template is looked for in the row's *text*, byte by byte through the tokens, and not as one fixed list of ids:
 the same `### Answer:` has other ids at the start of a line, after a space, or when its first or last character
 merges with a neighbour. Control tokens (`<|im_start|>`) count as one symbol that no text can spell, so a template
-with control tokens never matches text that only looks like it.
+with control tokens never matches text that only looks like it. Who quotes a template is not guessed: the last one of a
+turn counts, and a row that may mean another is reported.
 """
 
-import difflib
-import functools
 import re
 import warnings
 from collections import Counter
@@ -25,30 +24,23 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerBase,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ma_sft.errors import ResponseTemplateError
-from ma_sft.labels.templates import control_tokens
+from ma_sft.labels.token_bytes import TokenBytes
 
 SURROUNDINGS = 32  # bytes of text shown on each side of the nearest place
 
 
 @dataclass(frozen=True)
 class Match:
-    """One occurrence of a template: it touches tokens `start:end`, and what it introduces begins at `body`.
+    """One occurrence of a template: it begins in token `start`, and what it introduces in token `body`.
 
-    `body` is `end`, except where the template's trailing spaces went into the first token of what follows: that
-    token belongs to the response. `merged` says that the last token holds text from both sides of the border,
-    `exact` that its ids are the template's own, `indented` that a space stands before it in its line.
+    `merged` says that the token before `body` holds text from both sides of the border.
     """
 
     start: int
-    end: int
     body: int
-    merged: bool
-    exact: bool
-    line_start: bool
-    indented: bool
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,9 @@ class RowProblem:
 class TemplateReport:
     """What `DataCollatorForCompletionOnlyLM.check` found; `rows == found + missing + nothing_left`.
 
-    Of the found rows, `merged` have a border inside a token, and `ambiguous` hold more templates than turns that are
-    answered: one may be quoted. `problems` has the first few rows of each kind.
+    Of the found rows, `merged` have a border inside a token, and `ambiguous` have a turn with several response
+    templates or an instruction after an answer that nothing answers: one may be quoted. `problems` has the first few
+    rows of each kind.
     """
 
     rows: int = 0
@@ -193,14 +186,16 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         report = TemplateReport()
         described: Counter[str] = Counter()
 
-        def describe(row: int, status: str, template: _Template, ids: np.ndarray) -> None:
+        def describe(row: int, status: str, template: _Template, ids: np.ndarray, why: str = "") -> None:
             described[status] += 1
             if described[status] <= max_problems:
-                report.problems.append(RowProblem(row, status, template.source, template.ids, *template.nearest(ids)))
+                near, near_text, around, advice = template.nearest(ids)
+                looked_for = (template.source, template.ids)
+                report.problems.append(RowProblem(row, status, *looked_for, near, near_text, around, why or advice))
 
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
-            labels, absent, marks = self._label(ids)
+            labels, absent, remarks = self._label(ids)
             report.rows += 1
             if absent is not None:
                 report.missing += 1
@@ -210,13 +205,15 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
                 describe(row, "nothing left", self._response, ids)
             else:
                 report.found += 1
-                for status in marks:
+                for status, why in remarks.items():
                     setattr(report, status, getattr(report, status) + 1)
-                    describe(row, status, self._response, ids)
+                    describe(row, status, self._response, ids, why)
         return report
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
+        if not examples:
+            raise ResponseTemplateError("the batch is empty: give at least one row of input_ids")
         rows = [e if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
         for number, row in enumerate(rows):
             ids = np.asarray(row.get("input_ids"))
@@ -269,30 +266,34 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             self._missing(absent, ids, number)
         return np.where(attended, labels, self.ignore_index)
 
-    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", list[str]]:
-        """Labels, the template that does not occur (then all are masked), and which of merged and ambiguous it is."""
+    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", dict[str, str]]:
+        """Labels, the template that does not occur (then all are masked), and why it is merged or ambiguous."""
         labels = np.full(len(ids), self.ignore_index, dtype=np.int64)
-        text = self._bytes.join(ids)
-        responses = self._response.find(ids, text)
-        if not responses:
-            return labels, self._response, []
-        instructions: list[Match] = []
-        if self._instruction is not None:
-            instructions = self._instruction.find(ids, text)
-            if not instructions:
-                return labels, self._instruction, []
-        in_lines = _in_lines(instructions, responses)
-        length = self._instruction.begun_at(text, in_lines) if self._instruction else len(ids)
-        answers, unanswered = _answers(instructions, responses, length, in_lines)
-        for begin, stop in answers:
-            labels[begin:stop] = ids[begin:stop]
-        ended = length > 0 and ids[length - 1] == self.tokenizer.eos_token_id
-        marks = {
-            "merged": any(match.merged for match in responses),
-            # A template is quoted, or not every turn is answered; the last turn may be cut off before its answer
-            "ambiguous": len(responses) > len(answers) or any(stop < length or ended for stop in unanswered),
-        }
-        return labels, None, [name for name, holds in marks.items() if holds]
+        text = [self._bytes[i] for i in ids.tolist()]
+        found: list[list[Match]] = []
+        for template in filter(None, (self._response, self._instruction)):
+            found.append(template.find(ids, text))
+            if not found[-1]:
+                return labels, template, {}
+        responses, instructions = found[0], found[1] if self._instruction else []
+        # A row begins in the middle of a turn, if not with an instruction
+        bounds = [0, *(match.start for match in instructions), len(ids)]
+        why: list[str] = []
+        counted: list[Match] = []
+        for begin, end in pairwise(bounds):
+            matches = [match for match in responses if begin <= match.start < end]
+            if len(matches) > 1:
+                why.append(f"{len(matches)} response templates in one turn, of which the last counts")
+                if matches[-1].body == len(ids):  # a prompt for the next answer, as some chat templates write
+                    end = matches.pop().start
+            if not matches and counted:
+                why.append("an instruction template that no response follows; what follows it is masked")
+            if matches:
+                counted.append(matches[-1])
+                labels[matches[-1].body : end] = ids[matches[-1].body : end]
+        merged = "the border lies inside a token, which is masked" if any(match.merged for match in counted) else ""
+        remarks = {"merged": merged, "ambiguous": "; ".join(dict.fromkeys(why))}
+        return labels, None, {status: text for status, text in remarks.items() if text}
 
     def _missing(self, template: "_Template", ids: np.ndarray, index: int | None) -> None:
         nearest_ids, _, surroundings, suggestion = template.nearest(ids)
@@ -307,98 +308,6 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         self.missing_rows += 1
 
 
-def _answers(
-    instructions: list[Match], responses: list[Match], n_tokens: int, in_lines: bool
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Where a row's answers begin and end, and where the turns after an answer end that have none; in tokens.
-
-    Turns alternate, so a template that stands in the wrong turn is quoted; and where one of a template's occurrences
-    begins a line, those that do not are quoted too. Of several responses to one instruction the last counts, of which
-    TRL 0.x took the last with the bare ids: if it was the question that quoted, none of the question is trained.
-    """
-    if in_lines:
-        responses, instructions = _unquoted(responses), _unquoted(instructions)
-    borders = sorted([(m.start, False, m) for m in instructions] + [(m.start, True, m) for m in responses])
-    turns: list[tuple[int, list[Match]]] = [(0, [])]  # where each turn begins, and the responses in it
-    for at, (start, is_response, match) in enumerate(borders):
-        answered = at + 1 < len(borders) and borders[at + 1][1]
-        if is_response:
-            turns[-1][1].append(match)
-        elif match.line_start or answered or not in_lines or not turns[-1][1]:  # else the answer quotes it
-            turns.append((start, []))
-    stops = [*(start for start, _ in turns[1:]), n_tokens]
-    found: list[tuple[int, int]] = []
-    unanswered: list[int] = []
-    for (_, matches), stop in zip(turns, stops, strict=True):
-        end = stop
-        while matches and matches[-1].body >= end:  # a prompt at the row's end, which nothing answers
-            end = matches.pop().start
-        if matches:
-            exact = [match for match in matches if match.exact]
-            found.append(((exact or matches)[-1].body, end))
-        elif found:
-            unanswered.append(stop)
-    return found, unanswered
-
-
-def _in_lines(instructions: list[Match], responses: list[Match]) -> bool:
-    """Whether the row's templates begin lines: if a response does; one behind a space, if not all turns alternate."""
-    lines = [match for match in responses if match.line_start and match.start]
-    if any(not match.indented for match in lines):
-        return True
-    order = sorted([(m.start, False) for m in instructions] + [(m.start, True) for m in responses])
-    return bool(lines) and any(one == other for (_, one), (_, other) in pairwise(order))
-
-
-def _unquoted(matches: list[Match]) -> list[Match]:
-    """The occurrences that begin a line, if more than the row's first token does; else all."""
-    lines = [match for match in matches if match.line_start]
-    return lines if any(match.start for match in lines) else matches
-
-
-class TokenBytes(dict[int, bytes]):
-    """Id -> the bytes that the token stands for; a control token is a symbol that is no UTF-8."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.control = {index: text for text, index in control_tokens(tokenizer).items()}
-        super().__init__({i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()})
-        self.update({i: b"\xff%d\xfe" % i for i in self.control})
-        decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
-        self.byte_level = "ByteLevel" in decoder
-        self.pieces = "▁" in decoder or "Metaspace" in decoder
-
-    def __missing__(self, index: int) -> bytes:
-        token = self.tokenizer.convert_ids_to_tokens(index)
-        if not isinstance(token, str):
-            raise ResponseTemplateError(f"token id {index} is not in the tokenizer's vocabulary")
-        if self.byte_level:
-            alphabet = _byte_alphabet()
-            self[index] = bytes(alphabet[char] for char in token)
-        elif self.pieces:
-            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-            self[index] = bytes.fromhex(byte.group(1)) if byte else token.replace("▁", " ").encode()
-        else:
-            self[index] = str(self.tokenizer.decode([index])).encode()
-        return self[index]
-
-    def join(self, ids: np.ndarray) -> list[bytes]:
-        return [self[i] for i in ids.tolist()]
-
-    def readable(self, raw: bytes) -> str:
-        """Text of joined token bytes, with control tokens as they are written."""
-        parts = re.split(rb"\xff(\d+)\xfe", raw)
-        return "".join(
-            part.decode(errors="replace") if at % 2 == 0 else self.control[int(part)] for at, part in enumerate(parts)
-        )
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character in which byte-level tokenizers write each byte."""
-    return {char: byte for byte, char in bytes_to_unicode().items()}
-
-
 class _Template:
     """A response or instruction template, and where it stands in a row."""
 
@@ -411,100 +320,55 @@ class _Template:
         self.source = str(source if self.is_text else self.ids)
         if not self.ids:
             raise ResponseTemplateError(f"{name} is empty: there is nothing to look for")
-        raw = b"".join(token_bytes.join(np.array(self.ids)))
+        self.raw = b"".join(token_bytes[i] for i in self.ids)
         if self.is_text and not self.source.startswith(" "):
-            raw = raw.removeprefix(b" ")  # sentencepiece puts a space before a text
-        self.raw, self.begins_line = raw, raw.lstrip(b" ").startswith(b"\n")
+            self.raw = self.raw.removeprefix(b" ")  # sentencepiece puts a space before a text
 
     def find(self, ids: np.ndarray, text: list[bytes]) -> list[Match]:
-        """All occurrences in a row, in order; two share a token at most."""
-        exact = self._find_ids(ids)
-        if self.is_text:
-            return self._find_text(text, {start + len(self.ids): start for start in exact})
+        """All occurrences in a row whose tokens stand for `text`, in order."""
         matches: list[Match] = []
-        for start in exact:
-            end, line = start + len(self.ids), start == 0 or text[start - 1].endswith(b"\n") or self.begins_line
-            if not matches or start >= matches[-1].end:
-                matches.append(Match(start, end, end, merged=False, exact=True, line_start=line, indented=False))
-        return matches
-
-    def _find_ids(self, ids: np.ndarray) -> list[int]:
-        n = len(self.ids)
-        starts = np.flatnonzero(ids[: max(len(ids) - n + 1, 0)] == self.ids[0])
-        return [int(s) for s in starts if ids[s : s + n].tolist() == self.ids]
-
-    def _find_text(self, text: list[bytes], exact: dict[int, int]) -> list[Match]:
-        """The template's text; `exact` has the start of its own ids by their end."""
-        raw = b"".join(text)
-        at = raw.find(self.raw)
-        if at < 0:
-            return []
-        ends = np.cumsum([len(piece) for piece in text])
-        matches = []
-        while at >= 0:
+        if not self.is_text:
+            n = len(self.ids)
+            for start in np.flatnonzero(ids[: max(len(ids) - n + 1, 0)] == self.ids[0]).tolist():
+                if ids[start : start + n].tolist() == self.ids and (not matches or start >= matches[-1].body):
+                    matches.append(Match(start, start + n))
+            return matches
+        raw, ends = b"".join(text), np.cumsum([len(token) for token in text])
+        stop = 0
+        while (at := raw.find(self.raw, stop)) >= 0:
             stop = at + len(self.raw)
             # `####Answer:` is another heading than `###Answer:`, not the template with something in front
-            if not (at and raw[at - 1 : at] == self.raw[:1] and not self.raw[:1].isspace()):
-                start, last = np.searchsorted(ends, [at, stop - 1], side="right").tolist()
-                merged = int(ends[last]) != stop
-                begin, end = int(ends[last]) - len(text[last]), last + 1
-                only_space = merged and not raw[begin:stop].strip() and begin >= at
-                body = last if only_space else end
-                line, indented = self._begins_line(raw[:at])
-                matches.append(Match(exact.get(end, start), end, body, merged, end in exact, line, indented))
-            at = raw.find(self.raw, stop)
+            if at and raw[at - 1 : at] == self.raw[:1] and not self.raw[:1].isspace():
+                continue
+            start, last = np.searchsorted(ends, [at, stop - 1], side="right").tolist()
+            merged, begin = int(ends[last]) != stop, int(ends[last]) - len(text[last])
+            if ids[max(last + 1 - len(self.ids), 0) : last + 1].tolist() == self.ids:
+                start = last + 1 - len(self.ids)  # with the space that sentencepiece put before it
+            # A token that has only the template's trailing spaces is the response's
+            body = last if merged and begin >= at and not raw[begin:stop].strip() else last + 1
+            matches.append(Match(start, body, merged))
         return matches
-
-    def _begins_line(self, before: bytes) -> tuple[bool, bool]:
-        """Whether the template begins a line behind this text, and whether only if a space does not count."""
-        if not before or before.endswith(b"\n") or self.begins_line:
-            return True, False
-        # With sentencepiece, a part of a row that was encoded by itself begins with a space
-        indented = self.bytes.pieces and before.endswith(b"\n ")
-        return indented, indented
-
-    def begun_at(self, text: list[bytes], in_lines: bool) -> int:
-        """The token at which a row was cut off inside the template; the row's length if it was not."""
-        raw = b"".join(text)
-        for length in range(len(self.raw) - 1, 0, -1):
-            begun, before = self.raw[:length], raw[: len(raw) - length]
-            apart = self._begins_line(before)[0] if in_lines else before.endswith(b" ")
-            if apart and begun.strip() and raw.endswith(begun):
-                ends = np.cumsum([len(piece) for piece in text])
-                at = int(np.searchsorted(ends, len(before), side="right"))
-                # sentencepiece may have put a space before the template, as a token of its own
-                return at - (self.bytes[self.ids[0]] == b" " == text[max(at - 1, 0)])
-        return len(text)
 
     def nearest(self, ids: np.ndarray) -> tuple[list[int], str, str, str]:
         """Where the row comes nearest to the template: ids, their text, the text around, and what to do."""
-        pieces = self.bytes.join(ids)
-        raw = b"".join(pieces)
+        tokens = [self.bytes[i] for i in ids.tolist()]
+        raw = b"".join(tokens)
         if not raw:
             return [], "", "", "the row is empty"
         wanted = self.raw.lstrip(b" ") or self.raw  # the space is sentencepiece's, and often what does not match
         # Only other spaces or letters' case: training after another text would train what the user said
         spaced = rb"\s*".join(re.escape(bytes([byte])) for byte in wanted if not bytes([byte]).isspace())
         alike = [*re.finditer(spaced, raw, re.IGNORECASE)]
-        if (at := raw.rfind(wanted)) >= 0:
-            stop = at + len(wanted)
-        elif alike:
-            at, stop = alike[-1].span()
-        else:
-            best = difflib.SequenceMatcher(None, wanted, raw, autojunk=False).find_longest_match()
-            at = max(best.b - best.a, 0)
-            stop = min(at + len(wanted), len(raw))
-        ends = np.cumsum([len(piece) for piece in pieces])
-        first, last = np.searchsorted(ends, [at, max(stop - 1, at)], side="right").tolist()
-        near = ids[first : last + 1].tolist()
-        near_text = self.bytes.readable(b"".join(pieces[first : last + 1]))
-        around = self.bytes.readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS])
-        if raw[at:stop] == wanted:
-            advice = (
-                f"its text is encoded here as {near}: pass these ids, or the text {self.bytes.readable(self.raw)!r}"
-            )
+        exact = raw.rfind(wanted)
+        at, stop = alike[-1].span() if alike else (max(len(raw) - len(wanted), 0), len(raw))
+        if exact >= 0:
+            at, stop = exact, exact + len(wanted)
+        first, last = np.searchsorted(np.cumsum([len(t) for t in tokens]), [at, max(stop - 1, at)], "right").tolist()
+        near, near_text = ids[first : last + 1].tolist(), self.bytes.readable(b"".join(tokens[first : last + 1]))
+        advice = "the row may be cut off before its response (raise max_length), or was formatted with another text"
+        if exact >= 0:
+            text = self.bytes.readable(self.raw)
+            advice = f"its text is encoded here as {near}: pass these ids, or the text {text!r}"
         elif alike:
             advice = f"these ids would match: {near}; did you mean {self.name}={near_text!r}?"
-        else:
-            advice = "the row may be cut off before its response (raise max_length), or was formatted with another text"
-        return near, near_text, around, advice
+        return near, near_text, self.bytes.readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS]), advice

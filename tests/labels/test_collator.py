@@ -84,7 +84,7 @@ def test_a_longer_heading_is_not_the_template():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama2", "llama3"])
-def test_a_quotation_in_a_line_of_the_question_is_not_the_template(name):
+def test_the_last_template_counts_not_the_one_that_the_question_quotes(name):
     """Llama-2 encodes the quotation as the bare string, and the real template otherwise; TRL 0.x took the wrong one."""
     tokenizer = _load_tokenizer(name)
     collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
@@ -246,16 +246,16 @@ CASES = json.loads((Path(__file__).parents[1] / "files" / "response_cases.json")
 
 @pytest.mark.parametrize("case", [c for c in CASES if "trained" in c], ids=lambda case: case["name"])
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
-def test_quoted_templates_are_no_borders(name, case):
+def test_a_quoted_template_is_no_border_or_reported(name, case):
     tokenizer = load_tokenizer(name)
     collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
-    ids = [*tokenizer(case["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    labels = collator.labels_for(ids)
-    runs = trained(tokenizer, labels).replace(tokenizer.eos_token, "").split("|")[:-1]
-    # Without an end token of its own, a turn ends where the next instruction begins
-    assert [run.rstrip("\n") for run in runs] == case["trained"]
-    quoted = case["text"].count("### Assistant:") > len(case["trained"])
-    assert collator.check([{"input_ids": ids}]).ambiguous == quoted
+    ids = encode(tokenizer, case["text"])
+    runs = trained(tokenizer, collator.labels_for(ids)).replace(tokenizer.eos_token, "").split("|")[:-1]
+    report = collator.check([{"input_ids": ids}])
+    (problem,) = [problem for problem in report.problems if problem.status == "ambiguous"]
+    assert report.ambiguous == 1 and problem.suggestion.startswith(("2 response templates", "an instruction"))
+    if "or" not in case:  # without an end token of its own, a turn ends where the next instruction begins
+        assert [run.rstrip("\n") for run in runs] == case["trained"]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
@@ -314,6 +314,11 @@ def test_what_is_no_row_is_one_line(row, message):
     collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"))
     with pytest.raises(ResponseTemplateError, match=message):
         collator([row])
+
+
+def test_an_empty_batch_is_one_line():
+    with pytest.raises(ResponseTemplateError, match="the batch is empty"):
+        DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"))([])
 
 
 def test_batch_is_an_encoding():

@@ -228,6 +228,6 @@ def compare(tokenizer: PreTrainedTokenizerBase, rows: list[Row], response: Any, 
     for row, labels in zip(rows, batch, strict=True):
         expected, report = row.labels(), collator.check([{"input_ids": row.ids}])
         assert set(labels[len(row.ids) :]) <= {IGNORED}
-        if not (row.several_readings and (report.ambiguous or not report.ok)):
+        if not (row.quotes and (report.ambiguous or not report.ok)):
             assert labels[: len(row.ids)] == expected, tokenizer.decode(row.ids)
             assert report.ok == (set(expected) != {IGNORED})

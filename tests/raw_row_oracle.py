@@ -31,7 +31,9 @@ WRAPPING = set("function name arguments parameters tool_call tool_calls think co
 MARKS = {"type", "id", "index", "tool_call_id"}
 
 
-def misquotes(row: dict[str, Any], messages: list[Message], tools: list[Any] | None) -> tuple[list[str], str]:
+def compare_with_raw_row(
+    row: dict[str, Any], messages: list[Message], tools: list[Any] | None
+) -> tuple[list[str], str]:
     """What the conversation says otherwise than the row, and why it could not be compared, if so.
 
     Args:
