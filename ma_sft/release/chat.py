@@ -17,7 +17,7 @@ from ma_sft.release.manifest import read_manifest, trained_encoder
 from ma_sft.release.merge import load_adapter
 from ma_sft.release.weights import read_weights
 from ma_sft.terminal import say
-from ma_sft.training.exam import end_ids
+from ma_sft.training.evaluation import end_ids
 
 
 def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[Any, ChatEncoder, str | None]:

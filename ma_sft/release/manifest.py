@@ -18,7 +18,6 @@ from ma_sft.recipe import Settings
 from ma_sft.release.weights import read_weights
 from ma_sft.settings import shown
 from ma_sft.training.prepare import Prepared
-from ma_sft.training.processes import digest
 
 NAME = "sft_manifest.json"
 
@@ -48,7 +47,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
             key: getattr(labels, key) for key in ("train_on", "history", "response_template", "instruction_template")
         },
         "data": {
-            "digest": digest(data.dataset),
+            "digest": data.digest,
             "sources": shown(settings.rows.datasets or [settings.rows.dataset_name]),
             "packing": data.packing is not None,
             **asdict(data.counts),

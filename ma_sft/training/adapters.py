@@ -30,7 +30,7 @@ from ma_sft.files import write_whole
 from ma_sft.hub import explain, load_pretrained, refuse_pickles, saved_folder
 from ma_sft.recipe import Settings
 from ma_sft.settings import nearest, settings_of
-from ma_sft.training.processes import outside_zero3
+from ma_sft.training.distributed import outside_zero3
 
 # `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;
 # QLoRA (https://arxiv.org/abs/2305.14314) found that adapting every linear layer matters most.
