@@ -30,8 +30,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from ma_sft import Recipe
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.tools.memory import forecast
+from ma_sft.training.distributed import available_attention
 from ma_sft.training.prepare import prepare
-from ma_sft.training.processes import available_attention
 from ma_sft.training.trainer import build_trainer
 
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 16}

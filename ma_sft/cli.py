@@ -216,6 +216,7 @@ def _check(
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.labels.tokenize import label
     from ma_sft.training.prepare import check_as_trained
 
     if as_json:

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.data.parallel import Inherited, processes
+from ma_sft.data.load import Inherited, processes
 from ma_sft.errors import LabelError
 from ma_sft.labels.judge import IGNORE_INDEX, Judge
 from ma_sft.labels.report import CheckReport, Findings, count
@@ -253,7 +253,7 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
 def _to_verify(
     dataset: Dataset, facts: "dict[str, NDArray[Any]]", owner: "NDArray[Any]", total: int, sample: int | None
 ) -> "tuple[NDArray[Any], int]":
-    """The conversations to verify, rising, and how many shapes there are; `owner` is the conversation of each sequence."""
+    """The conversations to verify, rising, and how many shapes there are; `owner` is each sequence's conversation."""
     left, shapes = np.ones(total, dtype=bool), np.zeros(total, dtype=np.uint64)
     if facts:
         left[owner] = False  # a conversation of which truncation leaves nothing is not trained, and not verified

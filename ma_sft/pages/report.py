@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ma_sft.config import Settings
     from ma_sft.training.prepare import Prepared
-from ma_sft.training.grades import evaluation_rows
+from ma_sft.pages.screen import evaluation_rows
 
 SHOWN_TOKENS = 600  # of a row in the mask preview
 SHOWN_ANSWERS = 200

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 
 from ma_sft.errors import MaSftError
-from ma_sft.training.grades import evaluation_rows
 from ma_sft.utils import console, say, visible
 
 if TYPE_CHECKING:
@@ -96,3 +95,25 @@ def evaluation_table(found: dict[str, Any]) -> "Table":
     for row in rows:
         table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
     return table
+
+
+def evaluation_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of an evaluation as text: `name` (all, then each of several sources) and `cells`, title -> (before,
+    after) training, empty where not measured."""
+    before, after = found["before"] or {"sources": {}}, found["after"]
+    parts = {"all": (before, after)}
+    if len(after["sources"]) > 1:
+        parts |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
+    shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
+    titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
+    columns = {str(titles.get(key, key)): key for key in shown if key in after}
+    return [
+        {
+            "name": name,
+            "cells": {
+                title: tuple(format(side[key], shown[key]) if key in side else "" for side in sides)
+                for title, key in columns.items()
+            },
+        }
+        for name, sides in parts.items()
+    ]

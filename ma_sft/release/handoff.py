@@ -12,7 +12,7 @@ from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.release.manifest import NAME, read_manifest, trained_encoder
 from ma_sft.release.merge import find_base
 from ma_sft.release.weights import read_weights
-from ma_sft.training.exam import end_ids
+from ma_sft.training.evaluation import end_ids
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.release.weights import read_weights
 from ma_sft.training.prepare import Prepared
-from ma_sft.training.processes import digest
 from ma_sft.utils import write_whole
 
 NAME = "sft_manifest.json"
@@ -47,7 +46,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
             key: getattr(labels, key) for key in ("train_on", "history", "response_template", "instruction_template")
         },
         "data": {
-            "digest": digest(data.dataset),
+            "digest": data.digest,
             "sources": shown(settings.rows.datasets or [settings.rows.dataset_name]),
             "packing": data.packing is not None,
             **asdict(data.counts),

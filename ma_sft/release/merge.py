@@ -28,7 +28,7 @@ from ma_sft.hub import generation_config, load_pretrained, model_folder, saved_f
 from ma_sft.release.manifest import read_manifest, write_manifest
 from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
 from ma_sft.training.adapters import read_adapter_config, skeleton
-from ma_sft.training.exam import end_ids
+from ma_sft.training.evaluation import end_ids
 from ma_sft.training.trainer import as_it_was
 from ma_sft.utils import atomic_dir, must_be_new
 

@@ -9,8 +9,7 @@ from trl import SFTTrainer
 
 from ma_sft.release.manifest import write_manifest
 from ma_sft.training.adapters import name_base, save_converted
-from ma_sft.training.exam import end_ids
-from ma_sft.training.folder import enter
+from ma_sft.training.evaluation import end_ids
 
 
 def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
@@ -28,7 +27,6 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
     (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
     write_manifest(scratch, manifest)
-    enter(folder.parent, folder.name, scratch)
     if folder.exists():  # the run was stopped between saving this and its end
         shutil.rmtree(folder)
     scratch.rename(folder)

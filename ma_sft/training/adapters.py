@@ -28,7 +28,7 @@ from trl import SFTTrainer, get_peft_config
 from ma_sft.config import Settings, nearest, settings_of
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import explain, load_pretrained, refuse_pickles, saved_folder
-from ma_sft.training.processes import outside_zero3
+from ma_sft.training.distributed import outside_zero3
 from ma_sft.utils import write_whole
 
 # `mini` is MA-RLHF's choice; LoRA (https://arxiv.org/abs/2106.09685) adapts attention;

@@ -1,11 +1,13 @@
 """A recipe's rows -> the data set that `SFTTrainer` takes as it is: labelled, cut, and packed if asked."""
 
+import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.config import Settings
@@ -18,8 +20,7 @@ from ma_sft.packing.plan import check_settings
 from ma_sft.packing.report import PackingReport
 from ma_sft.packing.tokens import IGNORED
 from ma_sft.packing.view import pack_table, pack_with_report
-from ma_sft.training.processes import once
-from ma_sft.training.streams import Order, Share, share_out
+from ma_sft.training.distributed import Order, Share, digest, once, share_out
 
 SHOWN_ROWS = 4  # in the report
 STREAM_BUFFER = 10_000  # sequences of a stream that are packed together
@@ -43,20 +44,50 @@ class Prepared:
     lengths: dict[str, Any]  # a histogram of all rows' lengths before they are cut, in tokens
     order: Order | None = None  # of a stream
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all ids, labels and borders of documents."""
+        return digest(self.dataset)
+
+    def metric_names(self) -> dict[str, str]:
+        """Of held-out rows: the name of a source among an evaluation's figures (`eval_NAME_loss`) -> the source."""
+        sources = list(dict.fromkeys(self.sources))
+        names = {re.sub(r"[^\w-]+", "_", Path(source).stem): source for source in sources}
+        if len(names) < len(sources):  # files of one name in several folders
+            names = {re.sub(r"[^\w-]+", "_", source): source for source in sources}
+        return names
+
+    def by_source(self) -> Dataset | dict[str, Dataset]:
+        """The held-out rows as a trainer takes them: of several sources, those of each by its name."""
+        names: Any = self.metric_names()
+        if len(names) < 2:
+            return self.dataset
+        rows: Any = self.dataset
+        return {
+            name: rows.select([i for i, of in enumerate(self.sources) if of == source])
+            for name, source in names.items()
+        }
+
 
 def prepare(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False, given: Dataset | None = None
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    held_out: bool = False,
+    given: dict[str, Dataset] | None = None,
 ) -> Prepared:
     """Load, label, cut and pack the recipe's rows (those held out only if `eval_packing` says so).
 
     Args:
-        given: rows of `input_ids` and `labels` that take the recipe's place; they are cut and packed, not judged.
+        given: rows of `input_ids` and `labels` by source that take the recipe's place; they are cut and packed, not
+            judged.
 
     Raises:
         MaSftError: a source, row, template or label that is wrong; the message says which.
     """
     if given is not None:
-        labelled = Labelled(given.select_columns(["input_ids", "labels"]), Counts(rows=len(given)))
+        rows = concatenate_datasets([part.select_columns(["input_ids", "labels"]) for part in given.values()])
+        labelled = Labelled(rows, Counts(rows=len(rows)))
     elif settings.rows.dataset_streaming and not held_out:
         return _prepare_stream(settings, tokenizer)
     else:
@@ -68,7 +99,8 @@ def prepare(
         report = check_as_trained(settings, tokenizer, labelled)
         report.raise_errors()
     dataset, conversations, counts = labelled.dataset, labelled.conversations, labelled.counts
-    sources = np.full(len(dataset), "held-out")
+    given = given or {"held-out": dataset}
+    sources = np.repeat([*given], [len(part) for part in given.values()])
     if held_out and conversations is not None:
         sources = np.array(conversations["source"])[dataset["row"]]
     how = _how_to_pack(settings, held_out)
@@ -156,7 +188,10 @@ def _nothing_left(rows: Dataset, max_length: int) -> LabelError:
 
 
 def prepare_once(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, train: Dataset | None = None, test: Dataset | None = None
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset | None = None,
+    test: dict[str, Dataset] | None = None,
 ) -> tuple[Prepared, Prepared | None]:
     """Training and held-out rows, prepared by one process per machine; the others read the Arrow files it wrote.
 
@@ -164,14 +199,14 @@ def prepare_once(
 
     Args:
         train: labelled rows that take the recipe's place.
-        test: the same for those held out.
+        test: the same for those held out, by source.
 
     Raises:
         MaSftError: `prepare`'s, in every process alike.
     """
 
     def make() -> tuple[Prepared, Prepared | None]:
-        data = prepare(settings, tokenizer, given=train)
+        data = prepare(settings, tokenizer, given={"train": train} if train is not None else None)
         holds_out = test is not None or settings.rows.eval_dataset or (train is None and settings.rows.test_size)
         return data, prepare(settings, tokenizer, held_out=True, given=test) if holds_out else None
 

@@ -5,9 +5,10 @@ holds every one by name, so that a new release fails with the name of what chang
 bitsandbytes.)
 """
 
+import copy
 import tempfile
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,34 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, ProgressCallback
-from trl import SFTTrainer, get_quantization_config
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerControl,
+    set_seed,
+)
+from transformers.trainer_utils import validate_quantization_for_training
+from trl import SFTConfig, SFTTrainer, get_quantization_config
+from trl.trainer import utils as trl_utils
 
-from ma_sft.config import Recipe, Settings, shown
+from ma_sft.config import Recipe, Settings
 from ma_sft.data.functions import load_function
+from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
 from ma_sft.labels.clock import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.packs import as_arrays
 from ma_sft.training import adapters, quantized
+from ma_sft.training.checkpoints import StopEvaluation, TrainingBar
+from ma_sft.training.distributed import available_attention, fill_up, gather, once
 from ma_sft.training.prepare import prepare_once
-from ma_sft.training.processes import available_attention, fill_up, once
-from ma_sft.training.progress import TrainingBar
 from ma_sft.utils import no_bar_for_weights
 
-TRL_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime")  # of an evaluation
+MEASURED = ("loss", "mean_token_accuracy", "entropy", "objective")  # of held-out rows, each over all of their labels
 
 
 def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
@@ -44,7 +55,8 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
         **sft_trainer_arguments: `SFTTrainer`'s own, such as `callbacks`, `compute_metrics`, `compute_loss_func`,
             `optimizers`, `data_collator`. `model` is a model or a name, `peft_config` takes the place of the recipe's
             adapter, `processing_class` of its tokenizer. `train_dataset` and `eval_dataset` hold rows of any format
-            that a source may have, or `input_ids` and `labels`, which are cut and packed as they are.
+            that a source may have, or `input_ids` and `labels`, which are cut and packed as they are; a mapping of
+            held-out data sets keeps its names (`eval_NAME_loss`).
 
     Raises:
         MaSftError: anything wrong with settings, data or labels.
@@ -57,15 +69,17 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
         tokenizer, added_tokens = load_tokenizer(settings)
     else:
         set_clock(settings, tokenizer)
-    settings.labels.template_now = once(lambda: settings.labels.template_now)
-    data, held_out = prepare_once(settings, tokenizer, *(part if _is_labelled(part) else None for part in (rows, test)))
-    return build_trainer(
-        settings, tokenizer, added_tokens, data.dataset, held_out.dataset if held_out else None, **given
-    )
+    settings = with_same_date(settings)
+    given["peft_config"] = _adapter(settings, given.get("model"), given.get("peft_config"))
+    parts = test if isinstance(test, dict) else {"held-out": test}
+    labelled = parts if all(map(_is_labelled, parts.values())) else None
+    data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
+    tests = held_out.by_source() if held_out else None
+    return build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, **given)
 
 
-def check_early(settings: Settings) -> None:
-    """Find, before any row is read, what would end the run once all are prepared.
+def check_early(settings: Settings) -> PeftConfig | None:
+    """Find, before any row is read, what would end the run once all are prepared; gives the adapter.
 
     Raises:
         RecipeError: an adapter, frozen layers or a quantisation that cannot be; a metric that does not exist.
@@ -73,14 +87,40 @@ def check_early(settings: Settings) -> None:
     if get_quantization_config(settings.model) is not None:
         quantized.check_installed()
     _check_model(settings)
-    adapters.fitting_adapter(settings)
+    peft = adapters.fitting_adapter(settings)
     if settings.adapter.freeze:
         adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
     if settings.exam.metric != "exact-match":
         load_function(settings.exam.metric)
     best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    if best not in TRL_METRICS and not best.endswith("_loss"):
-        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(TRL_METRICS)}")
+    if not best.endswith(MEASURED):  # perhaps of a source, whose name is not known yet
+        check_best_metric(settings, ())
+    return peft
+
+
+def score_name(settings: Settings) -> str:
+    """The name of the score of held-out answers among the figures of an evaluation."""
+    return "exact_match" if settings.exam.metric == "exact-match" else "score"
+
+
+def check_best_metric(settings: Settings, sources: Iterable[str]) -> None:
+    """See that the figure by which the best model is chosen is measured.
+
+    Raises:
+        RecipeError: it is not; the message says what is.
+    """
+    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = [*MEASURED, *(f"{source}_{figure}" for source in sources for figure in MEASURED)]
+    known += [score_name(settings)] if settings.exam.generate_eval else []
+    if best not in known:
+        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
+
+
+def with_same_date(settings: Settings) -> Settings:
+    """The settings with the first process' date for the chat template, which others may have read past midnight."""
+    date = once(lambda: settings.labels.template_now)
+    chosen = {**settings.chosen, "template_now": date} if date is not None else settings.chosen
+    return replace(settings, labels=replace(settings.labels, template_now=date), chosen=chosen)
 
 
 def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], rows: Any, test: Any) -> Settings:
@@ -88,8 +128,10 @@ def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], ro
     own = dict(recipe.settings)
     if rows is not None:
         own |= {"dataset_name": None, "datasets": [rows], "dataset_streaming": isinstance(rows, IterableDataset)}
-    if test is not None:
-        own |= {"eval_dataset": [*test.values()] if isinstance(test, dict) else [test], "test_size": None}
+    if isinstance(test, dict):
+        own |= {"eval_dataset": [Source(name, rows=part) for name, part in test.items()], "test_size": None}
+    elif test is not None:
+        own |= {"eval_dataset": [test], "test_size": None}
     if isinstance(given.get("model"), str):
         own["model_name_or_path"] = given.pop("model")
     elif given.get("model") is not None:
@@ -101,12 +143,25 @@ def _is_labelled(rows: Any) -> bool:
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
 
 
+def _adapter(settings: Settings, model: Any, peft: PeftConfig | None) -> PeftConfig | None:
+    """The adapter that TRL is to put on the model: the caller's, else the recipe's; None on a model that has its own.
+
+    Raises:
+        RecipeError: one that does not fit the model, or a second one.
+    """
+    if hasattr(model, "peft_config"):
+        if peft is not None:
+            raise RecipeError("peft_config: the model has an adapter already; merge_and_unload it, or leave one out")
+        return None
+    return adapters.fitting_adapter(settings, model, peft)
+
+
 def build_trainer(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     added_tokens: list[str],
     train: Dataset | IterableDataset,
-    held_out: Dataset | IterableDataset | None,
+    held_out: Dataset | IterableDataset | dict[str, Dataset] | None,
     **given: Any,
 ) -> "ResumableTrainer":
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
@@ -115,51 +170,99 @@ def build_trainer(
     document, from which transformers keeps attention inside the documents.
 
     Args:
-        given: arguments of `SFTTrainer` that win over the settings.
+        held_out: rows, or the rows of each source by name.
+        given: arguments of `SFTTrainer` that win over the settings. `peft_config` is an adapter that was checked.
 
     Raises:
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
-    training = settings.training
-    _leave_nothing_to_prepare(settings)
-    if given.get("data_collator") is not None and training.padding_free:
+    args = trl_arguments(settings)
+    if given.get("data_collator") is not None and args.padding_free:
         raise RecipeError("data_collator: packed rows need TRL's own; leave one of packing and data_collator out")
-    model, peft, quantization = _model(settings, given)
-    if not training.dataloader_drop_last:
-        batch = training.world_size * training.per_device_train_batch_size
-        train = fill_up(train, batch, tokenizer.pad_token_id)
-    try:
-        if added_tokens:
-            model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
-            quantization = None
-        with no_bar_for_weights():
-            trainer = ResumableTrainer(
-                model,
-                args=training,
-                train_dataset=as_arrays(train),
-                eval_dataset=as_arrays(held_out) if held_out else None,
-                processing_class=tokenizer,
-                quantization_config=quantization,
-                peft_config=peft,
-                **given,
-            )
-        trainer.model.config.validate()  # as saving does, with what model_init_kwargs changed
-    except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and not _of_the_model(error):
-            raise
-        if settings.chosen.get("model_init_kwargs") and not isinstance(error, OSError):
-            raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
-        raise RecipeError(explain(error, str(settings.model.model_name_or_path))) from error
-    training.model_init_kwargs = shown(training.model_init_kwargs)  # trackers write down all arguments
+    if args.eval_strategy != "no" and not given.get("compute_metrics"):
+        check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
+    own = given.pop("model", None)
+    peft = given.pop("peft_config") if "peft_config" in given else _adapter(settings, own, None)
+    model = own if own is not None else load_model(settings, args, peft, frugal=not added_tokens)
+    if added_tokens:
+        model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
+    if not args.dataloader_drop_last:
+        train = fill_up(train, args.world_size * args.per_device_train_batch_size, tokenizer.pad_token_id)
+    tests: Any = held_out
+    if isinstance(held_out, dict):
+        tests = {name: as_arrays(part) for name, part in held_out.items()}
+    elif held_out is not None:
+        tests = as_arrays(held_out)
+    trainer = ResumableTrainer(
+        model,
+        args=args,
+        train_dataset=as_arrays(train),
+        eval_dataset=tests,
+        processing_class=tokenizer,
+        peft_config=peft,
+        **given,
+    )
     _finish_model(trainer, settings, tokenizer, peft)
     if settings.adapter.loraplus_lr_ratio is not None:
         if trainer.optimizer is not None:
             raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optimizers out")
         adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
-    if not training.disable_tqdm:
+    if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingBar)
     return trainer
+
+
+def trl_arguments(settings: Settings) -> SFTConfig:
+    """A copy of the recipe's `SFTConfig` that tells TRL of rows which are packed and cut already.
+
+    `packing` stays: TRL prepares nothing, but refuses what packs do not go with, such as context parallelism.
+    """
+    args = copy.copy(settings.training)
+    packs = (args.packing or args.eval_packing) and args.packing_strategy != "wrapped"
+    args.padding_free = args.padding_free or bool(packs)
+    args.max_length = args.chat_template_path = args.model_init_kwargs = None
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.assistant_only_loss = args.shuffle_dataset = False  # labels and order are made
+    # The trainer would upload each checkpoint, and pickle the token into it; `release.publish` uploads once
+    args.push_to_hub, args.hub_token = False, None
+    return args
+
+
+def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, frugal: bool = True) -> Any:
+    """The recipe's model with its weights, as TRL loads it.
+
+    Args:
+        frugal: whether it may be spread over devices while it is loaded; one that will grow must be whole.
+
+    Raises:
+        RecipeError: weights that cannot be had or read, or options of its class that it does not take.
+    """
+    model, code = settings.model, settings.training.trust_remote_code
+    folder = str(model_folder(str(model.model_name_or_path), model.model_revision, weights=True, code=code))
+    own = settings.training.model_init_kwargs or {}
+    attention = available_attention(model.attn_implementation)
+    kwargs = {"use_safetensors": True, "attn_implementation": attention, "dtype": model.dtype, **own}
+    kwargs.setdefault("trust_remote_code", code)
+    if (quantization := get_quantization_config(model)) is not None:
+        quantized.check_installed()
+        kwargs["quantization_config"] = quantization
+    if not frugal or args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    set_seed(args.seed)
+    try:
+        with no_bar_for_weights():
+            loaded = trl_utils.create_model_from_path(folder, **kwargs)
+        if peft is None:
+            validate_quantization_for_training(loaded)
+        loaded.config.validate()  # as saving does, with what model_init_kwargs changed
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if own and not isinstance(error, OSError):
+            raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
+        raise RecipeError(explain(error, str(model.model_name_or_path))) from error
+    return loaded
 
 
 def _check_model(settings: Settings) -> None:
@@ -172,53 +275,12 @@ def _check_model(settings: Settings) -> None:
     folder = str(model_folder(name, settings.model.model_revision, code=code))
     generation_config(folder)
     config = load_pretrained(AutoConfig, folder, code=code)
-    said = next(iter(config.architectures or []), None)
-    kind = getattr(transformers, str(said), None)  # None of code of its own
-    if said is None or (kind is not None and not kind.can_generate()):
-        raise RecipeError(f"the model {name!r} is none that writes text: config.json gives {said} as its architecture")
-
-
-def _of_the_model(error: BaseException) -> bool:
-    """Whether an error was raised where TRL makes the model of its folder, or where its own config is looked at."""
-    places = {"create_model_from_path", "validate_quantization_for_training", "validate"}
-    return not isinstance(error, torch.OutOfMemoryError) and any(
-        frame.name in places for frame in traceback.extract_tb(error.__traceback__)
-    )
-
-
-def _leave_nothing_to_prepare(settings: Settings) -> None:
-    """Tell TRL of rows that are packed and cut already, and how the model is to be loaded."""
-    training, model = settings.training, settings.model
-    model.attn_implementation = available_attention(model.attn_implementation)
-    packs = (training.packing or training.eval_packing) and training.packing_strategy != "wrapped"
-    training.padding_free = training.padding_free or bool(packs)
-    training.packing, training.max_length, training.chat_template_path = False, None, None
-    training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    training.assistant_only_loss = training.shuffle_dataset = False  # labels and order are made
-    # The trainer would upload each checkpoint, and pickle the token into it; `release.publish` uploads once
-    training.push_to_hub, training.hub_token = False, None
-    training.model_init_kwargs = {
-        "use_safetensors": True,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-
-
-def _model(settings: Settings, given: dict[str, Any]) -> tuple[Any, PeftConfig | None, Any]:
-    """(the model or its folder, the adapter's configuration, the quantisation), checked against each other."""
-    own, peft = given.pop("model", None), given.pop("peft_config", None)
-    quantization = get_quantization_config(settings.model)
-    if quantization is not None:
-        quantized.check_installed()
-    if own is not None and hasattr(own, "peft_config"):  # an adapter of its own
-        return own, None, None
-    peft = adapters.fitting_adapter(settings, own, peft)
-    if own is not None:
-        settings.training.model_init_kwargs = None
-        return own, peft, None
-    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
-    return str(model_folder(name, revision, weights=True, code=settings.training.trust_remote_code)), peft, quantization
+    architecture = next(iter(config.architectures or []), None)
+    kind = getattr(transformers, str(architecture), None)  # None of code of its own
+    if architecture is None or (kind is not None and not kind.can_generate()):
+        raise RecipeError(
+            f"the model {name!r} is none that writes text: config.json gives {architecture} as its architecture"
+        )
 
 
 def _finish_model(
@@ -246,8 +308,35 @@ def as_it_was(generation: GenerationConfig) -> None:
     generation._original_object_hash = hash(generation)
 
 
+def score_labelled_positions() -> None:
+    """Let TRL's head score the labelled positions alone on a CPU and on Apple's GPUs too, as it does where Triton runs.
+
+    Elsewhere it scores every position, which is a good part of a step of a small model. It asks the device once a
+    batch, by a name of its module that its kernels do not read.
+    """
+    by_triton = getattr(trl_utils._use_triton, "__wrapped__", trl_utils._use_triton)
+
+    def compacts(device: torch.device) -> bool:
+        return device.type in ("cpu", "mps") or bool(by_triton(device))
+
+    compacts.__wrapped__ = by_triton  # type: ignore[attr-defined]
+    trl_utils._use_triton = compacts
+
+
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which takes no step more when resumed after its last one, and names a full disk as such."""
+    """TRL's trainer with one measure of held-out rows, that goes on from a checkpoint as if it had never stopped.
+
+    `eval_loss` and its kin weigh every label the same, whatever batch, pack, process or source it is in and whatever
+    loss is trained: before, during and after training. The training loss' own kind, if it is another (`loss_type`,
+    label smoothing, a loss of the caller's), is `eval_objective`, averaged over batches as transformers does.
+    """
+
+    control: TrainerControl
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        score_labelled_positions()
+        self._sums: dict[str, list[float]] = {}  # of the last evaluation, by prefix
 
     @property
     def tokens_seen(self) -> int:
@@ -259,17 +348,105 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self._total_train_tokens = count
 
     def label_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Of a batch: the summed loss of its labels, how many are the model's first choice, and how many there are.
+        """Of a batch: the summed loss of its labels, how many are the model's first choice, their summed entropy, and
+        how many labels there are, as float64 on the CPU.
 
         They come from the head that TRL puts into the model, which never holds the logits of a whole batch.
         """
         out = model(**inputs, use_cache=False, fused_lm_head=True)
-        return torch.stack([part.double().sum() for part in (-out.log_probs, out.is_top1, out.label_mask)])
+        parts = (-out.log_probs, out.is_top1, out.entropy, out.label_mask)
+        return torch.stack([part.detach().float().cpu().double().sum() for part in parts])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "labels" in inputs:  # rows keep them in 32 bits, and torch's losses take 64 alone
             inputs["labels"] = inputs["labels"].long()
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """A loader that reads each row once: the last batch of several processes is filled up with rows of no label."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if self.args.world_size > 1 and self.compute_metrics is None:
+            batch = self.args.world_size * self.args.eval_batch_size
+            rows = as_arrays(fill_up(rows, batch, self.processing_class.pad_token_id))
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(rows)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+            getattr(self, "_eval_dataloaders", {}).clear()  # kept under one name, whatever the rows
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        inputs["labels"] = inputs["labels"].long()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self._counted += self.label_sums(model, inputs)
+        if prediction_loss_only and not self._has_own_objective:
+            return None, None, None
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @property
+    def _has_own_objective(self) -> bool:
+        own = self.compute_loss_func is not None or self.label_smoother is not None
+        return own or self.args.loss_type != "nll"
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._counted = torch.zeros(4, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._metrics["eval"].clear()  # TRL's means over batches of what is measured here
+        self._sums[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
+        objective = output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        if objective is not None and self._has_own_objective:
+            output.metrics[f"{metric_key_prefix}_objective"] = objective
+        output.metrics.update(_means(metric_key_prefix, self._sums[metric_key_prefix]))
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """TRL's `evaluate`; of several data sets, `eval_NAME_loss` of each and `eval_loss` of all, as one log."""
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._sums = {}
+        if not isinstance(parts, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        only_loss = True if self.compute_metrics is None else None
+        for name, rows in parts.items():
+            loader, prefix = self.get_eval_dataloader(rows), f"{metric_key_prefix}_{name}"
+            output = self.evaluation_loop(
+                loader, "Evaluation", prediction_loss_only=only_loss, ignore_keys=ignore_keys, metric_key_prefix=prefix
+            )
+            metrics |= output.metrics
+        self._sums[metric_key_prefix] = [sum(values) for values in zip(*self._sums.values(), strict=True)]
+        metrics |= _means(metric_key_prefix, self._sums[metric_key_prefix])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_sums(self, names: dict[str, str]) -> dict[str, list[float]]:
+        """`label_sums` of all rows of the last evaluation, under `"all"`, and of each source.
+
+        Args:
+            names: name of a data set -> its source.
+        """
+        whole = self._sums["eval"]
+        return {"all": whole, **{source: self._sums.get(f"eval_{name}", whole) for name, source in names.items()}}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except StopEvaluation:  # the step is whole: save it without the rest of the evaluation
+            self.model.train()
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint and type(scheduler) is LambdaLR:  # the rate of the next step by the schedule of this run
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(scheduler.last_epoch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers begins another epoch, and takes its first step, when a run is resumed after its last step
@@ -290,3 +467,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 file.write(bytes(1 << 20))
                 file.flush()
             raise
+
+
+def _means(prefix: str, sums: list[float]) -> dict[str, float]:
+    loss, right, entropy, count = sums
+    means = {"loss": loss, "mean_token_accuracy": right, "entropy": entropy}
+    return {f"{prefix}_{name}": value / max(count, 1) for name, value in means.items()}

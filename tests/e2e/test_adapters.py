@@ -13,8 +13,7 @@ from ma_sft import to_messages
 from ma_sft.demo import demo_model
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.release.merge import load_adapter, merge
-from ma_sft.training.exam import generate_answers
-from ma_sft.training.grades import exact_match
+from ma_sft.training.evaluation import exact_match, generate_answers
 
 METHODS = {
     "lora": (),
@@ -29,7 +28,9 @@ def answers(model, folder):
     rows = [json.loads(line) for line in (ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     conversations = [[{"role": "system", "content": "You write JSON."}, *to_messages(row)] for row in rows]
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
-    found = generate_answers(model.eval(), encoder, [c[:-1] for c in conversations], max_new_tokens=80)
+    found = generate_answers(
+        model.eval(), encoder, [encoder.encode_prompt(c[:-1]) for c in conversations], max_new_tokens=80
+    )
     texts = [answer.text for answer in found]
     right = [exact_match(text, c[-1]["content"]) for text, c in zip(texts, conversations, strict=True)]
     return texts, sum(right) / len(right)

@@ -6,10 +6,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from ma_sft.data.context import to_tools
 from raw_row_oracle import compare_with_raw_row
 
 from ma_sft import to_messages
+from ma_sft.data.messages import to_tools
 
 CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 

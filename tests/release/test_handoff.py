@@ -98,7 +98,7 @@ def test_held_out_loss_is_the_mean_over_labels(sft):
 
 
 def test_metric_that_fails_names_the_row(tmp_path):
-    from ma_sft.training.grades import Answer, grade
+    from ma_sft.training.evaluation import Answer, grade
 
     (tmp_path / "bad.py").write_text("def metric(answer, reference):\n    return 1 / (answer == 'a')\n")
     with pytest.raises(RecipeError, match="held-out row 1: ZeroDivisionError"):

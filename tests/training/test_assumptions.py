@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Tr
 from transformers.integrations import deepspeed
 from trl import SFTConfig, SFTTrainer
 
-from ma_sft.training.processes import outside_zero3
+from ma_sft import Recipe, RecipeError
+from ma_sft.training.distributed import outside_zero3
 from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
-from ma_sft.training.trainer import ResumableTrainer, _of_the_model, as_it_was
+from ma_sft.training.trainer import ResumableTrainer, as_it_was, load_model, score_labelled_positions
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
@@ -44,7 +45,7 @@ def test_trl_counts_tokens_in_total_train_tokens(trainer):
 
 def test_trl_puts_a_fused_head_into_the_model_which_gives_log_probs_is_top1_and_label_mask(trainer):
     ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, 6, -100, 8]])
-    loss, right, count = trainer.label_sums(trainer.model, {"input_ids": ids, "labels": labels}).tolist()
+    loss, right, _, count = trainer.label_sums(trainer.model, {"input_ids": ids, "labels": labels}).tolist()
     logits = trainer.model(ids).logits[0, [0, 2]].float()
     targets = torch.tensor([6, 8])
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-4)
@@ -98,18 +99,51 @@ def test_transformers_knows_by_original_object_hash_that_a_generation_config_cha
     assert (saved["temperature"], saved["eos_token_id"]) == (0.5, [2, 3])
 
 
-def test_trl_makes_a_model_of_its_folder_in_create_model_from_path(tiny_bpe, tmp_path):
+@pytest.mark.parametrize("masked", ["some", "none", "all"])
+def test_trls_head_scores_labelled_positions_alone_and_gives_the_same(tiny_bpe, masked, monkeypatch):
+    from trl.trainer import utils
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone() if masked != "all" else torch.full_like(ids, -100)
+    if masked == "some":
+        labels[:, ::3] = -100
+    rows = []
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction, "apply", lambda *args, real=utils._ChunkedLogProbFunction.apply: (
+            rows.append(len(args[0])), real(*args))[1],
+    )  # fmt: skip
+
+    def step():
+        model.zero_grad()
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        loss = -out.log_probs.sum() / max(1, int(out.label_mask.sum()))
+        loss.backward()
+        grads = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                           for p in model.parameters()])  # fmt: skip
+        return loss.detach(), out.entropy.detach(), out.is_top1, grads
+
+    monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+    every = step()
+    score_labelled_positions()
+    labelled = step()
+    assert rows == [58, int((labels[:, 1:] != -100).sum())]
+    for one, other in zip(labelled, every, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert not utils._use_triton(torch.device("meta"))  # anywhere else TRL decides
+
+
+def test_a_model_that_cannot_be_made_of_its_folder_is_one_line(tiny_bpe, tmp_path):
     broken = shutil.copytree(tiny_bpe, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
     for change in ({"architectures": ["OfNobody"]}, {"quantization_config": QUANTISED}):
         (broken / "config.json").write_text(json.dumps({**config, **change}))
-        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-        with pytest.raises((AttributeError, ValueError)) as error:
-            SFTTrainer(str(broken), args=args, train_dataset=ROWS)
-        assert _of_the_model(error.value)
-    with pytest.raises(ValueError, match="train_dataset") as error:
-        SFTTrainer(str(tiny_bpe), args=args, train_dataset=None)
-    assert not _of_the_model(error.value)
+        recipe = Recipe(model_name_or_path=str(broken), dataset_name="x", output_dir=str(tmp_path), bf16=False)
+        settings = recipe.resolve()
+        with pytest.raises(RecipeError) as error:
+            load_model(settings, settings.training, None)
+        assert "\n" not in str(error.value)
 
 
 def test_transformers_prepares_the_model_before_on_train_begin(trainer):

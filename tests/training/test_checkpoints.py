@@ -12,7 +12,7 @@ import pytest
 from patience import patience
 from processes import Run
 
-from ma_sft.training.folder import COMPLETE, newest
+from ma_sft.training.checkpoints import COMPLETE, newest
 
 ROWS = [
     {

@@ -20,8 +20,8 @@ from torch.utils.data import BatchSampler
 
 from ma_sft import RunError
 from ma_sft.launcher import check_launch
-from ma_sft.training.folder import COMPLETE
-from ma_sft.training.processes import fill_up
+from ma_sft.training.checkpoints import COMPLETE
+from ma_sft.training.distributed import fill_up
 
 STEPS = 10
 ENGINES = {

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
-from ma_sft.training.folder import WRITTEN, strangers
+from ma_sft.training.checkpoints import _WRITTEN
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
 
@@ -49,10 +49,9 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_all_that_a_run_leaves_is_on_its_list_and_inside_its_folder(finished):
+def test_all_that_a_run_leaves_has_a_known_name_and_is_inside_its_folder(finished):
     _, out = finished
-    assert [*strangers(out)] == []
-    assert {"adapter", "merged", "checkpoint-1", "checkpoint-2"} == set(json.loads((out / WRITTEN).read_text()))
+    assert [path.name for path in out.iterdir() if not _WRITTEN.fullmatch(path.name)] in ([], [".lock"])
     assert [*out.glob("runs/*/events.out.tfevents.*")]
     assert {path.name for path in out.parent.iterdir()} == {"rows.jsonl", "run"}
 
@@ -63,21 +62,15 @@ def test_overwrite_removes_a_run_and_nothing_else(again):
     (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
     start(overwrite_output_dir=True, use_peft=False)
     assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
-    assert [*strangers(out)] == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["thesis.tex", "adapter/notes.txt", "checkpoint-2/mine", "data/rows.jsonl", "runs/x/y.txt", ".env", "model/a"],
-)
-def test_a_file_that_no_run_wrote_stops_it(again, name):
+@pytest.mark.parametrize("name", ["thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x"])
+def test_a_file_that_no_run_wrote_stays(again, name):
     out, start = again
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("mine")
-    before = files(out)
-    with pytest.raises(RecipeError, match=f"{name} was not written by a run"):
-        start(overwrite_output_dir=True)
-    assert files(out) == before
+    start(overwrite_output_dir=True, max_steps=1)
+    assert (out / name).read_text() == "mine" and not (out / "checkpoint-2").exists()
 
 
 def test_a_link_is_not_followed(again, tmp_path):
@@ -86,16 +79,15 @@ def test_a_link_is_not_followed(again, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").write_text("mine")
     (out / "merged").symlink_to(tmp_path / "mine")
-    with pytest.raises(RecipeError, match="merged was not written by a run"):
-        start(overwrite_output_dir=True)
-    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
+    start(overwrite_output_dir=True, merge=False)
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine" and not (out / "merged").exists()
 
 
 def test_resume_never_does_not_remove_another_recipes_run(again):
     out, start = again
     (out / "summary.json").unlink()
     before = files(out)
-    with pytest.raises(RecipeError, match="holds an unfinished run of another recipe"):
+    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate None -> 1.0\)"):
         start(resume="never", learning_rate=1.0)
     assert files(out) == before
 

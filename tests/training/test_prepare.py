@@ -125,7 +125,7 @@ def test_held_out_rows_are_packed_if_asked_but_not_across_sources(recipe: Any) -
 )
 def test_the_trainer_gets_batches_without_padding(recipe: Any, settings: dict[str, Any]) -> None:
     trainer = make_trainer(recipe(max_length=200, per_device_train_batch_size=2, **settings))
-    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+    for loader in (trainer.get_train_dataloader(), *map(trainer.get_eval_dataloader, "pq")):
         batch = next(iter(loader))
         assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
         (starts,) = torch.nonzero(batch["position_ids"][0] == 0, as_tuple=True)

@@ -15,7 +15,7 @@ from ma_sft.data.mixture import load_mixture
 from ma_sft.errors import LabelError, RecipeError
 from ma_sft.packing.packs import COLUMNS
 from ma_sft.packing.view import pack_table
-from ma_sft.training.streams import Order, Share, share_out
+from ma_sft.training.distributed import Order, Share, share_out
 
 FILES = {"unequal": (5, 400), "three equal": (40, 40, 40), "one": (50,)}
 SOME, MORE = [(0, 1), (2, 1), (1, 2), (2, 2)], [(1, 1), (4, 1), (0, 2), (4, 2)]  # loader workers, processes

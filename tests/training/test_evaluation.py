@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaLi
 from transformers.utils import logging
 
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.training.exam import TokenByToken, generate_answers
+from ma_sft.training.evaluation import TokenByToken, generate_answers
 
 QUESTIONS = [[{"role": "user", "content": f"What is {i}?"}] for i in range(3)]
 
@@ -31,7 +31,9 @@ def bars(request):
 @pytest.mark.parametrize("ended", [False, True], ids=["to the limit", "ended at once"])
 def test_bar_counts_tokens_and_comes_to_its_end(model, encoder, bars, ended, capsys):
     model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ended else None
-    found = generate_answers(model, encoder, QUESTIONS, max_new_tokens=5, batch_size=2)
+    found = generate_answers(
+        model, encoder, [encoder.encode_prompt(q) for q in QUESTIONS], max_new_tokens=5, batch_size=2
+    )
     shown = capsys.readouterr().err
     assert len(found) == 3 and (not ended or all(answer.stopped for answer in found))
     assert ("10/10" in shown and "token" in shown) if bars else shown == ""  # two batches of five
