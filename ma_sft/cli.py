@@ -61,6 +61,7 @@ TRUST = arg(
     default="false",
     help="run the model's own Python code (default: false)",
 )
+MERGING = "merging the adapter"  # a step after training
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -74,7 +75,12 @@ def launch(recipe: "Recipe") -> None:
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     if main_file:
         recipe.settings.setdefault("name", Path(main_file).stem)
-    sys.exit(guard(lambda: run(recipe, sys.argv[1:])))
+    sys.exit(guard(lambda: exit_code(run(recipe, sys.argv[1:]))))
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
+    return 1 if MERGING in summary.get("failed", {}) else 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -181,11 +187,11 @@ def _settings(options: argparse.Namespace) -> None:
 
 
 @command("train", "fine-tune as a recipe says; any setting of the recipe is a flag", RECIPE, settings=True)
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from ma_sft.recipe import Recipe
     from ma_sft.sft import run
 
-    run(Recipe.load(options.recipe), options.rest)
+    return exit_code(run(Recipe.load(options.recipe), options.rest))
 
 
 @command(
@@ -200,15 +206,18 @@ def _check(options: argparse.Namespace) -> int:
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import check, label
     from ma_sft.recipe import Recipe
+    from ma_sft.training.rehearsal import rehearse
 
     if options.json:
         _silence()
     settings = Recipe.load(options.recipe).resolve(options.rest)
-    tokenizer, _ = load_tokenizer(settings)
+    tokenizer, added_tokens = load_tokenizer(settings)
+    rehearsed = rehearse(settings, tokenizer, added_tokens)
     report = check(settings, tokenizer, label(settings, tokenizer), every_row=options.all)
     if options.json:
         say(report.to_json())
     else:
+        say(rehearsed)
         console().print(report)
     return 1 if report.errors else 0
 
@@ -370,17 +379,19 @@ def _plan(options: argparse.Namespace) -> None:
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.recipe import Recipe
     from ma_sft.tools.memory import plan, show_plan
+    from ma_sft.training.rehearsal import rehearse
 
     recipe = Recipe.load(options.recipe)
     if options.gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
     settings = recipe.resolve(options.rest)
-    load_tokenizer(settings)
+    rehearsed = rehearse(settings, *load_tokenizer(settings))
     found = plan(settings, options.gpus, options.gpu_memory)
     if options.json:
         _print_json(found)
     else:
         show_plan(settings, found, options.recipe)
+        say(rehearsed)
 
 
 @command(

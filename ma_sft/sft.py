@@ -14,6 +14,7 @@ from ma_sft.recipe import Recipe
 from ma_sft.release.manifest import make_manifest
 from ma_sft.release.publish import check_login
 from ma_sft.release.save import save
+from ma_sft.terminal import say
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import Stop, Survival
 from ma_sft.training.exam import Exam
@@ -21,6 +22,7 @@ from ma_sft.training.folder import claimed
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.processes import agree, digest, leave_together, once
 from ma_sft.training.progress import Journal, add_callbacks
+from ma_sft.training.rehearsal import rehearse
 from ma_sft.training.trainer import build_trainer, check_early
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def run(
         tokenizer, added_tokens = load_tokenizer(settings)
         settings.labels.template_now = once(lambda: settings.labels.template_now)
         check_early(settings)
+        rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         test = held_out.dataset if held_out else None
         content = {"data": agree(digest(data.dataset, test)), "stream": data.order and asdict(data.order)}
@@ -65,7 +68,9 @@ def run(
         if on_trainer:
             on_trainer(trainer)
         if trainer.is_world_process_zero():
-            write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory, checkpoint))
+            lines = [("rehearsal", rehearsed), *show_start(settings, data, trainer, memory, checkpoint)]
+            write_start(settings, data, tokenizer, lines)
+            say(rehearsed)
         trainer.train(resume_from_checkpoint=checkpoint)
         stop.end()
         summary: dict[str, Any] = {

@@ -332,10 +332,9 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {first_line(error)}") from None
-    if result.unexpected_keys:
-        raise RecipeError(
-            f"adapter_name_or_path: {adapter} was made for another model, which has {result.unexpected_keys[0]}"
-        )
+    # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
+    if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
+        raise RecipeError(f"adapter_name_or_path: {adapter} was made for another model, which has {unexpected[0]}")
 
 
 def keep_initial(model: Any, folder: Path) -> None:
