@@ -423,7 +423,7 @@ def _export(options: argparse.Namespace) -> None:
     JSON,
 )
 def _handoff(options: argparse.Namespace) -> int:
-    from ma_sft.release.handoff import check_handoff
+    from ma_sft.release.manifest import check_handoff
 
     with as_written(options.folder):
         findings = check_handoff(options.folder, code=_trusts(options))

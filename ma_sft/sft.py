@@ -11,9 +11,8 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_start
 from ma_sft.pages.screen import forecast_memory, show_start
 from ma_sft.recipe import Recipe
-from ma_sft.release.manifest import make_manifest
+from ma_sft.release.manifest import make_manifest, save
 from ma_sft.release.publish import check_login
-from ma_sft.release.save import save
 from ma_sft.terminal import say
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import Stop, Survival

@@ -377,8 +377,7 @@ class Rehearsal:
 
     def _saved(self, trainer: Any) -> str:
         """What is saved gives the same when it is loaded, merged, and trained further."""
-        from ma_sft.release.save import save
-        from ma_sft.release.weights import read_weights
+        from ma_sft.release.manifest import read_weights, save
         from ma_sft.release.merge import load_adapter, merge
         from ma_sft.training.trainer import build_trainer
 

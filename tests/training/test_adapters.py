@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ma_sft import RecipeError
 from ma_sft.recipe import Recipe
-from ma_sft.release.merge import find_base, load_adapter, merge
-from ma_sft.release.weights import read_weights
+from ma_sft.release.manifest import find_base, read_weights
+from ma_sft.release.merge import load_adapter, merge
 from ma_sft.training.adapters import check_targets, freeze, lora_config
 
 
@@ -222,7 +222,7 @@ def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, tmp_
 def test_merge_writes_shards_without_holding_the_model(base, tmp_path, monkeypatch):
     run = adapter(base(), tmp_path / "adapter")
     merge(run, tmp_path / "one")
-    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
     merge(run, tmp_path / "many")
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -283,7 +283,7 @@ def test_adapter_of_another_base_of_the_same_shape(base, tmp_path):
 
 def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
     run = adapter(base(), tmp_path / "adapter")
-    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
     merge(run, tmp_path / "many")
     (shard, *_) = sorted((tmp_path / "many").glob("*.safetensors"))
     shard.rename(tmp_path / "kept")
