@@ -186,7 +186,9 @@ def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[
     bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
     names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
     embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
-    left = {key for key in saved if "lora_" in key}  # PEFT saves copies of a resized embedding, too, and never reads them
+    left = {
+        key for key in saved if "lora_" in key
+    }  # PEFT saves copies of a resized embedding, too, and never reads them
     try:
         model: Any = PeftModel(bare, read_adapter_config(adapter), low_cpu_mem_usage=True)
     except ValueError as error:
@@ -236,7 +238,7 @@ def write_weights(weights: Weights, updates: Updates, kind: torch.dtype | None, 
     opened = cache(lambda file: safe_open(weights.folder / file, framework="pt"))
 
     def made(name: str) -> Tensor:
-        tensor = opened(weights.files[sources[name]]).get_tensor(sources[name])
+        tensor: Tensor = opened(weights.files[sources[name]]).get_tensor(sources[name])  # type: ignore[no-untyped-call]
         dtype = kind if kind and tensor.is_floating_point() else tensor.dtype
         with torch.no_grad():
             return (updates[name][1](tensor.float()) if name in updates else tensor).to(dtype).contiguous()

@@ -25,7 +25,6 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -161,8 +160,9 @@ def _way_out(settings: Settings, attempt: Callable[[Settings], Any]) -> str:
                 setattr(changed, name, off)
                 if works(replace(settings, **{stage: changed})):  # type: ignore[arg-type]
                     return f"{name}={getattr(part, name)} cannot be: set {name}={json.dumps(off)}; "
-    for name in dict(settings.adapter.lora_config or {}):  # type: ignore[arg-type]  # text was parsed with the recipe
-        fewer = {key: value for key, value in dict(settings.adapter.lora_config).items() if key != name}  # type: ignore[arg-type]
+    more: Any = settings.adapter.lora_config or {}
+    for name in more:
+        fewer = {key: value for key, value in more.items() if key != name}
         if works(replace(settings, adapter=replace(settings.adapter, lora_config=fewer))):
             return f"lora_config: {name} cannot be: leave it out; "
     if settings.adapter.merge and works(replace(settings, adapter=replace(settings.adapter, merge=False))):
@@ -208,8 +208,8 @@ class Rehearsal:
         self.settings = self._small(settings)
         numbers = torch.Generator().manual_seed(0)
         self.documents = [torch.randint(4, len(self.tokenizer), (n,), generator=numbers).tolist() for n in (9, 11)]
-        for at, token in enumerate(self.tokenizer.convert_tokens_to_ids(added_tokens[:4]), start=4):
-            self.documents[0][at] = token
+        for at, token in enumerate(added_tokens[:4], start=4):
+            self.documents[0][at] = self.tokenizer.get_vocab()[token]
         rows = self._alone()
         training = self.settings.training
         if training.packing and training.packing_strategy != "wrapped":
@@ -223,10 +223,19 @@ class Rehearsal:
         training, model = copy.copy(settings.training), copy.copy(settings.model)
         for name, value in {
             **{"output_dir": str(self.out), "max_steps": 2, "gradient_accumulation_steps": 1, "warmup_steps": 0},
-            **{"learning_rate": 1e-2, "lr_scheduler_type": SchedulerType.CONSTANT, "report_to": [], "disable_tqdm": True},
+            **{
+                "learning_rate": 1e-2,
+                "lr_scheduler_type": SchedulerType.CONSTANT,
+                "report_to": [],
+                "disable_tqdm": True,
+            },
             **{"save_strategy": SaveStrategy.NO, "eval_strategy": IntervalStrategy.NO, "eval_on_start": False},
             **{"logging_strategy": IntervalStrategy.NO, "load_best_model_at_end": False, "dataloader_num_workers": 0},
-            **{"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None, "resume_from_checkpoint": None},
+            **{
+                "dataloader_persistent_workers": False,
+                "dataloader_prefetch_factor": None,
+                "resume_from_checkpoint": None,
+            },
             **{"pad_token": None, "eos_token": None, "torch_compile": False, "auto_find_batch_size": False},
             **{"push_to_hub": False, "lr_scheduler_kwargs": None, "max_grad_norm": 0.0},
         }.items():
@@ -302,7 +311,8 @@ class Rehearsal:
         what = what if packed else "a row's logits depend on its batch: they"
         with torch.no_grad():
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits.float().cpu()
-        found = logits[0] if len(logits) == 1 else torch.cat([row[: len(d)] for row, d in zip(logits, self.documents)])
+        rows = [row[: len(ids)] for row, ids in zip(logits, self.documents, strict=False)]
+        found = logits[0] if len(logits) == 1 else torch.cat(rows)
         apart = self._alike(f"{what} differ from those of the document alone", found[:20], self._logits(model))
         count = sum(label != -100 for row in self._alone() for label in row["labels"])
         enabled, trainer.aux_loss_enabled = trainer.aux_loss_enabled, False  # of a batch, by its nature
@@ -334,7 +344,11 @@ class Rehearsal:
                 trainer.model(input_ids=ids, use_cache=False)
         except (IndexError, RuntimeError):
             raise RecipeError(f"max_length={limit}: the model has {most} positions; set max_length={most}") from None
-        return [] if limit is None else [f"max_length={limit} goes beyond the {most} positions that the model was made for"]
+        return (
+            []
+            if limit is None
+            else [f"max_length={limit} goes beyond the {most} positions that the model was made for"]
+        )
 
     def _loss(self, trainer: Any) -> None:
         """The trainer's loss is the one that the settings name."""
@@ -381,22 +395,35 @@ class Rehearsal:
         from ma_sft.release.merge import load_adapter, merge
         from ma_sft.training.trainer import build_trainer
 
-        expected, peft, code = self._logits(trainer.model), self.settings.model.use_peft, self.settings.training.trust_remote_code
+        expected, peft, code = (
+            self._logits(trainer.model),
+            self.settings.model.use_peft,
+            self.settings.training.trust_remote_code,
+        )
         saved = self.out / ("adapter" if peft else "model")
         base = {"name_or_path": str(self.base), "revision": None, "quantization": None}
-        save(trainer, self.tokenizer, saved, {"format": 1, "base_model": {**base, "weights": read_weights(self.base).digest}})
+        save(
+            trainer,
+            self.tokenizer,
+            saved,
+            {"format": 1, "base_model": {**base, "weights": read_weights(self.base).digest}},
+        )
         if not peft:
             loaded = load_pretrained(AutoModelForCausalLM, str(saved), code=code, dtype=torch.float32)
             return f"the model loads to {self._alike('the saved model differs', self._logits(loaded), expected):.0e}"
         loaded = load_adapter(saved, dtype=torch.float32, code=code)
         apart = self._alike("the saved adapter's logits differ", self._logits(loaded), expected)
         done = f"the adapter saves and loads to {apart:.0e}"
-        if not str(getattr(trainer.model.peft_config["default"], "init_lora_weights", "")).startswith(("pissa", "olora")):
+        if not str(getattr(trainer.model.peft_config["default"], "init_lora_weights", "")).startswith(
+            ("pissa", "olora")
+        ):
             on = replace(self.settings, adapter=replace(self.settings.adapter, adapter_name_or_path=str(saved)))
             on.chosen = {k: v for k, v in on.chosen.items() if not k.startswith(("lora_", "use_dora", "use_rslora"))}
             on.training = copy.copy(on.training)
             further = build_trainer(on, self.tokenizer, self.added_tokens, self._dataset(), None).model
-            self._alike("adapter_name_or_path: the adapter goes on differently, logits differ", self._logits(further), expected)
+            self._alike(
+                "adapter_name_or_path: the adapter goes on differently, logits differ", self._logits(further), expected
+            )
             done += " and goes on"
         if not self.settings.adapter.merge:
             return f"{done}, not merged (merge=false)"
@@ -409,7 +436,9 @@ if __name__ == "__main__":
     job = json.load(sys.stdin)
     try:
         own = Recipe(**job["settings"]).resolve()
-        made = load_pretrained(AutoConfig, str(own.model.model_name_or_path), own.model.model_revision, code=own.training.trust_remote_code)
+        made = load_pretrained(
+            AutoConfig, str(own.model.model_name_or_path), own.model.model_revision, code=own.training.trust_remote_code
+        )
         print(json.dumps({"line": rehearse_here(own, made, job["tokens"], job["added_tokens"])}))
     except RecipeError as failed:
         print(json.dumps({"error": str(failed)}))

@@ -16,11 +16,18 @@ from ma_sft.recipe import Settings
 from ma_sft.training.processes import available_attention
 
 POSITIONS = 128
-TEMPLATE = "{% for m in messages %}<bos>{{ m.role + ':' + m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>assistant:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<bos>{{ m.role + ':' + m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
+)
 HIDDEN, HEADS = 64, 4
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width", "attention_hidden_size"), 64),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "ff_dim", "dense_intermediate_size"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width", "attention_hidden_size"), 64
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "ff_dim", "dense_intermediate_size"), 64
+    ),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
@@ -31,11 +38,25 @@ SMALL: dict[str, Any] = {
     **{"state_size": 16, "time_step_rank": 8, "mamba_dt_rank": 8, "expand": 2, "mamba_expand": 2, "chunk_size": 16},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     **{"vocab_size_per_layer_input": None, "hidden_size_per_layer_input": 16, "query_pre_attn_scalar": 16},
-    **{"sliding_window": 32, "attention_window_size": 32, "adapter_rank": 8, "rotary_dim": 16, "num_mem_blocks": 1, "emb_dim": 64},
+    **{
+        "sliding_window": 32,
+        "attention_window_size": 32,
+        "adapter_rank": 8,
+        "rotary_dim": 16,
+        "num_mem_blocks": 1,
+        "emb_dim": 64,
+    },
 }
 POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 LAYER_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+HEAD_NAMES = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+)
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
