@@ -79,13 +79,21 @@ def launch(recipe: "Recipe") -> None:
     if main_file:
         recipe.settings.setdefault("name", Path(main_file).stem)
 
-    def start() -> None:
+    def start() -> int:
         recipe.merge(sys.argv[1:])  # what is wrong here is said before torch is imported
         from ma_sft.sft import run
 
-        run(recipe, sys.argv[1:])
+        return exit_code(run(recipe, sys.argv[1:]))
 
     sys.exit(guard(start))
+
+
+MERGING = "merging the adapter"  # a step after training
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
+    return 1 if MERGING in summary.get("failed", {}) else 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -199,12 +207,12 @@ def _load(args: list[str] | None) -> tuple["Recipe", list[str]]:
 
 
 @app.command("train", **ON_RECIPE)
-def _train(args: RecipeArgs = None) -> None:
+def _train(args: RecipeArgs = None) -> int:
     """fine-tune as a recipe says; any setting of the recipe is a flag"""
     recipe, flags = _load(args)
     from ma_sft.sft import run
 
-    run(recipe, flags)
+    return exit_code(run(recipe, flags))
 
 
 @app.command("check", **ON_RECIPE)
@@ -218,11 +226,15 @@ def _check(
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
     from ma_sft.training.prepare import check_as_trained
+    from ma_sft.training.rehearsal import rehearse
 
     if as_json:
         _silence()
     settings = recipe.resolve(flags)
-    tokenizer, _ = load_tokenizer(settings)
+    tokenizer, added_tokens = load_tokenizer(settings)
+    rehearsed = rehearse(settings, tokenizer, added_tokens)
+    if not as_json:
+        say(rehearsed)
     return _show(check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
 
 
@@ -357,16 +369,18 @@ def _plan(
     recipe, flags = _load(args)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
+    from ma_sft.training.rehearsal import rehearse
 
     if gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
     settings = recipe.resolve(flags)
-    load_tokenizer(settings)
+    rehearsed = rehearse(settings, *load_tokenizer(settings))
     found = plan(settings, gpus, gpu_memory)
     if as_json:
         _print_json(found)
     else:
         show_plan(settings, found, str(name))
+        say(rehearsed)
 
 
 @app.command("export")
@@ -392,7 +406,7 @@ def _export(
 @app.command("handoff-check")
 def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
     """compare a saved model with its manifest; exit code 1 if they disagree"""
-    from ma_sft.release.handoff import check_handoff
+    from ma_sft.release.manifest import check_handoff
 
     with as_written(folder):
         findings = check_handoff(folder, code=trust_remote_code == "true")

@@ -170,6 +170,7 @@ class RunConfig:
         "Go on with an unfinished run of the same recipe from its newest whole checkpoint, or start anew.",
         ["auto", "never"],
     )
+    rehearse: bool = setting(True, "Try the whole run on a tiny twin of the model before a row is read.")
 
 
 STAGES = {"rows": RowsConfig, "labels": LabelsConfig, "adapter": AdapterConfig, "exam": ExamConfig, "run": RunConfig}

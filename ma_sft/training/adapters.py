@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -19,7 +19,8 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -72,10 +73,8 @@ def lora_config(settings: Settings) -> PeftConfig | None:
         )
     if adapter.adapter_name_or_path:
         return _saved_config(settings, adapter.adapter_name_or_path)
-    for key, value in PRESETS[adapter.lora_preset].items():
-        if settings.chosen.get(key) is None:
-            setattr(model, key, value)
-    config = get_peft_config(model)
+    preset = {key: value for key, value in PRESETS[adapter.lora_preset].items() if settings.chosen.get(key) is None}
+    config = get_peft_config(replace(model, **preset))
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
@@ -85,11 +84,6 @@ def lora_config(settings: Settings) -> PeftConfig | None:
         found = LoraConfig(**{**given, **more})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lora_config: {one_line(error)}") from None
-    for pattern in (found.target_modules, found.exclude_modules, *found.rank_pattern, *found.alpha_pattern):
-        try:
-            re.compile(pattern if isinstance(pattern, str) else "")
-        except re.error as error:
-            raise RecipeError(f"lora_target_modules: {pattern!r} is no regular expression: {error}") from None
     _check_initialisation(settings, found)
     return found
 
@@ -126,7 +120,7 @@ def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_initialisation(settings: Settings, config: Any) -> None:
-    """Stop at a way to begin an adapter that PEFT needs data for, or cannot save for the base as it was."""
+    """Stop at a way to begin an adapter that would do nothing here, or whose base cannot change."""
     init = config.init_lora_weights
     if init in NEED_DATA:
         raise RecipeError(
@@ -137,11 +131,6 @@ def _check_initialisation(settings: Settings, config: Any) -> None:
         return
     if quantised := next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(settings.model, key)), None):
         raise RecipeError(f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}")
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        raise RecipeError(
-            f"lora_config: PEFT cannot save init_lora_weights={init!r} for the unchanged base with use_rslora and "
-            "rank_pattern or alpha_pattern; drop one of them"
-        )
 
 
 def skeleton(
@@ -176,33 +165,30 @@ def model_skeleton(settings: Settings) -> Any:
 def fitting_adapter(
     settings: Settings, model: PreTrainedModel | None = None, config: PeftConfig | None = None
 ) -> PeftConfig | None:
-    """The recipe's adapter (or `config`) for a model (or its skeleton), tried out without weights; None without one.
+    """The recipe's adapter (or `config`) for a model (or its skeleton), None without one.
 
     PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
 
     Raises:
-        RecipeError: as `lora_config` and `check_targets`; what PEFT cannot adapt, with its reason.
+        RecipeError: as `lora_config`; a name that matches nothing in the model; what PEFT cannot adapt.
     """
     by_hand = config is not None or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
     config = config or lora_config(settings)
     if config is None:
         return None
     model = model if model is not None else model_skeleton(settings)
-    check_targets(model, config)
     trial: Any = copy.deepcopy(config)
     trial.init_lora_weights = False  # there are no weights to begin from
+    if not by_hand:
+        trial.lora_dropout = 0.0
     try:
         with warnings.catch_warnings(), outside_zero3():
             warnings.simplefilter("ignore")
-            get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
+            adapted = get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
     except Exception as error:  # a value of a wrong type fails somewhere in PEFT
-        if "lora_dropout" not in str(error):
-            raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
-        if by_hand:
-            raise RecipeError(
-                "lora_dropout: PEFT cannot drop out on fused experts; set lora_dropout=0, or lora_target_modules to "
-                "layers outside of the experts"
-            ) from None
+        raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
+    _check_names(model, config)
+    if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         config.lora_dropout = 0.0
     return config
 
@@ -211,6 +197,30 @@ def _on_meta(model: PreTrainedModel) -> Any:
     """A copy of the model without its weights."""
     memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+def _check_names(model: PreTrainedModel, config: Any) -> None:
+    """Check that each name of a layer is one of the model's: where others match, PEFT leaves it out without a word.
+
+    Raises:
+        RecipeError: a name that matches nothing, with those that there are.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    for key, there in (
+        ("target_modules", modules),
+        ("target_parameters", [name for name, _ in model.named_parameters()]),
+        ("exclude_modules", modules),
+        ("modules_to_save", modules),
+    ):
+        names = getattr(config, key, None) or []
+        for name in [] if isinstance(names, str) else sorted(names):
+            if not any(found == name or found.endswith(f".{name}") for found in there):
+                kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+                setting = key if key == "exclude_modules" else f"lora_{key}"
+                raise RecipeError(
+                    f"{setting}: {name!r} matches nothing in {type(model).__name__}; the linear layers are "
+                    f"{', '.join(sorted(kinds))}"
+                )
 
 
 def adapted_layers(model: nn.Module) -> str:
@@ -222,67 +232,6 @@ def adapted_layers(model: nn.Module) -> str:
             path = [part for part in name.split(".") if part != "base_layer"]
             counts[f"{path[-1]}.{parameter}" if parameter else path[-1]] += 1
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
-
-
-def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Check that every target of an adapter is a layer of the model that PEFT can adapt and TRL will train.
-
-    Raises:
-        RecipeError: a name that matches nothing, with what would match; `lm_head`, whose loss TRL computes from the
-            weight alone; a module that is no layer.
-    """
-    modules, kind = dict(model.named_modules()), type(model).__name__
-    one: Any = copy.copy(config)
-    one.modules_to_save = None
-    targets = one.target_modules or []
-    for target in [targets] if isinstance(targets, str) else sorted(targets):
-        if target == "all-linear":
-            continue
-        one.target_modules = target if isinstance(targets, str) else [target]
-        found = {name: module for name, module in modules.items() if check_target_module_exists(one, name)}
-        if not found:
-            raise RecipeError(
-                f"lora_target_modules: {target!r} matches no module of {kind}; the linear layers are "
-                f"{_linear_layers(model)}; or set lora_target_modules=all-linear"
-            )
-        for name, module in found.items():
-            _check_target(model, target, name, module)
-    parameters = dict(model.named_parameters())
-    shown = ", ".join(sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}))
-    wanted = getattr(one, "target_parameters", None)
-    excluded = [] if isinstance(one.exclude_modules, str) else one.exclude_modules
-    for key, names, there, what in (
-        ("lora_target_parameters", wanted, parameters, f"parameter of {kind}; there are {shown}"),
-        ("exclude_modules", excluded, modules, f"module of {kind}"),
-        ("lora_modules_to_save", config.modules_to_save, modules, f"module of {kind}"),
-    ):
-        for name in names or []:
-            if not any(found == name or found.endswith(f".{name}") for found in there):
-                raise RecipeError(f"{key}: {name!r} matches no {what}")
-
-
-def _check_target(model: PreTrainedModel, target: str, name: str, module: nn.Module) -> None:
-    if module is model.get_output_embeddings():
-        raise RecipeError(
-            f"lora_target_modules: an adapter on {name} would never be trained, because the loss is computed "
-            f"from {name}'s weight directly; remove it"
-        )
-    if module is model.get_input_embeddings() and model.config.tie_word_embeddings:
-        raise RecipeError(
-            f"lora_target_modules: {name} is tied to lm_head, so an adapter on it would be merged into both; "
-            'train rows of it with lora_config={"trainable_token_indices": [...]}'
-        )
-    if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        raise RecipeError(
-            f"lora_target_modules: {target!r} is a {type(module).__name__}, a block of layers; "
-            f"name layers: {_linear_layers(model)}"
-        )
-
-
-def _linear_layers(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
@@ -331,10 +280,9 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {first_line(error)}") from None
-    if result.unexpected_keys:
-        raise RecipeError(
-            f"adapter_name_or_path: {adapter} was made for another model, which has {result.unexpected_keys[0]}"
-        )
+    # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
+    if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
+        raise RecipeError(f"adapter_name_or_path: {adapter} was made for another model, which has {unexpected[0]}")
 
 
 def keep_initial(model: Any, folder: Path) -> None:

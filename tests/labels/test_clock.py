@@ -16,7 +16,7 @@ from ma_sft.labels.templates import TEMPLATES as BUILT_IN
 from ma_sft.labels.templates import load_tokenizer as load
 from ma_sft.labels.tokenize import check, label
 from ma_sft.release.chat import load as load_chat
-from ma_sft.release.handoff import check_handoff
+from ma_sft.release.manifest import check_handoff
 
 DATED = (
     "{% if strftime_now is defined %}{% set now = strftime_now('%d %b %Y %H:%M:%S') %}"

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ma_sft import RecipeError
 from ma_sft.config import Recipe
+from ma_sft.release.manifest import read_weights
 from ma_sft.release.merge import find_base, load_adapter, merge
-from ma_sft.release.weights import read_weights
-from ma_sft.training.adapters import check_targets, freeze, lora_config
+from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
 
 
 def settings(**more):
@@ -110,10 +110,6 @@ def test_any_field_of_peft():
         ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
-        (
-            {"lora_config": {"init_lora_weights": "olora", "rank_pattern": {"q": 2}}, "use_rslora": True},
-            "drop one of them",
-        ),
         ({"use_peft": False, "load_in_4bit": True}, "load_in_4bit trains an adapter and use_peft is false"),
         ({"use_peft": False, "loraplus_lr_ratio": 4}, "loraplus_lr_ratio trains an adapter"),
         ({"freeze": ["embed"]}, "freeze is for full fine-tuning"),
@@ -125,30 +121,33 @@ def test_settings_that_cannot_be(more, message):
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("more", "message"),
     [
         (
-            ["q_proj", "query"],
-            "'query' matches no module of LlamaForCausalLM; the linear layers are down_proj, gate_proj",
+            {"lora_target_modules": ["q_proj", "query"]},
+            "'query' matches nothing in LlamaForCausalLM; the linear layers",
         ),
-        (["lm_head"], "an adapter on lm_head would never be trained"),
-        (r".*head", "an adapter on lm_head would never be trained"),
-        (["mlp"], "'mlp' is a LlamaMLP, a block of layers"),
-        (["embed_tokens"], "embed_tokens is tied to lm_head"),
+        ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
+        ({"lora_target_modules": ["(q"]}, "'[(]q' matches nothing"),
+        ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
     ],
 )
-def test_targets_are_checked_against_the_model(base, targets, message):
+def test_targets_are_checked_against_the_model(base, more, message):
     model = AutoModelForCausalLM.from_pretrained(base())
     with pytest.raises(RecipeError, match=message):
-        check_targets(model, LoraConfig(target_modules=targets))
+        fitting_adapter(settings(**more), model)
 
 
 def test_good_targets_pass(base):
     model = AutoModelForCausalLM.from_pretrained(base())
     for targets in ("all-linear", ["q_proj", "layers.1.mlp.up_proj"], r".*\.0\..*_proj"):
-        check_targets(model, LoraConfig(target_modules=targets))
-    with pytest.raises(RecipeError, match="lora_modules_to_save: 'head' matches no module"):
-        check_targets(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+        assert fitting_adapter(settings(lora_target_modules=targets), model).target_modules
+    assert not any(name.startswith("lora") for name, _ in model.named_parameters())
+
+
+def test_nothing_is_written_into_the_settings():
+    given = settings(lora_preset="mini")
+    assert lora_config(given).r == 32 and given.model.lora_r == 16 and given.model.lora_target_modules is None
 
 
 def test_freeze(base):
@@ -222,7 +221,7 @@ def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, tmp_
 def test_merge_writes_shards_without_holding_the_model(base, tmp_path, monkeypatch):
     run = adapter(base(), tmp_path / "adapter")
     merge(run, tmp_path / "one")
-    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
     merge(run, tmp_path / "many")
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -283,7 +282,7 @@ def test_adapter_of_another_base_of_the_same_shape(base, tmp_path):
 
 def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
     run = adapter(base(), tmp_path / "adapter")
-    monkeypatch.setattr("ma_sft.release.weights.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
     merge(run, tmp_path / "many")
     (shard, *_) = sorted((tmp_path / "many").glob("*.safetensors"))
     shard.rename(tmp_path / "kept")

@@ -1,0 +1,204 @@
+"""The rehearsal: what would go wrong after the labels are proven is one line before a row is read."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+from ma_sft import RecipeError
+from ma_sft.cli import main
+from ma_sft.config import Recipe
+from ma_sft.training import rehearsal
+from ma_sft.training.rehearsal import rehearse, rehearse_here
+
+NEW = ["<|im_start|>", "<|im_end|>"]
+
+
+def rehearsed(kind, *, tied=None, added=(), **more):
+    """The line of a rehearsal for transformers' own configuration of a model type; nothing is loaded."""
+    config = AutoConfig.for_model(kind)
+    config.architectures = [CLASSES[kind]]
+    if tied is not None:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+    chosen = {"model_name_or_path": "/none", "dataset_name": "x", "report_to": "none", "max_length": 512, **more}
+    tokens = config.get_text_config().vocab_size + len(added)
+    return rehearse_here(Recipe(**chosen).resolve(), config, tokens, list(added))
+
+
+def refused(kind, **more):
+    with pytest.raises(RecipeError) as error:
+        rehearsed(kind, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_what_holds_is_told(kind, use_peft):
+    line = rehearsed(kind, packing=True, use_peft=use_peft)
+    assert line.startswith("rehearsed on a twin of 0.") and "packing keeps documents apart to" in line
+    assert ("merges to" in line) == use_peft and ("the model loads to" in line) != use_peft
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "biogpt", "falcon"])
+def test_packing_that_leaks(kind):
+    message = refused(kind, packing=True, use_peft=True)
+    assert "set packing=false" in message and "documents of a pack see each other" in message
+    assert "rows of a batch are apart" in rehearsed(kind, use_peft=True)
+
+
+@pytest.mark.parametrize("more", [{"padding_free": True}, {"eval_packing": True, "test_size": 2}])
+def test_other_ways_to_pack_leak_too(more):
+    assert f"set {next(iter(more))}=false" in refused("opt", use_peft=True, **more)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "mamba", "falcon_mamba", "mpt", "minimax"])
+def test_state_space_models_full_fine_tuning(kind):
+    """What cannot be kept apart is refused, or what the library says of it is told."""
+    try:
+        line = rehearsed(kind, packing=True)
+    except RecipeError as error:
+        line = str(error)
+        assert "packing=false" in line
+    assert "keeps documents apart" not in line
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text", "falcon_h1"])
+def test_packing_that_needs_kernels(kind):
+    message = refused(kind, packing=True)
+    assert "set packing=false" in message
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_trained_whole_are_merged_right(tied, saved):
+    line = rehearsed("llama", tied=tied, use_peft=True, lora_modules_to_save=saved)
+    assert "merges to" in line and "goes on" in line
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_new_tokens_on_a_base_of_exactly_the_tokenizers_size(tied, use_peft):
+    line = rehearsed("llama", tied=tied, added=NEW, use_peft=use_peft)
+    assert ("merges to" in line and "goes on" in line) == use_peft
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_change_the_base(init):
+    assert "merges to" in rehearsed("llama", use_peft=True, lora_config={"init_lora_weights": init})
+    for more in (
+        {"use_dora": True},
+        {"lora_modules_to_save": ["lm_head"]},
+        {"lora_config": {"init_lora_weights": init, "bias": "all"}},
+        {"added": NEW},
+    ):
+        message = refused("llama", **{"use_peft": True, "lora_config": {"init_lora_weights": init}, **more})
+        assert "cannot be: " in message, more
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"alora_invocation_tokens": [5, 6]},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    ],
+)
+def test_fields_of_peft_that_do_not_come_back(more):
+    assert f"lora_config: {next(iter(more))} cannot be: leave it out" in refused(
+        "llama", use_peft=True, lora_config=more
+    )
+
+
+def test_positions():
+    assert "the model has 1024 positions; set max_length=1024" in refused("gpt2", max_length=2048)
+    assert "goes beyond the 2048 positions" in rehearsed("llama", max_length=4096)
+    assert "positions" not in rehearsed("llama")
+
+
+def test_losses():
+    for more in ({"label_smoothing_factor": 0.1}, {"loss_type": "dft"}):
+        assert rehearsed("llama", **more).startswith("rehearsed on")
+    assert "loss_type=dft cannot be" in refused("llama", label_smoothing_factor=0.1, loss_type="dft")
+    assert "a step moves" in rehearsed("mixtral", use_peft=True, router_aux_loss_coef=0.1)
+    message = refused("mixtral", use_peft=True, label_smoothing_factor=0.1, router_aux_loss_coef=0.1)
+    assert "the loss is not the one that the settings name" in message
+
+
+def test_quantised_bases_are_rehearsed_unquantised():
+    assert "merges to" in rehearsed("llama", use_peft=True, load_in_4bit=True)
+
+
+def test_layers_that_are_named_by_number():
+    layers = {"lora_target_modules": ["q_proj"], "lora_config": {"layers_to_transform": [20]}}
+    assert "merges to" in rehearsed("llama", use_peft=True, **layers)
+
+
+def test_same_random_numbers_after_it(tiny_bpe):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    rehearsed("llama")
+    assert torch.rand(2).equal(expected)
+
+
+# -- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def leaky(tmp_path, tiny_bpe):
+    """A tiny OPT with a tokenizer, and rows that nobody can read."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({"model_name_or_path": str(tmp_path / "m"), "dataset_name": "none.jsonl", "packing": True})
+    )
+    return tmp_path / "r.yaml"
+
+
+@pytest.mark.parametrize("command", ["train", "check", "plan"])
+def test_before_a_row_is_read(leaky, command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(leaky), "--max_length", "64", "--report_to", "none"]) == 2
+    assert "packing=True cannot be: set packing=false" in capsys.readouterr().err
+
+
+def test_it_can_be_turned_off_and_is_done_once(tiny_bpe, tmp_path, monkeypatch):
+    from ma_sft.labels.templates import load_tokenizer
+
+    monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path))
+    settings = Recipe(model_name_or_path=str(tiny_bpe), dataset_name="x").resolve(["--rehearse", "false"])
+    tokenizer, added = load_tokenizer(settings)
+    assert rehearse(settings, tokenizer, added) == "not rehearsed: rehearse=false"
+    settings.run.rehearse = True
+    line = rehearse(settings, tokenizer, added)
+    assert line.startswith("rehearsed on a twin")
+    monkeypatch.setattr(rehearsal, "rehearse_here", None)
+    assert rehearse(settings, tokenizer, added) == line
+
+
+def test_merged_model_that_says_something_else_fails(tiny_bpe, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    from ma_sft.errors import RunError
+    from ma_sft.release import merge as merging
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        parameter.data += parameter.requires_grad * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_bpe).save_pretrained(tmp_path / "adapter")
+    assert merging.merge(tmp_path / "adapter", tmp_path / "right").difference is not None
+    monkeypatch.setattr(merging, "_merged_layer", lambda adapter, module, weight: weight)
+    with pytest.raises(RunError, match="the merged model is not what the adapter says"):
+        merging.merge(tmp_path / "adapter", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
