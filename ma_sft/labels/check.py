@@ -253,7 +253,7 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
 def _to_verify(
     dataset: Dataset, facts: "dict[str, NDArray[Any]]", owner: "NDArray[Any]", total: int, sample: int | None
 ) -> "tuple[NDArray[Any], int]":
-    """The conversations to verify, rising, and how many shapes there are; `owner` is each sequence's conversation."""
+    """The conversations to verify, and how many shapes there are; `owner` has the conversation of each sequence."""
     left, shapes = np.ones(total, dtype=bool), np.zeros(total, dtype=np.uint64)
     if facts:
         left[owner] = False  # a conversation of which truncation leaves nothing is not trained, and not verified
