@@ -69,6 +69,7 @@ def launch(recipe: "Recipe") -> None:
 
     This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ma_sft.sft import run
 
     main_file = getattr(sys.modules["__main__"], "__file__", None)
@@ -79,6 +80,7 @@ def launch(recipe: "Recipe") -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
     parser = build_parser()
     options, rest = parser.parse_known_args(args)
     options.rest = rest
