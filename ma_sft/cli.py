@@ -75,6 +75,7 @@ def launch(recipe: "Recipe") -> None:
 
     This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     if main_file:
         recipe.settings.setdefault("name", Path(main_file).stem)
@@ -98,6 +99,7 @@ def exit_code(summary: dict[str, Any]) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 
     def call() -> Any:
         try:

@@ -7,7 +7,8 @@ bitsandbytes.)
 
 import copy
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ def trl_arguments(settings: Settings) -> SFTConfig:
     args.max_length = args.chat_template_path = args.model_init_kwargs = None
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     args.assistant_only_loss = args.shuffle_dataset = False  # labels and order are made
+    args.restore_callback_states_from_checkpoint = True  # early stopping keeps its patience
     # The trainer would upload each checkpoint, and pickle the token into it; `release.publish` uploads once
     args.push_to_hub, args.hub_token = False, None
     return args
@@ -308,19 +310,19 @@ def as_it_was(generation: GenerationConfig) -> None:
     generation._original_object_hash = hash(generation)
 
 
-def score_labelled_positions() -> None:
+@contextmanager
+def labelled_positions_alone() -> Iterator[None]:
     """Let TRL's head score the labelled positions alone on a CPU and on Apple's GPUs too, as it does where Triton runs.
 
-    Elsewhere it scores every position, which is a good part of a step of a small model. It asks the device once a
-    batch, by a name of its module that its kernels do not read.
+    There it scores every position, which is a good part of a step of a small model. It asks for the device once a
+    batch, by a name of its module that its kernels do not read. Elsewhere TRL decides.
     """
-    by_triton = getattr(trl_utils._use_triton, "__wrapped__", trl_utils._use_triton)
-
-    def compacts(device: torch.device) -> bool:
-        return device.type in ("cpu", "mps") or bool(by_triton(device))
-
-    compacts.__wrapped__ = by_triton  # type: ignore[attr-defined]
-    trl_utils._use_triton = compacts
+    by_triton = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type in ("cpu", "mps") or by_triton(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = by_triton
 
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
@@ -335,7 +337,6 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        score_labelled_positions()
         self._sums: dict[str, list[float]] = {}  # of the last evaluation, by prefix
 
     @property
@@ -353,14 +354,16 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
         They come from the head that TRL puts into the model, which never holds the logits of a whole batch.
         """
-        out = model(**inputs, use_cache=False, fused_lm_head=True)
+        with labelled_positions_alone():
+            out = model(**inputs, use_cache=False, fused_lm_head=True)
         parts = (-out.log_probs, out.is_top1, out.entropy, out.label_mask)
         return torch.stack([part.detach().float().cpu().double().sum() for part in parts])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "labels" in inputs:  # rows keep them in 32 bits, and torch's losses take 64 alone
             inputs["labels"] = inputs["labels"].long()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with labelled_positions_alone():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """A loader that reads each row once: the last batch of several processes is filled up with rows of no label."""
@@ -443,10 +446,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         scheduler = self.lr_scheduler
         if checkpoint and type(scheduler) is LambdaLR:  # the rate of the next step by the schedule of this run
-            for group, base, factor in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(scheduler.last_epoch)
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in pairs]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers begins another epoch, and takes its first step, when a run is resumed after its last step

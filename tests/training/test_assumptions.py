@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from ma_sft import Recipe, RecipeError
 from ma_sft.training.distributed import outside_zero3
 from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
-from ma_sft.training.trainer import ResumableTrainer, as_it_was, load_model, score_labelled_positions
+from ma_sft.training.trainer import ResumableTrainer, as_it_was, labelled_positions_alone, load_model
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
@@ -126,12 +126,13 @@ def test_trls_head_scores_labelled_positions_alone_and_gives_the_same(tiny_bpe, 
 
     monkeypatch.setattr(utils, "_use_triton", lambda device: False)
     every = step()
-    score_labelled_positions()
-    labelled = step()
+    with labelled_positions_alone():
+        labelled = step()
+        assert not utils._use_triton(torch.device("meta"))  # anywhere else TRL decides
     assert rows == [58, int((labels[:, 1:] != -100).sum())]
     for one, other in zip(labelled, every, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    assert not utils._use_triton(torch.device("meta"))  # anywhere else TRL decides
+    assert not utils._use_triton(torch.device("cpu"))
 
 
 def test_a_model_that_cannot_be_made_of_its_folder_is_one_line(tiny_bpe, tmp_path):

@@ -1,0 +1,179 @@
+"""Held-out rows have one measure, and a run that goes on or is handed over does as one that never stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from ma_sft import Recipe, RecipeError, RunError, make_trainer, run
+from ma_sft.errors import Interrupted
+
+ROWS = [{"prompt": f"What is {i}?", "completion": "It is " + "so " * (i * i % 7) + f"{i}."} for i in range(12)]
+
+
+@pytest.fixture
+def settings(tiny_bpe, tmp_path):
+    """A recipe's settings with training rows and two held-out files, `near` and `far`."""
+    for name, rows in (("rows", ROWS), ("near", ROWS[:5]), ("far", ROWS[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        **{"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run"), "max_steps": 2, "report_to": []},
+        **{"save_strategy": "no", "bf16": False, "dtype": "float32", "disable_tqdm": True, "logging_steps": 1},
+        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+        **{"dataset_name": str(tmp_path / "rows.jsonl")},
+        **{"eval_dataset": [str(tmp_path / "near.jsonl"), str(tmp_path / "far.jsonl")]},
+    }
+
+
+def logs(out, key):
+    return [log[key] for log in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in log]
+
+
+KINDS = [
+    {"per_device_eval_batch_size": 1},
+    {"per_device_eval_batch_size": 5},
+    {"per_device_eval_batch_size": 1, "loss_type": "dft"},
+    {"per_device_eval_batch_size": 3, "label_smoothing_factor": 0.2},
+    {"per_device_eval_batch_size": 2, "eval_packing": True, "max_length": 128},
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(settings, tmp_path):
+    found = []
+    for number, kind in enumerate(KINDS):
+        out = tmp_path / f"{number}"
+        more = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "output_dir": str(out)}
+        summary = run(Recipe(**{**settings, **more, **kind}))
+        losses = logs(out, "eval_loss")
+        assert len(losses) == 4 and losses == pytest.approx([losses[0]] * 4, abs=1e-6)
+        assert losses[0] == pytest.approx(summary["eval_loss"])
+        assert losses[0] == pytest.approx(summary["evaluation"]["before"]["loss"])
+        own = bool({"loss_type", "label_smoothing_factor"} & kind.keys())
+        assert bool(logs(out, "eval_near_objective")) == own
+        found.append((losses[0], logs(out, "eval_far_loss")[0]))
+    for pair in found:
+        assert pair == pytest.approx(found[0], rel=1e-5)
+    parts = summary["evaluation"]["after"]["sources"]
+    whole = sum(part["loss"] * part["tokens"] for part in parts.values()) / sum(p["tokens"] for p in parts.values())
+    assert whole == pytest.approx(summary["eval_loss"]) and {Path(name).stem for name in parts} == {"near", "far"}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_held_out_data_sets_keep_their_names(settings, labelled):
+    del settings["eval_dataset"]
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 3 if labelled else ROWS[:3]
+    tests = {"near": Dataset.from_list(rows), "far": Dataset.from_list(rows[:2])}
+    trainer = make_trainer(Recipe(**settings), ["--eval_strategy", "steps"], eval_dataset=tests)
+    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == {"near": 3, "far": 2}
+    assert {"eval_loss", "eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
+
+
+@pytest.mark.parametrize("metric", ["eval_test_loss", "blue", "exact_match"])
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, metric):
+    more = {"metric_for_best_model": metric, "eval_strategy": "steps", "load_best_model_at_end": True}
+    with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
+        run(Recipe(**{**settings, **more, "save_strategy": "steps"}))
+
+
+def test_the_best_model_by_the_answers(settings, tmp_path):
+    more = {"metric_for_best_model": "eval_exact_match", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
+            "save_strategy": "steps", "load_best_model_at_end": True, "greater_is_better": True, "max_steps": 5,
+            "generate_eval": 2, "max_new_tokens": 3}  # fmt: skip
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    summary = run(Recipe(**{**settings, **more}), on_trainer=lambda trainer: trainer.add_callback(stop))
+    assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
+
+
+class Die(TrainerCallback):
+    """Ends a run like a crash before its step `at`."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise RunError("killed")
+
+
+def test_early_stopping_keeps_its_patience_when_the_run_goes_on(settings, tmp_path):
+    more = {"metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
+            "save_strategy": "steps", "load_best_model_at_end": True, "max_steps": 12,
+            "learning_rate": 3.0}  # fmt: skip
+
+    def start(out, *callbacks):
+        def add(trainer):
+            for callback in (EarlyStoppingCallback(early_stopping_patience=3), *callbacks):
+                trainer.add_callback(callback)
+
+        return run(Recipe(**{**settings, **more, "output_dir": str(tmp_path / out)}), on_trainer=add)
+
+    uncut = start("uncut")["steps"]
+    assert 3 < uncut < 12
+    with pytest.raises(RunError, match="killed"):
+        start("cut", Die(uncut - 1))
+    assert start("cut")["steps"] == uncut
+
+
+def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(settings, tmp_path):
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    run(Recipe(**settings))
+    more = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-1")}
+    for key, value in {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "use_peft": True}.items():
+        with pytest.raises(RecipeError, match=f"is of another recipe .*{key} .* -> {value}"):
+            run(Recipe(**{**settings, **more, key: value}))
+    assert run(Recipe(**{**settings, **more}))["steps"] == 2
+
+
+def test_more_steps_from_a_finished_runs_checkpoint(settings, tmp_path):
+    settings |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    run(Recipe(**settings))
+    more = {"output_dir": str(tmp_path / "more"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    assert run(Recipe(**{**settings, **more, "max_steps": 4}))["steps"] == 4
+    assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
+
+
+def test_a_start_that_failed_does_not_block_the_corrected_command(settings, tmp_path):
+    with pytest.raises(RunError):
+        run(Recipe(**settings), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
+    assert run(Recipe(**{**settings, "learning_rate": 1e-3}))["steps"] == 2
+    assert logs(tmp_path / "run", "start") == [0]
+
+
+def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, tmp_path):
+    seen = []
+
+    class Press(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step:
+                import signal
+
+                seen.append(state.global_step)
+                signal.raise_signal(signal.SIGINT)
+
+    more = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+    recipe = Recipe(**{**settings, **more, "save_strategy": "steps", "save_steps": 500})
+
+    def first(trainer):
+        trainer.callback_handler.callbacks.insert(0, Press())
+
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
+        run(recipe, on_trainer=first)
+    assert seen == [1]
+    assert run(recipe)["steps"] == 2
+
+
+def test_a_second_adapter_is_refused(settings, tiny_bpe):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(RecipeError, match="peft_config: the model has an adapter already"):
+        make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
+
+
+def test_settings_stay_as_they_were_resolved(settings):
+    recipe = Recipe(**settings, packing=True, max_length=64)
+    trainer = make_trainer(recipe)
+    assert trainer.args.packing and trainer.args.max_length is None  # TRL's guards see packs
+    assert recipe.resolve().training.max_length == 64
