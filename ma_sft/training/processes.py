@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_con
 from transformers.utils import import_utils
 
 from ma_sft.errors import MaSftError, RunError
-from ma_sft.packing.packs import as_arrays, fill, packs_of
+from ma_sft.packing.pack import as_arrays, fill, packs_of
 from ma_sft.terminal import say
 
 T = TypeVar("T")
