@@ -109,7 +109,7 @@ def read_packs(side: str, count: str, folder: str, seq_length: int = 2048, batch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from ma_sft import pack
-    from ma_sft.packing.packs import as_arrays
+    from ma_sft.packing.pack import as_arrays
 
     log_normal_rows(int(count), seq_length).save_to_disk(folder)
     rows = datasets.load_from_disk(folder)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
     from ma_sft.labels.conversation import tokenize_conversation
     from ma_sft.packing.constant_length import ConstantLengthDataset
-    from ma_sft.packing.view import pack
+    from ma_sft.packing.pack import pack
     from ma_sft.sft import run
     from ma_sft.training.compat import SFTConfig, SFTTrainer
     from ma_sft.training.trainer import make_trainer
@@ -43,7 +43,7 @@ _LAZY = {
     "to_messages": "ma_sft.data.formats",
     "to_messages_batch": "ma_sft.data.formats",
     "ConstantLengthDataset": "ma_sft.packing.constant_length",
-    "pack": "ma_sft.packing.view",
+    "pack": "ma_sft.packing.pack",
     "to_preference": "ma_sft.data.preference",
     "Recipe": "ma_sft.config",
     "tokenize_conversation": "ma_sft.labels.conversation",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ma_sft.packing.plan import best_fit_decreasing
+from ma_sft.packing.best_fit import best_fit_decreasing
 
 LENGTHS = (11, 5, 3, 7, 2, 4)
 ROOM = 16

@@ -4,12 +4,9 @@ import re
 
 import pytest
 from conftest import ROOT
-from datasets import Dataset
 
-from ma_sft import Recipe, make_trainer, to_messages
-from ma_sft.config import ADDED_CHOICES
+from ma_sft import to_messages
 from ma_sft.data import filters, formats
-from ma_sft.packing import plan
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
@@ -18,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 @pytest.fixture
 def plug_in():
     """Runs the block of the page that has a word in it; what it registers goes after the test."""
-    registries = (formats.FORMATS, filters.ROW_FILTERS, plan.STRATEGIES, ADDED_CHOICES)
+    registries = (formats.FORMATS, filters.ROW_FILTERS)
     kept = [dict(registry) for registry in registries]
 
     def run(word):
@@ -44,15 +41,6 @@ def test_filter(plug_in):
     row = filters.SeenRow([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 2)
     assert filters.ROW_FILTERS["max_messages"](1, row) == "2 messages"
     assert filters.ROW_FILTERS["max_messages"](2, row) is None
-
-
-def test_packing_strategy_of_a_recipe(plug_in, tiny_bpe, tmp_path):
-    plug_in("add_strategy")
-    rows = Dataset.from_list([{"prompt": "What is it?", "completion": "so"}] * 5)
-    settings = {"output_dir": str(tmp_path), "packing": True, "packing_strategy": "one_each", "max_length": 64}
-    settings |= {"report_to": [], "per_device_train_batch_size": 1, "bf16": False}
-    trainer = make_trainer(Recipe(model_name_or_path=str(tiny_bpe), **settings), train_dataset=rows)
-    assert len(trainer.train_dataset) == 5
 
 
 def test_every_answer_names_a_file_that_is_there_and_a_name_in_it():

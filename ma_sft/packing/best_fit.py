@@ -5,7 +5,7 @@ from collections import deque
 
 import numpy as np
 
-from ma_sft.packing.pieces import Ints
+from ma_sft.packing.truncation import Ints
 
 
 def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:

@@ -1,6 +1,6 @@
 """`ConstantLengthDataset`, the class that TRL 0.x had: a stream of rows of exactly `seq_length` tokens."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ma_sft.errors import FormatError, LabelError, RecipeError
-from ma_sft.packing.tokens import IGNORED
+from ma_sft.packing.pack import IGNORED
 
 
 class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
@@ -18,23 +18,17 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
     Each item has `input_ids` and `labels`, int64 tensors of shape (seq_length,). Documents are joined and
     cut every `seq_length` tokens, so documents in one row see each other; `pack` keeps them apart.
 
-    What differs from TRL 0.x:
-        - Rows that carry `input_ids` need neither text field nor function, and keep their `labels`. A concat token
-          after labelled ids has no label, and none is put after ids that end with it.
-        - No token is lost: what a buffer leaves over goes to the next one, and the last row is filled up
-          with tokens that carry no label.
-        - Each data loader worker reads its own share of the rows. accelerate's loaders share rows between
-          ranks by themselves; with a plain loader take `shard(world_size, rank)` on each rank.
-        - The order depends on `seed` and the epoch alone: `set_epoch`, or how often the stream was read to its end.
-          `state_dict` takes it up in the middle.
-        - `len` is the number of rows of `seq_length` tokens (TRL gave the number of documents).
+    What differs from TRL 0.x: rows that carry `input_ids` need neither text field nor function, and keep their `labels`
+    (a concat token after labelled ids has no label, and none is put after ids that end with it). No token is lost: what
+    a buffer leaves over goes to the next one, and the last row is filled up with tokens without a label. Each worker of
+    a data loader reads its own share of the rows. The order depends on `seed` and the epoch (`set_epoch`, or how often
+    the stream was read to its end). `len` is the number of rows of `seq_length` tokens (TRL: of documents).
 
     Args:
         tokenizer: tokenizer of the texts; its end token joins documents.
         dataset: rows, as a data set or any iterable that can be iterated again.
         dataset_text_field: the column of the text, or of token ids.
-        formatting_func: row -> text or token ids. Special tokens in the text are parsed, as the text is a rendered
-            template.
+        formatting_func: row -> text or token ids. Special tokens in the text are parsed: it is a rendered template.
         infinite: start again at the end instead of stopping.
         seq_length: tokens in each row.
         num_of_sequences: rows in the buffer.
@@ -44,10 +38,6 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         append_concat_token: put the end token after each document.
         add_special_tokens: let the tokenizer add its special tokens to each text.
         seed: seed of `shuffle`.
-
-    Attributes:
-        current_size: items given so far, in this process.
-        pretokenized: whether the rows have a column `input_ids`.
 
     Raises:
         RecipeError: neither text field nor function for rows that are not tokenised.
@@ -71,17 +61,11 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         add_special_tokens: bool = True,
         seed: int = 42,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.dataset = dataset
-        self.formatting_func = formatting_func
-        self.infinite = infinite
-        self.seq_length = seq_length
-        self.chars_per_token = chars_per_token
+        self.tokenizer, self.dataset, self.formatting_func = tokenizer, dataset, formatting_func
+        self.infinite, self.seq_length, self.chars_per_token = infinite, seq_length, chars_per_token
         self.max_buffer_size = seq_length * chars_per_token * num_of_sequences
-        self.shuffle = shuffle
-        self.append_concat_token = append_concat_token
-        self.add_special_tokens = add_special_tokens
-        self.seed = seed
+        self.shuffle, self.seed = shuffle, seed
+        self.append_concat_token, self.add_special_tokens = append_concat_token, add_special_tokens
         # `is None` and not falsy: 0 is a token id.
         self.concat_token_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         names = getattr(dataset, "column_names", None)
@@ -91,129 +75,87 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         if dataset_text_field is None and formatting_func is None and not self.pretokenized:
             raise RecipeError(f"rows with the columns {list(names or [])}: set dataset_text_field or formatting_func")
         self.dataset_text_field = dataset_text_field or "input_ids"
-        self.current_size = 0
-        self.epoch = 0
-        self._shard = (0, 1)
-        self._state: dict[str, Any] = {}
-        self._resume: dict[str, Any] | None = None
+        self.current_size = self.epoch = 0
         self._length: int | None = None
-
-    def shard(self, num_shards: int, index: int) -> "ConstantLengthDataset":
-        """The same stream over every `num_shards`-th row, from row `index` on; for one rank of several."""
-        other = object.__new__(ConstantLengthDataset)
-        other.__dict__.update(self.__dict__, _length=None, _state={}, _resume=None)
-        other._shard = (self._shard[0] + index * self._shard[1], num_shards * self._shard[1])
-        return other
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
         self.epoch = epoch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration stands; plain numbers and lists."""
-        return dict(self._state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on behind the item after which `state` was taken."""
-        self._resume = dict(state) or None
-
     def __len__(self) -> int:
         if self.infinite or not hasattr(self.dataset, "__len__"):
             raise TypeError("an infinite or streaming ConstantLengthDataset has no length; set max_steps")
         if self._length is None:
-            tokens, rows = 0, self._rows(0, self._shard)
-            while documents := self._read_buffer(rows):
-                tokens += sum(len(ids) for ids, _ in documents)
-            self._length = -(-tokens // self.seq_length)
+            rows = iter(self.dataset)
+            buffers = iter(lambda: self._read_buffer(rows), [])
+            self._length = -(-sum(len(ids) for buffer in buffers for ids, _ in buffer) // self.seq_length)
         return self._length
 
     def to_iterable_dataset(self) -> datasets.IterableDataset:
-        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for.
+        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for; it has a length if this has.
 
         Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`; its `set_epoch` is the stream's.
         """
         items = _Items(self)
-        # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
-        items.around = datasets.IterableDataset.from_generator(items, gen_kwargs={"shard": self._shard})
+        items.around = datasets.IterableDataset.from_generator(items)
+        items.around.__class__ = _SizedIterableDataset
+        items.around.stream = self
         return items.around
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
-        shard = self._shard
         # A streaming data set of `datasets` shares its files between the workers by itself.
-        if worker is not None and not isinstance(self.dataset, datasets.IterableDataset):
-            shard = shard[0] + worker.id * shard[1], shard[1] * worker.num_workers
-        yield from self.iterate(shard, self.epoch)
-        self.epoch = int(self._state.get("epoch", self.epoch)) + 1
+        if worker is None or isinstance(self.dataset, datasets.IterableDataset):
+            yield from self.iterate(self.epoch)
+        else:
+            yield from self.iterate(self.epoch, worker.id, worker.num_workers)
+        self.epoch += 1
 
-    def iterate(self, shard: tuple[int, int], epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The items of every `shard[1]`-th row from row `shard[0]` on."""
-        fresh = {"epoch": epoch, "row": 0, "ids": [], "labels": [], "yielded": 0, "shard": list(shard)}
-        state: dict[str, Any] = self._resume or fresh
-        self._resume = None
-        if state["shard"] != list(shard):
-            raise RecipeError(
-                f"the saved state is of shard {state['shard']}, this is {list(shard)}; "
-                "resume with as many workers and ranks"
-            )
-        rows = self._rows(state["row"], shard)
-        empty = not state["ids"] and not state["row"]
+    def iterate(self, epoch: int, first: int = 0, step: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+        """The items of every `step`-th row from row `first` on."""
+        ids: list[int] = []
+        labels: list[int] = []
+        rows, row, empty = islice(iter(self.dataset), first, None, step), 0, True
         while True:
             documents = self._read_buffer(rows)
-            rng = np.random.default_rng((self.seed, state["epoch"], shard[0], state["row"]))
-            order = rng.permutation(len(documents)) if self.shuffle else range(len(documents))
-            ids, labels = list(state["ids"]), list(state["labels"])
-            for number in order:
+            rng = np.random.default_rng((self.seed, epoch, first, row))
+            for number in rng.permutation(len(documents)) if self.shuffle else range(len(documents)):
                 ids += documents[number][0]
                 labels += documents[number][1]
             empty = empty and not ids
             if not documents and self.infinite:
-                if empty and shard[0]:
-                    return  # fewer rows than workers: the first one says whether there is a token
+                if empty and first:
+                    return  # fewer rows than workers: the first one raises if there is no token at all
                 if empty:
                     raise FormatError("an infinite ConstantLengthDataset over rows without a token; give it data")
-                state = {**state, "epoch": state["epoch"] + 1, "row": 0, "yielded": 0}
-                rows, empty = self._rows(0, shard), not ids
+                epoch, row, empty = epoch + 1, 0, not ids
+                rows = islice(iter(self.dataset), first, None, step)
                 continue
             if not documents:
-                fill = -len(ids) % self.seq_length
-                ids, labels = ids + [self.concat_token_id] * fill, labels + [IGNORED] * fill
+                missing = -len(ids) % self.seq_length
+                ids, labels = ids + [self.concat_token_id] * missing, labels + [IGNORED] * missing
             full = len(ids) // self.seq_length
-            windows = rng.permutation(full) if self.shuffle else np.arange(full)
-            for number in windows[state["yielded"] :].tolist():
+            for number in rng.permutation(full) if self.shuffle else range(full):
                 window = slice(number * self.seq_length, (number + 1) * self.seq_length)
-                state = {**state, "yielded": state["yielded"] + 1}
-                self._state = state
                 self.current_size += 1
                 yield {"input_ids": torch.tensor(ids[window]), "labels": torch.tensor(labels[window])}
             if not documents:
                 return
-            rest = slice(full * self.seq_length, None)
-            row = state["row"] + len(documents)
-            state = {**state, "row": row, "ids": ids[rest], "labels": labels[rest], "yielded": 0}
-
-    def _rows(self, start: int, shard: tuple[int, int]) -> Iterator[Any]:
-        """Rows of one shard, from its `start`-th on."""
-        index, count = shard
-        first = index + start * count
-        if isinstance(self.dataset, datasets.Dataset):
-            chosen = range(first, len(self.dataset), count)
-            return iter(self.dataset.select(chosen)) if chosen else iter(())
-        return islice(iter(self.dataset), first, None, count)
+            row += len(documents)
+            ids, labels = ids[full * self.seq_length :], labels[full * self.seq_length :]
 
     def _read_buffer(self, rows: Iterator[Any]) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of the next rows, as many as fill the buffer."""
-        found: list[tuple[Any, list[int] | None]] = []
+        read: list[tuple[Any, list[int] | None]] = []
         size = 0.0
         while size < self.max_buffer_size and (row := next(rows, None)) is not None:
-            found.append(self._document(row))
-            text = isinstance(found[-1][0], str)
-            size += max(len(found[-1][0]), 1) * (1 if text else self.chars_per_token)
-        texts = [value for value, _ in found if isinstance(value, str)]
-        how = {"add_special_tokens": self.add_special_tokens, "truncation": False}
-        encoded = iter(self.tokenizer(texts, **how)["input_ids"] if texts else ())
+            read.append(self._document(row))
+            size += max(len(read[-1][0]), 1) * (1 if isinstance(read[-1][0], str) else self.chars_per_token)
+        texts = [value for value, _ in read if isinstance(value, str)]
+        options = {"add_special_tokens": self.add_special_tokens, "truncation": False}
+        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
         documents = []
-        for value, labels in found:
+        for value, labels in read:
             text = isinstance(value, str)
             ids = list(next(encoded) if text else value)
             labels = ids if labels is None else labels
@@ -249,5 +191,15 @@ class _Items:
         self.stream = stream
         self.around: Any = None
 
-    def __call__(self, shard: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
-        return self.stream.iterate(shard, self.stream.epoch + (self.around.epoch if self.around else 0))
+    def __call__(self) -> Iterator[dict[str, torch.Tensor]]:
+        # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
+        return self.stream.iterate(self.stream.epoch + (self.around.epoch if self.around else 0))
+
+
+class _SizedIterableDataset(datasets.IterableDataset):  # type: ignore[misc]
+    """The stream's own length: a trainer counts the steps of its epochs by it."""
+
+    stream: ConstantLengthDataset
+
+    def __len__(self) -> int:
+        return len(self.stream)

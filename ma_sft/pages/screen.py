@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def forecast_memory(settings: "Settings", data: "Prepared") -> "Forecast | None":
     """The forecast of peak memory for the longest row that there is; None where the model cannot be simulated."""
-    from ma_sft.packing.packs import lengths
+    from ma_sft.packing.pack import lengths
     from ma_sft.tools.memory import forecast
 
     rows: Any = data.dataset

@@ -29,10 +29,11 @@ from transformers.utils import import_utils
 from trl import SFTConfig
 
 from ma_sft.errors import LabelError, MaSftError, RecipeError, RunError
-from ma_sft.packing.packs import as_arrays, fill, packs_of
+from ma_sft.packing.pack import as_arrays, fill, packs_of
 from ma_sft.utils import say
 
 ROWS_AT_A_TIME = 1000  # of a stream
+
 
 T = TypeVar("T")
 

@@ -15,11 +15,16 @@ from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.report import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
-from ma_sft.packing.packs import COLUMNS, lengths, packs_of
-from ma_sft.packing.plan import check_settings
-from ma_sft.packing.report import PackingReport
-from ma_sft.packing.tokens import IGNORED
-from ma_sft.packing.view import pack_table, pack_with_report
+from ma_sft.packing.pack import (
+    COLUMNS,
+    IGNORED,
+    PackingReport,
+    check_settings,
+    lengths,
+    pack_table,
+    pack_with_report,
+    packs_of,
+)
 from ma_sft.training.distributed import Order, Share, digest, once, share_out
 
 SHOWN_ROWS = 4  # in the report
@@ -144,7 +149,6 @@ def _how_to_pack(settings: Settings, held_out: bool = False) -> dict[str, Any]:
         "seq_length": training.max_length,
         "strategy": strategy,
         "overflow": overflow,
-        "batch_size": training.per_device_train_batch_size,
         "drop_unlabelled": True,
     }
 

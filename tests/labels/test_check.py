@@ -15,7 +15,7 @@ from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
 from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
 from ma_sft.labels.tokenize import label
-from ma_sft.packing.plan import documents
+from ma_sft.packing.truncation import label_runs, truncate
 from ma_sft.pages.preview import preview, preview_html
 from ma_sft.training.prepare import check_as_trained
 
@@ -112,7 +112,7 @@ def test_double_bos():
 
 def kept(lengths: list[int], limit: int, overflow: str = "cut"):
     """What packing's policy leaves of rows of these lengths, by itself."""
-    return documents(np.array(lengths), limit, overflow, lambda rows: (rows * 0, rows * 0))
+    return truncate(np.array(lengths), lambda row: label_runs(np.array([-100])), limit, overflow)
 
 
 def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():

@@ -1,6 +1,5 @@
-"""`ConstantLengthDataset`: rows of one length, no token lost, each epoch in another order, resumed in the middle."""
+"""`ConstantLengthDataset`: rows of one length, no token lost, each epoch in another order."""
 
-import json
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from ma_sft import ConstantLengthDataset, FormatError, RecipeError
-from ma_sft.packing.tokens import IGNORED
+from ma_sft.packing.pack import IGNORED
 
 
 def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Dataset:
@@ -109,14 +108,10 @@ def test_the_concat_token_of_a_labelled_row_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0), (2, 2)])
-def test_workers_and_ranks_share_the_rows(ranks: int, workers: int, streaming: bool) -> None:
+def test_workers_share_the_rows(streaming: bool) -> None:
     rows = make_rows([5, 9, 1, 30, 2, 11, 17, 4, 4, 12])
     source = rows.to_iterable_dataset() if streaming else rows
-    items = []
-    for rank in range(ranks):
-        items += list(DataLoader(stream(source).shard(ranks, rank), batch_size=1, num_workers=workers))
-    assert trained(items) == labels_of(rows)
+    assert trained(DataLoader(stream(source), batch_size=1, num_workers=2)) == labels_of(rows)
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
@@ -130,22 +125,6 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(1) == order(1)
     assert order(1) != order(2) and order(1) != order(1, epoch=1)
     assert trained(stream(rows, seed=1)) == trained(stream(rows, seed=2)) == labels_of(rows)
-
-
-@pytest.mark.parametrize("infinite", [False, True])
-@pytest.mark.parametrize("stop", [1, 5, 14, 23])
-def test_a_stream_is_taken_up_where_it_was_left(stop: int, infinite: bool) -> None:
-    rows = make_rows([5, 9, 1, 30, 2, 11, 17, 40, 3, 25, 40])
-    whole = iter(stream(rows, infinite=infinite))
-    wanted = [item["input_ids"].tolist() for item, _ in zip(whole, range(40), strict=False)]
-    left = stream(rows, infinite=infinite)
-    iterator = iter(left)
-    for _ in range(stop):
-        next(iterator)
-    again = stream(rows, infinite=infinite)
-    again.load_state_dict(json.loads(json.dumps(left.state_dict())))
-    rest = [item["input_ids"].tolist() for item, _ in zip(again, range(40 - stop), strict=False)]
-    assert rest == wanted[stop:]
 
 
 def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
@@ -163,6 +142,19 @@ def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
     assert trainer.train().global_step == 2
     assert trainer.seen["input_ids"].tolist() == [list(range(26, 34)), list(range(34, 42))]
     assert trainer.seen["labels"].tolist()[1][6] == IGNORED
+
+
+def test_a_trainer_counts_the_steps_of_its_epochs_by_the_length(tmp_path: Path) -> None:
+    args = SFTConfig(**trainer_settings(tmp_path), num_train_epochs=2, per_device_train_batch_size=2)
+    trainer = SFTTrainer(
+        model=tiny_model("sdpa"),
+        args=args,
+        train_dataset=stream(make_rows([30] * 6)).to_iterable_dataset(),
+        processing_class=load_tokenizer("smollm2"),
+    )
+    assert trainer.train().global_step == 24  # 180 tokens are 23 rows of 8: 12 batches an epoch
+    with pytest.raises(TypeError, match="set max_steps"):
+        len(stream(make_rows([30]), infinite=True).to_iterable_dataset())
 
 
 def test_each_epoch_comes_in_another_order_by_itself_and_through_the_trainer(tmp_path: Path) -> None:

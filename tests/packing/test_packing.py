@@ -19,10 +19,8 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
 from ma_sft.packing.best_fit import best_fit_decreasing
-from ma_sft.packing.packs import Packs, as_arrays, fill, flatten, lengths, packs_of
-from ma_sft.packing.plan import STRATEGIES, Strategy
-from ma_sft.packing.tokens import IGNORED
-from ma_sft.packing.view import pack_with_report
+from ma_sft.packing.pack import IGNORED, Packs, as_arrays, fill, flatten, lengths, pack_with_report, packs_of
+from ma_sft.packing.truncation import POLICIES, label_runs, truncate
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -152,10 +150,19 @@ def test_drop_leaves_long_rows_out_and_counts_them() -> None:
     assert "1 rows longer than 8 tokens were dropped" in str(report)
 
 
-def test_the_report_gives_density_padding_and_steps() -> None:
-    report = pack_with_report(make_rows([8, 2, 4, 2]), 8, batch_size=4)[1]
-    assert (report.packs, report.density, report.padded_tokens) == (2, 1.0, 32)
-    assert (report.padding_saved, report.speed_up, report.steps(1, epochs=3)) == (16, 2.0, 6)
+def test_the_report_gives_packs_and_density() -> None:
+    report = pack_with_report(make_rows([8, 2, 4, 2]), 8)[1]
+    assert (report.packs, report.density) == (2, 1.0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_truncation_is_a_pure_function_of_lengths_and_runs_of_labels(policy: str) -> None:
+    rows = [turns((3, 2), (3, 2), (2, 2)), turns((2, 3)), turns((2, 10)), turns((12, 0))]
+    labels = [np.array(row["labels"]) for row in rows]
+    kept = truncate(np.array([len(each) for each in labels]), lambda row: label_runs(labels[row]), 10, policy)
+    spans = zip(kept.row.tolist(), kept.start.tolist(), kept.length.tolist(), strict=True)
+    packed = pack(datasets.Dataset.from_list(rows), 10, "none", overflow=policy)
+    assert packed["input_ids"][:] == [rows[row]["input_ids"][start : start + length] for row, start, length in spans]
 
 
 @pytest.mark.parametrize(
@@ -320,14 +327,6 @@ def test_rows_without_a_label_are_left_out_if_asked() -> None:
     assert (report.rows, report.documents, report.rows_unlabelled) == (3, 1, 1)
 
 
-def test_a_strategy_is_a_function_in_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pairwise(kept: Any, seq_length: int, seed: int | None) -> Any:
-        return kept, np.full(len(kept.row) // 2, 2)
-
-    monkeypatch.setitem(STRATEGIES, "pairwise", Strategy(pairwise))
-    assert pack(make_rows([3, 4, 2, 1]), 8, "pairwise")["seq_lengths"][:] == [[3, 4], [2, 1]]
-
-
 def test_groups_share_no_pack() -> None:
     rows = make_rows([3, 4, 2, 1, 5, 6, 2, 2])
     groups = np.array(["a", "b"] * 4)
@@ -400,7 +399,7 @@ def test_what_is_mapped_or_filled_up_stays_readable() -> None:
 
 
 def test_names_of_datasets_that_are_not_public() -> None:
-    """What `view.py` uses of the inside of `datasets`; a release without it is named here."""
+    """What `pack.py` uses of the inside of `datasets`; a release without it is named here."""
     rows = make_rows([1] * 9).shuffle(seed=0)
     assert sorted(rows._indices.column(0).to_pylist()) == list(range(9))
     assert rows._fingerprint and make_rows([1])._indices is None

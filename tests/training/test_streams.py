@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 from ma_sft import Recipe, run
 from ma_sft.data.mixture import load_mixture
 from ma_sft.errors import LabelError, RecipeError
-from ma_sft.packing.packs import COLUMNS
-from ma_sft.packing.view import pack_table
+from ma_sft.packing.pack import COLUMNS, pack_table
 from ma_sft.training.distributed import Order, Share, share_out
 
 FILES = {"unequal": (5, 400), "three equal": (40, 40, 40), "one": (50,)}

@@ -1,0 +1,96 @@
+"""What is left of rows that are longer than `max_length`: a policy is one function in `POLICIES`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Runs = Callable[[int], tuple[Ints, Ints]]  # the number of a row -> where its runs of labels begin and end
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of rows: `length` tokens of row `row` from token `start` on; int64 arrays of shape (spans,)."""
+
+    row: Ints
+    start: Ints
+    length: Ints
+
+    def take(self, which: NDArray[Any] | slice) -> "Spans":
+        return Spans(self.row[which], self.start[which], self.length[which])
+
+
+def truncate(lengths: Ints, runs: Runs, max_length: int, policy: str) -> Spans:
+    """What truncation leaves of each row.
+
+    Args:
+        lengths: tokens of each row.
+        runs: where the runs of labels of a row begin and end (see `label_runs`); asked for rows that are too long, and
+            only by "keep_answer".
+        max_length: the most tokens of a span.
+        policy: one of `POLICIES`.
+
+    Returns:
+        Spans in the order of the rows; none is empty or longer than `max_length`. A row may have none, or several.
+    """
+    kept = POLICIES[policy](lengths, runs, max_length)
+    return kept if kept.length.all() else kept.take(np.flatnonzero(kept.length))
+
+
+def label_runs(labels: NDArray[Any], ignored: int = -100) -> tuple[Ints, Ints]:
+    """Where runs of labels begin and end (the token after the last)."""
+    edges = np.flatnonzero(np.diff(labels != ignored, prepend=False, append=False))
+    return edges[::2], edges[1::2]
+
+
+def _cut(lengths: Ints, runs: Runs, max_length: int) -> Spans:
+    """The beginning of each row."""
+    rows = np.arange(len(lengths))
+    return Spans(rows, np.zeros_like(rows), np.minimum(lengths, max_length))
+
+
+def _keep_end(lengths: Ints, runs: Runs, max_length: int) -> Spans:
+    """The end of each row."""
+    kept = np.minimum(lengths, max_length)
+    return Spans(np.arange(len(lengths)), lengths - kept, kept)
+
+
+def _keep_answer(lengths: Ints, runs: Runs, max_length: int) -> Spans:
+    """The last answer with as many of the turns before it as there is room for; rows without room for it go."""
+    kept = _cut(lengths, runs, max_length)
+    for row in np.flatnonzero(lengths > max_length).tolist():
+        begins, ends = runs(row)
+        first = max(int(ends[-1]), max_length) - max_length if len(ends) else 0
+        if len(ends) and begins[-1] <= first > 0:
+            kept.length[row] = 0
+            continue
+        # The end of an earlier answer is the start of a turn; without one, the turn before the answer is cut.
+        start = int(min(ends[:-1][ends[:-1] >= first], default=first)) if first else 0
+        kept.start[row], kept.length[row] = start, min(first + max_length, lengths[row]) - start
+    return kept
+
+
+def _split(lengths: Ints, runs: Runs, max_length: int) -> Spans:
+    """All of each row, a long one as several documents."""
+    count = -(-lengths // max_length)
+    rows = np.repeat(np.arange(len(lengths)), count)
+    start = (np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)) * max_length
+    return Spans(rows, start, np.minimum(lengths[rows] - start, max_length))
+
+
+def _drop(lengths: Ints, runs: Runs, max_length: int) -> Spans:
+    """The rows that are not too long."""
+    rows = np.flatnonzero(lengths <= max_length)
+    return Spans(rows, np.zeros_like(rows), lengths[rows])
+
+
+POLICIES: dict[str, Callable[[Ints, Runs, int], Spans]] = {
+    "cut": _cut,
+    "split": _split,
+    "drop": _drop,
+    "keep_answer": _keep_answer,
+    "keep_end": _keep_end,
+}
