@@ -12,7 +12,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.files import as_written
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.targets import Message
+from ma_sft.labels.turns import Message
 from ma_sft.release.manifest import read_manifest, trained_encoder
 from ma_sft.release.merge import load_adapter
 from ma_sft.release.weights import read_weights
