@@ -70,6 +70,9 @@ class LabelsConfig:
         "A turn that the template rewrites in history is trained in a sequence of its own, or masked.",
         ["split", "mask"],
     )
+    add_eos: bool = setting(
+        False, "Put the EOS token behind each turn, for a chat template that writes no end of turn."
+    )
     response_template: str | None = setting(
         None, "Find labels by this text with DataCollatorForCompletionOnlyLM; needs formatting_func."
     )

@@ -163,6 +163,10 @@ class ChatEncoder:
         """Id of the token that ends an ordinary assistant turn; generation stops there."""
         return self.control[self.end_token]
 
+    def render_by_transformers(self) -> None:
+        """Leave minijinja, after it was seen to give another text."""
+        self._turns.renderer.fast = False
+
     def encode(
         self,
         conversations: Sequence[list[Message]],

@@ -21,7 +21,7 @@ from ma_sft.labels.apply_template import apply_template, check_size
 Message = dict[str, Any]
 
 PROOFS = 3  # renderings of a shape that both must agree on
-EVERY = 200  # of so many later ones, one is compared
+EVERY = 1000  # of so many later ones, one is compared
 _FUEL = 50_000_000  # instructions, about a second: what needs more goes to transformers, which has a time limit
 _SHAPES = 50_000
 
