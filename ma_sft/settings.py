@@ -247,7 +247,7 @@ NEEDS = (
     ),
     Need("instruction_template", "response_template"),
     Need(
-        "system_prompt merge_turns train_on history template_kwargs template_now dataset_format on_error "
+        "system_prompt merge_turns train_on history template_kwargs template_now add_eos dataset_format on_error "
         "dataset_text_field",
         "formatting_func",
         "is for conversations, and formatting_func makes the whole text; leave one of them out",

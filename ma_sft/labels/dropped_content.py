@@ -114,7 +114,9 @@ class DroppedContent:
         if not text:
             return []
         dropped = {word: place for word, place in places.items() if word not in text}
-        if len(dropped) > (TOOL_NAME in dropped) and prompts:  # some templates write a system message before the last question only
+        if (
+            len(dropped) > (TOOL_NAME in dropped) and prompts
+        ):  # some templates write a system message before the last question only
             asked = [k for k, m in enumerate(marked) if m["role"] == "assistant" and k]
             seen = "".join(render(marked[:k], True) for k in asked)
             dropped = {word: place for word, place in dropped.items() if word not in seen}

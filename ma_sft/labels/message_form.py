@@ -153,9 +153,13 @@ class MessageForm:
         return alone[alone.rindex(_SAID) + len(_SAID) :], rest
 
     def _find_end(self, alone: str, history: str) -> End:
-        if shared := self._last_shared(alone, history):
-            return shared
+        shared = self._last_shared(alone, history)
         first = self._control.search(alone) or self._control.search(history)
+        if self._add_eos and (shared or first):
+            token = shared.token if shared else first and first.group()
+            raise TemplateError(f"add_eos: the chat template ends a turn by {token!r} itself; remove the setting")
+        if shared:
+            return shared
         if first is None and self._add_eos and self._eos:
             return End(self._eos, alone, added=True)
         if first is None:
