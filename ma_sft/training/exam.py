@@ -25,8 +25,8 @@ from ma_sft.errors import RecipeError, one_line
 from ma_sft.files import write_whole
 from ma_sft.hub import stop_ids
 from ma_sft.labels.encoder import ChatEncoder, parsed
-from ma_sft.labels.turns import Message
 from ma_sft.labels.tokenize import make_encoder
+from ma_sft.labels.turns import Message
 from ma_sft.recipe import Settings
 from ma_sft.training.grades import Answer, HeldOut, evaluation, headlines, marks
 from ma_sft.training.prepare import Prepared
