@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import RecipeError, TemplateError, one_line
 from ma_sft.files import not_there
 from ma_sft.labels.apply_template import compiled
-from ma_sft.labels.clock import set_clock
+from ma_sft.labels.template_date import set_clock
 
 if TYPE_CHECKING:
     from ma_sft.recipe import Settings

@@ -18,7 +18,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.files import not_there, write_whole
 from ma_sft.hub import commits, recall
-from ma_sft.labels.clock import recall_clock
+from ma_sft.labels.template_date import recall_clock
 from ma_sft.recipe import Settings
 from ma_sft.settings import shown
 from ma_sft.training.processes import once
