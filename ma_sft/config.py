@@ -112,6 +112,9 @@ class LabelsConfig:
         "(keep_end), split it, drop it, or keep_answer: the oldest turns go first.",
         ["cut", "split", "drop", "keep_answer", "keep_end"],
     )
+    add_eos: bool = setting(
+        False, "Put the EOS token behind each turn, for a chat template that writes no end of turn."
+    )
     check: bool = setting(True, "Prove the labels before training; wrong ones stop the run.")
 
     def __post_init__(self) -> None:
@@ -333,7 +336,7 @@ RULES: tuple[Fixed | Excludes | Needs, ...] = (
     ),
     Needs("instruction_template", "response_template"),
     Needs(
-        "system_prompt merge_turns train_on history template_kwargs template_now dataset_format on_error "
+        "system_prompt merge_turns train_on history template_kwargs template_now add_eos dataset_format on_error "
         "dataset_text_field",
         "formatting_func",
         "is for conversations, and formatting_func makes the whole text; leave one of them out",

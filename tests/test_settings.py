@@ -693,7 +693,7 @@ PROVEN = {
     "pad_token": "test_settings.py::test_eos_and_pad_token",
     "lora_target_modules": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
     "lora_target_parameters": "test_settings.py::test_adapter_is_tried_out_before_any_row_is_read",
-    "template_now": "labels/test_clock.py::test_template_now_is_what_the_template_writes",
+    "template_now": "labels/test_template_date.py::test_template_now_is_what_the_template_writes",
     "overflow": "training/test_prepare.py::test_overflow_is_a_setting",
     "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.targets import Message
 from ma_sft.labels.templates import set_chat_template
+from ma_sft.labels.turns import Message
 
 
 def tokenize_conversation(

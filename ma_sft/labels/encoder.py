@@ -1,25 +1,22 @@
 """Conversations -> token ids and labels, the one place where labels are made.
 
 How it works. The chat template renders the conversation to text. *Control tokens* (the special tokens, and the
-other added tokens that the template writes itself, such as `<think>`) cut that text into pieces; each piece is
-tokenised, each control token is one id, and the ids are joined. Where a control token's text stands inside the
-*content*, it is cut in two before rendering, so it is tokenised as the ordinary text it is.
+other added tokens that the template writes itself, such as `<think>`) cut that text into stretches. Each different
+stretch is tokenised once a batch, between the control tokens that it stands between, each control token is one id, and
+the ids are joined. Where a control token's text stands inside the *content*, it is cut in two before rendering, so it
+is tokenised as the ordinary text it is.
 
-What is trained. `targets.py` finds for each assistant turn the prompt that the model sees at inference, and the
-target: what it should write, up to and with the end-of-turn token. The turn is trained in a sequence only if that
-sequence's ids begin with the prompt's ids and go on with the target's: training sees exactly what inference will
-see. A template that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlier turns with another
-token) breaks this for some turns; those get a sequence of their own (`history="split"`) or are masked
-(`history="mask"`).
+What is trained. `turns.py` finds for each assistant turn the prompt that the model sees at inference, and the target:
+what it should write, up to and with the end-of-turn token. The turn is trained in a sequence only if that sequence's
+ids begin with the prompt's ids and go on with the target's: training sees exactly what inference will see. A template
+that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlier turns with another token) breaks this
+for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
 """
 
 import json
-from bisect import bisect_left
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -28,17 +25,38 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
-from ma_sft.labels.targets import FORBIDDEN, Chat, Message, Targets, Turn, check_messages, fit
+from ma_sft.labels.fingerprint import digest
 from ma_sft.labels.templates import control_tokens, set_chat_template
+from ma_sft.labels.turns import EMPTY_REASONING, FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
+Stretch = tuple[str, str, str]  # the control token before, text, the control token after
 
 IGNORE_INDEX = -100
 
-_CHUNK = 250  # conversations
+_BATCH = 1000  # conversations
 _FEW = 16  # texts for which the faster tokenizer is not built: that takes longer
 
 _MERGED = "the turn's first characters merge into the prompt's last token"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn of a sequence: tokens `start:end` are trained, the end-of-turn token included.
+
+    A turn that is not trained in this sequence has an empty span and says why in `reason`. `unthought` turns stand in
+    it as history, without the empty reasoning block that the template writes before the last turn.
+    """
+
+    message: int
+    start: int = 0
+    end: int = 0
+    reason: str = ""
+    unthought: bool = False
+
+    @property
+    def trained(self) -> bool:
+        return self.end > self.start
 
 
 @dataclass
@@ -52,6 +70,7 @@ class Example:
     label_ids: Ids
     turns: list[Turn]
     special_text: list[str] = field(default_factory=list)
+    shape: str = ""
 
     @property
     def input_ids(self) -> list[int]:
@@ -63,13 +82,23 @@ class Example:
 
 
 @dataclass
-class _Plan:
-    """A text to encode, and its turns, whose `start` and `end` count characters."""
+class _Sequence:
+    """A text to encode, and its turns, whose `start` and `end` count characters.
+
+    `starts` are where the stretches begin in the text.
+    """
 
     text: str
-    marker: str
-    special_text: list[str]
+    chat: Chat
+    shape: str
     turns: list[Turn] = field(default_factory=list)
+    stretches: list[Stretch] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    def prompt_end(self, turn: Turn) -> Stretch:
+        """The stretch that inference's prompt of this turn ends with."""
+        n = bisect_right(self.starts, turn.start) - 1
+        return self.stretches[n][0], self.text[self.starts[n] : turn.start], ""
 
 
 class ChatEncoder:
@@ -83,6 +112,7 @@ class ChatEncoder:
         template_kwargs: passed to the template, e.g. `{"enable_thinking": False}`.
         template_now: the ISO date or date-time that a template which reads the clock takes for now; None for the
             machine's clock.
+        add_eos: for a template that writes no end of turn: put the EOS token behind each.
 
     Raises:
         TemplateError: no chat template, a slow tokenizer, or a template without an end-of-turn token.
@@ -96,6 +126,7 @@ class ChatEncoder:
         history: Literal["split", "mask"] = "split",
         template_kwargs: dict[str, Any] | None = None,
         template_now: str | None = None,
+        add_eos: bool = False,
     ) -> None:
         if train_on not in ("all", "last"):
             raise TemplateError(f"train_on must be 'all' or 'last', not {train_on!r}")
@@ -111,20 +142,30 @@ class ChatEncoder:
         self.history = history
         self.template_kwargs = template_kwargs or {}
         self.template_now = template_now
+        self.add_eos = add_eos
         self.backend = Backend(tokenizer)
         self.control = control_tokens(tokenizer)
-        self._is_control = np.zeros(max(len(tokenizer), *tokenizer.added_tokens_decoder, 1) + 1, dtype=bool)
-        self._is_control[list(self.control.values())] = True
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
-        self.encode_suffix = lru_cache(maxsize=4096)(self._encode_marked)
-        self._targets = Targets(tokenizer, self.control, train_on, self.template_kwargs, template_now)
-        self.end_token = self._targets.end_token
+        self._known: dict[tuple[Stretch, bool], Ids] = {}
+        self._turns = Turns(
+            tokenizer,
+            self.control,
+            train_on=train_on,
+            template_kwargs=self.template_kwargs,
+            template_now=template_now,
+            add_eos=add_eos,
+        )
+        self.end_token = self._turns.end_token
 
     @property
     def end_token_id(self) -> int:
         """Id of the token that ends an ordinary assistant turn; generation stops there."""
         return self.control[self.end_token]
+
+    def render_by_transformers(self) -> None:
+        """Leave minijinja, after it was seen to give another text."""
+        self._turns.renderer.fast = False
 
     def encode(
         self,
@@ -143,30 +184,19 @@ class ChatEncoder:
             TemplateError: a conversation that the template refuses or would lose part of; its position in
                 `conversations` is the exception's `index`.
         """
-        examples: list[list[Example]] = [[] for _ in conversations]
-        # The tokenizer lets go of the interpreter, so one chunk is tokenised while the next is rendered.
-        with ThreadPoolExecutor(1) as pool:
-            chunks = []
-            for start in range(0, len(conversations), _CHUNK):
-                plans: list[_Plan] = []
-                owner: list[int] = []
-                for index in range(start, min(start + _CHUNK, len(conversations))):
-                    kwargs = template_kwargs[index] if template_kwargs else None
-                    try:
-                        new = self._plan(conversations[index], tools[index] if tools else None, kwargs)
-                    except TemplateError as error:
-                        error.index = index  # type: ignore[attr-defined]
-                        raise
-                    plans += new
-                    owner += [index] * len(new)
-                texts = [(plan.text, plan.marker) for plan in plans]
-                chunks.append((plans, owner, pool.submit(self._encode_batch, texts)))
-            for plans, owner, tokenised in chunks:
-                for plan, index, ids in zip(plans, owner, tokenised.result(), strict=True):
-                    example = self._label(plan, ids)
-                    examples[index].append(example)
-                    if self.history == "split":
-                        examples[index] += self._apart(plan, example)
+        examples: list[list[Example]] = []
+        for start in range(0, len(conversations), _BATCH):
+            plans: list[list[_Sequence]] = []
+            for index in range(start, min(start + _BATCH, len(conversations))):
+                kwargs = template_kwargs[index] if template_kwargs else None
+                try:
+                    plans.append(self._plan(conversations[index], tools[index] if tools else None, kwargs))
+                except TemplateError as error:
+                    error.index = index  # type: ignore[attr-defined]
+                    raise
+            self._learn_all([sequence for plan in plans for sequence in plan])
+            examples += [[e for sequence in plan for e in self._label(sequence)] for plan in plans]
+            self._known.clear()
         return examples
 
     def tokenize_batch(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
@@ -179,8 +209,8 @@ class ChatEncoder:
 
         Returns columns `input_ids`, `labels`, `row` (index of the conversation), `turns` (trained turns in the
         sequence), `untrained` (why turns are trained in no sequence of the row), `unthought` (turns trained as
-        history, without the empty reasoning block that the template writes before the last one) and `special_text`
-        (control-token texts that stood in the content).
+        history, without the empty reasoning block that the template writes before the last one), `special_text`
+        (control-token texts that stood in the content) and `shape` (conversations of one shape are rendered alike).
 
         Raises:
             TemplateError: naming the row, by its `origin` if there is that column.
@@ -192,7 +222,7 @@ class ChatEncoder:
         except TemplateError as error:
             at: int = error.index  # type: ignore[attr-defined]
             raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
-        names = ("input_ids", "labels", "row", "turns", "untrained", "unthought", "special_text")
+        names = ("input_ids", "labels", "row", "turns", "untrained", "unthought", "special_text", "shape")
         columns: dict[str, list[Any]] = {name: [] for name in names}
         for row, examples in zip(rows, encoded, strict=True):
             trained = {turn.message for example in examples for turn in example.turns if turn.trained}
@@ -205,6 +235,7 @@ class ChatEncoder:
                 columns["untrained"].append([*reasons.values()] if position == 0 else [])
                 columns["unthought"].append(sum(turn.trained and turn.unthought for turn in example.turns))
                 columns["special_text"].append(example.special_text if position == 0 else [])
+                columns["shape"].append(example.shape)
         return columns
 
     def encode_prompt(
@@ -214,130 +245,195 @@ class ChatEncoder:
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
-        chat = self._targets.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
-        return list(self._encode_marked(self._targets.render(chat, len(messages), prompt=True), chat.marker))
+        chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
+        text = self._turns.render(chat, len(messages), prompt=True)
+        ids = self._tokens(self._cut(text)[0], chat.marker)
+        self._known.clear()
+        return cast(list[int], np.concatenate([np.zeros(0, np.int32), *ids]).tolist())
 
-    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Plan]:
+    # -- sequences ----------------------------------------------------------------------------------------------
+
+    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
         check_messages(messages)
-        chat = self._targets.chat(messages, tools, kwargs)
+        chat = self._turns.chat(messages, tools, kwargs)
+        shape = digest(chat.shape)[:12]
         if [m["role"] for m in messages] == ["assistant"]:
-            return [self._plain_text(chat)]
-        full, turns = self._targets.turns(chat)
+            return [self._plain_text(chat, shape)]
+        full, turns = self._turns.turns(chat)
         last = turns[-1]
         # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
         # inference saw: the main sequence is then the last prompt with its answer.
-        main = full if last.reason or fit(full, last) else last.prompt + last.target
-        plans = [_Plan(main, chat.marker, chat.special_text)]
+        main = full if last.reason or _fit(full, last) else last.prompt + last.target
+        sequences = [_Sequence(main, chat, shape)]
         for turn in reversed(turns):
             # A turn shares a sequence wherever that one begins as inference does; else it gets its own.
-            fits = ((plan, span) for plan in plans if (span := fit(plan.text, turn)))
-            plan, span = next(fits, (plans[0], None))
+            fits = ((sequence, span) for sequence in sequences if (span := _fit(sequence.text, turn)))
+            sequence, span = next(fits, (sequences[0], None))
             if span:
-                plan.turns.append(span)
+                sequence.turns.append(span)
             elif turn.reason or self.history == "mask":
                 what = "this turn" if full.startswith(turn.prompt) else "the turns before this one"
                 reason = turn.reason or f"the template rewrites {what} in history"
-                plan.turns.append(Turn(turn.message, reason=reason))
+                sequence.turns.append(Turn(turn.message, reason=reason))
             else:
                 text = turn.prompt + turn.target
                 own = Turn(turn.message, len(turn.prompt), len(text))
-                plans.append(_Plan(text, chat.marker, chat.special_text, [own]))
-        if len(plans) > 1 and not any(turn.trained for turn in plans[0].turns):
-            plans[-1].turns += plans.pop(0).turns
-        for plan in plans:
-            plan.turns.sort(key=lambda turn: turn.message)
-        return [plans[0], *reversed(plans[1:])]
+                sequences.append(_Sequence(text, chat, shape, [own]))
+        if len(sequences) > 1 and not any(turn.trained for turn in sequences[0].turns):
+            sequences[-1].turns += sequences.pop(0).turns
+        for sequence in sequences:
+            sequence.turns.sort(key=lambda turn: turn.message)
+        return [sequences[0], *reversed(sequences[1:])]
 
-    def _plain_text(self, chat: Chat) -> _Plan:
+    def _plain_text(self, chat: Chat, shape: str) -> _Sequence:
         """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
         bos = (self.tokenizer.bos_token or "") if self.tokenizer("")["input_ids"] else ""
         text = f"{bos}{chat.messages[0]['content']}{self.tokenizer.eos_token}"
         turn = Turn(0, reason=FORBIDDEN) if chat.untrained else Turn(0, len(bos), len(text))
-        return _Plan(text, chat.marker, chat.special_text, [turn])
+        return _Sequence(text, chat, shape, [turn])
+
+    def _label(self, sequence: _Sequence) -> list[Example]:
+        """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
+        parts = self._tokens(sequence.stretches, sequence.chat.marker)
+        offsets = [0, *np.cumsum([len(part) for part in parts]).tolist()]
+        ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        turns, apart = [], []
+        for turn in sequence.turns:
+            if turn.reason:
+                turns.append(turn)
+                continue
+            n = bisect_right(sequence.starts, turn.start) - 1
+            (head,) = self._tokens([sequence.prompt_end(turn)], sequence.chat.marker)
+            start = offsets[n] + len(head)
+            end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
+            if not np.array_equal(ids[offsets[n] : start], head):
+                final = turn.end == len(sequence.text) or turn.message == len(sequence.chat.messages) - 1
+                if final and turn is sequence.turns[-1]:  # nothing follows, so the text can be cut where inference does
+                    said = self._continue(sequence.text[turn.start :], sequence.chat.marker)
+                    behind = len(ids) - end
+                    ids = np.concatenate([ids[: offsets[n]], head, said])
+                    labels = np.concatenate(
+                        [labels[: offsets[n]], np.full(len(head) + len(said), IGNORE_INDEX, np.int32)]
+                    )
+                    end = len(ids) - behind
+                else:
+                    turns.append(Turn(turn.message, reason=_MERGED))
+                    apart.append(turn)
+                    continue
+            labels[start:end] = ids[start:end]
+            turns.append(replace(turn, start=start, end=end))
+        examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.shape)]
+        if self.history == "split":
+            for turn in apart:
+                own = _Sequence(sequence.text[: turn.end], sequence.chat, sequence.shape, [turn])
+                own.stretches, own.starts = self._cut(own.text)
+                examples += self._label(own)
+        return examples
 
     # -- ids ----------------------------------------------------------------------------------------------------
+
+    def _cut(self, text: str) -> tuple[list[Stretch], list[int]]:
+        """The stretches of text between control tokens, and where each begins."""
+        stretches, starts, before, start = [], [], "", 0
+        for match in self._turns.control_pattern.finditer(text):
+            stretches.append((before, text[start : match.start()], match.group()))
+            starts.append(start)
+            before, start = match.group(), match.end()
+        return [*stretches, (before, text[start:], "")], [*starts, start]
+
+    def _tokens(self, stretches: list[Stretch], marker: str) -> list[Ids]:
+        """The ids of each stretch with the control token before it."""
+        self._learn(piece for stretch in stretches for piece in _pieces(stretch, marker))
+        return [
+            np.concatenate(
+                [
+                    np.array([self.control[stretch[0]]] if stretch[0] else [], np.int32),
+                    *(self._known[piece] for piece in _pieces(stretch, marker)),
+                ]
+            )
+            for stretch in stretches
+        ]
+
+    def _continue(self, text: str, marker: str) -> Ids:
+        """The ids of a text that continues another."""
+        (_, first, after), *rest = self._cut(text)[0]
+        pieces = _pieces(("", first, after), marker, continues=True)
+        self._learn(pieces)
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(self._known[piece] for piece in pieces), *self._tokens(rest, marker)]
+        )
+
+    def _learn_all(self, sequences: list[_Sequence]) -> None:
+        """Tokenise all that is new of a batch, each stretch once."""
+        pieces: dict[tuple[Stretch, bool], None] = {}
+        for sequence in sequences:
+            sequence.stretches, sequence.starts = self._cut(sequence.text)
+            ends = (sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason)
+            for stretch in (*sequence.stretches, *ends):
+                pieces.update(dict.fromkeys(_pieces(stretch, sequence.chat.marker)))
+        self._learn(pieces)
+
+    def _learn(self, pieces: Iterable[tuple[Stretch, bool]]) -> None:
+        new = [piece for piece in pieces if piece not in self._known]
+        continued = [piece for piece in new if self._adds_prefix and piece[1] and piece[0][1]]
+        for piece in continued:
+            self._known[piece] = np.array(self._ids_after(piece[0][1]), np.int32)
+        rest = [piece for piece in new if piece not in self._known]
+        texts = ["".join(stretch) for stretch, _ in rest]
+        found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
+        for ((before, text, after), continues), ids in zip(rest, found, strict=True):
+            edges = [self.control[token] for token in (before, after) if token]
+            inner = ids[bool(before) : len(ids) - bool(after)]
+            if [*ids[: bool(before)], *ids[len(ids) - bool(after) :]] != edges:
+                raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
+            self._known[(before, text, after), continues] = inner
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _ids_after(self, text: str) -> list[int]:
         """Ids of a text that continues another one."""
-        if not self._adds_prefix or not text:
-            return self._ids(text)
         for anchor in ("a", "0", "\n", "中"):
             ids, start = self._ids(anchor + text), self._ids(anchor)
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
-    def _encode_marked(self, text: str, marker: str = "") -> tuple[int, ...]:
-        """Ids of a rendered text; pieces at the markers are tokenised apart, so no control token forms across one."""
-        first, *rest = text.split(marker) if marker else [text]
-        ids = self._ids(first)
-        for piece in rest:
-            ids += self._ids_after(piece)
-        return tuple(ids)
 
-    def _encode_batch(self, texts: list[tuple[str, str]]) -> list[Ids]:
-        """Ids of rendered texts and their markers, by one call of the tokenizer."""
-        if len(texts) < _FEW:
-            return [np.array(self._encode_marked(text, marker), np.int32) for text, marker in texts]
-        pieces = [text.split(marker) if marker else [text] for text, marker in texts]
-        together = [each[:1] if self._adds_prefix else each for each in pieces]  # see `_ids_after`
-        ids = iter(self.backend([piece for each in together for piece in each]))
-        return [
-            np.concatenate(
-                [
-                    *islice(ids, len(known)),
-                    *(np.array(self._ids_after(piece), np.int32) for piece in each[len(known) :]),
-                ]
-            )
-            for each, known in zip(pieces, together, strict=True)
-        ]
+def _pieces(stretch: Stretch, marker: str, *, continues: bool = False) -> list[tuple[Stretch, bool]]:
+    """A stretch in pieces that are tokenised apart, so that no control token forms across a marker.
 
-    def _label(self, plan: _Plan, ids: Ids) -> Example:
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        controls = self._is_control[ids].nonzero()[0].tolist()
-        cuts = [m.start() for m in self._targets.control_pattern.finditer(plan.text)]
-        if len(controls) != len(cuts):
-            raise TemplateError(
-                f"the tokenizer finds {len(controls)} control tokens where the template wrote {len(cuts)}; "
-                f"text: {plan.text[:80]!r}"
-            )
-        turns = []
-        for turn in plan.turns:
-            if turn.reason:
-                turns.append(turn)
-                continue
-            n = bisect_left(cuts, turn.start)
-            suffix = self.encode_suffix(plan.text[cuts[n - 1] if n else 0 : turn.start], plan.marker)
-            start = (controls[n - 1] if n else 0) + len(suffix)
-            end = controls[bisect_left(cuts, turn.end) - 1] + 1
-            if tuple(ids[start - len(suffix) : start].tolist()) != suffix:
-                # The turn's first characters merge with the prompt's last ones. Nothing follows the last turn but
-                # the template's own tail, so there the text can be cut where inference cuts it.
-                if turn is not plan.turns[-1] or plan.text[turn.end :] not in self._targets.tails:
-                    turns.append(Turn(turn.message, reason=_MERGED))
-                    continue
-                pieces = plan.text[turn.start :].split(plan.marker) if plan.marker else [plan.text[turn.start :]]
-                said = [i for p in pieces for i in self._ids_after(p)]
-                ids = np.array([*ids[: start - len(suffix)].tolist(), *suffix, *said], dtype=np.int32)
-                labels = np.concatenate([labels[:start], np.full(len(ids) - start, IGNORE_INDEX, dtype=np.int32)])
-                end = self._is_control[ids].nonzero()[0].tolist()[bisect_left(cuts, turn.end) - 1] + 1
-            labels[start:end] = ids[start:end]
-            turns.append(replace(turn, start=start, end=end))
-        return Example(ids, labels, turns, plan.special_text)
+    Each with whether it continues a text.
+    """
+    before, text, after = stretch
+    if not marker or marker not in text:
+        return [(stretch, continues)]
+    first, *middle, last = text.split(marker)
+    return [((before, first, ""), continues), *((("", piece, ""), True) for piece in middle), (("", last, after), True)]
 
-    def _apart(self, plan: _Plan, example: Example) -> list[Example]:
-        """Turns whose first characters merge into the prompt's last token, in sequences that end with them."""
-        merged = {turn.message for turn in example.turns if turn.reason == _MERGED}
-        alone = [
-            _Plan(plan.text[: turn.end], plan.marker, plan.special_text, [turn])
-            for turn in plan.turns
-            if turn.message in merged
-        ]
-        ids = self._encode_batch([(p.text, p.marker) for p in alone])
-        return [self._label(p, i) for p, i in zip(alone, ids, strict=True)]
+
+def _fit(text: str, turn: TurnText) -> Turn | None:
+    """The characters of `turn` in a sequence that begins with its prompt, as it is written last or as history is."""
+    start = len(turn.prompt)
+    if turn.reason or not text.startswith(turn.prompt):
+        return None
+    # An empty reasoning block is scaffolding, not something that the turn says.
+    for target in dict.fromkeys((turn.target, EMPTY_REASONING.sub("", turn.target, count=1))):
+        if text.startswith(target, start):
+            return Turn(turn.message, start, start + len(target), unthought=target != turn.target)
+    return None
+
+
+def check_messages(messages: list[Message]) -> None:
+    """Raise `TemplateError` for what is no conversation with an assistant."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise TemplateError(f"message {i} must be a dict with a 'role', found {str(message)[:60]!r}")
+        if message.get("content") is None and not message.get("tool_calls") and not message.get("reasoning_content"):
+            raise TemplateError(f"message {i} (role {message['role']!r}) has no content")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
 
 
 def _without_nulls(message: Message) -> Message:

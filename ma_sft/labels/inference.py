@@ -16,9 +16,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.bounds import RunawayTemplateError, bounded, check_size
-from ma_sft.labels.clock import clock_at
-from ma_sft.labels.jinja import text_and_marks
+from ma_sft.labels.apply_template import RunawayTemplateError, bounded, check_size, clock_at, text_and_marks
 from ma_sft.labels.nonsense import (
     FORMS,
     FORMS_OF_CALLS,

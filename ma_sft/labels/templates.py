@@ -7,8 +7,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError, TemplateError, one_line
-from ma_sft.labels.clock import set_clock
-from ma_sft.labels.jinja import compiled
+from ma_sft.labels.apply_template import compiled
+from ma_sft.labels.template_date import set_clock
 from ma_sft.utils import not_there
 
 if TYPE_CHECKING:

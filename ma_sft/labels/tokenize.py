@@ -20,6 +20,7 @@ from ma_sft.errors import FormatError, RecipeError, first_line
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import digest, label_fingerprint
+from ma_sft.labels.render import DifferentTextError
 from ma_sft.utils import atomic_dir, cache_dir, over_bound, write_whole
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Ch
         history="mask" if whole else labels.history,  # type: ignore[arg-type]
         template_kwargs=labels.template_kwargs,  # type: ignore[arg-type]  # text was parsed with the recipe
         template_now=labels.template_now,
+        add_eos=labels.add_eos,
     )
 
 
@@ -259,13 +261,17 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
     what = type(encoder).__name__
     variables = (encoder.template_kwargs, encoder.template_now)
-    settings = (what, encoder.train_on, encoder.history, *variables, encoder.backend.wanted)
+    settings = (what, encoder.train_on, encoder.history, *variables, encoder.add_eos, encoder.backend.wanted)
     key = label_fingerprint(fingerprint_of(conversations), encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
     except DifferentIdsError as error:
         logger.warning("tokenising again, not by %s: %s", encoder.backend.name, error)
         encoder.backend = Backend(encoder.tokenizer, fast=False)
+        return tokenize(conversations, encoder, num_proc=num_proc)
+    except DifferentTextError as error:
+        logger.warning("rendering again, not by minijinja: %s", error)
+        encoder.render_by_transformers()
         return tokenize(conversations, encoder, num_proc=num_proc)
 
 

@@ -11,7 +11,7 @@ from ma_sft.data.messages import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.targets import Message
+from ma_sft.labels.turns import Message
 from ma_sft.release.manifest import read_manifest, read_weights, trained_encoder
 from ma_sft.release.merge import load_adapter
 from ma_sft.training.evaluation import end_ids

@@ -25,8 +25,8 @@ from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import stop_ids
 from ma_sft.labels.encoder import ChatEncoder, parsed
-from ma_sft.labels.targets import Message
 from ma_sft.labels.tokenize import make_encoder
+from ma_sft.labels.turns import Message
 from ma_sft.training.distributed import gather, once
 from ma_sft.training.prepare import Prepared
 from ma_sft.training.quantized import repacked

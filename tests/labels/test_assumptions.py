@@ -1,8 +1,8 @@
-"""What `ma_sft/labels/jinja.py` takes for granted of transformers, each by its name."""
+"""What `ma_sft/labels/apply_template.py` takes for granted of transformers, each by its name."""
 
 from conftest import load_tokenizer
 
-from ma_sft.labels.jinja import compiled, text_and_marks
+from ma_sft.labels.apply_template import compiled, text_and_marks
 
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"

@@ -64,8 +64,8 @@ def test_one_text_of_many_is_held_against_the_standard_one():
 
 def test_rows_are_tokenised_again_after_a_difference(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path))
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "你好"}]
-    rows = Dataset.from_list([{"messages": turns, "tools": None}] * 100)
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"你好{n}"}] for n in range(100)]
+    turns, rows = chats[0], Dataset.from_list([{"messages": turns, "tools": None} for turns in chats])
     tokenizer = load_tokenizer("qwen3")
     expected = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     encoder = ChatEncoder(tokenizer)

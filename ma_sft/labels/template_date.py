@@ -1,14 +1,9 @@
-"""The clock of a chat template: `strftime_now` gives one date in labels, judge, exam, resume and hand-off.
+"""The date of a chat template: `strftime_now` gives one date in labels, verifier, evaluation, resume and hand-off.
 
-Llama, Mistral, gpt-oss and others write today's date. transformers reads the machine's clock for it, so that the same
-recipe would have other ids the next day. It lets no function in among a template's variables, so the clock stands in
-the globals of the compiled template, of which transformers keeps one for each source.
+Llama, Mistral, gpt-oss and others write today's date. A recipe's is `template_now`.
 """
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,34 +11,11 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError
-from ma_sft.labels.jinja import compiled
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
 
 NAME = "strftime_now"  # transformers' function of chat templates
-
-_ONE_AT_A_TIME = threading.Lock()  # threads share it
-
-
-@contextmanager
-def clock_at(template_now: str | None, template: str) -> Iterator[None]:
-    """Let a chat template read `template_now` as the time.
-
-    Args:
-        template_now: an ISO date or date-time; None for the machine's clock.
-        template: its Jinja source, as transformers will be given it.
-    """
-    if template_now is None:
-        yield
-        return
-    with _ONE_AT_A_TIME:
-        names = compiled(template).globals
-        names[NAME] = datetime.fromisoformat(template_now).strftime
-        try:
-            yield
-        finally:
-            del names[NAME]  # transformers' own stands in the globals behind these
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:

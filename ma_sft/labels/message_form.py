@@ -7,25 +7,21 @@ next, another token after a tool call). A few probes say which; nothing is guess
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from jinja2 import Environment, nodes
 from jinja2 import TemplateError as JinjaError
-from jinja2 import nodes
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.bounds import RunawayTemplateError
-from ma_sft.labels.jinja import compiled
+from ma_sft.labels.apply_template import RunawayTemplateError
 
 Message = dict[str, Any]
 
 # What templates raise when they are given something that they do not expect.
 REFUSALS = (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError)
-
-_SWITCH = re.compile("think|reason")
 
 _SAID, _ASKED, _RESULT = "probe-said", "probe-asked", "probe-result"
 _TOOL = {
@@ -37,6 +33,7 @@ _TOOL = {
     },
 }
 _USER = {"role": "user", "content": _ASKED}
+_ANSWER = {"role": "assistant", "content": _SAID}
 _CALL = {
     "role": "assistant",
     "content": "",
@@ -55,17 +52,18 @@ _TOOL_RESULT = {"role": "tool", "name": "probe_tool", "tool_call_id": "probe1234
 class End:
     """The token at which generation stops after a turn.
 
-    `tail` is what the template writes after it if nothing follows. `shared` says that it is the next message's role
-    token: the template writes `gap` and it only where a message follows.
+    `tail` is what the template writes after the turn if nothing follows. `added` says that it does not write the
+    token there: it is the next message's role token, or one that it writes only where a message follows, or the EOS
+    token that the recipe adds. `gap` is what then stands between the turn and the token.
     """
 
     token: str
     tail: str = ""
     gap: str = ""
-    shared: bool = False
+    added: bool = False
 
 
-class Dialect:
+class MessageForm:
     """One template's form of messages and ends of turns.
 
     Args:
@@ -73,9 +71,10 @@ class Dialect:
         control: matches every control token.
         eos: the tokenizer's EOS token.
         with_tools: whether this is the template of rows with tools.
+        add_eos: the EOS token ends turns, for a template that writes no end.
 
     Raises:
-        TemplateError: no token ends a turn.
+        TemplateError: the template refuses a question and an answer, or no token ends a turn.
     """
 
     def __init__(
@@ -83,19 +82,18 @@ class Dialect:
         render: Callable[[list[Message], list[Any] | None, bool], str],
         control: re.Pattern[str],
         eos: str | None,
+        *,
         with_tools: bool,
+        add_eos: bool = False,
     ) -> None:
-        self._raw, self._control, self._eos = render, control, eos
+        self._render, self._control, self._eos, self._add_eos = render, control, eos, add_eos
         self._refusal: Exception | None = None
         self._parts, self._text_arguments, self._blank = False, False, ""
         self._tools: list[Any] | None = [_TOOL] if with_tools else None
         self._find_form()
-        after_text = self._after(_SAID, {"role": "assistant", "content": _SAID}, {**_USER, "content": _RESULT})
-        self.end = self._find_end(*after_text)
-        after_call = self._after(_SAID, _CALL, _TOOL_RESULT, [_TOOL])
-        self.end_of_call = self._find_end_of_call(*after_call) or self.end
+        self.end = self._find_end(*self._after(_ANSWER, {**_USER, "content": _RESULT}))
+        self.end_of_call = self._find_end_of_call(*self._after(_CALL, _TOOL_RESULT, [_TOOL])) or self.end
         self.ends = list(dict.fromkeys((self.end.token, self.end_of_call.token)))
-        self.tails = {"", self.end.tail, self.end_of_call.tail}
         self.default_tools = None if self._tools == [_TOOL] else self._tools
 
     def messages(self, messages: list[Message]) -> list[Message]:
@@ -119,9 +117,9 @@ class Dialect:
 
     # -- probes -------------------------------------------------------------------------------------------------
 
-    def _try(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+    def _try(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         try:
-            return self._raw(self.messages(messages), tools or self._tools, False)
+            return self._render(self.messages(messages), tools or self._tools, prompt)
         except RunawayTemplateError:
             raise
         except REFUSALS as error:
@@ -129,49 +127,57 @@ class Dialect:
             return ""
 
     def _find_form(self) -> None:
-        turn = [_USER, {"role": "assistant", "content": _SAID}]
         for tools, parts in product([self._tools] if self._tools else (None, [], [_TOOL]), (False, True)):
             self._tools, self._parts = tools, parts
-            text = self._try(turn)
+            text = self._try([_USER, _ANSWER])
             if _SAID in text and _ASKED in text:
                 break
         else:
             self._tools, self._parts = None, False
+            if not self._try([_USER, _ANSWER]):
+                raise TemplateError(f"the chat template refuses a question and an answer: {self._refusal}")
         for as_text, blank in product((False, True), ("", None)):
             self._text_arguments, self._blank = as_text, blank  # type: ignore[assignment]
-            if _writes_call(self._try([_USER, _CALL], [_TOOL])):
+            text = self._try([_USER, _CALL], [_TOOL])
+            # Neither as Python's `repr` of a dict nor as JSON inside JSON
+            if _SAID in text and "probe_tool" in text and "{'probe_key'" not in text and '\\"probe_key' not in text:
                 return
         self._text_arguments, self._blank = False, ""
 
-    def _after(self, said: str, turn: Message, following: Message, tools: list[Any] | None = None) -> tuple[str, str]:
+    def _after(self, turn: Message, following: Message, tools: list[Any] | None = None) -> tuple[str, str]:
         """What the template writes after a turn's words: if nothing follows, and up to the words that follow."""
         alone, history = self._try([_USER, turn], tools), self._try([_USER, turn, following], tools)
-        if said not in alone:
+        if _SAID not in alone:
             return "", ""
-        rest = history[history.rfind(said) + len(said) :].partition(_RESULT)[0] if said in history else ""
-        return alone[alone.rindex(said) + len(said) :], rest
+        rest = history[history.rfind(_SAID) + len(_SAID) :].partition(_RESULT)[0] if _SAID in history else ""
+        return alone[alone.rindex(_SAID) + len(_SAID) :], rest
 
     def _find_end(self, alone: str, history: str) -> End:
         shared = self._last_shared(alone, history)
+        first = self._control.search(alone) or self._control.search(history)
+        if self._add_eos and (shared or first):
+            token = shared.token if shared else first and first.group()
+            raise TemplateError(f"add_eos: the chat template ends a turn by {token!r} itself; remove the setting")
         if shared:
             return shared
-        if self._refusal is not None and not alone:
-            raise TemplateError(f"the chat template refuses a question and an answer: {self._refusal}")
-        first = self._control.search(alone) or self._control.search(history)
+        if first is None and self._add_eos and self._eos:
+            return End(self._eos, alone, added=True)
         if first is None:
             raise TemplateError(
                 "the chat template writes no end-of-turn token after an assistant turn, so a model trained with it "
-                "would never learn to stop; add the EOS token to the template"
+                "would never learn to stop; add the EOS token to the template, or set add_eos"
             )
         if alone.strip():
             return End(first.group(), alone[first.end() :])
-        return End(first.group(), gap=history[: first.start()], shared=True)
+        return End(first.group(), alone, history[: first.start()], added=True)
 
     def _find_end_of_call(self, alone: str, history: str) -> End | None:
-        if self.end.shared:  # whatever closes the call, the turn ends where the tool begins to speak
+        if self.end.added and self.end.token == self._eos and self._add_eos:
+            return End(self.end.token, alone, added=True)
+        if self.end.added:  # whatever closes the call, the turn ends where the tool begins to speak
             rest = history[len(alone) :] if history.startswith(alone) else ""
             if first := self._control.search(rest):
-                return End(first.group(), gap=rest[: first.start()], shared=True)
+                return End(first.group(), gap=rest[: first.start()], added=True)
             # The result stands right behind the call (Apertus), so generation stops at what closes the call.
             closing = [m for m in self._control.finditer(alone) if m.end() == len(alone)] if rest else []
             return End(closing[0].group()) if closing else None
@@ -191,23 +197,15 @@ class Dialect:
 
     def _always_prompts(self) -> bool:
         """Whether the template ends every text with the generation prompt, asked for or not."""
-        try:
-            return self._try([_USER]) == self._raw(self.messages([_USER]), self._tools, True)
-        except REFUSALS:
-            return False
+        text = self._try([_USER])
+        return bool(text) and text == self._try([_USER], prompt=True)
 
 
-def _writes_call(text: str) -> bool:
-    """Whether name and argument stand in the text, neither as Python's `repr` of a dict nor as JSON inside JSON."""
-    wrong = ("{'probe_key'", '\\"probe_key')
-    return _SAID in text and "probe_tool" in text and not any(form in text for form in wrong)
-
-
-@lru_cache
 def switches(template: str) -> list[tuple[str, Any]]:
     """The variables by which a template may switch reasoning, each with each value that could matter."""
-    tree = compiled(template).environment.parse(template)
-    names = [name.name for name in tree.find_all(nodes.Name) if _SWITCH.search(name.name)]
+    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    names = [name.name for name in tree.find_all(nodes.Name) if re.search("think|reason", name.name)]
     values: dict[str, dict[Any, None]] = {name: dict.fromkeys((False, True)) for name in names}
     for compared in tree.find_all(nodes.Compare):
         if isinstance(compared.expr, nodes.Name) and compared.expr.name in values:
@@ -218,28 +216,8 @@ def switches(template: str) -> list[tuple[str, Any]]:
 
 def shared_length(a: str, b: str) -> int:
     """How many characters two texts begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings(item)
-
-
-def map_strings(value: Any, function: Callable[[str], str]) -> Any:
-    """The JSON value with every text, keys included, replaced by `function` of it."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {map_strings(key, function): map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [map_strings(item, function) for item in value]
-    return value
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -1,0 +1,378 @@
+"""What inference's prompt and the model's answer are, for each assistant turn of a conversation, as text.
+
+For turn k, `prompt = render(messages[:k], add_generation_prompt=True)` is what the model sees, and
+`target = render(messages[:k+1]) - prompt` is what it should write, up to and with the token that stops it.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ma_sft.errors import TemplateError
+from ma_sft.labels.apply_template import RunawayTemplateError
+from ma_sft.labels.dropped_content import TOOL_NAME, DroppedContent, map_values, strings
+from ma_sft.labels.message_form import REFUSALS, MessageForm, shared_length, switches
+from ma_sft.labels.render import Renderer, describe, shape_of
+
+Message = dict[str, Any]
+
+FORBIDDEN = "marked not to be trained in the row"
+
+# Markup that an assistant itself writes in its content; everybody else's is ordinary text.
+ASSISTANT_MARKUP = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
+EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+# A reasoning that the generation prompt opens and closes, so that the answer follows.
+_SHUT_THOUGHT = re.compile(
+    r"(<(?!/|\|END)[^<>]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*\Z", re.IGNORECASE
+)
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
+_FORMS = 1024  # of a template with the variables of rows
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation whose control-token text is cut by `marker`, and how it is rendered."""
+
+    messages: list[Message]  # as the row has them
+    formed: list[Message]  # as the template wants them
+    kinds: list[str | None]
+    tools: list[Any] | None
+    kwargs: dict[str, Any]
+    untrained: frozenset[int]  # messages that the row forbids to train
+    form: MessageForm
+    marker: str = ""
+    special_text: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> list[Any]:
+        return [*shape_of(self.kinds), bool(self.special_text), bool(self.untrained)]
+
+
+@dataclass(frozen=True)
+class TurnText:
+    """What assistant turn `message` writes after `prompt`, with the token that stops it; or why it is not trained."""
+
+    message: int
+    prompt: str = ""
+    target: str = ""
+    reason: str = ""
+    built: bool = False  # of the row's own reasoning, which the template drops
+
+
+class Turns:
+    """Finds the prompts and targets of conversations for one tokenizer and its chat template.
+
+    Args:
+        control: the tokens that cut its text; see `control_tokens`.
+        train_on, template_kwargs, template_now, add_eos: as `ChatEncoder`'s.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        control: Collection[str],
+        *,
+        train_on: str,
+        template_kwargs: dict[str, Any],
+        template_now: str | None,
+        add_eos: bool,
+    ) -> None:
+        self.tokenizer, self.train_on, self.template_kwargs = tokenizer, train_on, template_kwargs
+        self.add_eos, self.control_pattern = add_eos, _any_of(control)
+        self.renderer = Renderer(tokenizer, template_now)
+        self._escape = _escaper(control)
+        self._escape_assistant = _escaper(t for t in control if t not in ASSISTANT_MARKUP)
+        self._dropped = DroppedContent()
+        self._advice: dict[Any, str] = {}
+        self._forms: dict[tuple[str, str], MessageForm] = {}
+        self.end_token = self._form(None, template_kwargs).end.token
+
+    def chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> Chat:
+        """The conversation with control-token text cut in two by a character that occurs nowhere in it."""
+        untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
+        # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
+        messages = [_with_objects({key: m[key] for key in m if key != "train"}) for m in messages]
+        row, marker, special = kwargs or {}, "", ()
+        everything = "\0".join(strings([messages, tools, row]))
+        found = self.control_pattern.findall(everything)
+        form = self._form(tools, {**self.template_kwargs, **row})
+        if found:
+            marker = next(c for c in _PRIVATE_USE if c not in everything and _as_json(c) not in everything)
+
+            def cut(value: Any, escape: Any) -> Any:
+                return map_values(value, lambda v: escape(v, marker) if isinstance(v, str) else v, keys=True)
+
+            escaped = [
+                {
+                    key: cut(
+                        v, self._escape_assistant if m["role"] == "assistant" and key == "content" else self._escape
+                    )
+                    for key, v in m.items()
+                }
+                for m in messages
+            ]
+            row_cut, tools_cut = cut(row, self._escape), cut(tools, self._escape)
+            special = () if (escaped, row_cut, tools_cut) == (messages, row, tools) else tuple(dict.fromkeys(found))
+            messages, row, tools = escaped, row_cut, tools_cut
+        kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
+        formed = form.messages(messages)
+        kinds = [*map(describe, formed), describe([tools, kwargs])]
+        return Chat(messages, formed, kinds, tools, kwargs, untrained, form, marker, special)
+
+    def turns(self, chat: Chat) -> tuple[str, list[TurnText]]:
+        """The whole conversation's text, and what each turn that is to be trained writes."""
+        full = self.render(chat, len(chat.messages))
+        assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+        wanted = assistants if self.train_on == "all" else assistants[-1:]
+        turns = [self._turn(chat, k, full) for k in wanted]
+        tools = chat.tools if chat.tools != chat.form.default_tools else None
+        if any(_tool_name(tool) not in full for tool in tools or []):
+            raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
+        named = bool(tools) and all(isinstance(tool, dict) for tool in tools or [])
+        texts = [full, *(turn.prompt for turn in turns if turn.prompt)]
+        render = partial(self._render_placeholders, chat)
+        self._dropped.check_context(chat.messages, texts, render, _setting(chat), tools=named)
+        for turn in turns:
+            if not turn.reason:
+                try:
+                    self._check_turn(chat, turn)
+                except TemplateError as error:
+                    if not (advice := self._advise(chat, turn.message)):
+                        raise
+                    raise TemplateError(f"{str(error).rpartition('; ')[0]}; {advice}") from None
+        return full, turns
+
+    def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
+        """The template's text of the first `count` messages."""
+        kinds = [*chat.kinds[:count], chat.kinds[-1]]
+        try:
+            text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
+        except RunawayTemplateError:
+            raise
+        except REFUSALS as error:
+            roles = ", ".join(str(m.get("role")) for m in chat.messages[:count])
+            raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
+        # A template may write JSON in ASCII alone, the marker among it
+        return text.replace(_as_json(chat.marker), chat.marker) if chat.marker else text
+
+    def _form(self, tools: list[Any] | None, kwargs: dict[str, Any]) -> MessageForm:
+        """What the template asks for with these variables, which may change what it writes."""
+        key = (self.tokenizer.get_chat_template(tools=tools), repr(kwargs))
+        if key not in self._forms:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+
+            def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
+                return self.renderer.render(messages, tools, kwargs, prompt=prompt)
+
+            eos = self.tokenizer.eos_token
+            self._forms[key] = MessageForm(
+                render, self.control_pattern, eos, with_tools=bool(tools), add_eos=self.add_eos
+            )
+        return self._forms[key]
+
+    # -- one turn -----------------------------------------------------------------------------------------------
+
+    def _turn(self, chat: Chat, k: int, full: str) -> TurnText:
+        if k in chat.untrained:
+            return TurnText(k, reason=FORBIDDEN)
+        if k == 0:
+            return TurnText(k, reason="no message comes before it, so nobody would ask the model for it")
+        turn = self._write(chat, k, full if k == len(chat.messages) - 1 else None)
+        return turn if isinstance(turn, TurnText) else TurnText(k, reason=self._why_unlike(chat, k, turn))
+
+    def _write(self, chat: Chat, k: int, whole: str | None = None) -> TurnText | str:
+        """What turn `k` writes, or the generation prompt after which the template does not write it.
+
+        `whole` is the text of the conversation up to and with this turn, if it is known.
+        """
+        prompt = self.render(chat, k, prompt=True)
+        if chat.messages[k - 1]["role"] == "assistant" and self._end(chat.form, prompt):
+            return TurnText(k, reason="the template opens no turn after an assistant's; join the two messages")
+        whole = self.render(chat, k + 1) if whole is None else whole
+        rest, built = self._continuation(chat, k, prompt, whole), False
+        if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
+            answer = self._continuation(chat, k, prompt[: opened.start()], whole) if rest is None else rest
+            rest = _thought_and_answer(chat.messages[k], answer)
+            built = rest is not None
+        elif rest is None and (shut := _SHUT_THOUGHT.search(prompt)):
+            rest = self._continuation(chat, k, prompt[: shut.start()], whole)
+            rest = None if rest is None or rest.lstrip().startswith(shut.groups()) else rest
+        if rest is None:
+            return prompt
+        end = chat.form.end_of_call if chat.messages[k].get("tool_calls") else chat.form.end
+        written = rest.removesuffix(end.tail)
+        stop = self._end(chat.form, written)
+        if stop is None and not end.added:
+            return TurnText(k, reason="the template writes no end-of-turn token after this turn")
+        target = written + end.gap + end.token if stop is None else rest[:stop]
+        if chat.form.end.token in target[:-1]:
+            what = f"the template writes {chat.form.end.token} inside this turn, where generation would stop"
+            return TurnText(k, reason=f"{what}; choose another template")
+        return TurnText(k, prompt, target, built=built)
+
+    def _end(self, form: MessageForm, text: str) -> int | None:
+        """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
+        ends = "|".join(map(re.escape, dict.fromkeys([*form.ends, self.tokenizer.eos_token or form.ends[0]])))
+        found = re.search(rf"({ends})(?:\s|{ends})*\Z", text)
+        return found.end(1) if found else None
+
+    def _continuation(self, chat: Chat, k: int, prompt: str, whole: str) -> str | None:
+        """What follows the prompt in the text of the conversation up to turn `k`."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        if k < 2:
+            return None
+        # The turns before may be written otherwise once this one follows; the message before it and the generation
+        # prompt are not, and they show where it begins.
+        try:
+            before = self.render(chat, k - 1)
+        except RunawayTemplateError:
+            raise
+        except TemplateError:
+            before = ""
+        asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, whole)
+        asked = prompt[asked_at:]
+        at = whole.rfind(asked)
+        if at >= 0 and asked_at:
+            return whole[at + len(asked) :]
+        # Even that message may be (Hermes closes a result otherwise once an answer follows): then the prompt shows it.
+        written = self.render(chat, k)
+        opening = prompt[len(written) :] if prompt.startswith(written) else ""
+        at = whole.find(opening, differs_at)
+        found = at >= 0 and asked_at <= differs_at and self.control_pattern.search(opening)
+        return whole[at + len(opening) :] if found else None
+
+    # -- what is left out, and why a turn is not trained -----------------------------------------------------------
+
+    def _check_turn(self, chat: Chat, turn: TurnText) -> None:
+        """Raise `TemplateError` if something of the turn is not in its target."""
+        reasoning = (chat.messages[turn.message].get("reasoning_content") or "").strip()
+        reasoned = (turn.built or len(reasoning) > 12) and reasoning in turn.target
+        render = partial(self._render_placeholders, chat)
+        self._dropped.check_turn(chat.messages, turn.message, turn.target, render, _setting(chat), reasoned=reasoned)
+
+    def _render_placeholders(self, chat: Chat, messages: list[Message], prompt: bool) -> str:
+        tools = [_named(tool, TOOL_NAME) for tool in chat.tools] if chat.tools else chat.tools
+        formed = chat.form.messages(messages)
+        kinds = [*map(describe, formed), describe([tools, chat.kwargs])]
+        try:
+            return self.render(
+                replace(chat, messages=messages, formed=formed, kinds=kinds, tools=tools), len(messages), prompt=prompt
+            )
+        except RunawayTemplateError:
+            raise
+        except TemplateError:
+            return ""
+
+    def _why_unlike(self, chat: Chat, k: int, prompt: str) -> str:
+        """Why the turn does not begin as the generation prompt does, and which variable would change that."""
+        opened = "" if _OPEN_THOUGHT.search(prompt) is None else " opens <think> and this turn has no reasoning"
+        advice = self._advise(chat, k) or "no variable of the template changes that; " + (
+            "give the turn reasoning_content, or choose another template" if opened else "choose another template"
+        )
+        return f"the template's generation prompt{opened or ' is not how it begins the turn'}: {advice}"
+
+    def _advise(self, chat: Chat, k: int) -> str:
+        """The template's variable with which turn `k` is trained and nothing of it lost; empty if there is none."""
+        key = (_setting(chat), chat.kinds[k], chat.messages[k - 1]["role"])
+        if key not in self._advice:
+            self._advice[key] = next(
+                (
+                    f"set {name}={json.dumps(value)} in template_kwargs, or in the row's chat_template_kwargs"
+                    for name, value in switches(self.tokenizer.get_chat_template(tools=chat.tools))
+                    if self._is_trained(chat, {**chat.kwargs, name: value}, k)
+                ),
+                "",
+            )
+        return self._advice[key]
+
+    def _is_trained(self, chat: Chat, kwargs: dict[str, Any], k: int) -> bool:
+        """Whether turn `k` is trained, and wholly, with these variables of the template."""
+        try:
+            chat = replace(
+                chat,
+                kwargs=kwargs,
+                form=self._form(chat.tools, kwargs),
+                kinds=[*chat.kinds[:-1], describe([chat.tools, kwargs])],
+            )
+            turn = self._write(chat, k)
+            if isinstance(turn, str) or turn.reason:
+                return False
+            self._check_turn(chat, turn)
+        except RunawayTemplateError:
+            raise
+        except TemplateError:
+            return False
+        return True
+
+
+def _with_objects(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, where they are the JSON text of one."""
+    if not message.get("tool_calls"):
+        return message
+
+    def parsed(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": parsed(call["function"])}
+        try:
+            arguments = json.loads(call["arguments"])
+        except (KeyError, TypeError, ValueError):
+            return call
+        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+    return {**message, "tool_calls": [parsed(call) for call in message["tool_calls"]]}
+
+
+def _thought_and_answer(message: Message, written: str | None) -> str | None:
+    """What a turn writes after a prompt that opened `<think>`, where the template drops the reasoning of history.
+
+    `written` is what the template writes of the turn: the answer, and the end of the turn.
+    """
+    content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
+    if written is None or not isinstance(content, str):
+        return None
+    thought, closed, answer = content.partition("</think>")
+    thought = thought.strip().removeprefix("<think>").strip() if closed else reasoning.strip()
+    answer = answer.strip() if closed else content.strip()
+    # An empty reasoning is none, and one that holds another's mark is not what would be written behind `<think>`
+    if not thought or "<think>" in thought or answer not in written:
+        return None
+    end = written[written.rindex(answer) + len(answer) :] if answer else written
+    return f"{thought}\n</think>\n\n{answer}{end}"
+
+
+def _as_json(character: str) -> str:
+    return f"\\u{ord(character):04x}"
+
+
+def _any_of(tokens: Any) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _escaper(tokens: Any) -> Any:
+    """A function that puts `marker` after the first character of every occurrence of a token, overlaps included."""
+    pattern = re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
+    return lambda text, marker: pattern.sub(lambda m: m.group(1) + marker, text)
+
+
+def _setting(chat: Chat) -> tuple[Any, ...]:
+    """What decides, beside the shape of its messages, what the template leaves out of a conversation."""
+    return (chat.kinds[-1], id(chat.form), bool(chat.tools))
+
+
+def _named(tool: Any, name: str) -> Any:
+    """The schema of a tool under another name."""
+    if not isinstance(tool, dict):
+        return tool
+    return {**tool, "function": _named(tool["function"], name)} if "function" in tool else {**tool, "name": name}
+
+
+def _tool_name(tool: Any) -> str:
+    return str(tool.get("function", tool).get("name", "")) if isinstance(tool, dict) else getattr(tool, "__name__", "")
