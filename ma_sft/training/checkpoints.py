@@ -30,7 +30,7 @@ from ma_sft.training.distributed import largest, once
 from ma_sft.utils import not_there, say, write_whole
 
 if TYPE_CHECKING:
-    from ma_sft.training.trainer import ResumableTrainer
+    from trl import SFTTrainer
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 REVISIONS = "revisions.json"  # the commits of the run's model and data, for when it is resumed
@@ -301,7 +301,7 @@ class StopEvaluation(Exception):
 class CheckpointCallback(TrainerCallback):
     """Marks checkpoints as whole, saves before a stop, and ends a run whose loss is no number before it is saved."""
 
-    def __init__(self, trainer: "ResumableTrainer", signals: SignalHandler, content: dict[str, Any]) -> None:
+    def __init__(self, trainer: Any, signals: SignalHandler, content: dict[str, Any]) -> None:
         self.trainer, self.signals, self.content = trainer, signals, content
         # An older checkpoint goes when the newer one is whole, which transformers cannot know.
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
@@ -362,7 +362,7 @@ class CheckpointCallback(TrainerCallback):
         }
 
 
-def add_callbacks(trainer: "ResumableTrainer", *callbacks: TrainerCallback) -> None:
+def add_callbacks(trainer: "SFTTrainer", *callbacks: TrainerCallback) -> None:
     """Add callbacks before the bar, which begins when the first step does."""
     bar = trainer.pop_callback(TrainingBar)
     for callback in (*callbacks, *([bar] if bar else [])):
