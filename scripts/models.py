@@ -21,11 +21,10 @@ from ma_sft.training.rehearsal import rehearse_here
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 HEAD = f"""# Models
 
-Each causal language model of transformers {transformers.__version__} on its twin (see
-[LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)),
-with TRL {trl.__version__} and PEFT {peft.__version__}, on a
-CPU without kernels of other packages; `scripts/models.py` writes this page. A model that is not rehearsed here may train: its default configuration has no twin, or a library
-cannot do with the twin.
+Each causal language model of transformers {transformers.__version__}, in its default configuration, on its twin (see
+[LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)), with TRL {trl.__version__} and
+PEFT {peft.__version__}, on a CPU without kernels of other packages; `scripts/models.py` writes this page. A model that
+is not rehearsed here may train: its default configuration has no twin, or a library cannot do with the twin.
 
 | model type | `packing: true` | LoRA on all linear layers: trained, saved, loaded, merged |
 | --- | --- | --- |
