@@ -1,4 +1,4 @@
-"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; saving models, checking them."""
+"""`sft_manifest.json`: what the next stage (reward model, DPO, PPO) must agree with; saving and checking a model."""
 
 import hashlib
 import json

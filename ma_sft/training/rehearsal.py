@@ -157,7 +157,7 @@ def _way_out(settings: Settings, attempt: Callable[[Settings], Any]) -> str:
             if getattr(part, name) != off:
                 changed = copy.copy(part)
                 setattr(changed, name, off)
-                if works(replace(settings, **{stage: changed})):  # type: ignore[arg-type]
+                if works(replace(settings, **{stage: changed})):
                     return f"{name}={getattr(part, name)} cannot be: set {name}={json.dumps(off)}; "
     more: Any = settings.adapter.lora_config or {}
     for name in more:

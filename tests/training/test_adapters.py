@@ -128,7 +128,7 @@ def test_settings_that_cannot_be(more, message):
             "'query' matches nothing in LlamaForCausalLM; the linear layers",
         ),
         ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
-        ({"lora_target_modules": ["(q"]}, "'[(]q' matches nothing"),
+        ({"lora_target_modules": "(q"}, "PEFT cannot adapt LlamaForCausalLM: missing [)], unterminated subpattern"),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
     ],
 )
