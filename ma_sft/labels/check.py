@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.labels.court import Court
 from ma_sft.labels.facts import Facts
 from ma_sft.labels.findings import SHOWN_ROWS, CheckReport, Finding, Findings
-from ma_sft.labels.judge import Judge
 from ma_sft.labels.response import TemplateReport
+from ma_sft.labels.verify import Verifier
 
 TEXT_ROWS = (
     "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "
@@ -24,7 +24,7 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     conversations: Dataset | None = None,
-    judge: Judge | None = None,
+    judge: Verifier | None = None,
     template_report: TemplateReport | None = None,
     max_length: int | None = None,
     sample: int | None = 2_000,
@@ -48,7 +48,7 @@ def check_dataset(
     facts = Facts(dataset, tokenizer, max_length, report, found)
     facts.gather()
     if conversations is not None:
-        court = Court(dataset, conversations, judge or Judge(tokenizer), report, found, facts, num_proc)
+        court = Court(dataset, conversations, judge or Verifier(tokenizer), report, found, facts, num_proc)
         court.judge(sample)
     elif template_report is not None:
         report.not_proven[TEXT_ROWS] = found.counts["not proven"] = report.rows

@@ -11,9 +11,9 @@ from datasets import Dataset
 from ma_sft.data.parallel import Inherited, processes
 from ma_sft.labels.facts import Facts
 from ma_sft.labels.findings import CheckReport, Findings, count
-from ma_sft.labels.judge import Judge, Verdict, runs
 from ma_sft.labels.shapes import EACH_SHAPE, shapes_of, spread
 from ma_sft.labels.statement import misquotes
+from ma_sft.labels.verify import Verifier, VerifyResult, runs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Court:
         self,
         dataset: Dataset,
         conversations: Dataset,
-        judge: Judge,
+        judge: Verifier,
         report: CheckReport,
         found: Findings,
         facts: Facts,
@@ -46,7 +46,7 @@ class Court:
         """Judge a sample, then rows with an edge (see `Facts._add_edges`) that no proven turn had."""
         total = len(self.conversations)
         everything = sample is None or sample >= total
-        controls = list(self.bench.judge.inference.controls)
+        controls = list(self.bench.judge.controls)
         shapes = np.zeros(0, dtype=np.uint64) if everything else shapes_of(self.conversations, controls)
         chosen = np.arange(total) if everything else spread(shapes, sample or 0)
         self._judge_all(chosen)
@@ -79,19 +79,19 @@ class Court:
             self._enter(int(self.bench.begins(row)), **json.loads(text))
 
     def _enter(self, row: int, origin: str, turns: int, edges: list[list[Any]], verdict: dict[str, Any]) -> None:
-        report, said = self.report, Verdict(**verdict)
+        report, said = self.report, VerifyResult(**verdict)
         report.compared_turns += turns
         report.proven_turns += len(said.proven)
-        report.witnessed_turns += said.witnessed
+        report.witnessed_turns += said.confirmed
         count(report.losses, [dict.fromkeys(said.losses)])
-        count(report.not_proven, [dict.fromkeys(said.unjudged)])
-        for code, what in dict(reversed(said.faults)).items():
-            if code == "missing end token" and row in self.facts.open_rows:
+        count(report.not_proven, [dict.fromkeys(said.unproven)])
+        for code, what in dict(reversed(said.errors)).items():
+            if code == "foreign labels" or (code == "missing end token" and row in self.facts.open_rows):
                 continue  # it was counted with the facts
             self.found.add(code, [row], f"row {row}{f' ({origin})' if origin else ''}: {what}")
         for remark in dict.fromkeys(said.remarks):
             self.found.add("harmless", [row], remark)
-        if said.unjudged:
+        if said.unproven:
             self.found.add("not proven", [row])
         if said.losses:
             self.found.add("said but not shown", [row])
@@ -106,7 +106,7 @@ class Bench:
         owner: the conversation of each sequence, in rising order.
     """
 
-    def __init__(self, judge: Judge, sequences: Dataset, owner: "NDArray[Any]") -> None:
+    def __init__(self, judge: Verifier, sequences: Dataset, owner: "NDArray[Any]") -> None:
         self.judge, self.sequences, self.owner = judge, sequences, owner
 
     def begins(self, row: int) -> "np.intp":
@@ -132,19 +132,19 @@ class Bench:
     def _hear(self, conversation: dict[str, Any], sequences: list[Any], excused: int) -> str:
         messages = [_without_nulls(message) for message in _read(conversation["messages"])]
         tools, kwargs = (_read(conversation.get(name)) for name in ("tools", "chat_template_kwargs"))
-        verdict = self.judge.judge(messages, sequences, tools=tools, kwargs=kwargs)
+        verdict = self.judge.verify(messages, sequences, tools=tools, kwargs=kwargs)
         if raw := _read(conversation.get("raw")):
             wrong, unread = misquotes(raw, messages, tools)
-            verdict.faults += [("unlike the row", what) for what in wrong]
-            verdict.unjudged += [unread] if unread else []
+            verdict.errors += [("unlike the row", what) for what in wrong]
+            verdict.unproven += [unread] if unread else []
         if len(verdict.untrained) > excused:
             named = ", ".join(map(str, verdict.untrained))
-            verdict.faults.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
+            verdict.errors.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
         edges = set()
-        for number, begin, end in verdict.proven if not verdict.faults else ():
+        for number, begin, end in verdict.proven if not verdict.errors else ():
             ids = sequences[number][0]
             edges |= {("before", ids[begin - 1]), ("end", ids[end - 1])}
-            edges |= {("inside", i) for i in {*ids[begin:end]} & self.judge.inference.signs.keys()}
+            edges |= {("inside", i) for i in {*ids[begin:end]} & self.judge.signs.keys()}
         turns = sum(1 for _, labels in sequences for _ in runs(labels))
         origin = conversation.get("origin") or ""
         return json.dumps({"origin": origin, "turns": turns, "edges": [*edges], "verdict": asdict(verdict)})

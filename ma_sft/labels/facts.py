@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError
 from ma_sft.labels.findings import CheckReport, Findings, count
-from ma_sft.labels.judge import IGNORE_INDEX
 from ma_sft.labels.response import TokenBytes
 from ma_sft.labels.shapes import EACH_SHAPE
 from ma_sft.labels.templates import control_tokens
+from ma_sft.labels.verify import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

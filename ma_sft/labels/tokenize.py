@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
     from ma_sft.labels.findings import CheckReport
-    from ma_sft.labels.judge import Judge
     from ma_sft.labels.response import DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.verify import Verifier
     from ma_sft.recipe import Settings
 
 
@@ -111,13 +111,13 @@ def check(
     from ma_sft.data.stages import unused_columns
     from ma_sft.labels.check import check_dataset
     from ma_sft.labels.findings import CheckReport
-    from ma_sft.labels.judge import Judge
+    from ma_sft.labels.verify import Verifier
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
         labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     now, train_on = settings.labels.template_now, settings.labels.train_on
-    judge = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
+    judge = Verifier(tokenizer, template_kwargs=kwargs, template_date=now, train_on=train_on)
     limit = settings.training.max_length
     kept = _kept_report(labelled.dataset, judge, labelled.conversations is None, limit, every_row)
     if kept is not None and kept.is_file():
@@ -139,7 +139,7 @@ def check(
     return report
 
 
-def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
+def _kept_report(labelled: Dataset, judge: "Verifier", *how: Any) -> Path | None:
     """Where the report on rows of the cache is kept, by all that it depends on: the judge's code, the files' content.
 
     The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
@@ -151,7 +151,7 @@ def _kept_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
     for file in (*sorted(Path(__file__).parent.glob("*.py")), *sorted(folder.glob("rows*.arrow"))):
         with file.open("rb") as opened:
             content.update(hashlib.file_digest(opened, "sha256").digest())
-    known = (sorted(judge.inference.stops), judge.template_kwargs, judge.inference.template_now, judge.train_on)
+    known = (sorted(judge.stops), judge.template_kwargs, judge.template_date, judge.train_on)
     return folder / f"check-{digest(content.hexdigest(), transformers.__version__, *map(str, known), *how)}.json"
 
 
