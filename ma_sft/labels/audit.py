@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import LabelError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.check import check_dataset
-from ma_sft.labels.inference import MARKUP, Inference, Refused
-from ma_sft.labels.judge import IGNORE_INDEX, Judge, Labelled, runs
-from ma_sft.labels.nonsense import Message
+from ma_sft.labels.placeholders import Message, Refused
 from ma_sft.labels.report import CheckReport, Finding
+from ma_sft.labels.verify import IGNORE_INDEX, MARKUP, Labelled, Verifier, runs
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -106,8 +105,8 @@ def _audit(
 ) -> CheckReport:
     if not any(label != IGNORE_INDEX for _, labels in sequences for label in labels):
         raise LabelError(f"none of {len(sequences):,} sequences has a label; nothing would be trained")
-    judge = Judge(tokenizer, stops=[stop for stop in stops if stop is not None])
-    reader = Reader(judge.inference)
+    judge = Verifier(tokenizer, stops=[stop for stop in stops if stop is not None])
+    reader = Reader(judge)
     sequences = [_cut_back(sequence, max_length) for sequence in sequences]
     read = [reader.read(ids) for ids, _ in sequences]
     known = _Rows(rows) if rows else None
@@ -150,8 +149,8 @@ def _cut_back(sequence: Labelled, max_length: int | None) -> Labelled:
 class Reader:
     """Reads messages back from ids, by what the template writes before, between and behind messages."""
 
-    def __init__(self, inference: Inference) -> None:
-        self.inference = inference
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
         self._heads: dict[str, str] = {}  # text before the first message -> its role
         self._between: dict[str, str] = {}  # text between two messages -> the role of the second
         self._tails: set[str] = set()
@@ -166,11 +165,11 @@ class Reader:
         for end in range(2, len(roles) + 1):
             for prompt in (False, True):
                 try:
-                    text = self.inference.render(messages[:end], None, {}, prompt=prompt)
+                    text = self.verifier.render(messages[:end], None, {}, prompt=prompt)
                 except Refused:
                     continue
-                (ids,) = self.inference.ids([text])
-                parts = re.split("|".join(words), self.inference.characters(ids))
+                (ids,) = self.verifier.ids([text])
+                parts = re.split("|".join(words), self.verifier.text(ids))
                 if len(parts) != end + 1:
                     continue
                 self._heads.setdefault(parts[0], roles[0])
@@ -184,7 +183,7 @@ class Reader:
 
     def read(self, ids: list[int]) -> list[Message]:
         """The messages; none if this is no conversation as the template writes it."""
-        text = self.inference.characters(ids)
+        text = self.verifier.text(ids)
         if (head := self._head(text)) is None:
             return []
         role, begins = head
@@ -199,29 +198,29 @@ class Reader:
         if messages[-1]["role"] == "assistant":
             messages[-1]["content"] = self._without_tail(messages[-1]["content"])
         # A call in the template's own tokens, or something that is no message
-        structure = {*self.inference.signs.values()}
-        markup = {self.inference.signs[self.inference.controls[m]] for m in MARKUP if m in self.inference.controls}
+        structure = {*self.verifier.signs.values()}
+        markup = {self.verifier.signs[self.verifier.controls[m]] for m in MARKUP if m in self.verifier.controls}
         for message in messages:
             if (structure - (markup if message["role"] == "assistant" else set())) & {*message["content"]}:
                 return []
-        return [{**m, "content": self.inference.spell(m["content"])} for m in messages]
+        return [{**m, "content": self.verifier.spell(m["content"])} for m in messages]
 
     def is_foreign(self, sequence: Labelled) -> bool:
         """Whether it has prompts, and nothing that the template writes between two messages."""
         ids, labels = sequence
-        return IGNORE_INDEX in labels and not self._frame.search(self.inference.characters(ids))
+        return IGNORE_INDEX in labels and not self._frame.search(self.verifier.text(ids))
 
     def _head(self, text: str) -> tuple[str, int] | None:
         """Role of the first message and where it begins; also where the BOS token is missing or stands twice."""
         for head in sorted(self._heads, key=len, reverse=True):
             for begins in (head, text[:1] + head, *(head[cut:] for cut in range(1, len(head)))):
-                if {*begins} & {*self.inference.signs.values()} and text.startswith(begins):
+                if {*begins} & {*self.verifier.signs.values()} and text.startswith(begins):
                     return self._heads[head], len(begins)
         return next(((role, 0) for head, role in self._heads.items() if not head), None)
 
     def _without_tail(self, content: str) -> str:
         """The last answer up to its end, whatever follows that."""
-        ends = {*"".join(self._tails)} & {*self.inference.signs.values()}
+        ends = {*"".join(self._tails)} & {*self.verifier.signs.values()}
         at = [content.index(end) for end in ends if end in content]
         tail = max((tail for tail in self._tails if content.endswith(tail)), key=len, default="")
         return content[: min(at, default=len(content) - len(tail))]

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, processes
 from ma_sft.errors import LabelError
-from ma_sft.labels.judge import IGNORE_INDEX, Judge
 from ma_sft.labels.report import CheckReport, Findings, count
 from ma_sft.labels.templates import control_tokens
+from ma_sft.labels.verify import IGNORE_INDEX, Verifier
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +53,7 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     conversations: Dataset | None = None,
-    verifier: Judge | None = None,
+    verifier: Verifier | None = None,
     template_report: "TemplateReport | None" = None,
     kept: Kept | None = None,
     max_length: int | None = None,
@@ -77,7 +77,7 @@ def check_dataset(
     report, findings = CheckReport(rows=len(dataset)), Findings()
     facts = _count_facts(dataset, tokenizer, kept, report, findings)
     if conversations is not None:
-        verifier = verifier or Judge(tokenizer)
+        verifier = verifier or Verifier(tokenizer)
         _verify(dataset, conversations, verifier, facts, report, findings, sample, num_proc)
     elif template_report is not None:
         report.not_proven[TEXT_ROWS] = findings.counts["not proven"] = report.rows
@@ -271,7 +271,7 @@ def _to_verify(
 def _verify(
     dataset: Dataset,
     conversations: Dataset,
-    verifier: Judge,
+    verifier: Verifier,
     facts: "dict[str, NDArray[Any]]",
     report: CheckReport,
     findings: Findings,
@@ -323,19 +323,19 @@ def _verify(
         _enter(first, where, result, report, findings, first in open_rows)
 
 
-def _verify_one(conversation: dict[str, Any], sequences: dict[str, list[Any]], verifier: Judge) -> dict[str, Any]:
+def _verify_one(conversation: dict[str, Any], sequences: dict[str, list[Any]], verifier: Verifier) -> dict[str, Any]:
     messages = [_without_nulls(message) for message in _read(conversation["messages"])]
     tools, kwargs = (_read(conversation.get(name)) for name in ("tools", "chat_template_kwargs"))
     pairs = list(zip(sequences["input_ids"], sequences["labels"], strict=True))
-    result = verifier.judge(messages, pairs, tools=tools, kwargs=kwargs)
-    errors = list(result.faults)
+    result = verifier.verify(messages, pairs, tools=tools, kwargs=kwargs)
+    errors = list(result.errors)
     if len(result.untrained) > sum(map(len, sequences.get("untrained", []))):
         named = ", ".join(map(str, result.untrained))
         errors.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
     return {
-        **{"proven": len(result.proven), "confirmed": result.witnessed},
+        **{"proven": len(result.proven), "confirmed": result.confirmed},
         **{"codes": [code for code, _ in errors], "errors": [what for _, what in errors]},
-        **{"losses": result.losses, "unproven": result.unjudged, "remarks": result.remarks},
+        **{"losses": result.losses, "unproven": result.unproven, "remarks": result.remarks},
     }
 
 
@@ -343,7 +343,7 @@ def _enter(
     row: int, where: str, result: dict[str, Any], report: CheckReport, findings: Findings, is_open: bool
 ) -> None:
     report.proven_turns += result["proven"]
-    report.witnessed_turns += result["confirmed"]
+    report.confirmed_turns += result["confirmed"]
     count(report.losses, [dict.fromkeys(result["losses"])])
     count(report.not_proven, [dict.fromkeys(result["unproven"])])
     for code, what in {

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ma_sft.data.stages import Stage
     from ma_sft.labels.check import Kept
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.labels.judge import Judge
     from ma_sft.labels.report import CheckReport
+    from ma_sft.labels.verify import Verifier
 
 
 logger = logging.getLogger(__name__)
@@ -120,14 +120,14 @@ def check(
     """
     from ma_sft.data.stages import unused_columns
     from ma_sft.labels.check import check_dataset
-    from ma_sft.labels.judge import Judge
     from ma_sft.labels.report import CheckReport
+    from ma_sft.labels.verify import Verifier
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
         labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     now, train_on = settings.labels.template_now, settings.labels.train_on
-    verifier = Judge(tokenizer, template_kwargs=kwargs, template_now=now, train_on=train_on)
+    verifier = Verifier(tokenizer, template_kwargs=kwargs, template_date=now, train_on=train_on)
     limit, left = settings.training.max_length, hashlib.sha256()
     for places in (kept.row, kept.start, kept.length) if kept is not None else ():
         left.update(places.tobytes())
@@ -154,8 +154,8 @@ def check(
     return report
 
 
-def _stored_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
-    """Where the report on rows of the cache is stored, by all that it depends on: the judge's code, the files' content.
+def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path | None:
+    """Where the report on rows of the cache is stored, by all that it depends on: the verifier's code, the files' content.
 
     The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
     """
@@ -166,7 +166,7 @@ def _stored_report(labelled: Dataset, judge: "Judge", *how: Any) -> Path | None:
     for file in (*sorted(Path(__file__).parent.glob("*.py")), *sorted(folder.glob("rows*.arrow"))):
         with file.open("rb") as opened:
             content.update(hashlib.file_digest(opened, "sha256").digest())
-    known = (sorted(judge.inference.stops), judge.template_kwargs, judge.inference.template_now, judge.train_on)
+    known = (sorted(verifier.stops), verifier.template_kwargs, verifier.template_date, verifier.train_on)
     return folder / f"check-{digest(content.hexdigest(), transformers.__version__, *map(str, known), *how)}.json"
 
 

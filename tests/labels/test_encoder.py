@@ -14,8 +14,8 @@ from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError, tokenize_conversation
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.judge import Judge
 from ma_sft.labels.templates import TEMPLATES, set_chat_template
+from ma_sft.labels.verify import Verifier
 
 NFC = partial(unicodedata.normalize, "NFC")  # some tokenizers normalise what they read
 SPECIAL = {
@@ -149,7 +149,7 @@ def test_properties_of_every_template(name):
     tokenizer = trl_tokenizer(name)
     # GLM's generation_config names the role tokens at which it stops; this tokenizer has none beside it.
     roles = [token for token in ("<|user|>", "<|observation|>") if name == "glm4moe"]
-    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
     proven = 0
 
     @settings(max_examples=FUZZ // 20 or 60)
@@ -165,8 +165,8 @@ def test_properties_of_every_template(name):
         trained = {turn.message for example in examples for turn in example.turns if turn.trained}
         reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
         assert all("template's generation prompt" in reason for reason in reasons.values())
-        verdict = judge.judge(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
-        assert verdict.faults == [] and verdict.unjudged == []
+        verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
+        assert verdict.errors == [] and verdict.unproven == []
         assert sorted(verdict.untrained) == sorted(reasons) and len(verdict.proven) == len(trained)
         proven += len(trained)
 

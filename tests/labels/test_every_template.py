@@ -10,7 +10,7 @@ from trl_templates import NAMES, SHELF, trl_tokenizer
 
 from ma_sft import TemplateError
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.judge import Judge
+from ma_sft.labels.verify import Verifier
 
 # One of each family; the others differ from them in little and are tried with the slow tests.
 FAST = ("cohere2", "deepseek_r1_distill", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "nemotron_3_nano")
@@ -40,7 +40,7 @@ def test_every_kind_of_row_is_right_or_refused(name):
     tokenizer = trl_tokenizer(name)
     # GLM's generation_config names the role tokens at which it stops; this tokenizer has none beside it.
     roles = [token for token in ("<|user|>", "<|observation|>") if name == "glm4moe"]
-    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
     for kind, (messages, tools) in ROWS.items():
         try:
             (examples,) = encoder.encode([messages], [tools])
@@ -54,12 +54,12 @@ def test_every_kind_of_row_is_right_or_refused(name):
         assert {*turns, *reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}, kind
         if kind != "special text":
             assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind)
-        verdict = judge.judge(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
-        assert verdict.faults == [] and (sorted(verdict.untrained) == sorted(reasons) or verdict.unjudged), (
+        verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
+        assert verdict.errors == [] and (sorted(verdict.untrained) == sorted(reasons) or verdict.unproven), (
             kind,
             verdict,
         )
-        assert len(verdict.proven) == len(turns) or verdict.unjudged, (kind, verdict)
+        assert len(verdict.proven) == len(turns) or verdict.unproven, (kind, verdict)
 
 
 def assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind):
@@ -228,10 +228,10 @@ def test_long_conversations_are_labelled_as_short_ones(shape):
     encoder = ChatEncoder(tokenizer)
     (examples,) = encoder.encode([messages], [TOOLS if shape == "agent" else None])
     assert len(examples) == (8 if shape == "reasoning" else 1)
-    verdict = Judge(tokenizer).judge(
+    verdict = Verifier(tokenizer).verify(
         messages, [(e.input_ids, e.labels) for e in examples], tools=TOOLS if shape == "agent" else None
     )
-    assert verdict.faults == [] and verdict.untrained == [] and len(verdict.proven) == 8
+    assert verdict.errors == [] and verdict.untrained == [] and len(verdict.proven) == 8
 
 
 def test_twins_with_marks_are_the_same_templates():

@@ -121,14 +121,14 @@ def test_template_variables(rows, tiny):
 
 def test_report_without_errors_is_kept_with_what_was_judged(rows, tiny, monkeypatch):
     """The judge is asked again where rows, stop tokens, the sample or a byte of the cache is another."""
-    from ma_sft.labels.judge import Judge
     from ma_sft.labels.tokenize import check
+    from ma_sft.labels.verify import Verifier
 
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
     shutil.copytree(tiny, rows / "m")
     judged = []
-    real = Judge.judge
-    monkeypatch.setattr(Judge, "judge", lambda self, *given, **how: judged.append(1) or real(self, *given, **how))
+    real = Verifier.verify
+    monkeypatch.setattr(Verifier, "verify", lambda self, *given, **how: judged.append(1) or real(self, *given, **how))
 
     def report(every_row=False):
         judged.clear()

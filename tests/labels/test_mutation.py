@@ -8,7 +8,7 @@ from transformers import AddedToken
 from trl_templates import trl_tokenizer
 
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.judge import Judge, runs
+from ma_sft.labels.verify import Verifier, runs
 
 REAL = ("qwen3", "llama2", "gptoss", "smollm2")
 SLOW = ("llama3", "gemma3", "deepseek_v3")
@@ -191,31 +191,31 @@ def _sequences(encoder, messages, tools=None):
 
 
 def _accuses(verdict):
-    return bool(verdict.faults or verdict.untrained or verdict.unjudged)
+    return bool(verdict.errors or verdict.untrained or verdict.unproven)
 
 
 def _find_all(name):
     tokenizer = _tokenizer(name)
-    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer)
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer)
     chat, misread = CHAT, MISREAD
     if tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True).strip().endswith("<think>"):
         thoughts = {1: "Of Europe.", 3: "One more."}
         chat = [{**m, "reasoning_content": thoughts[n]} if n in thoughts else m for n, m in enumerate(CHAT)]
         misread = MISREAD | MISTHOUGHT
     right = _sequences(encoder, chat)
-    assert not _accuses(judge.judge(chat, right)), "the encoder is right"
+    assert not _accuses(judge.verify(chat, right)), "the encoder is right"
     *others, last = right if len(right) == 1 or [*runs(right[0][1])][-1:] < [*runs(right[-1][1])][-1:] else right[::-1]
     begin, end = [*runs(last[1])][-1]
     missed = []
     for what, change in BROKEN.items():
         broken = change(*last, begin, end, tokenizer)
         assert broken != last, what
-        if not _accuses(judge.judge(chat, [*others, broken])):
+        if not _accuses(judge.verify(chat, [*others, broken])):
             missed.append(what)
     for what, change in misread.items():
-        if not _accuses(judge.judge(chat, _sequences(encoder, change(chat)))):
+        if not _accuses(judge.verify(chat, _sequences(encoder, change(chat)))):
             missed.append(what)
-    if not _accuses(judge.judge(chat, [*right, last])):
+    if not _accuses(judge.verify(chat, [*right, last])):
         missed.append("a turn is trained twice")
     assert len(BROKEN) + len(MISREAD) > 30 and missed == []
 
@@ -234,13 +234,13 @@ def test_every_mutation_is_found_with_more_templates(name):
 @pytest.mark.parametrize("name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TOOLS)])
 def test_every_mutation_of_a_call_is_found(name):
     tokenizer = _tokenizer(name)
-    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer)
-    verdict = judge.judge(AGENT, _sequences(encoder, AGENT, TOOLS), tools=TOOLS)
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer)
+    verdict = judge.verify(AGENT, _sequences(encoder, AGENT, TOOLS), tools=TOOLS)
     assert not _accuses(verdict) and len(verdict.proven) == 2
     missed = []
     for what, change in MISCALLED.items():
-        if not _accuses(judge.judge(AGENT, _sequences(encoder, change(AGENT), TOOLS), tools=TOOLS)):
+        if not _accuses(judge.verify(AGENT, _sequences(encoder, change(AGENT), TOOLS), tools=TOOLS)):
             missed.append(what)
-    if not _accuses(judge.judge(AGENT, _sequences(encoder, AGENT, TOOLS[:1]), tools=TOOLS)):
+    if not _accuses(judge.verify(AGENT, _sequences(encoder, AGENT, TOOLS[:1]), tools=TOOLS)):
         missed.append("a tool is lost")
     assert missed == []

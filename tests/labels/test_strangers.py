@@ -9,7 +9,7 @@ from strange_templates import stops, strange_tokenizer, templates
 
 from ma_sft import TemplateError
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.judge import Judge
+from ma_sft.labels.verify import Verifier
 
 PLAIN = {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"}
 CALLS = {"a call", "two calls"}
@@ -77,8 +77,8 @@ def judged(judge, messages, tools, examples, kwargs=None):
     trained = {turn.message for example in examples for turn in example.turns if turn.trained}
     reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
     assert trained | {*reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}
-    verdict = judge.judge(messages, [(e.input_ids, e.labels) for e in examples], tools=tools, kwargs=kwargs)
-    assert (verdict.faults, verdict.unjudged) == ([], []), verdict
+    verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools, kwargs=kwargs)
+    assert (verdict.errors, verdict.unproven) == ([], []), verdict
     assert len(verdict.proven) == len(trained) and sorted(verdict.untrained) == sorted(reasons), verdict
     return trained, reasons
 
@@ -86,7 +86,7 @@ def judged(judge, messages, tools, examples, kwargs=None):
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_every_kind_of_row_is_right_or_refused(name):
     tokenizer = strange_tokenizer(name)
-    encoder, judge = ChatEncoder(tokenizer), Judge(tokenizer, stops=stops(name, tokenizer))
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=stops(name, tokenizer))
     taken = set()
     for kind, (messages, tools) in ROWS.items():
         try:

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from ma_sft import Recipe, RecipeError, make_trainer, run
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.judge import Judge
 from ma_sft.labels.templates import TEMPLATES as BUILT_IN
 from ma_sft.labels.templates import load_tokenizer as load
 from ma_sft.labels.tokenize import check, label
+from ma_sft.labels.verify import Verifier
 from ma_sft.release.chat import load as load_chat
 from ma_sft.release.manifest import check_handoff
 
@@ -128,9 +128,9 @@ def test_real_template():
     assert tokenizer.decode(encoder.encode_prompt(question)) == re.sub("(?<=date: )[0-9-]+", "2024-02-29", own)
     chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(8)]
     rows = [(e.input_ids, e.labels) for (e,) in encoder.encode(chats)]  # the later ones by a trace
-    on_the_day, today = (Judge(tokenizer, template_now=now) for now in ("2024-02-29", None))
-    assert all(on_the_day.judge(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
-    assert not any(today.judge(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
+    on_the_day, today = (Verifier(tokenizer, template_date=now) for now in ("2024-02-29", None))
+    assert all(on_the_day.verify(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
+    assert not any(today.verify(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
 
 
@@ -145,8 +145,8 @@ def test_own_marks_of_the_template_have_the_clock():
     )
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     ((example,),) = ChatEncoder(tokenizer, template_now="1987-06-05").encode([chat])
-    verdict = Judge(tokenizer, template_now="1987-06-05").judge(chat, [(example.input_ids, example.labels)])
-    assert verdict.witnessed == 1 and not verdict.faults
+    verdict = Verifier(tokenizer, template_date="1987-06-05").verify(chat, [(example.input_ids, example.labels)])
+    assert verdict.confirmed == 1 and not verdict.errors
 
 
 class Stop(TrainerCallback):

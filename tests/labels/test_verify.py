@@ -9,8 +9,7 @@ from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft.labels.check import check_dataset
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.inference import Conversation, Inference
-from ma_sft.labels.judge import Judge
+from ma_sft.labels.verify import Verifier
 
 
 def labelled(tokenizer, pieces):
@@ -56,24 +55,21 @@ def test_arguments_are_values_and_never_text_inside_text(as_text):
     ]
     start = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
     right = labelled(tokenizer, [start, ('<call>{"name": "w", "parameters": {"city": "Paris"}}</call><|im_end|>',)])
-    assert Judge(tokenizer).judge(messages, [right]).faults == []
+    assert Verifier(tokenizer).verify(messages, [right]).errors == []
     inner = '<call>{"name": "w", "parameters": "{\\"city\\": \\"Paris\\"}"}</call><|im_end|>'
-    ((code, what),) = Judge(tokenizer).judge(messages, [labelled(tokenizer, [start, (inner,)])]).faults
+    ((code, what),) = Verifier(tokenizer).verify(messages, [labelled(tokenizer, [start, (inner,)])]).errors
     assert code == "unlike the template" and "message 1" in what
 
 
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_conversation_may_end_with_the_result_of_a_call(steps):
-    """Each call is trained; the last result stands behind the last turn and must be the row's, too."""
+    """Each call is trained; what stands behind the last turn cannot change a label."""
     tokenizer = load_tokenizer("qwen3")
     pairs = [(ASKED[1], {"role": "tool", "content": f"{n} degrees"}) for n in range(steps)]
     messages = [ASKED[0], *(message for pair in pairs for message in pair)]
     ((example,),) = ChatEncoder(tokenizer).encode([messages])
-    verdict = Judge(tokenizer).judge(messages, [(example.input_ids, example.labels)])
-    assert (verdict.faults, verdict.unjudged, len(verdict.proven)) == ([], [], steps)
-    other = [*messages[:-1], {"role": "tool", "content": "99 degrees"}]
-    ((code, _),) = Judge(tokenizer).judge(other, [(example.input_ids, example.labels)]).faults
-    assert code == "unknown rest"
+    verdict = Verifier(tokenizer).verify(messages, [(example.input_ids, example.labels)])
+    assert (verdict.errors, verdict.unproven, len(verdict.proven)) == ([], [], steps)
 
 
 def test_reasoning_in_the_text_goes_on_with_an_opened_prompt():
@@ -84,8 +80,8 @@ def test_reasoning_in_the_text_goes_on_with_an_opened_prompt():
     )
     messages = [ASKED[0], {"role": "assistant", "content": "<think>\nSunny?\n</think>\n\nSunny."}]
     ((example,),) = ChatEncoder(tokenizer).encode([messages])
-    verdict = Judge(tokenizer).judge(messages, [(example.input_ids, example.labels)])
-    assert (verdict.faults, verdict.unjudged, len(verdict.proven)) == ([], [], 1)
+    verdict = Verifier(tokenizer).verify(messages, [(example.input_ids, example.labels)])
+    assert (verdict.errors, verdict.unproven, len(verdict.proven)) == ([], [], 1)
 
 
 FIRST_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
@@ -109,7 +105,7 @@ def test_what_the_template_loses_is_named(template, message, what):
     )
     trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
     labels = [-100] * len(prompt) + trained[len(prompt) :]
-    faults = Judge(tokenizer).judge(messages, [(trained, labels)]).faults
+    faults = Verifier(tokenizer).verify(messages, [(trained, labels)]).errors
     assert {code for code, _ in faults} == {"lost content"} and any(what in each for _, each in faults)
 
 
@@ -123,8 +119,8 @@ def test_a_turn_ends_where_generation_stops_and_not_at_the_first_control_token()
     start = "<|start|>user\nHi<|end_of_turn|><|start|>assistant\n"
     right = labelled(tokenizer, [start, ("Hello!<|end_of_response|><|end_of_turn|>",)])
     short = labelled(tokenizer, [start, ("Hello!<|end_of_response|>",), "<|end_of_turn|>"])
-    assert Judge(tokenizer).judge(messages, [right]).faults == []
-    assert [code for code, _ in Judge(tokenizer).judge(messages, [short]).faults] == ["missing end token"]
+    assert Verifier(tokenizer).verify(messages, [right]).errors == []
+    assert [code for code, _ in Verifier(tokenizer).verify(messages, [short]).errors] == ["missing end token"]
 
 
 def test_a_tokenizer_without_a_name_has_no_folder_even_where_one_lies_around(tmp_path, monkeypatch):
@@ -132,9 +128,9 @@ def test_a_tokenizer_without_a_name_has_no_folder_even_where_one_lies_around(tmp
     tokenizer.name_or_path = ""
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
     monkeypatch.chdir(tmp_path)
-    assert Judge(tokenizer).inference.stops == {tokenizer.eos_token_id}
+    assert Verifier(tokenizer).stops == {tokenizer.eos_token_id}
     tokenizer.name_or_path = str(tmp_path)
-    assert Judge(tokenizer).inference.stops == {tokenizer.eos_token_id, 7}
+    assert Verifier(tokenizer).stops == {tokenizer.eos_token_id, 7}
 
 
 GLM = (
@@ -158,8 +154,8 @@ def test_the_token_of_the_next_message_is_where_generation_stops(last, right):
     sequence = labelled(
         tokenizer, ["<|user|>\nWeather?<|assistant|>\n", (written,), "\n20<|assistant|>\n", (f"20.{last}",)]
     )
-    verdict = Judge(tokenizer).judge(messages, [sequence])
-    assert (verdict.faults == []) is right and len(verdict.proven) == 1 + right
+    verdict = Verifier(tokenizer).verify(messages, [sequence])
+    assert (verdict.errors == []) is right and len(verdict.proven) == 1 + right
 
 
 THINKS = (
@@ -173,15 +169,15 @@ THINKS = (
 
 def test_a_rows_own_template_variables_decide_its_prompt():
     tokenizer = qwen(THINKS)
-    judge = Judge(tokenizer)
+    judge = Verifier(tokenizer)
     start = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n"
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "because", "content": "a"}]
     plain = [thinking[0], {"role": "assistant", "content": "a"}]
-    assert judge.judge(thinking, [labelled(tokenizer, [start, ("because\n</think>\n\na<|im_end|>",)])]).faults == []
+    assert judge.verify(thinking, [labelled(tokenizer, [start, ("because\n</think>\n\na<|im_end|>",)])]).errors == []
     bare = labelled(tokenizer, [f"{start}\n</think>\n\n", ("a<|im_end|>",)])
-    assert judge.judge(plain, [bare], kwargs={"enable_thinking": False}).faults == []
-    assert judge.judge(plain, [bare]).faults  # without the variable inference opens a reasoning
-    assert judge.judge(plain, [labelled(tokenizer, [start, ("a<|im_end|>",)])]).unjudged
+    assert judge.verify(plain, [bare], kwargs={"enable_thinking": False}).errors == []
+    assert judge.verify(plain, [bare]).errors  # without the variable inference opens a reasoning
+    assert judge.verify(plain, [labelled(tokenizer, [start, ("a<|im_end|>",)])]).unproven
 
 
 def test_text_that_spells_a_control_token_stays_text():
@@ -192,9 +188,9 @@ def test_text_that_spells_a_control_token_stays_text():
     end = labelled(tokenizer, ["<|im_end|>\n<|im_start|>assistant\n", target])
     before = tokenizer(start, add_special_tokens=False)["input_ids"]
     right = ([*before, *question, *end[0]], [-100] * (len(before) + len(question)) + end[1])
-    assert Judge(tokenizer).judge(messages, [right]).faults == []
+    assert Verifier(tokenizer).verify(messages, [right]).errors == []
     real = labelled(tokenizer, [start + messages[0]["content"], "<|im_end|>\n<|im_start|>assistant\n", target])
-    assert [code for code, _ in Judge(tokenizer).judge(messages, [real]).faults] == ["unlike inference"]
+    assert [code for code, _ in Verifier(tokenizer).verify(messages, [real]).errors] == ["unlike inference"]
 
 
 def test_what_must_not_be_trained_is_not():
@@ -203,9 +199,9 @@ def test_what_must_not_be_trained_is_not():
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     begin = len(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
     end = len(ids) - 1
-    verdict = Judge(tokenizer).judge(messages, [(ids, [-100] * begin + ids[begin:end] + [-100])])
-    assert [code for code, _ in verdict.faults] == ["trained against the row"]
-    assert Judge(tokenizer).judge(messages, [(ids, [-100] * len(ids))]).faults == []
+    verdict = Verifier(tokenizer).verify(messages, [(ids, [-100] * begin + ids[begin:end] + [-100])])
+    assert [code for code, _ in verdict.errors] == ["trained against the row"]
+    assert Verifier(tokenizer).verify(messages, [(ids, [-100] * len(ids))]).errors == []
 
 
 def test_what_a_template_refuses_is_not_proven():
@@ -226,18 +222,14 @@ WITHOUT_MARKS = {"gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "
 def test_a_template_ends_its_own_turns_or_leaves_that_to_the_next_message(name):
     """The end that the judge finds by itself is where the training twin's generation marks end."""
     tokenizer = trl_tokenizer(name)
-    inference = Inference(tokenizer)
-    assert inference.twin is not None
-    judge = Judge(tokenizer)
+    judge = Verifier(tokenizer)
+    assert judge.marked_template is not None
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     if tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True).strip().endswith("<think>"):
         chat[1]["reasoning_content"] = "Greet back."  # whoever is made to think has to
-    conversation = Conversation(inference, chat, None, {})
-    form, _ = next(conversation.forms())
-    turn = conversation.read(form, [1])[1]
-    ids = [*turn.prompt, *turn.targets[0]]
-    verdict = judge.judge(chat, [(ids, [-100] * len(turn.prompt) + list(turn.targets[0]))])
-    assert verdict.faults == [] and len(verdict.proven) == 1
+    ((example,),) = ChatEncoder(tokenizer).encode([chat])
+    verdict = judge.verify(chat, [(example.input_ids, example.labels)])
+    assert verdict.errors == [] and len(verdict.proven) == 1
 
 
 def test_a_long_conversation_is_judged_to_its_last_turn():
@@ -251,24 +243,22 @@ def test_a_long_conversation_is_judged_to_its_last_turn():
     for begin in begins:
         stop = ids.index(end, begin) + 1
         labels[begin:stop] = ids[begin:stop]
-    judge = Judge(tokenizer)
-    verdict = judge.judge(chat, [(ids, labels)])
-    assert verdict.faults == [] and len(verdict.proven) == 40
+    judge = Verifier(tokenizer)
+    verdict = judge.verify(chat, [(ids, labels)])
+    assert verdict.errors == [] and len(verdict.proven) == 40
     for turn in range(40):  # what another turn says is wrong wherever it stands
         at = begins[turn]
         said = ids[begins[turn - 1] : ids.index(end, begins[turn - 1])]
         stop = ids.index(end, at)
         wrong = [*ids[:at], *said, *ids[stop:]]
-        assert judge.judge(chat, [(wrong, [*labels[:at], *said, *labels[stop:]])]).faults, turn
+        assert judge.verify(chat, [(wrong, [*labels[:at], *said, *labels[stop:]])]).errors, turn
 
 
-def test_ids_of_prefixes_are_the_tokenizers_own(tokenizer):
-    """They are put together from what stands between control tokens, which the longest text gives for most."""
-    inference = Inference(tokenizer)
-    first, second = list(inference.controls)[:2]
+def test_ids_of_texts_that_share_their_beginnings_are_the_tokenizers_own(tokenizer):
+    """They are put together from what stands between control tokens, where that gives what the tokenizer gives."""
+    verifier = Verifier(tokenizer)
+    first, second = list(verifier.controls)[:2]
     whole = f" a {first}\nuser\n 你好 \n{second}  x{first}{second}end{first}"
     texts = [whole[:at] for at in range(len(whole) + 1)] + [f"{first}b {second}\nuser\n 你好 \n{first}"]
-    assert inference.ids_of_prefixes(texts) == inference.ids(texts)
-    hidden = {text: tokenizer.unk_token_id or 0 for text in inference.controls}  # as if the tokenizer had others
-    inference.controls = hidden
-    assert inference.ids_of_prefixes(texts) == inference.ids(texts)
+    own = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert verifier.ids(texts) == own
