@@ -343,7 +343,7 @@ def _enter(
     row: int, where: str, result: dict[str, Any], report: CheckReport, findings: Findings, is_open: bool
 ) -> None:
     report.proven_turns += result["proven"]
-    report.confirmed_turns += result["confirmed"]
+    report.witnessed_turns += result["confirmed"]
     count(report.losses, [dict.fromkeys(result["losses"])])
     count(report.not_proven, [dict.fromkeys(result["unproven"])])
     for code, what in {

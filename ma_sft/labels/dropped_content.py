@@ -8,6 +8,7 @@ template drops part of one text (`content.split('</think>')[-1]`) is seen by loo
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ma_sft.errors import TemplateError
@@ -171,8 +172,8 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
             map_values(function.get("arguments"), scalars.append)
             for at, value in enumerate(scalars):
                 if value is not None and not isinstance(value, str):
-                    left = iter(range(len(scalars)))
-                    other = map_values(function["arguments"], lambda v, at=at, left=left: "" if next(left) == at else v)
+                    values = iter([*scalars[:at], "", *scalars[at + 1 :]])
+                    other = map_values(function["arguments"], partial(_next_of, values))
                     changed = {**function, "arguments": other}
                     changed = {**call, "function": changed} if "function" in call else changed
                     calls = [*message["tool_calls"][:number], changed, *message["tool_calls"][number + 1 :]]
@@ -228,6 +229,10 @@ def map_values(value: Any, function: Callable[[Any], Any], *, keys: bool = False
     if isinstance(value, list | tuple):
         return [map_values(item, function, keys=keys) for item in value]
     return function(value)
+
+
+def _next_of(values: Iterator[Any], _: Any) -> Any:
+    return next(values)
 
 
 def _unescape(match: re.Match[str]) -> str:

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.version import __version__
 
-if TYPE_CHECKING:
-    from ma_sft.labels.encoder import ChatEncoder
+
+class PromptEncoder(Protocol):
+    """What gives the ids of inference's prompts: a `ChatEncoder`."""
+
+    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]: ...
+
 
 # Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
 PROBE = [
@@ -29,7 +33,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder | None" = None) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder | None = None) -> dict[str, Any]:
     """What makes two tokenizers with their templates the same, in a few lines of JSON.
 
     The ids of a test conversation are among it: whatever a template reads from outside (a date, another release's
@@ -48,7 +52,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder
     }
 
 
-def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder | None", *how: Any) -> str:
+def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder | None, *how: Any) -> str:
     """The digest of labelled rows.
 
     Args:
@@ -62,7 +66,7 @@ def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: "C
     return digest(__version__, rows, backend, tokenizer.special_tokens_map, tokenizer.chat_template, probe, *how)
 
 
-def _probe(encoder: "ChatEncoder") -> list[int] | str:
+def _probe(encoder: PromptEncoder) -> list[int] | str:
     try:
         return encoder.encode_prompt(PROBE)
     except TemplateError as error:  # a template of another kind of conversation

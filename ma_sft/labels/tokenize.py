@@ -155,7 +155,7 @@ def check(
 
 
 def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path | None:
-    """Where the report on rows of the cache is stored, by all that it depends on: the verifier's code, the files' content.
+    """Where the report on rows of the cache is stored, by all that it depends on: the verifier's code, the content.
 
     The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
     """

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -82,7 +83,11 @@ class Verifier:
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self.control_text = re.compile("|".join(longest_first) or r"(?!)")
         self._sections = re.compile(f"(?={self.control_text.pattern})") if longest_first else None
-        self.stops = {*stops, tokenizer.eos_token_id, *stop_ids(generation_config(tokenizer.name_or_path))} - {None}
+        self.stops: set[int] = {
+            *stops,
+            tokenizer.eos_token_id,
+            *stop_ids(generation_config(tokenizer.name_or_path)),
+        } - {None}
         self._by_shape: dict[str, tuple[list[tuple[Form, list[Lost]]], Any, str]] = {}
         self._own_ends: dict[str, int | None] = {}
         self._known: dict[str, tuple[int, ...]] = {}  # ids of texts of the batch at hand
@@ -205,7 +210,7 @@ class Verifier:
             if index != -1 and index not in self.signs:
                 held.append(index)
                 continue
-            parts += [self.tokenizer.decode(held, clean_up_tokenization_spaces=False)] if held else []
+            parts += [str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False))] if held else []
             parts.append(self.signs.get(index, ""))
             held = []
         return "".join(parts)
@@ -257,7 +262,7 @@ class _Conversation:
     def _hide(self, message: Message) -> Message:
         """The message with placeholders for text that spells control tokens, but not for an assistant's markup."""
         own = {"content": MARKUP} if message["role"] == "assistant" else {}
-        return {k: walk(v, lambda t, k=k: self._hide_text(t, own.get(k, ()))) for k, v in message.items()}
+        return {k: walk(v, partial(self._hide_text, markup=own.get(k, ()))) for k, v in message.items()}
 
     def _hide_text(self, text: str, markup: tuple[str, ...] = ()) -> str:
         def placeholder(match: re.Match[str]) -> str:
@@ -389,18 +394,18 @@ class _Conversation:
         if len(self.raw) == 1:
             return set(self.verifier.stops)
         own = self.verifier.own_end(self.form, self.tools, self.kwargs)
-        stops = self.verifier.stops | ({own} - {None})
+        stops = self.verifier.stops | ({own} if own is not None else set())
         written = self._ids_of_signs(whole)
         tail = next((i for i in reversed(written) if self.verifier.spell([i] if i >= 0 else "x").strip()), None)
         if any(i in stops for i in written[-4:]):
             return stops
         if self.raw[k].get("tool_calls") and own is not None and tail in self.verifier.signs:
-            return stops | {tail}
+            return stops | ({tail} if tail is not None else set())
         if own is None or tail != own:
             begins = self._next_begins(k, whole)
             if begins is None and self.raw[k].get("tool_calls") and tail in self.verifier.signs:
                 begins = tail  # the result stands right behind what closes the call
-            stops = stops | ({begins} - {None})
+            stops = stops | ({begins} if begins is not None else set())
         return stops
 
     def _ids_of_signs(self, written: Any) -> Sequence[int]:
