@@ -105,39 +105,23 @@ CHINESE = (
     "question,answer\n今天天气怎么样？,今天天气很好，适合出去玩。\n"
     "请写一首关于春天的诗,春天来了，花儿开了，小鸟在唱歌。\n"
 )
-TAIWAN = "question,answer\n今天天氣怎麼樣？,今天天氣很好，適合出去玩。\n你是誰？,我是一個可以回答你的問題的人工智慧。\n"
-LINE = (
-    '{"prompt": "今天天气怎么样？", "completion": "今天天气很好，适合出去玩。你是谁？我是一个可以回答你的问题的人。"}\n'
-)
 WRITTEN = {
-    "gbk.csv": (CHINESE.encode("gbk"), {"encoding": "gb18030"}),
-    "gbk.jsonl": (LINE.encode("gbk"), {"encoding": "gb18030"}),
-    "big5.csv": (TAIWAN.encode("big5"), {"encoding": "big5"}),
-    "marked.csv": (CHINESE.encode("utf-16"), {"encoding": "utf-16"}),
-    "little.csv": (CHINESE.encode("utf-16-le"), {"encoding": "utf-16-le"}),
-    "big.csv": (CHINESE.encode("utf-16-be"), {"encoding": "utf-16-be"}),
+    "marked.csv": (CHINESE.encode("utf-16"), {}),
     "bom.csv": (CHINESE.encode("utf-8-sig"), {}),
-    "semicolon.csv": (b'question;answer\n"Why, me?";So.\nHow?;"So; too."\n', {"delimiter": ";"}),
-    "tab.csv": (b"question\tanswer\nWhy?\tSo.\n", {"delimiter": "\t"}),
-    "both.csv": (CHINESE.replace(",", ";").encode("gbk"), {"encoding": "gb18030", "delimiter": ";"}),
     "comma.csv": (b"question,answer\nWhy; me?,So; there.\n", {}),
-    "Case.csv": (
-        b"Question;Answer\nWhy?;So.\n",
-        {"delimiter": ";", "columns": {"Question": "question", "Answer": "answer"}},
-    ),
+    "Case.csv": (b"Question,Answer\nWhy?,So.\n", {"columns": {"Question": "question", "Answer": "answer"}}),
 }
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_init_finds_encoding_and_delimiter(name, here, tiny_bpe, capsys):
+def test_init_reads_marked_text_and_heads_in_any_case(name, here, tiny_bpe, capsys):
     content, expected = WRITTEN[name]
     (here / name).write_bytes(content)
     flags = ["--model", str(tiny_bpe), "--hardware", "cpu", "--task", "chat", "-o", "mine.py"]
     assert main(["init", "--data", name, *flags]) == 0
     settings = Recipe.load("mine.py").settings
     assert settings.get("datasets", [{"path": name}]) == [{"path": name, **expected}]
-    shown = capsys.readouterr().out
-    assert all(f"{key} {expected[key]!r}" in shown for key in {"encoding", "delimiter"} & set(expected))
+    capsys.readouterr()
     assert main(["preview", "mine.py"]) == 0
     assert ("So" if b"So" in content else "今天天") in capsys.readouterr().out
 

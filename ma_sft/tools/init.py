@@ -1,13 +1,8 @@
 """`ma-sft init`: four questions and a look at the rows become a recipe with comments, ready for `ma-sft check`."""
 
-import codecs
-import csv
-import glob
-import io
 import json
 import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +19,6 @@ if TYPE_CHECKING:
 
 
 LOOKED_AT = 5000  # rows, drawn at random
-HEAD = 1 << 20  # bytes of a file that tell its encoding and its delimiter
 
 
 TASKS = {
@@ -77,9 +71,7 @@ class Rows:
         half, most = np.percentile(self.lengths, [50, 99]).astype(int)
         return (
             f"{self.total:,} rows in the format {self.format}: half have up to {half:,} tokens, 99% up to {most:,}, "
-            f"the longest {self.lengths.max():,}"
-            + (f"; {self.broken:,} broken rows" if self.broken else "")
-            + "".join(f"; {key} {self.source[key]!r}" for key in ("encoding", "delimiter") if key in self.source)
+            f"the longest {self.lengths.max():,}" + (f"; {self.broken:,} broken rows" if self.broken else "")
         )
 
 
@@ -148,11 +140,13 @@ def look(model: str, source: dict[str, Any], total: int, extra: dict[str, Any]) 
     split = extra.get("dataset_train_split", "train")
     mixture = load_mixture([{**source, "limit": LOOKED_AT, "split": split}], on_error="skip")
     template = None
-    settings = Recipe(model_name_or_path=model, dataset_name=source["path"], report_to="none", **extra).resolve()
+    recipe = Recipe(model_name_or_path=model, dataset_name=source["path"], report_to="none", **extra)
+    settings = recipe.resolve()
     try:
         tokenizer, _ = load_tokenizer(settings)
     except TemplateError:  # a base model
-        settings.labels.template = template = "chatml"
+        template = "chatml"
+        settings = Recipe(**recipe.settings, template=template).resolve()
         tokenizer, _ = load_tokenizer(settings)
     conversations: Dataset = mixture.train
     labelled = tokenize(conversations, make_encoder(settings, tokenizer)).with_format("numpy")
@@ -178,12 +172,11 @@ def look(model: str, source: dict[str, Any], total: int, extra: dict[str, Any]) 
 
 
 def _source(data: str, split: str) -> tuple[dict[str, Any], int]:
-    """The entry of `datasets`, with encoding, delimiter and names of columns where the rows show which they are; and
-    how many rows there are."""
+    """The entry of `datasets`, with names of columns where another case hides a format; and how many rows there are."""
     from ma_sft.data.formats import detect_format
     from ma_sft.data.load import Source, load_rows, rows_of
 
-    found = {"path": data, **_how_written(data)}
+    found: dict[str, Any] = {"path": data}
     source = Source.of(found, split=split)
     rows, _ = load_rows(source)
     first = rows[:1]
@@ -197,60 +190,6 @@ def _source(data: str, split: str) -> tuple[dict[str, Any], int]:
         columns = {} if form is names else {old: new for old, new in renamed.items() if old != new}
         return found | ({"columns": columns} if columns else {}), len(rows)
     return found, len(rows)
-
-
-def _how_written(data: str) -> dict[str, str]:
-    """Encoding and delimiter of the (first) text file that is no UTF-8 with commas; what cannot be proven is left out,
-    and the reader's error says what may help."""
-    import fsspec
-
-    from ma_sft.data.load import kind_of
-
-    file = next(iter(sorted(glob.glob(data, recursive=True))), data) if not Path(data).is_file() else data
-    if kind_of(file) not in (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt") or not Path(file).is_file():
-        return {}
-    try:
-        with fsspec.open(file, "rb", compression="infer") as stream:
-            head: bytes = stream.read(HEAD)
-    except Exception:  # a broken archive: its reader says so
-        return {}
-    cut = len(head) == HEAD
-    head = head[: head.rfind(b"\n") + 1] if cut else head
-    encoding = _encoding(head)
-    text = head.decode(encoding or "utf-8-sig", errors="ignore")
-    delimiter = _delimiter(text, cut) if kind_of(file) == ".csv" else None
-    return {name: value for name, value in (("encoding", encoding), ("delimiter", delimiter)) if value}
-
-
-def _encoding(head: bytes) -> str | None:
-    """The only encoding that the beginning of a text can have; None for UTF-8, and where several would do."""
-    from charset_normalizer import from_bytes
-
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    if b"\0" in head:  # in UTF-16, each letter of ASCII has one, always on the same side
-        texts = {name: head.decode(name, errors="replace") for name in ("utf-16-le", "utf-16-be")}
-        fitting = [name for name, text in texts.items() if "\n" in text and "\0" not in text]
-        return fitting[0] if len(fitting) == 1 else None
-    with suppress(UnicodeDecodeError):
-        head.decode()
-        return None
-    found = [*from_bytes(head)]
-    # In a language's letters at their frequencies; single bytes, which any text of Europe has, prove nothing
-    proven = [match.encoding for match in found if match.coherence and match.multi_byte_usage]
-    return proven[0] if len(proven) == 1 == sum(bool(match.coherence) for match in found) else None
-
-
-def _delimiter(text: str, cut: bool) -> str | None:
-    """The only mark that parts all lines of a CSV text into equally many cells, where commas do not."""
-
-    def parts(mark: str) -> bool:
-        rows = [*csv.reader(io.StringIO(text, newline=""), delimiter=mark)]
-        widths = {len(row) for row in (rows[:-1] if cut else rows) if row}
-        return len(widths) == 1 and widths != {1}
-
-    marks = [mark for mark in ",;|\t" if parts(mark)]
-    return marks[0] if len(marks) == 1 and marks != [","] else None
 
 
 def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") -> str:

@@ -10,7 +10,8 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -446,8 +447,7 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
         raise RecipeError(f"--gpus: 0 or more expected, found {gpus}")
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
-    settings.training.use_cpu = gpus == 0
-    found = forecast(settings)
+    found = forecast(_with_training(settings, use_cpu=gpus == 0))
     if gpu_memory:
         memory = bytes_of(gpu_memory)
     else:
@@ -469,6 +469,14 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
         "launchers": {name: {**parts, "fits": parts["total"] <= memory} for name, parts in launchers.items()},
         "choice": choice,
     }
+
+
+def _with_training(settings: "Settings", **values: Any) -> "Settings":
+    """Settings with other values of the trainer's; the resolved ones stay as they are."""
+    training = copy(settings.training)
+    for name, value in values.items():
+        setattr(training, name, value)
+    return replace(settings, training=training)
 
 
 def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
