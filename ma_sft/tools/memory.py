@@ -494,7 +494,7 @@ def advice(settings: "Settings", found: dict[str, Any]) -> list[str]:
     lines = []
     training, attention = settings.training, settings.model.attn_implementation
     selective = {**(training.gradient_checkpointing_kwargs or {}), "selective": True, "use_reentrant": False}
-    cheaper = [("gradient_checkpointing=false", {"gradient_checkpointing": False})]
+    cheaper: list[tuple[str, dict[str, Any]]] = [("gradient_checkpointing=false", {"gradient_checkpointing": False})]
     if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
         cheaper.append(
             ("gradient_checkpointing_kwargs='{\"selective\": true}'", {"gradient_checkpointing_kwargs": selective})
