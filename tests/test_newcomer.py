@@ -139,10 +139,7 @@ def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, ca
 def test_init_chooses_what_fits_the_gpus(here, tiny_bpe, capsys):
     flags = ["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "--task", "chat"]
     assert main([*flags, "--hardware", "4x80GB", "-o", "big.py"]) == 0
-    assert (
-        "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 4 big.py"
-        in capsys.readouterr().out
-    )
+    assert "accelerate_configs/ddp.yaml --num_processes 4 -m ma_sft.cli train big.py" in capsys.readouterr().out
     assert main([*flags, "--hardware", "1x0.1GB", "-o", "small.py"]) == 2
     assert "nothing fits 1 GPU(s) of 0.1gb, not even 4-bit QLoRA" in capsys.readouterr().err
 

@@ -7,13 +7,11 @@ A run writes `run.json` before its first step (what is trained, on what), a line
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +32,17 @@ from ma_sft.pages.screen import evaluation_rows
 
 SHOWN_TOKENS = 600  # of a row in the mask preview
 SHOWN_ANSWERS = 200
-MOST_WORDS = 1500  # of an answer that are compared
-WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+|\s+|.")
+# What decides which rows are held out: figures of runs that differ in one of them do not compare
+DATA = (
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "datasets",
+    "eval_dataset",
+    "test_size",
+    "seed",
+    "filters",
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
             runs=runs,
             charts=charts([run["log"] for run in runs]),
             differences=_differences([run["settings"] for run in runs]),
-            compared=_compared([run["summary"] or {} for run in runs]),
+            compared=_compared([run["summary"] or {} for run in runs], [run["settings"] for run in runs]),
             refresh=refresh,
             shown_answers=SHOWN_ANSWERS,
             size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
@@ -201,33 +208,23 @@ def _tell(run: dict[str, Any]) -> None:
         "again": shlex.join(["ma-sft", "train", f"{run['folder']}/recipe.json", "--name", f"{run['name']}-again"]),
     }
     answers = [
-        {"question": question, "before": before, "after": compare(after, reference), "same": after == reference,
-         "reference": compare(reference, after)}
+        {"question": question, "before": before, "after": after, "same": after == reference, "reference": reference}
         for question, before, after, reference in run["answers"]
-    ]  # fmt: skip
+    ]
     run["answers"] = sorted(answers, key=lambda answer: answer["same"])
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
-    """Whether it worked, in a line: by the answers' score where there is one, else by the held-out loss."""
+    """Whether it worked, in a line: by the answers' score where there is one that moved, else by the held-out loss."""
     before, after = evaluation["before"], evaluation["after"]
     if not before:
         return "How the model did on the held-out rows before training was not measured."
     key, sign, name, how = ("score", 1, "the held-out answers' score", ".1%")
-    if key not in before or key not in after:
+    if key not in before or before[key] == after.get(key, before[key]):  # a chat's answers have no one right text
         key, sign, name, how = ("loss", -1, "the held-out loss", ".3f")
     gain = sign * (after[key] - before[key])
     word = "It worked" if gain > 0 else "No change" if gain == 0 else "It got worse"
     return f"{word}: {name} went from {before[key]:{how}} to {after[key]:{how}}."
-
-
-def compare(text: str, other: str) -> list[tuple[str, bool]]:
-    """The text in parts: (part, whether `other` lacks it), by words, and by characters in scripts without spaces."""
-    words, others = (WORD.findall(side)[:MOST_WORDS] for side in (text, other))
-    matcher = SequenceMatcher(None, others, words, autojunk=False)
-    parts = [("".join(words[a:b]), kind != "equal") for kind, _, _, a, b in matcher.get_opcodes() if b > a]
-    rest = text[sum(map(len, words)) :]
-    return [*parts, (rest, False)] if rest else parts
 
 
 def watch(folders: Sequence[Path], path: Path, seconds: int = 5) -> None:
@@ -278,14 +275,19 @@ def _groups(summary: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
     return groups
 
 
-def _compared(summaries: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
-    """The figures of several runs: label -> (three digits, whether it is the best) of each."""
+def _compared(summaries: list[dict[str, Any]], settings: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
+    """The figures of several runs: label -> (three digits, whether it is the best) of each.
+
+    There is a best where all runs have the figure, and, of results, where all held out the same rows.
+    """
     rows = {}
+    alike = len({json.dumps([one.get(key) for key in DATA]) for one in settings}) == 1
     for figure in FIGURES:
         values = [_value(summary, figure.key) for summary in summaries]
         known = [value for value in values if value is not None]
         if known:
-            best = {"more": max, "less": min}[figure.better](known) if figure.better and len(set(known)) > 1 else None
+            compares = len(known) == len(values) and len(set(known)) > 1 and (alike or figure.group != "result")
+            best = {"more": max, "less": min}[figure.better](known) if figure.better and compares else None
             how = ".3g" if figure.how.endswith("f") else figure.how
             texts = ["" if value is None else _text(value, how) for value in values]
             rows[_label(figure, next(filter(None, summaries), {}))] = [

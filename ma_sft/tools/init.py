@@ -254,18 +254,15 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[di
 def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
     """The command of the first launcher that fits the GPUs; takes a 4-bit base if nothing else does."""
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.tools.memory import plan
+    from ma_sft.tools.memory import plan, start_command
 
     for quantised in ({}, {"load_in_4bit": True}):
         settings |= quantised
         resolved = Recipe(**settings).resolve()
         load_tokenizer(resolved)
         choice = plan(resolved, gpus, memory)["choice"]
-        if choice == "single_gpu":
-            return f"ma-sft train {out}"
         if choice:
-            many = f" --num_processes {gpus}" if gpus > 1 else ""
-            return f"accelerate launch --config_file accelerate_configs/{choice}.yaml{many} {out}"
+            return start_command(choice, gpus, str(out))
     raise RecipeError(
         f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
     )

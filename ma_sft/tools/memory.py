@@ -5,10 +5,12 @@ model runs on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtype
 and death is counted. So any architecture, attention implementation, checkpointing and TRL's tiled logits are in it.
 """
 
+import os
 import re
+import shlex
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -215,6 +217,7 @@ def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: 
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.models import enable_selective_activation_checkpointing
     from trl.trainer.utils import add_fused_lm_head
 
     training: Any = settings.training
@@ -224,7 +227,10 @@ def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: 
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
         causal.train()
         if training.gradient_checkpointing:
-            causal.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+            options = dict(training.gradient_checkpointing_kwargs or {})
+            if options.pop("selective", False):  # TRL's own
+                enable_selective_activation_checkpointing(causal)
+            causal.gradient_checkpointing_enable(options)
             if settings.model.use_peft:
                 causal.enable_input_require_grads()
     dtype = torch.bfloat16 if training.bf16 else torch.float16
@@ -479,8 +485,53 @@ def _with_training(settings: "Settings", **values: Any) -> "Settings":
     return replace(settings, training=training)
 
 
-def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
-    """Print a plan: the arithmetic, a table of launchers, and the command to run."""
+def advice(settings: "Settings", found: dict[str, Any]) -> list[str]:
+    """Settings that make the plan's choice faster and change nothing of what is learned, a line each."""
+    from transformers import utils
+
+    name, gpus = found["choice"], found["gpus"]
+    launcher = next((one for one in LAUNCHERS if one.name == name), Launcher("cpu", many=False))
+    lines = []
+    training, attention = settings.training, settings.model.attn_implementation
+    selective = {**(training.gradient_checkpointing_kwargs or {}), "selective": True, "use_reentrant": False}
+    cheaper: list[tuple[str, dict[str, Any]]] = [("gradient_checkpointing=false", {"gradient_checkpointing": False})]
+    if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
+        cheaper.append(
+            ("gradient_checkpointing_kwargs='{\"selective\": true}'", {"gradient_checkpointing_kwargs": selective})
+        )
+    if training.gradient_checkpointing and not (training.gradient_checkpointing_kwargs or {}).get("selective"):
+        for words, values in cheaper:
+            less = forecast(_with_training(settings, use_cpu=gpus == 0, **values))
+            total = on_device(less, launcher, max(gpus, 1))["total"]
+            if total <= found["memory"]:
+                lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
+                break
+    if gpus and attention in (None, "sdpa", "eager"):
+        installed = [n for n in (3, 2) if getattr(utils, f"is_flash_attn_{n}_available")()]
+        lines += [f"attn_implementation=flash_attention_{n} is installed: faster in long packs" for n in installed[:1]]
+    return lines
+
+
+def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()) -> str:
+    """The command that trains a recipe with a launcher; it runs as it stands, with the flags that were given."""
+    from ma_sft.tools.gallery import shipped
+
+    words = ["train", recipe, *flags]
+    if choice in ("cpu", "single_gpu"):
+        return shlex.join(["ma-sft", *words])
+    many = ["--num_processes", str(gpus)] if gpus > 1 else []
+    path = os.path.relpath(shipped()[choice].path)
+    path = str(shipped()[choice].path) if path.startswith("..") else path
+    return shlex.join(["accelerate", "launch", "--config_file", path, *many, "-m", "ma_sft.cli", *words])
+
+
+def show_plan(settings: "Settings", found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:
+    """Print a plan: the arithmetic, a table of launchers, and the command to run.
+
+    Args:
+        recipe: the recipe's file.
+        flags: settings that were given beside it, as words of a command line.
+    """
     from rich.table import Table
 
     screen = console()
@@ -488,8 +539,15 @@ def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
     for line in found["forecast"]["lines"]:
         screen.print(line, soft_wrap=True)
     where = f"each of {gpus} GPUs with {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
-    columns = ("weights", "gradients", "optimizer", "activations", "reserve", "total", "host")
-    table = Table("launcher", *columns, "fits", title=f"GB of {where}")
+    columns = {
+        "weights": "weights",
+        "gradients": "grads",
+        "optimizer": "optim",
+        "activations": "activ",
+        "reserve": "rest",
+    }
+    columns |= {"total": "total", "host": "host"}
+    table = Table("launcher", *columns.values(), "fits", title=f"GB of {where}", padding=(0, 0))
     for name, parts in found["launchers"].items():
         table.add_row(name, *(f"{parts[c] / 1e9:.1f}" for c in columns), "yes" if parts["fits"] else "no")
     screen.print(table)
@@ -499,10 +557,10 @@ def show_plan(settings: "Settings", found: dict[str, Any], recipe: str) -> None:
         smaller += [] if settings.model.use_peft else ["use_peft=true"]
         smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
         screen.print(f"nothing fits; try {', '.join(reversed(smaller))}")
-    else:
-        many = f" --num_processes {gpus}" if gpus > 1 else ""
-        command = f"accelerate launch --config_file accelerate_configs/{found['choice']}.yaml{many} {recipe}"
-        screen.print(command, soft_wrap=True)
+        return
+    for line in advice(settings, found):
+        screen.print(f"for nothing: {line}", soft_wrap=True)
+    screen.print(start_command(found["choice"], gpus, recipe, flags), soft_wrap=True)
 
 
 def _gb(size: float) -> str:

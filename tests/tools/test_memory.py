@@ -1,8 +1,10 @@
 """The forecast of memory: its arithmetic, its agreement with a real run, and the choice of a launcher."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.tools.memory import LAUNCHERS, bytes_of, forecast, plan, weight_bytes
+from ma_sft.tools.memory import LAUNCHERS, _with_training, advice, bytes_of, forecast, plan, start_command, weight_bytes
 
 
 def settings(**more):
@@ -138,6 +140,29 @@ def test_nothing_fits_says_what_to_try(tmp_path, capsys):
     assert "nothing fits; try load_in_4bit=true with use_peft, use_peft=true, gradient_checkpointing=true" in out
 
 
+def test_the_printed_command_keeps_flags_and_names_a_file_that_is_there():
+    words = shlex.split(start_command("ddp", 2, "mine.yaml", ["--max_length", "64"]))
+    assert Path(words[3]).is_file() and words[-4:] == ["train", "mine.yaml", "--max_length", "64"]
+    assert start_command("single_gpu", 1, "mine.yaml", ["--seed", "1"]) == "ma-sft train mine.yaml --seed 1"
+
+
+def test_a_plan_says_what_is_faster_for_nothing_and_leaves_the_settings_alone():
+    mine = settings(use_peft=True, gradient_checkpointing=True, max_length=64)
+    before = mine.training.to_dict()
+    found = plan(mine, 1, "80GB")
+    assert found["choice"] == "single_gpu"
+    whole, off = (
+        found["launchers"]["single_gpu"]["total"],
+        forecast(settings(use_peft=True, max_length=64, use_cpu=True)),
+    )
+    selective = forecast(_with_training(mine, gradient_checkpointing_kwargs={"selective": True}))
+    assert found["forecast"]["kept"] < selective.kept < off.kept
+    assert any("gradient_checkpointing=false fits too" in line for line in advice(mine, found))
+    narrow = {**found, "memory": whole * 1.001}
+    assert not any("=false" in line for line in advice(mine, narrow))
+    assert mine.training.to_dict() == before
+
+
 def test_launchers_are_what_their_files_say():
     known = {launcher.name: launcher for launcher in LAUNCHERS}
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
@@ -168,7 +193,7 @@ def test_command_line(tmp_path, capsys):
     assert found["choice"] == "ddp" and found["forecast"]["trainable"] == 4_884_480 // 2
     assert main(["plan", str(path), "--gpus", "0"]) == 0
     out = capsys.readouterr().out
-    assert "134,515,008 parameters" in out and "accelerate_configs/cpu.yaml" in out
+    assert "134,515,008 parameters" in out and f"ma-sft train {path}" in out
     assert main(["plan", str(path), "--gpus", "2"]) == (0 if torch.cuda.is_available() else 2)
     assert main(["plan", str(path), "--gpus", "0", "--max_length", "none"]) == 2
     path.write_text(path.read_text() + "lora_target_modules: [query]\n")
