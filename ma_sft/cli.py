@@ -381,7 +381,7 @@ def _plan(
     if as_json:
         _print_json(found)
     else:
-        show_plan(settings, found, str(name))
+        show_plan(settings, found, str(name), flags)
         say(rehearsed)
 
 
