@@ -300,9 +300,9 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
-    from ma_sft.data.functions import code_of, load_function
+    from ma_sft.data.functions import TextFunction, code_of
     from ma_sft.data.load import load_rows, rows_of
-    from ma_sft.data.messages import check_text, show
+    from ma_sft.data.messages import check_text
 
     data, labels = settings.rows, settings.labels
     sources = _sources(settings, held_out)
@@ -310,7 +310,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
         raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
     source = sources[0]
     rows, numbers = load_rows(source, seed=settings.training.seed)
-    function = load_function(str(labels.formatting_func))
+    to_texts = TextFunction(str(labels.formatting_func))
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
     ends = None  # with eos_token and instruction_template set, the recipe says that this text ends a turn
@@ -324,18 +324,14 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
             if not isinstance(row, dict):
                 raise FormatError(f"{where}: {row}")
             found.append(row)
-        names = dict.fromkeys(name for row in found for name in row)
         try:
-            texts = function({name: [row.get(name) for row in found] for name in names})
+            texts = to_texts(found)
         except (FormatError, TypeError) as error:
+            names = ", ".join(dict.fromkeys(name for row in found for name in row))
             raise RecipeError(
-                f"formatting_func on {source.path}, whose columns are {', '.join(names)}: {first_line(error)}"
+                f"formatting_func {settings.labels.formatting_func} on {source.path}, whose columns are {names}: "
+                f"{first_line(error)}"
             ) from error
-        if not isinstance(texts, list | tuple) or len(texts) != len(found):
-            raise RecipeError(
-                f"formatting_func {settings.labels.formatting_func} gets a batch, a list a column, and must give a "
-                f"list of {len(found)} texts for {len(found)} rows, found {show(texts)}"
-            )
         for number, text in zip(indices, texts, strict=True):
             check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
