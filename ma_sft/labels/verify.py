@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.apply_template import compiled, text_and_marks
+from ma_sft.labels.apply_template import clock_at, text_and_marks
 from ma_sft.labels.placeholders import FORMS, Form, Lost, Message, Refused, arguments_of, dropped_content, shape, walk
 
 IGNORE_INDEX = -100
@@ -26,7 +25,9 @@ MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what an assis
 PRIVATE = 0xF0000  # the first of the characters that stand for control tokens where ids are compared as text
 EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 # A reasoning that a prompt opens and shuts, so that the answer follows, which history does not have
-SHUT_REASONING = re.compile(r"<[^<>/]*think[^<>]*>\s*<[^<>]*think[^<>]*>\s*$", re.IGNORECASE)
+SHUT_REASONING = re.compile(
+    r"<[^<>/]*(?:think|channel)[^<>]*>(?:thought)?\s*<[^<>]*(?:think|channel)[^<>]*>\s*$", re.IGNORECASE
+)
 NO_TURNS = "turns cannot be read back from the ids"
 NOT_CONTINUED = "the template does not continue its own generation prompt"
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
@@ -167,20 +168,19 @@ class Verifier:
         Raises:
             Refused: the template raised.
         """
+        template = self.tokenizer.get_chat_template(tools=tools)
         try:
-            return str(
-                compiled(self.tokenizer.get_chat_template(tools=tools)).render(
-                    messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.names(kwargs)
+            with bounded(), clock_at(self.template_date, template):
+                rendered: Any = text_and_marks(
+                    [messages], tools, chat_template=template, add_generation_prompt=prompt, **self.names(kwargs)
                 )
-            )
+            return str(rendered[0][0])
         except Exception as error:  # templates raise what they like
             raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
     def names(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What a template can name beside the conversation: special tokens, variables, the date."""
-        date = self.template_date
-        clock = {} if date is None else {"strftime_now": datetime.fromisoformat(date).strftime}
-        return {**self.tokenizer.special_tokens_map, **clock, **kwargs}
+        """What a template can name beside the conversation: special tokens and variables."""
+        return {**self.tokenizer.special_tokens_map, **kwargs}
 
     def ids(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Ids of rendered texts, of which many share their beginnings, as in a long conversation.
@@ -210,7 +210,7 @@ class Verifier:
             if index != -1 and index not in self.signs:
                 held.append(index)
                 continue
-            parts += [str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False))] if held else []
+            parts.append(str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False)) if held else "")
             parts.append(self.signs.get(index, ""))
             held = []
         return "".join(parts)
@@ -227,7 +227,12 @@ class Verifier:
             try:
                 wholes = [self.render(said[:n], tools, kwargs, prompt=False) for n in (2, 3)]
                 alone, more = self.ids([w.rpartition("Quxassistant")[2].partition("Quxuser")[0] for w in wholes])
-                both = [i for i in alone[: len(shared(alone, more))] if i in self.signs]
+                question = [self.render(said[:1], tools, kwargs, prompt=p) for p in (False, True)]
+                if question[0] == question[1]:  # the next answer is always opened: what opens a question is not an end
+                    (opening,) = self.ids([question[0].partition("Quxuser")[0]])
+                    more = more[: len(more) - len(shared(opening[::-1], more[::-1]))]
+                    alone = more[: next((n + 1 for n, i in enumerate(more) if i in self.stops), len(more))]
+                both = [i for i in shared(alone, more) if i in self.signs]
                 self._own_ends[key] = next(reversed(both or [i for i in alone if i in self.signs]), None)
             except Refused:
                 self._own_ends[key] = None
@@ -261,8 +266,11 @@ class _Conversation:
 
     def _hide(self, message: Message) -> Message:
         """The message with placeholders for text that spells control tokens, but not for an assistant's markup."""
-        own = {"content": MARKUP} if message["role"] == "assistant" else {}
-        return {k: walk(v, partial(self._hide_text, markup=own.get(k, ()))) for k, v in message.items()}
+        hidden: Message = {}
+        for key, value in message.items():
+            own = MARKUP if message["role"] == "assistant" and key == "content" else ()
+            hidden[key] = walk(value, partial(self._hide_text, markup=own))
+        return hidden
 
     def _hide_text(self, text: str, markup: tuple[str, ...] = ()) -> str:
         def placeholder(match: re.Match[str]) -> str:
@@ -330,7 +338,7 @@ class _Conversation:
                 else:
                     self.result.unproven.append("the template refuses every prompt of the conversation")
         self._compare_with_wanted(trained)
-        self._hear_marks(sequences)
+        self._compare_with_marks(sequences)
         return self.result
 
     def _add_error(self, code: str, what: str) -> None:
@@ -389,7 +397,7 @@ class _Conversation:
         at_its_end = last in self.verifier.stops or last == own or not text.translate(ends).strip()
         return (starts(expected, said) and at_its_end) or (not own_end and said[:-1] == expected)
 
-    def _stops(self, k: int, whole: Any) -> set[int]:
+    def _stops(self, k: int, whole: Any) -> set[Any]:
         """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
         if len(self.raw) == 1:
             return set(self.verifier.stops)
@@ -452,6 +460,8 @@ class _Conversation:
             if options and value is None:
                 return f"{options[0][:40]!r} is not in {text[:60]!r}"
             head, _, text = text.partition(value) if value else (text, "", "")
+            if n and opened:  # what closes the reasoning that the prompt opened
+                head = head.removeprefix(head[: head.find("</think>") + len("</think>")] if "</think>" in head else "")
             if (
                 head.strip()
                 and (context + head).strip() not in own
@@ -503,19 +513,20 @@ class _Conversation:
                 where = "the tools" if i < 0 else f"message {i}"
                 self._add_error("lost content", f"{where}: the template does not write {what}")
 
-    def _hear_marks(self, sequences: Sequence[Labelled]) -> None:
+    def _compare_with_marks(self, sequences: Sequence[Labelled]) -> None:
         """Generation marks of the same ids end where labels do, and leave out nothing of a turn that they confirm."""
         verifier = self.verifier
         if not verifier.marked_template or self.hidden or len(self.raw) == 1 or not self.result.proven:
             return
         try:
-            rendered: Any = text_and_marks(
-                [self.messages],
-                self.tools,
-                chat_template=verifier.marked_template,
-                return_assistant_tokens_mask=True,
-                **verifier.names(self.kwargs),
-            )
+            with bounded(), clock_at(verifier.template_date, verifier.marked_template):
+                rendered: Any = text_and_marks(
+                    [self.messages],
+                    self.tools,
+                    chat_template=verifier.marked_template,
+                    return_assistant_tokens_mask=True,
+                    **verifier.names(self.kwargs),
+                )
         except Exception:  # a twin may refuse what the template takes; it is no more than a second opinion
             return
         (text,), (marks,) = rendered
