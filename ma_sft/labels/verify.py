@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.apply_template import clock_at, text_and_marks
+from ma_sft.labels.apply_template import bounded, clock_at, text_and_marks
 from ma_sft.labels.placeholders import FORMS, Form, Lost, Message, Refused, arguments_of, dropped_content, shape, walk
 
 IGNORE_INDEX = -100
