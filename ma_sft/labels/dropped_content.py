@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.render import describe
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str]  # (messages, with the generation prompt); "" if the template refuses
@@ -55,15 +54,16 @@ class DroppedContent:
         self._known: dict[Any, list[_Place]] = {}
 
     def check_context(
-        self, messages: list[Message], texts: list[str], render: Render, setting: Any, *, tools: bool
+        self, messages: list[Message], kinds: list[str | None], texts: list[str], render: Render, setting: Any, *, tools: bool
     ) -> None:
         """Raise `TemplateError` if a message that is no assistant's is in none of `texts`: the whole one, the prompts.
 
         Args:
+            kinds: what `describe` says of each message.
             setting: what decides beside the messages.
             tools: there are tools. `render` names them `TOOL_NAME`: a call in the row would hide that none is written.
         """
-        dropped = {place.message for place in self._of_shape(messages, render, setting, prompts=True)}
+        dropped = {place.message for place in self._of_shape(messages, kinds, render, setting, prompts=True)}
         if tools and -1 in dropped:
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         written = [Written(text) for text in texts]
@@ -76,7 +76,7 @@ class DroppedContent:
                 )
 
     def check_turn(
-        self, messages: list[Message], k: int, target: str, render: Render, setting: Any, *, reasoned: bool = False
+        self, messages: list[Message], kinds: list[str | None], k: int, target: str, render: Render, setting: Any, *, reasoned: bool = False
     ) -> None:
         """Raise `TemplateError` if something of assistant turn `k` is not in `target`, its trained text.
 
@@ -86,7 +86,7 @@ class DroppedContent:
         turn, written = messages[k], Written(target)
         begin = next((i for i in range(k, -1, -1) if messages[i]["role"] == "user"), 0)
         window = messages[begin : k + 1]
-        places = self._of_shape(window, render, setting, prompts=False)
+        places = self._of_shape(window, kinds[begin : k + 1], render, setting, prompts=False)
         dropped = [place for place in places if place.message == len(window) - 1]
         if not all(part in written for text in texts_of(turn) for part in _MARKUP.split(text)):
             dropped.append(_Place(k))
@@ -100,8 +100,10 @@ class DroppedContent:
         if dropped:
             raise TemplateError(_explain(turn, k, dropped[0], last=k == len(messages) - 1))
 
-    def _of_shape(self, messages: list[Message], render: Render, setting: Any, *, prompts: bool) -> list[_Place]:
-        shape = (setting, prompts, *(describe(m) or repr(m) for m in messages))
+    def _of_shape(
+        self, messages: list[Message], kinds: list[str | None], render: Render, setting: Any, *, prompts: bool
+    ) -> list[_Place]:
+        shape = (setting, prompts, *kinds) if None not in kinds else repr(messages)
         if shape not in self._known:
             if len(self._known) >= _SHAPES:
                 self._known.clear()

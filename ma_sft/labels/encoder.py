@@ -34,7 +34,7 @@ Stretch = tuple[str, str, str]  # the control token before, text, the control to
 
 IGNORE_INDEX = -100
 
-_BATCH = 1000  # conversations
+_BATCH = 250  # conversations
 _FEW = 200  # stretches for which the faster tokenizer is not built: that takes longer
 
 _MERGED = "the turn's first characters merge into the prompt's last token"
