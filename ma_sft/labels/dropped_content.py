@@ -8,6 +8,7 @@ template drops part of one text (`content.split('</think>')[-1]`) is seen by loo
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ma_sft.errors import TemplateError
@@ -54,7 +55,14 @@ class DroppedContent:
         self._known: dict[Any, list[_Place]] = {}
 
     def check_context(
-        self, messages: list[Message], kinds: list[str | None], texts: list[str], render: Render, setting: Any, *, tools: bool
+        self,
+        messages: list[Message],
+        kinds: list[str | None],
+        texts: list[str],
+        render: Render,
+        setting: Any,
+        *,
+        tools: bool,
     ) -> None:
         """Raise `TemplateError` if a message that is no assistant's is in none of `texts`: the whole one, the prompts.
 
@@ -76,7 +84,15 @@ class DroppedContent:
                 )
 
     def check_turn(
-        self, messages: list[Message], kinds: list[str | None], k: int, target: str, render: Render, setting: Any, *, reasoned: bool = False
+        self,
+        messages: list[Message],
+        kinds: list[str | None],
+        k: int,
+        target: str,
+        render: Render,
+        setting: Any,
+        *,
+        reasoned: bool = False,
     ) -> None:
         """Raise `TemplateError` if something of assistant turn `k` is not in `target`, its trained text.
 
@@ -173,8 +189,8 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
             map_values(function.get("arguments"), scalars.append)
             for at, value in enumerate(scalars):
                 if value is not None and not isinstance(value, str):
-                    left = iter(range(len(scalars)))
-                    other = map_values(function["arguments"], lambda v, at=at, left=left: "" if next(left) == at else v)
+                    others = iter([*scalars[:at], "", *scalars[at + 1 :]])
+                    other = map_values(function["arguments"], partial(_next_of, others))
                     changed = {**function, "arguments": other}
                     changed = {**call, "function": changed} if "function" in call else changed
                     calls = [*message["tool_calls"][:number], changed, *message["tool_calls"][number + 1 :]]
@@ -182,6 +198,10 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
                         _Place(i, "tool_calls", number),
                         [*messages[:i], {**message, "tool_calls": calls}, *messages[i + 1 :]],
                     )
+
+
+def _next_of(values: Iterator[Any], _: Any) -> Any:
+    return next(values)
 
 
 def _explain(turn: Message, k: int, place: _Place, *, last: bool) -> str:
