@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.render import describe
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str]  # (messages, with the generation prompt); "" if the template refuses
@@ -56,15 +55,23 @@ class DroppedContent:
         self._known: dict[Any, list[_Place]] = {}
 
     def check_context(
-        self, messages: list[Message], texts: list[str], render: Render, setting: Any, *, tools: bool
+        self,
+        messages: list[Message],
+        kinds: list[str | None],
+        texts: list[str],
+        render: Render,
+        setting: Any,
+        *,
+        tools: bool,
     ) -> None:
         """Raise `TemplateError` if a message that is no assistant's is in none of `texts`: the whole one, the prompts.
 
         Args:
+            kinds: what `describe` says of each message.
             setting: what decides beside the messages.
             tools: there are tools. `render` names them `TOOL_NAME`: a call in the row would hide that none is written.
         """
-        dropped = {place.message for place in self._of_shape(messages, render, setting, prompts=True)}
+        dropped = {place.message for place in self._of_shape(messages, kinds, render, setting, prompts=True)}
         if tools and -1 in dropped:
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         written = [Written(text) for text in texts]
@@ -77,7 +84,15 @@ class DroppedContent:
                 )
 
     def check_turn(
-        self, messages: list[Message], k: int, target: str, render: Render, setting: Any, *, reasoned: bool = False
+        self,
+        messages: list[Message],
+        kinds: list[str | None],
+        k: int,
+        target: str,
+        render: Render,
+        setting: Any,
+        *,
+        reasoned: bool = False,
     ) -> None:
         """Raise `TemplateError` if something of assistant turn `k` is not in `target`, its trained text.
 
@@ -87,7 +102,7 @@ class DroppedContent:
         turn, written = messages[k], Written(target)
         begin = next((i for i in range(k, -1, -1) if messages[i]["role"] == "user"), 0)
         window = messages[begin : k + 1]
-        places = self._of_shape(window, render, setting, prompts=False)
+        places = self._of_shape(window, kinds[begin : k + 1], render, setting, prompts=False)
         dropped = [place for place in places if place.message == len(window) - 1]
         if not all(part in written for text in texts_of(turn) for part in _MARKUP.split(text)):
             dropped.append(_Place(k))
@@ -101,8 +116,10 @@ class DroppedContent:
         if dropped:
             raise TemplateError(_explain(turn, k, dropped[0], last=k == len(messages) - 1))
 
-    def _of_shape(self, messages: list[Message], render: Render, setting: Any, *, prompts: bool) -> list[_Place]:
-        shape = (setting, prompts, *(describe(m) or repr(m) for m in messages))
+    def _of_shape(
+        self, messages: list[Message], kinds: list[str | None], render: Render, setting: Any, *, prompts: bool
+    ) -> list[_Place]:
+        shape = (setting, prompts, *kinds) if None not in kinds else repr(messages)
         if shape not in self._known:
             if len(self._known) >= _SHAPES:
                 self._known.clear()
@@ -172,8 +189,8 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
             map_values(function.get("arguments"), scalars.append)
             for at, value in enumerate(scalars):
                 if value is not None and not isinstance(value, str):
-                    values = iter([*scalars[:at], "", *scalars[at + 1 :]])
-                    other = map_values(function["arguments"], partial(_next_of, values))
+                    others = iter([*scalars[:at], "", *scalars[at + 1 :]])
+                    other = map_values(function["arguments"], partial(_next_of, others))
                     changed = {**function, "arguments": other}
                     changed = {**call, "function": changed} if "function" in call else changed
                     calls = [*message["tool_calls"][:number], changed, *message["tool_calls"][number + 1 :]]
@@ -181,6 +198,10 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
                         _Place(i, "tool_calls", number),
                         [*messages[:i], {**message, "tool_calls": calls}, *messages[i + 1 :]],
                     )
+
+
+def _next_of(values: Iterator[Any], _: Any) -> Any:
+    return next(values)
 
 
 def _explain(turn: Message, k: int, place: _Place, *, last: bool) -> str:
@@ -229,10 +250,6 @@ def map_values(value: Any, function: Callable[[Any], Any], *, keys: bool = False
     if isinstance(value, list | tuple):
         return [map_values(item, function, keys=keys) for item in value]
     return function(value)
-
-
-def _next_of(values: Iterator[Any], _: Any) -> Any:
-    return next(values)
 
 
 def _unescape(match: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlie
 for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
 """
 
+import hashlib
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.backend import Backend
-from ma_sft.labels.fingerprint import digest
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import EMPTY_REASONING, FORBIDDEN, Chat, Message, Turns, TurnText
 
@@ -34,7 +34,7 @@ Stretch = tuple[str, str, str]  # the control token before, text, the control to
 
 IGNORE_INDEX = -100
 
-_BATCH = 1000  # conversations
+_BATCH = 250  # conversations
 _FEW = 200  # stretches for which the faster tokenizer is not built: that takes longer
 
 _MERGED = "the turn's first characters merge into the prompt's last token"
@@ -256,7 +256,7 @@ class ChatEncoder:
     def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
-        shape = digest(chat.shape)[:12]
+        shape = hashlib.sha256(json.dumps(chat.shape).encode()).hexdigest()[:12]
         if [m["role"] for m in messages] == ["assistant"]:
             return [self._plain_text(chat, shape)]
         full, turns = self._turns.turns(chat)

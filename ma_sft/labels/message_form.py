@@ -98,7 +98,7 @@ class MessageForm:
 
     def messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template wants them; arguments are objects, or text that is no JSON object."""
-        return [self._message(m) for m in messages]
+        return [_with_thinking(self._message(m)) for m in messages]
 
     def _message(self, message: Message) -> Message:
         if message.get("tool_calls"):
@@ -199,6 +199,13 @@ class MessageForm:
         """Whether the template ends every text with the generation prompt, asked for or not."""
         text = self._try([_USER])
         return bool(text) and text == self._try([_USER], prompt=True)
+
+
+def _with_thinking(message: Message) -> Message:
+    """The message as transformers gives it to templates: reasoning under all the names that they read."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def switches(template: str) -> list[tuple[str, Any]]:

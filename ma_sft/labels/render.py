@@ -105,7 +105,7 @@ class Renderer:
         environment = self._environments[source]
         if environment is None:
             return None
-        names = {**self._special, **variables, "messages": [_with_thinking(m) for m in messages], "tools": tools}
+        names = {**self._special, **variables, "messages": messages, "tools": tools}
         try:
             text = environment.render_template("", documents=None, add_generation_prompt=prompt, **names)
         except Exception:  # whatever it is, transformers says it better
@@ -179,13 +179,6 @@ def shape_of(kinds: Sequence[str | None]) -> list[Any]:
     """The shape of a conversation as JSON, the same in every process."""
     rest, *ends, pairs = _shape(kinds)
     return [rest, ends, sorted(map(str, pairs))]
-
-
-def _with_thinking(message: Message) -> Message:
-    """The message as transformers gives it to templates: reasoning under all the names that they read."""
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _as_condition(mark: re.Match[str]) -> str:

@@ -137,7 +137,7 @@ class Turns:
         named = bool(tools) and all(isinstance(tool, dict) for tool in tools or [])
         texts = [full, *(turn.prompt for turn in turns if turn.prompt)]
         render = partial(self._render_placeholders, chat)
-        self._dropped.check_context(chat.messages, texts, render, _setting(chat), tools=named)
+        self._dropped.check_context(chat.messages, chat.kinds[:-1], texts, render, _setting(chat), tools=named)
         for turn in turns:
             if not turn.reason:
                 try:
@@ -256,7 +256,9 @@ class Turns:
         reasoning = (chat.messages[turn.message].get("reasoning_content") or "").strip()
         reasoned = (turn.built or len(reasoning) > 12) and reasoning in turn.target
         render = partial(self._render_placeholders, chat)
-        self._dropped.check_turn(chat.messages, turn.message, turn.target, render, _setting(chat), reasoned=reasoned)
+        self._dropped.check_turn(
+            chat.messages, chat.kinds[:-1], turn.message, turn.target, render, _setting(chat), reasoned=reasoned
+        )
 
     def _render_placeholders(self, chat: Chat, messages: list[Message], prompt: bool) -> str:
         tools = [_named(tool, TOOL_NAME) for tool in chat.tools] if chat.tools else chat.tools
