@@ -193,7 +193,7 @@ class _Items:
 
     def __call__(self) -> Iterator[dict[str, torch.Tensor]]:
         # `datasets` and accelerate share its items between workers and ranks, so it must yield all of them.
-        return self.stream.iterate(self.stream.epoch + (self.around.epoch if self.around else 0))
+        return self.stream.iterate(self.stream.epoch + (self.around.epoch if self.around is not None else 0))
 
 
 class _SizedIterableDataset(datasets.IterableDataset):  # type: ignore[misc]

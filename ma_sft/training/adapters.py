@@ -181,13 +181,13 @@ def fitting_adapter(
     trial.init_lora_weights = False  # there are no weights to begin from
     if not by_hand:
         trial.lora_dropout = 0.0
+    _check_names(model, config)
     try:
         with warnings.catch_warnings(), outside_zero3():
             warnings.simplefilter("ignore")
             adapted = get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
     except Exception as error:  # a value of a wrong type fails somewhere in PEFT
         raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
-    _check_names(model, config)
     if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         config.lora_dropout = 0.0
     return config
@@ -206,20 +206,27 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
         RecipeError: a name that matches nothing, with those that there are.
     """
     modules = [name for name, _ in model.named_modules()]
-    for key, there in (
-        ("target_modules", modules),
-        ("target_parameters", [name for name, _ in model.named_parameters()]),
-        ("exclude_modules", modules),
-        ("modules_to_save", modules),
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, kind, there in (
+        ("target_modules", "module", modules),
+        ("target_parameters", "parameter", parameters),
+        ("exclude_modules", "module", modules),
+        ("modules_to_save", "module", modules),
     ):
+        setting = key if key == "exclude_modules" else f"lora_{key}"
         names = getattr(config, key, None) or []
-        for name in [] if isinstance(names, str) else sorted(names):
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise RecipeError(f"{setting}: {names!r} is no regular expression: {error}") from None
+            continue
+        for name in sorted(names):
             if not any(found == name or found.endswith(f".{name}") for found in there):
-                kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-                setting = key if key == "exclude_modules" else f"lora_{key}"
+                layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
                 raise RecipeError(
-                    f"{setting}: {name!r} matches nothing in {type(model).__name__}; the linear layers are "
-                    f"{', '.join(sorted(kinds))}"
+                    f"{setting}: {name!r} matches no {kind} of {type(model).__name__}; the linear layers are "
+                    f"{', '.join(sorted(layers))}"
                 )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from itertools import chain, count
 from typing import Any, TypeVar
 
@@ -46,8 +47,14 @@ def available_attention(wanted: str | None) -> str | None:
     elif "/" in (wanted or ""):
         found = import_utils.is_kernels_available()
     if not found and PartialState().is_main_process:
-        say(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
+        _say_once(f"{wanted} is not installed for this machine: attention by PyTorch's SDPA instead")
     return wanted if found else "sdpa"
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    """For what the rehearsal and the run both come across."""
+    say(line)
 
 
 @functools.cache

@@ -99,8 +99,9 @@ def _in_a_child(settings: Settings, config: Any, tokens: int, added_tokens: list
     """Rehearse in a process that no launcher started, where others wait for this one."""
     import os
 
-    chosen = {key: value for key, value in shown(settings.chosen).items() if key not in LAUNCH}
-    chosen |= {"datasets": None, "eval_dataset": None, "test_size": 0.5, "dataset_name": "none", "report_to": "none"}
+    left_out = (*LAUNCH, "datasets", "eval_dataset")
+    chosen = {key: value for key, value in shown(settings.chosen).items() if key not in left_out}
+    chosen |= {"dataset_name": "none", "test_size": 0.5, "report_to": "none"}
     launcher = r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|ACCELERATE_.*|FSDP_.*)"
     env = {key: value for key, value in os.environ.items() if not re.fullmatch(launcher, key)}
     env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -438,6 +439,7 @@ if __name__ == "__main__":
         made = load_pretrained(
             AutoConfig, str(own.model.model_name_or_path), own.model.model_revision, code=own.training.trust_remote_code
         )
-        print(json.dumps({"line": rehearse_here(own, made, job["tokens"], job["added_tokens"])}))
+        found = {"line": rehearse_here(own, made, job["tokens"], job["added_tokens"])}
     except RecipeError as failed:
-        print(json.dumps({"error": str(failed)}))
+        found = {"error": str(failed)}
+    sys.stdout.write(f"\n{json.dumps(found)}\n")
