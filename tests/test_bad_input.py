@@ -77,11 +77,11 @@ def test_output_folder_of_a_finished_run(tmp_path):
     assert (tmp_path / "run" / "summary.json").read_text() == "{}"
 
 
-def test_output_folder_of_another_recipe(tmp_path):
+def test_a_failed_start_does_not_block_the_corrected_command(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD])
-    fails(recipe(tmp_path, dataset_name=path, max_length=5))
-    message = fails(recipe(tmp_path, dataset_name=path, max_length=6))
-    assert "holds an unfinished run of another recipe" in message
+    for max_length in (5, 6):
+        message = fails(recipe(tmp_path, dataset_name=path, max_length=max_length))
+        assert f"max_length={max_length} cuts off every response" in message
 
 
 def test_output_folder_with_something_else(tmp_path):
@@ -111,7 +111,7 @@ def test_data_that_is_nowhere(tmp_path):
 def test_adapter_on_lm_head_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD] * 4)
     message = fails(recipe(tmp_path, dataset_name=path, use_peft=True, lora_target_modules=["q_proj", "lm_head"]))
-    assert "an adapter on lm_head would never be trained" in message
+    assert "the adapter would never be trained. Remove `'lm_head'`" in message
 
 
 def test_full_disk_is_one_line(capsys):

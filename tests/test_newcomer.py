@@ -106,7 +106,6 @@ CHINESE = (
     "请写一首关于春天的诗,春天来了，花儿开了，小鸟在唱歌。\n"
 )
 WRITTEN = {
-    "marked.csv": (CHINESE.encode("utf-16"), {}),
     "bom.csv": (CHINESE.encode("utf-8-sig"), {}),
     "comma.csv": (b"question,answer\nWhy; me?,So; there.\n", {}),
     "Case.csv": (b"Question,Answer\nWhy?,So.\n", {"columns": {"Question": "question", "Answer": "answer"}}),
@@ -222,13 +221,13 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
         (["recipes", "copy", "alpacca"], "there are alpaca, "),
         (
             ["init", "--data", "gbk.csv", "--model", "demo"],
-            "(gb18030 would fit) in its entry of `datasets`",
+            "line 2: not UTF-8 text: if it is in another encoding, set encoding: (such as gb18030",
         ),
         (
             ["init", "--data", "semicolon.csv", "--model", "demo"],
             'delimiter: ";" in its entry of `datasets`',
         ),
-        (["init", "--data", "latin.csv", "--model", "demo"], "if it is another encoding, set encoding: "),
+        (["init", "--data", "latin.csv", "--model", "demo"], "if it is in another encoding, set encoding: "),
         (["init", "--data", "sheet.xlsx", "--model", "demo"], "'sheet.xlsx' exists, but it is none of .jsonl"),
     ],
     ids=str,

@@ -399,3 +399,16 @@ def test_reasoning_that_a_template_leaves_out_is_an_error():
     assert "fifty-six" in load_tokenizer("qwen3").decode([i for i in example.labels if i != -100])
     with pytest.raises(TemplateError, match="leaves out the last message's reasoning_content"):
         ChatEncoder(load_tokenizer("smollm2")).encode([turns])
+
+
+def test_a_template_without_an_end_trains_eos_if_the_recipe_says_so():
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
+    with pytest.raises(TemplateError, match=r"writes no end-of-turn token.*add_eos"):
+        ChatEncoder(tokenizer)
+    (examples,) = ChatEncoder(tokenizer, add_eos=True).encode([TURNS])
+    spans = {t.message: e.input_ids[t.start : t.end] for e in examples for t in e.turns if t.trained}
+    assert [tokenizer.decode(spans[k]) for k in (1, 3)] == ["It is 4.<|im_end|>", "不客气！<|im_end|>"]

@@ -137,7 +137,7 @@ def test_does_not_call_labels_right_that_nobody_judged(tiny_bpe, tmp_path):
         )
     )
     text = Page(tmp_path / "run" / "report.html").text
-    assert "every label right" not in text and "not proven: no row was judged" in text
+    assert "every label right" not in text and "not proven: no row was verified" in text
 
 
 def test_unfinished_run_has_a_page_too(copy, capsys):
