@@ -15,9 +15,11 @@ for some turns; those get a sequence of their own (`history="split"`) or are mas
 
 import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -157,6 +159,7 @@ class ChatEncoder:
             add_eos=add_eos,
         )
         self.end_token = self._turns.end_token
+        self._control_text = re.compile(f"({self._turns.control_pattern.pattern})")
 
     @property
     def end_token_id(self) -> int:
@@ -247,9 +250,11 @@ class ChatEncoder:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
         text = self._turns.render(chat, len(messages), prompt=True)
-        ids = self._tokens(self._cut(text)[0], chat.marker)
+        sequence = _Sequence(text, chat, "")
+        self._learn_all([sequence])
+        ids = np.concatenate([self._ids_of(stretch, chat.marker) for stretch in sequence.stretches])
         self._known.clear()
-        return cast(list[int], np.concatenate([np.zeros(0, np.int32), *ids]).tolist())
+        return cast(list[int], ids.tolist())
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
@@ -294,9 +299,9 @@ class ChatEncoder:
 
     def _label(self, sequence: _Sequence) -> list[Example]:
         """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
-        parts = self._tokens(sequence.stretches, sequence.chat.marker)
-        offsets = [0, *np.cumsum([len(part) for part in parts]).tolist()]
-        ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        parts = [self._ids_of(stretch, sequence.chat.marker) for stretch in sequence.stretches]
+        offsets = [*accumulate(map(len, parts), initial=0)]
+        ids = np.concatenate(parts)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         turns, apart = [], []
         for turn in sequence.turns:
@@ -304,7 +309,7 @@ class ChatEncoder:
                 turns.append(turn)
                 continue
             n = bisect_right(sequence.starts, turn.start) - 1
-            (head,) = self._tokens([sequence.prompt_end(turn)], sequence.chat.marker)
+            head = self._ids_of(sequence.prompt_end(turn), sequence.chat.marker)
             start = offsets[n] + len(head)
             end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
             if not np.array_equal(ids[offsets[n] : start], head):
@@ -322,12 +327,12 @@ class ChatEncoder:
                     apart.append(turn)
                     continue
             labels[start:end] = ids[start:end]
-            turns.append(replace(turn, start=start, end=end))
+            turns.append(Turn(turn.message, start, end, unthought=turn.unthought))
         examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.shape)]
         if self.history == "split":
             for turn in apart:
                 own = _Sequence(sequence.text[: turn.end], sequence.chat, sequence.shape, [turn])
-                own.stretches, own.starts = self._cut(own.text)
+                self._learn_all([own])
                 examples += self._label(own)
         return examples
 
@@ -335,34 +340,22 @@ class ChatEncoder:
 
     def _cut(self, text: str) -> tuple[list[Stretch], list[int]]:
         """The stretches of text between control tokens, and where each begins."""
-        stretches, starts, before, start = [], [], "", 0
-        for match in self._turns.control_pattern.finditer(text):
-            stretches.append((before, text[start : match.start()], match.group()))
-            starts.append(start)
-            before, start = match.group(), match.end()
-        return [*stretches, (before, text[start:], "")], [*starts, start]
+        parts = ["", *self._control_text.split(text), ""]  # control token, text, control token, text ... control token
+        starts = [*accumulate(map(len, parts))]
+        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts[:-1:2]
 
-    def _tokens(self, stretches: list[Stretch], marker: str) -> list[Ids]:
-        """The ids of each stretch with the control token before it."""
-        self._learn(piece for stretch in stretches for piece in _pieces(stretch, marker))
-        return [
-            np.concatenate(
-                [
-                    np.array([self.control[stretch[0]]] if stretch[0] else [], np.int32),
-                    *(self._known[piece] for piece in _pieces(stretch, marker)),
-                ]
-            )
-            for stretch in stretches
-        ]
+    def _ids_of(self, stretch: Stretch, marker: str) -> Ids:
+        """The ids of a stretch that was learnt, with the control token before it."""
+        ids = [self._known[piece] for piece in _pieces(stretch, marker)]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def _continue(self, text: str, marker: str) -> Ids:
         """The ids of a text that continues another."""
         (_, first, after), *rest = self._cut(text)[0]
         pieces = _pieces(("", first, after), marker, continues=True)
+        pieces += [piece for stretch in rest for piece in _pieces(stretch, marker)]
         self._learn(pieces)
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(self._known[piece] for piece in pieces), *self._tokens(rest, marker)]
-        )
+        return np.concatenate([self._known[piece] for piece in pieces])
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
@@ -382,12 +375,12 @@ class ChatEncoder:
         rest = [piece for piece in new if piece not in self._known]
         texts = ["".join(stretch) for stretch, _ in rest]
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        for ((before, text, after), continues), ids in zip(rest, found, strict=True):
+        for piece, ids in zip(rest, found, strict=True):
+            before, text, after = piece[0]
             edges = [self.control[token] for token in (before, after) if token]
-            inner = ids[bool(before) : len(ids) - bool(after)]
             if [*ids[: bool(before)], *ids[len(ids) - bool(after) :]] != edges:
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[(before, text, after), continues] = inner
+            self._known[piece] = ids[: len(ids) - bool(after)]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
