@@ -57,7 +57,7 @@ class DroppedContent:
     def check_context(
         self,
         messages: list[Message],
-        kinds: list[str | None],
+        kinds: tuple[str | None, ...],
         texts: list[str],
         render: Render,
         setting: Any,
@@ -76,8 +76,9 @@ class DroppedContent:
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         written = [Written(text) for text in texts]
         for i, m in enumerate(messages):
-            found = all(any(text in each for each in written) for text in texts_of(m))
-            if m["role"] != "assistant" and (i in dropped or not found):
+            if m["role"] != "assistant" and (
+                i in dropped or not all(any(text in each for each in written) for text in texts_of(m))
+            ):
                 raise TemplateError(
                     f"the chat template leaves out message {i} (role {m['role']!r}); "
                     "use a role that it knows, or another template"
@@ -86,7 +87,7 @@ class DroppedContent:
     def check_turn(
         self,
         messages: list[Message],
-        kinds: list[str | None],
+        kinds: tuple[str | None, ...],
         k: int,
         target: str,
         render: Render,
@@ -117,7 +118,7 @@ class DroppedContent:
             raise TemplateError(_explain(turn, k, dropped[0], last=k == len(messages) - 1))
 
     def _of_shape(
-        self, messages: list[Message], kinds: list[str | None], render: Render, setting: Any, *, prompts: bool
+        self, messages: list[Message], kinds: tuple[str | None, ...], render: Render, setting: Any, *, prompts: bool
     ) -> list[_Place]:
         shape = (setting, prompts, *kinds) if None not in kinds else repr(messages)
         if shape not in self._known:

@@ -13,11 +13,10 @@ that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlie
 for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
 """
 
-import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -32,7 +31,7 @@ from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import EMPTY_REASONING, FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
-Stretch = tuple[str, str, str]  # the control token before, text, the control token after
+Stretch = tuple[str | None, str, str]  # the control token before (None: it continues a text), text, the one after
 
 IGNORE_INDEX = -100
 
@@ -149,7 +148,7 @@ class ChatEncoder:
         self.control = control_tokens(tokenizer)
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
-        self._known: dict[tuple[Stretch, bool], Ids] = {}
+        self._known: dict[Stretch, Ids] = {}
         self._turns = Turns(
             tokenizer,
             self.control,
@@ -261,7 +260,7 @@ class ChatEncoder:
     def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
-        shape = hashlib.sha256(json.dumps(chat.shape).encode()).hexdigest()[:12]
+        shape = chat.shape
         if [m["role"] for m in messages] == ["assistant"]:
             return [self._plain_text(chat, shape)]
         full, turns = self._turns.turns(chat)
@@ -346,37 +345,36 @@ class ChatEncoder:
 
     def _ids_of(self, stretch: Stretch, marker: str) -> Ids:
         """The ids of a stretch that was learnt, with the control token before it."""
-        ids = [self._known[piece] for piece in _pieces(stretch, marker)]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+        if not marker:
+            return self._known[stretch]
+        return np.concatenate([self._known[piece] for piece in _pieces([stretch], marker)])
 
     def _continue(self, text: str, marker: str) -> Ids:
         """The ids of a text that continues another."""
         (_, first, after), *rest = self._cut(text)[0]
-        pieces = _pieces(("", first, after), marker, continues=True)
-        pieces += [piece for stretch in rest for piece in _pieces(stretch, marker)]
+        pieces = _pieces([(None, first, after), *rest], marker)
         self._learn(pieces)
         return np.concatenate([self._known[piece] for piece in pieces])
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
-        pieces: dict[tuple[Stretch, bool], None] = {}
+        pieces: list[Stretch] = []
         for sequence in sequences:
             sequence.stretches, sequence.starts = self._cut(sequence.text)
-            ends = (sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason)
-            for stretch in (*sequence.stretches, *ends):
-                pieces.update(dict.fromkeys(_pieces(stretch, sequence.chat.marker)))
+            ends = [sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason]
+            pieces += _pieces([*sequence.stretches, *ends], sequence.chat.marker)
         self._learn(pieces)
 
-    def _learn(self, pieces: Iterable[tuple[Stretch, bool]]) -> None:
-        new = [piece for piece in pieces if piece not in self._known]
-        continued = [piece for piece in new if self._adds_prefix and piece[1] and piece[0][1]]
-        for piece in continued:
-            self._known[piece] = np.array(self._ids_after(piece[0][1]), np.int32)
+    def _learn(self, pieces: list[Stretch]) -> None:
+        new = dict.fromkeys(piece for piece in pieces if piece not in self._known)
+        if self._adds_prefix:
+            continued = [piece for piece in new if piece[0] is None and piece[1]]
+            self._known.update((piece, np.array(self._ids_after(piece[1]), np.int32)) for piece in continued)
         rest = [piece for piece in new if piece not in self._known]
-        texts = ["".join(stretch) for stretch, _ in rest]
+        texts = [f"{before or ''}{text}{after}" for before, text, after in rest]
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
         for piece, ids in zip(rest, found, strict=True):
-            before, text, after = piece[0]
+            before, text, after = piece
             edges = [self.control[token] for token in (before, after) if token]
             if [*ids[: bool(before)], *ids[len(ids) - bool(after) :]] != edges:
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
@@ -394,16 +392,16 @@ class ChatEncoder:
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
 
-def _pieces(stretch: Stretch, marker: str, *, continues: bool = False) -> list[tuple[Stretch, bool]]:
-    """A stretch in pieces that are tokenised apart, so that no control token forms across a marker.
-
-    Each with whether it continues a text.
-    """
-    before, text, after = stretch
-    if not marker or marker not in text:
-        return [(stretch, continues)]
-    first, *middle, last = text.split(marker)
-    return [((before, first, ""), continues), *((("", piece, ""), True) for piece in middle), (("", last, after), True)]
+def _pieces(stretches: list[Stretch], marker: str) -> list[Stretch]:
+    """The stretches in pieces that are tokenised apart, so that no control token forms across a marker."""
+    if not marker:
+        return stretches
+    pieces: list[Stretch] = []
+    for before, text, after in stretches:
+        *texts, last = text.split(marker)
+        pieces += [(None if n else before, piece, "") for n, piece in enumerate(texts)]
+        pieces.append((None if texts else before, last, after))
+    return pieces
 
 
 def _fit(text: str, turn: TurnText) -> Turn | None:
@@ -411,11 +409,11 @@ def _fit(text: str, turn: TurnText) -> Turn | None:
     start = len(turn.prompt)
     if turn.reason or not text.startswith(turn.prompt):
         return None
+    if text.startswith(turn.target, start):
+        return Turn(turn.message, start, start + len(turn.target))
     # An empty reasoning block is scaffolding, not something that the turn says.
-    for target in dict.fromkeys((turn.target, EMPTY_REASONING.sub("", turn.target, count=1))):
-        if text.startswith(target, start):
-            return Turn(turn.message, start, start + len(target), unthought=target != turn.target)
-    return None
+    said = EMPTY_REASONING.sub("", turn.target, count=1)
+    return Turn(turn.message, start, start + len(said), unthought=True) if text.startswith(said, start) else None
 
 
 def check_messages(messages: list[Message]) -> None:
