@@ -105,7 +105,8 @@ class DroppedContent:
         window = messages[begin : k + 1]
         places = self._of_shape(window, kinds[begin : k + 1], render, setting, prompts=False)
         dropped = [place for place in places if place.message == len(window) - 1]
-        if not all(part in written for text in texts_of(turn) for part in _MARKUP.split(text)):
+        texts = [text for text in texts_of(turn) if text not in written]
+        if not all(part in written for text in texts for part in _MARKUP.split(text)):
             dropped.append(_Place(k))
         reasoning = turn.get("reasoning_content")
         if isinstance(reasoning, str) and reasoning not in written:
@@ -228,17 +229,13 @@ def texts_of(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else []
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> list[str]:
     """All texts in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings(item)
+    if isinstance(value, dict):
+        value = [either for item in value.items() for either in item]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in ([item] if isinstance(item, str) else strings(item))]
+    return [value] if isinstance(value, str) else []
 
 
 def map_values(value: Any, function: Callable[[Any], Any], *, keys: bool = False) -> Any:

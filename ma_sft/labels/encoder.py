@@ -261,7 +261,7 @@ class ChatEncoder:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
         shape = chat.shape
-        if [m["role"] for m in messages] == ["assistant"]:
+        if len(messages) == 1:
             return [self._plain_text(chat, shape)]
         full, turns = self._turns.turns(chat)
         last = turns[-1]

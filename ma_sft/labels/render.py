@@ -166,7 +166,7 @@ def _describe(value: Any, key: str = "") -> str:
         case dict() if key in _USERS_NAMES:
             return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"
         case dict():
-            return f"{{{','.join(f'{name}:{_describe(item, name)}' for name, item in value.items())}}}"
+            return f"{{{','.join([f'{name}:{_describe(item, name)}' for name, item in value.items()])}}}"
     raise _OddError
 
 
