@@ -57,7 +57,7 @@ class DroppedContent:
     def check_context(
         self,
         messages: list[Message],
-        kinds: list[str | None],
+        kinds: tuple[str | None, ...],
         texts: list[str],
         render: Render,
         setting: Any,
@@ -76,8 +76,9 @@ class DroppedContent:
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         written = [Written(text) for text in texts]
         for i, m in enumerate(messages):
-            found = all(any(text in each for each in written) for text in texts_of(m))
-            if m["role"] != "assistant" and (i in dropped or not found):
+            if m["role"] != "assistant" and (
+                i in dropped or not all(any(text in each for each in written) for text in texts_of(m))
+            ):
                 raise TemplateError(
                     f"the chat template leaves out message {i} (role {m['role']!r}); "
                     "use a role that it knows, or another template"
@@ -86,7 +87,7 @@ class DroppedContent:
     def check_turn(
         self,
         messages: list[Message],
-        kinds: list[str | None],
+        kinds: tuple[str | None, ...],
         k: int,
         target: str,
         render: Render,
@@ -104,7 +105,8 @@ class DroppedContent:
         window = messages[begin : k + 1]
         places = self._of_shape(window, kinds[begin : k + 1], render, setting, prompts=False)
         dropped = [place for place in places if place.message == len(window) - 1]
-        if not all(part in written for text in texts_of(turn) for part in _MARKUP.split(text)):
+        texts = [text for text in texts_of(turn) if text not in written]
+        if not all(part in written for text in texts for part in _MARKUP.split(text)):
             dropped.append(_Place(k))
         reasoning = turn.get("reasoning_content")
         if isinstance(reasoning, str) and reasoning not in written:
@@ -117,7 +119,7 @@ class DroppedContent:
             raise TemplateError(_explain(turn, k, dropped[0], last=k == len(messages) - 1))
 
     def _of_shape(
-        self, messages: list[Message], kinds: list[str | None], render: Render, setting: Any, *, prompts: bool
+        self, messages: list[Message], kinds: tuple[str | None, ...], render: Render, setting: Any, *, prompts: bool
     ) -> list[_Place]:
         shape = (setting, prompts, *kinds) if None not in kinds else repr(messages)
         if shape not in self._known:
@@ -227,17 +229,13 @@ def texts_of(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else []
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> list[str]:
     """All texts in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings(item)
+    if isinstance(value, dict):
+        value = [either for item in value.items() for either in item]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in ([item] if isinstance(item, str) else strings(item))]
+    return [value] if isinstance(value, str) else []
 
 
 def map_values(value: Any, function: Callable[[Any], Any], *, keys: bool = False) -> Any:

@@ -13,11 +13,12 @@ that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlie
 for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
 """
 
-import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -30,7 +31,7 @@ from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import EMPTY_REASONING, FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
-Stretch = tuple[str, str, str]  # the control token before, text, the control token after
+Stretch = tuple[str | None, str, str]  # the control token before (None: it continues a text), text, the one after
 
 IGNORE_INDEX = -100
 
@@ -147,7 +148,7 @@ class ChatEncoder:
         self.control = control_tokens(tokenizer)
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
-        self._known: dict[tuple[Stretch, bool], Ids] = {}
+        self._known: dict[Stretch, Ids] = {}
         self._turns = Turns(
             tokenizer,
             self.control,
@@ -157,6 +158,7 @@ class ChatEncoder:
             add_eos=add_eos,
         )
         self.end_token = self._turns.end_token
+        self._control_text = re.compile(f"({self._turns.control_pattern.pattern})")
 
     @property
     def end_token_id(self) -> int:
@@ -247,17 +249,19 @@ class ChatEncoder:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
         text = self._turns.render(chat, len(messages), prompt=True)
-        ids = self._tokens(self._cut(text)[0], chat.marker)
+        sequence = _Sequence(text, chat, "")
+        self._learn_all([sequence])
+        ids = np.concatenate([self._ids_of(stretch, chat.marker) for stretch in sequence.stretches])
         self._known.clear()
-        return cast(list[int], np.concatenate([np.zeros(0, np.int32), *ids]).tolist())
+        return cast(list[int], ids.tolist())
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
     def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
-        shape = hashlib.sha256(json.dumps(chat.shape).encode()).hexdigest()[:12]
-        if [m["role"] for m in messages] == ["assistant"]:
+        shape = chat.shape
+        if len(messages) == 1:
             return [self._plain_text(chat, shape)]
         full, turns = self._turns.turns(chat)
         last = turns[-1]
@@ -294,9 +298,9 @@ class ChatEncoder:
 
     def _label(self, sequence: _Sequence) -> list[Example]:
         """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
-        parts = self._tokens(sequence.stretches, sequence.chat.marker)
-        offsets = [0, *np.cumsum([len(part) for part in parts]).tolist()]
-        ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        parts = [self._ids_of(stretch, sequence.chat.marker) for stretch in sequence.stretches]
+        offsets = [*accumulate(map(len, parts), initial=0)]
+        ids = np.concatenate(parts)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         turns, apart = [], []
         for turn in sequence.turns:
@@ -304,7 +308,7 @@ class ChatEncoder:
                 turns.append(turn)
                 continue
             n = bisect_right(sequence.starts, turn.start) - 1
-            (head,) = self._tokens([sequence.prompt_end(turn)], sequence.chat.marker)
+            head = self._ids_of(sequence.prompt_end(turn), sequence.chat.marker)
             start = offsets[n] + len(head)
             end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
             if not np.array_equal(ids[offsets[n] : start], head):
@@ -322,12 +326,12 @@ class ChatEncoder:
                     apart.append(turn)
                     continue
             labels[start:end] = ids[start:end]
-            turns.append(replace(turn, start=start, end=end))
+            turns.append(Turn(turn.message, start, end, unthought=turn.unthought))
         examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.shape)]
         if self.history == "split":
             for turn in apart:
                 own = _Sequence(sequence.text[: turn.end], sequence.chat, sequence.shape, [turn])
-                own.stretches, own.starts = self._cut(own.text)
+                self._learn_all([own])
                 examples += self._label(own)
         return examples
 
@@ -335,59 +339,46 @@ class ChatEncoder:
 
     def _cut(self, text: str) -> tuple[list[Stretch], list[int]]:
         """The stretches of text between control tokens, and where each begins."""
-        stretches, starts, before, start = [], [], "", 0
-        for match in self._turns.control_pattern.finditer(text):
-            stretches.append((before, text[start : match.start()], match.group()))
-            starts.append(start)
-            before, start = match.group(), match.end()
-        return [*stretches, (before, text[start:], "")], [*starts, start]
+        parts = ["", *self._control_text.split(text), ""]  # control token, text, control token, text ... control token
+        starts = [*accumulate(map(len, parts))]
+        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts[:-1:2]
 
-    def _tokens(self, stretches: list[Stretch], marker: str) -> list[Ids]:
-        """The ids of each stretch with the control token before it."""
-        self._learn(piece for stretch in stretches for piece in _pieces(stretch, marker))
-        return [
-            np.concatenate(
-                [
-                    np.array([self.control[stretch[0]]] if stretch[0] else [], np.int32),
-                    *(self._known[piece] for piece in _pieces(stretch, marker)),
-                ]
-            )
-            for stretch in stretches
-        ]
+    def _ids_of(self, stretch: Stretch, marker: str) -> Ids:
+        """The ids of a stretch that was learnt, with the control token before it."""
+        if not marker:
+            return self._known[stretch]
+        return np.concatenate([self._known[piece] for piece in _pieces([stretch], marker)])
 
     def _continue(self, text: str, marker: str) -> Ids:
         """The ids of a text that continues another."""
         (_, first, after), *rest = self._cut(text)[0]
-        pieces = _pieces(("", first, after), marker, continues=True)
+        pieces = _pieces([(None, first, after), *rest], marker)
         self._learn(pieces)
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(self._known[piece] for piece in pieces), *self._tokens(rest, marker)]
-        )
+        return np.concatenate([self._known[piece] for piece in pieces])
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
-        pieces: dict[tuple[Stretch, bool], None] = {}
+        pieces: list[Stretch] = []
         for sequence in sequences:
             sequence.stretches, sequence.starts = self._cut(sequence.text)
-            ends = (sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason)
-            for stretch in (*sequence.stretches, *ends):
-                pieces.update(dict.fromkeys(_pieces(stretch, sequence.chat.marker)))
+            ends = [sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason]
+            pieces += _pieces([*sequence.stretches, *ends], sequence.chat.marker)
         self._learn(pieces)
 
-    def _learn(self, pieces: Iterable[tuple[Stretch, bool]]) -> None:
-        new = [piece for piece in pieces if piece not in self._known]
-        continued = [piece for piece in new if self._adds_prefix and piece[1] and piece[0][1]]
-        for piece in continued:
-            self._known[piece] = np.array(self._ids_after(piece[0][1]), np.int32)
+    def _learn(self, pieces: list[Stretch]) -> None:
+        new = dict.fromkeys(piece for piece in pieces if piece not in self._known)
+        if self._adds_prefix:
+            continued = [piece for piece in new if piece[0] is None and piece[1]]
+            self._known.update((piece, np.array(self._ids_after(piece[1]), np.int32)) for piece in continued)
         rest = [piece for piece in new if piece not in self._known]
-        texts = ["".join(stretch) for stretch, _ in rest]
+        texts = [f"{before or ''}{text}{after}" for before, text, after in rest]
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        for ((before, text, after), continues), ids in zip(rest, found, strict=True):
+        for piece, ids in zip(rest, found, strict=True):
+            before, text, after = piece
             edges = [self.control[token] for token in (before, after) if token]
-            inner = ids[bool(before) : len(ids) - bool(after)]
             if [*ids[: bool(before)], *ids[len(ids) - bool(after) :]] != edges:
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[(before, text, after), continues] = inner
+            self._known[piece] = ids[: len(ids) - bool(after)]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -401,16 +392,16 @@ class ChatEncoder:
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
 
-def _pieces(stretch: Stretch, marker: str, *, continues: bool = False) -> list[tuple[Stretch, bool]]:
-    """A stretch in pieces that are tokenised apart, so that no control token forms across a marker.
-
-    Each with whether it continues a text.
-    """
-    before, text, after = stretch
-    if not marker or marker not in text:
-        return [(stretch, continues)]
-    first, *middle, last = text.split(marker)
-    return [((before, first, ""), continues), *((("", piece, ""), True) for piece in middle), (("", last, after), True)]
+def _pieces(stretches: list[Stretch], marker: str) -> list[Stretch]:
+    """The stretches in pieces that are tokenised apart, so that no control token forms across a marker."""
+    if not marker:
+        return stretches
+    pieces: list[Stretch] = []
+    for before, text, after in stretches:
+        *texts, last = text.split(marker)
+        pieces += [(None if n else before, piece, "") for n, piece in enumerate(texts)]
+        pieces.append((None if texts else before, last, after))
+    return pieces
 
 
 def _fit(text: str, turn: TurnText) -> Turn | None:
@@ -418,11 +409,11 @@ def _fit(text: str, turn: TurnText) -> Turn | None:
     start = len(turn.prompt)
     if turn.reason or not text.startswith(turn.prompt):
         return None
+    if text.startswith(turn.target, start):
+        return Turn(turn.message, start, start + len(turn.target))
     # An empty reasoning block is scaffolding, not something that the turn says.
-    for target in dict.fromkeys((turn.target, EMPTY_REASONING.sub("", turn.target, count=1))):
-        if text.startswith(target, start):
-            return Turn(turn.message, start, start + len(target), unthought=target != turn.target)
-    return None
+    said = EMPTY_REASONING.sub("", turn.target, count=1)
+    return Turn(turn.message, start, start + len(said), unthought=True) if text.startswith(said, start) else None
 
 
 def check_messages(messages: list[Message]) -> None:

@@ -94,6 +94,8 @@ class MessageForm:
         self.end = self._find_end(*self._after(_ANSWER, {**_USER, "content": _RESULT}))
         self.end_of_call = self._find_end_of_call(*self._after(_CALL, _TOOL_RESULT, [_TOOL])) or self.end
         self.ends = list(dict.fromkeys((self.end.token, self.end_of_call.token)))
+        ends = "|".join(map(re.escape, dict.fromkeys([*self.ends, eos or self.end.token])))
+        self.at_end = re.compile(rf"({ends})(?:\s|{ends})*\Z")
         self.default_tools = None if self._tools == [_TOOL] else self._tools
 
     def messages(self, messages: list[Message]) -> list[Message]:

@@ -6,10 +6,11 @@ which keys and kinds of values; tools; variables; prompt or not) are made by bot
 refuses, transformers renders that shape. So it does whatever is known to differ (`describe` gives None).
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -56,7 +57,7 @@ class Renderer:
         variables: dict[str, Any],
         *,
         prompt: bool = False,
-        kinds: Sequence[str | None] | None = None,
+        kinds: tuple[str | None, ...] | None = None,
     ) -> str:
         """The template's text, with the generation prompt if `prompt`; the errors are the template's own.
 
@@ -68,7 +69,7 @@ class Renderer:
         """
         if not self.fast:
             return self._slow(messages, tools, variables, prompt)
-        kinds = [*map(describe, messages), describe([tools, variables])] if kinds is None else kinds
+        kinds = (*map(describe, messages), describe([tools, variables])) if kinds is None else kinds
         key = None if None in kinds else (prompt, _shape(kinds))
         agreed = -1 if key is None else self._agreed.get(key, 0)
         if agreed >= PROOFS and (agreed - PROOFS + 1) % EVERY:
@@ -89,7 +90,7 @@ class Renderer:
 
     def is_fast(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]) -> bool:
         """Whether minijinja renders conversations of this shape."""
-        kinds = [*map(describe, messages), describe([tools, variables])]
+        kinds = (*map(describe, messages), describe([tools, variables]))
         return self._agreed.get((False, _shape(kinds)), -1) >= 0
 
     def _slow(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool) -> str:
@@ -165,20 +166,23 @@ def _describe(value: Any, key: str = "") -> str:
         case dict() if key in _USERS_NAMES:
             return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"
         case dict():
-            return f"{{{','.join(f'{name}:{_describe(item, name)}' for name, item in value.items())}}}"
+            return f"{{{','.join([f'{name}:{_describe(item, name)}' for name, item in value.items()])}}}"
     raise _OddError
 
 
-def _shape(kinds: Sequence[str | None]) -> tuple[Any, ...]:
+@lru_cache(4096)
+def _shape(kinds: tuple[str | None, ...]) -> tuple[Any, ...]:
     """Which messages follow each other, and how it begins and ends: a loop goes the same way for more of the same."""
     *messages, rest = kinds
     return (rest, *messages[:1], *messages[-1:], frozenset(pairwise(messages)))
 
 
-def shape_of(kinds: Sequence[str | None]) -> list[Any]:
-    """The shape of a conversation as JSON, the same in every process."""
+@lru_cache(4096)
+def digest(kinds: tuple[str | None, ...], *more: bool) -> str:
+    """A short name of a conversation's shape, the same in every process."""
     rest, *ends, pairs = _shape(kinds)
-    return [rest, ends, sorted(map(str, pairs))]
+    shape = [rest, ends, sorted(map(str, pairs)), *more]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
 
 
 def _as_condition(mark: re.Match[str]) -> str:

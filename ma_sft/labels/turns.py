@@ -17,7 +17,7 @@ from ma_sft.errors import TemplateError
 from ma_sft.labels.apply_template import RunawayTemplateError
 from ma_sft.labels.dropped_content import TOOL_NAME, DroppedContent, map_values, strings
 from ma_sft.labels.message_form import REFUSALS, MessageForm, shared_length, switches
-from ma_sft.labels.render import Renderer, describe, shape_of
+from ma_sft.labels.render import Renderer, describe, digest
 
 Message = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Chat:
 
     messages: list[Message]  # as the row has them
     formed: list[Message]  # as the template wants them
-    kinds: list[str | None]
+    kinds: tuple[str | None, ...]  # `describe` of each message and, last, of tools and variables
     tools: list[Any] | None
     kwargs: dict[str, Any]
     untrained: frozenset[int]  # messages that the row forbids to train
@@ -50,8 +50,9 @@ class Chat:
     special_text: tuple[str, ...] = ()
 
     @property
-    def shape(self) -> list[Any]:
-        return [*shape_of(self.kinds), bool(self.special_text), bool(self.untrained)]
+    def shape(self) -> str:
+        """A short digest that conversations have in common which are rendered alike."""
+        return digest(self.kinds, bool(self.special_text), bool(self.untrained))
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Turns:
             messages, row, tools = escaped, row_cut, tools_cut
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
-        kinds = [*map(describe, formed), describe([tools, kwargs])]
+        kinds = (*map(describe, formed), describe([tools, kwargs]))
         return Chat(messages, formed, kinds, tools, kwargs, untrained, form, marker, special)
 
     def turns(self, chat: Chat) -> tuple[str, list[TurnText]]:
@@ -150,7 +151,7 @@ class Turns:
 
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
         """The template's text of the first `count` messages."""
-        kinds = [*chat.kinds[:count], chat.kinds[-1]]
+        kinds = (*chat.kinds[:count], chat.kinds[-1])
         try:
             text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
         except RunawayTemplateError:
@@ -193,7 +194,7 @@ class Turns:
         `whole` is the text of the conversation up to and with this turn, if it is known.
         """
         prompt = self.render(chat, k, prompt=True)
-        if chat.messages[k - 1]["role"] == "assistant" and self._end(chat.form, prompt):
+        if chat.messages[k - 1]["role"] == "assistant" and _end(chat.form, prompt):
             return TurnText(k, reason="the template opens no turn after an assistant's; join the two messages")
         whole = self.render(chat, k + 1) if whole is None else whole
         rest, built = self._continuation(chat, k, prompt, whole), False
@@ -208,7 +209,7 @@ class Turns:
             return prompt
         end = chat.form.end_of_call if chat.messages[k].get("tool_calls") else chat.form.end
         written = rest.removesuffix(end.tail)
-        stop = self._end(chat.form, written)
+        stop = _end(chat.form, written)
         if stop is None and not end.added:
             return TurnText(k, reason="the template writes no end-of-turn token after this turn")
         target = written + end.gap + end.token if stop is None else rest[:stop]
@@ -216,12 +217,6 @@ class Turns:
             what = f"the template writes {chat.form.end.token} inside this turn, where generation would stop"
             return TurnText(k, reason=f"{what}; choose another template")
         return TurnText(k, prompt, target, built=built)
-
-    def _end(self, form: MessageForm, text: str) -> int | None:
-        """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
-        ends = "|".join(map(re.escape, dict.fromkeys([*form.ends, self.tokenizer.eos_token or form.ends[0]])))
-        found = re.search(rf"({ends})(?:\s|{ends})*\Z", text)
-        return found.end(1) if found else None
 
     def _continuation(self, chat: Chat, k: int, prompt: str, whole: str) -> str | None:
         """What follows the prompt in the text of the conversation up to turn `k`."""
@@ -263,7 +258,7 @@ class Turns:
     def _render_placeholders(self, chat: Chat, messages: list[Message], prompt: bool) -> str:
         tools = [_named(tool, TOOL_NAME) for tool in chat.tools] if chat.tools else chat.tools
         formed = chat.form.messages(messages)
-        kinds = [*map(describe, formed), describe([tools, chat.kwargs])]
+        kinds = (*map(describe, formed), describe([tools, chat.kwargs]))
         try:
             return self.render(
                 replace(chat, messages=messages, formed=formed, kinds=kinds, tools=tools), len(messages), prompt=prompt
@@ -302,7 +297,7 @@ class Turns:
                 chat,
                 kwargs=kwargs,
                 form=self._form(chat.tools, kwargs),
-                kinds=[*chat.kinds[:-1], describe([chat.tools, kwargs])],
+                kinds=(*chat.kinds[:-1], describe([chat.tools, kwargs])),
             )
             turn = self._write(chat, k)
             if isinstance(turn, str) or turn.reason:
@@ -330,6 +325,12 @@ def _with_objects(message: Message) -> Message:
         return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
     return {**message, "tool_calls": [parsed(call) for call in message["tool_calls"]]}
+
+
+def _end(form: MessageForm, text: str) -> int | None:
+    """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
+    found = form.at_end.search(text)
+    return found.end(1) if found else None
 
 
 def _thought_and_answer(message: Message, written: str | None) -> str | None:

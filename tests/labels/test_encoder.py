@@ -10,6 +10,7 @@ import pytest
 from conftest import FUZZ, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds_of_rows import TOOLS, assistant, calls, result, user
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError, tokenize_conversation
@@ -345,10 +346,73 @@ def test_a_turn_without_an_end_token_is_not_trained():
 
 def test_template_without_an_end_of_turn_token_is_refused():
     tokenizer = load_tokenizer("qwen3")
-    with pytest.raises(TemplateError, match="never learn to stop"):
+    with pytest.raises(TemplateError, match=r"never learn to stop"):
         tokenize_conversation(
             TURNS, tokenizer, template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         )
+
+
+ALPACA = (
+    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response:\n"
+    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+)
+
+
+def trained(tokenizer, messages, tools=None, **settings):
+    """The text that each trained turn learns, by its message."""
+    (examples,) = ChatEncoder(tokenizer, **settings).encode([messages], [tools])
+    return {t.message: tokenizer.decode(e.input_ids[t.start : t.end]) for e in examples for t in e.turns if t.trained}
+
+
+def test_add_eos_ends_the_turns_of_a_template_that_writes_no_end():
+    tokenizer = load_tokenizer("qwen3")
+    own, tokenizer.chat_template = tokenizer.chat_template, ALPACA
+    assert trained(tokenizer, TURNS, add_eos=True) == {1: "It is 4.<|im_end|>", 3: "不客气！<|im_end|>"}
+    with pytest.raises(TemplateError, match=r"never learn to stop.*set add_eos"):
+        ChatEncoder(tokenizer)
+    tokenizer.chat_template = own
+    with pytest.raises(TemplateError, match=r"ends a turn by .* itself; remove the setting"):
+        ChatEncoder(tokenizer, add_eos=True)
+
+
+def test_a_template_that_ends_turns_only_where_a_message_follows():
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not loop.last or m.role != 'assistant' %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert trained(tokenizer, TURNS) == {1: "It is 4.<|im_end|>", 3: "不客气！<|im_end|>"}
+
+
+def test_an_answer_after_calls_with_reasoning_is_trained_as_it_is_asked_for():
+    messages = [
+        user("How warm is it in Rome, and what time in Oslo?"),
+        calls(("weather", "Rome"), reasoning_content="Look Rome up."),
+        result("20"),
+        calls(("clock", "Oslo"), reasoning_content="And the time in Oslo."),
+        result("noon", "clock"),
+        assistant("20 degrees, noon."),
+    ]
+    said = trained(load_tokenizer("gptoss"), messages, TOOLS)
+    assert said[5] == "<|channel|>final<|message|>20 degrees, noon.<|return|>"
+    for k, thought in ((1, "Look Rome up."), (3, "And the time in Oslo.")):
+        assert said[k].startswith(f"<|channel|>analysis<|message|>{thought}<|end|>") and said[k].endswith("<|call|>")
+
+
+def test_an_argument_that_is_no_text_is_not_lost():
+    tokenizer = load_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "<tool_call>{{ call.function.name }}{% for k, v in call.function.arguments.items() if v is string %}"
+        " {{ k }}={{ v }}{% endfor %}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [user("How warm?"), calls(("weather", "Rome"))]
+    assert trained(tokenizer, messages) == {1: "<tool_call>weather city=Rome</tool_call><|im_end|>"}
+    messages[1]["tool_calls"][0]["function"]["arguments"]["days"] = 3
+    with pytest.raises(TemplateError, match="leaves out the tool call 'weather' of message 1"):
+        trained(tokenizer, messages)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
