@@ -191,13 +191,18 @@ class _Words:
         function["name"] = self._word(i, f"the call {name!r}")
         self._calls.append((name, function["name"]))
         words = {key: self._value(i, name, key, value) for key, value in arguments_of(function).items()}
-        for key, value in words.items():
-            if isinstance(value, bool | int | float):
-                self.others.append((i, words, key, f"the argument {key!r} of {name!r}"))
+        self._note_others(i, name, "", words)
         # One more, so that a call without arguments shows too how they are written
         words["qux"] = self._word(i, f"an argument of {name!r}")
         function["arguments"] = words
         return {**call, "function": function}
+
+    def _note_others(self, i: int, name: str, path: str, held: Any) -> None:
+        for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+            if isinstance(value, dict | list):
+                self._note_others(i, name, f"{path}{key}.", value)
+            elif isinstance(value, bool | int | float):
+                self.others.append((i, held, key, f"the argument {f'{path}{key}'!r} of {name!r}"))
 
     def _value(self, i: int, name: str, key: str, value: Any) -> Any:
         if isinstance(value, dict):

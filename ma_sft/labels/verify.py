@@ -26,7 +26,7 @@ PRIVATE = 0xF0000  # the first of the characters that stand for control tokens w
 EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 # A reasoning that a prompt opens and shuts, so that the answer follows, which history does not have
 SHUT_REASONING = re.compile(
-    r"<[^<>/]*(?:think|channel)[^<>]*>(?:thought)?\s*<[^<>]*(?:think|channel)[^<>]*>\s*$", re.IGNORECASE
+    r"<[^<>/]*(?:think|channel)[^<>]*>(?:thought)?\s*<[^<>]*(?:think|channel)[^<>]*>\s*", re.IGNORECASE
 )
 NO_TURNS = "turns cannot be read back from the ids"
 NOT_CONTINUED = "the template does not continue its own generation prompt"
@@ -395,7 +395,23 @@ class _Conversation:
         own = self.verifier.own_end(self.form, self.tools, self.kwargs) if len(self.raw) > 1 else None
         last = self._ids_of_signs(said[-1:])[-1]
         at_its_end = last in self.verifier.stops or last == own or not text.translate(ends).strip()
-        return (starts(expected, said) and at_its_end) or (not own_end and said[:-1] == expected)
+        return (starts(expected, said) and at_its_end) or (
+            not own_end and self._ended_by_others(k, said[:-1], expected)
+        )
+
+    def _ended_by_others(self, k: int, said: Any, expected: Any) -> bool:
+        """Whether `said` is what the template writes, which ends no turn: its last whitespace is then no part of it.
+
+        Such whitespace may be one token with the text before it, so texts are compared, and then ids without it.
+        """
+        text, written = (v if isinstance(v, str) else self.verifier.text(v) for v in (said, expected))
+        if not written.startswith(text) or written[len(text) :].strip():
+            return False
+        if said == expected or isinstance(said, str):
+            return True
+        whole = self.render(k + 1, prompt=False) or ""
+        (ids,) = self.verifier.ids([whole[: len(whole) - (len(written) - len(text))]])
+        return ids == (*self.key_of(k, prompt=True), *said)
 
     def _stops(self, k: int, whole: Any) -> set[Any]:
         """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
@@ -453,8 +469,10 @@ class _Conversation:
             return self._difference(self.key(ids[:end]), (*before, *expected) if not self.hidden else before + expected)
         spell, opened = self.verifier.spell, self._opens(before)
         context = self.text(ids[:begin])
-        text, context = spell(self.text(ids[:end])[len(context) :][:-1]), SHUT_REASONING.sub("", spell(context))[-12:]
+        text, context = spell(self.text(ids[:end])[len(context) :][:-1]), spell(context)
         own = self._written_around(k)
+        # What stands before the turn, and where: history has the prompt's shut reasoning, or it has not
+        around = [(context[-12:], own), (SHUT_REASONING.sub("", context)[-12:], SHUT_REASONING.sub("", own))]
         for n, options in enumerate([*self._values(k, opened, text), ()]):
             value = next((option for option in options if option in text), None)
             if options and value is None:
@@ -464,17 +482,16 @@ class _Conversation:
                 head = head.removeprefix(head[: head.find("</think>") + len("</think>")] if "</think>" in head else "")
             if (
                 head.strip()
-                and (context + head).strip() not in own
+                and not any((before_it + head).strip() in written for before_it, written in around)
                 and not (n and opened and head.strip() == "</think>")
             ):
                 return f"{head[:40]!r} is trained, which the template does not write there"
-            context = ""
+            around = [("", written) for _, written in around]
         return None
 
     def _written_around(self, k: int) -> str:
         words = dropped_content(self.verifier.render, self.raw[: k + 1], self.form, self.tools, self.kwargs, text=True)
-        own = self.verifier.spell(self.verifier.text(self.verifier.ids([str(words)])[0]))
-        return own + re.sub(r"<think>\s*</think>\s*", "", own)
+        return self.verifier.spell(self.verifier.text(self.verifier.ids([str(words)])[0]))
 
     def _values(self, k: int, opened: bool, text: str) -> Iterator[tuple[str, ...]]:
         """The values of a turn in the order in which templates write them, each as it may be written."""
@@ -532,13 +549,16 @@ class _Conversation:
         (text,), (marks,) = rendered
         encoded = verifier.tokenizer(text, add_special_tokens=False) if marks else None
         spans = [(encoded.char_to_token(b), encoded.char_to_token(e - 1)) for b, e in marks] if encoded else []
-        marked = {at for b, e in spans if b is not None and e is not None for at in range(b, e + 1)}
+        marked_spans = [range(b, e + 1) for b, e in spans if b is not None and e is not None]
         for number, begin, end in self.result.proven:
             ids = sequences[number][0]
-            if encoded is None or ids != encoded["input_ids"] or not marked & {*range(begin, end)}:
+            own = [
+                span for span in marked_spans if span.start < end and begin < span.stop
+            ]  # neighbours' may touch them
+            if encoded is None or ids != encoded["input_ids"] or not own:
                 continue
-            first = min(marked & {*range(begin, end)})
-            beyond = next(at for at in range(end, len(ids) + 1) if at not in marked)
+            marked = {at for span in own for at in span}
+            first, beyond = max(begin, min(marked)), max(end, max(marked) + 1)
             edge = [at for at in range(first, end) if at not in marked]
             wrong = [ids[at] for at in [*edge, *range(end, beyond)] if ids[at] not in verifier.stops]
             if not verifier.spell(wrong).strip():

@@ -9,7 +9,7 @@ from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft.labels.check import check_dataset
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.verify import Verifier
+from ma_sft.labels.verify import Verifier, runs
 
 
 def labelled(tokenizer, pieces):
@@ -28,9 +28,10 @@ def call(name, arguments):
 
 
 def qwen(template, end="<|im_end|>", special=()):
-    tokenizer = load_tokenizer("qwen3", own=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer = load_tokenizer("qwen3", own=bool(special))
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.eos_token = end
     tokenizer.chat_template = template
     return tokenizer
 
@@ -262,3 +263,175 @@ def test_ids_of_texts_that_share_their_beginnings_are_the_tokenizers_own(tokeniz
     texts = [whole[:at] for at in range(len(whole) + 1)] + [f"{first}b {second}\nuser\n 你好 \n{first}"]
     own = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert verifier.ids(texts) == own
+
+
+def chat(turns, answer="Answer {}.", **more):
+    """A conversation of so many answers; `more` is what the middle one has beside its text."""
+    pairs = [(f"Question {n}?", answer.format(n)) for n in range(turns)]
+    messages = [m for q, a in pairs for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    messages[turns // 2 * 2 + 1] |= more
+    return messages
+
+
+def encoded(tokenizer, messages, **settings):
+    (examples,) = ChatEncoder(tokenizer, **settings).encode([messages])
+    return [(example.input_ids, example.labels) for example in examples]
+
+
+def own_sequences(sequences):
+    """A sequence for each trained turn, which ends there."""
+    return [(ids[:end], [-100] * begin + ids[begin:end]) for ids, labels in sequences for begin, end in runs(labels)]
+
+
+def changed_history(ids, labels, change):
+    middle = next(runs(labels))[0] // 2
+    if change == "cut out":
+        return ids[: middle - 4] + ids[middle + 4 :], labels[: middle - 4] + labels[middle + 4 :]
+    at = next(at for at in range(middle, len(ids)) if ids[at] != ids[at + 1])
+    return [*ids[:at], ids[at + 1], ids[at], *ids[at + 2 :]], labels
+
+
+@pytest.mark.parametrize(("name", "turns"), [("smollm2", 40), ("gemma4", 18)])
+def test_the_history_of_each_of_many_turns_is_compared(name, turns):
+    tokenizer = trl_tokenizer(name) if name in NAMES else load_tokenizer(name)
+    messages = chat(turns)
+    right = own_sequences(encoded(tokenizer, messages))
+    wrong = [changed_history(*sequence, change) for change in ("cut out", "a token swapped") for sequence in right]
+    of_right, of_wrong = Verifier(tokenizer).verify_batch([(messages, s, None, None) for s in (right, wrong)])
+    assert (len(of_right.proven), of_right.errors, of_right.unproven) == (turns, [], [])
+    unlike = [what for code, what in of_wrong.errors if code == "unlike inference"]
+    assert of_wrong.proven == [] and len(unlike) == 2 * turns
+
+
+def test_equal_answers_are_told_apart_by_what_stands_before_them():
+    tokenizer = load_tokenizer("smollm2")
+    messages = chat(40, "Yes.", train=False)
+    sequences = encoded(tokenizer, messages)
+    verdict = Verifier(tokenizer).verify(messages, sequences)
+    assert (len(verdict.proven), verdict.errors, verdict.unproven, verdict.untrained) == (39, [], [], [])
+    everyone = own_sequences(encoded(tokenizer, chat(40, "Yes.")))
+    verdict = Verifier(tokenizer).verify(messages, everyone[1:])  # the forbidden turn for one that is wanted
+    assert [code for code, _ in verdict.errors] == ["trained against the row"] and verdict.untrained == [1]
+
+
+ARGUMENTS = CALLS.replace(
+    "{{ {'name': c.function.name, 'parameters': c.function.arguments} | tojson }}",
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>WRITE</{{ k }}>{% endfor %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("writes", "value", "lost"),
+    [
+        ("{% if v is string %}{{ v }}{% endif %}", 2, True),
+        ("{% if v is string %}{{ v }}{% endif %}", True, True),
+        ("{{ v or '' }}", False, True),
+        ("{{ v or '' }}", 0, True),
+        ("{{ v or '' }}", 2, False),
+        ("{{ v if v is string else v | tojson }}", False, False),
+        ("{{ v.near or '' if v is mapping else v }}", {"near": 0}, True),
+        ("{{ v | tojson }}", {"near": [0, False]}, False),
+    ],
+)
+def test_a_value_that_is_no_text_and_is_not_written_is_named(writes, value, lost):
+    tokenizer = qwen(ARGUMENTS.replace("WRITE", writes))
+    messages = [ASKED[0], {**ASKED[1], "tool_calls": [call("w", {"city": "Paris", "days": value})]}]
+    prompt, whole = (
+        tokenizer.apply_chat_template(messages[:n], add_generation_prompt=n == 1, return_dict=True)["input_ids"]
+        for n in (1, 2)
+    )
+    trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+    verdict = Verifier(tokenizer).verify(messages, [(trained, [-100] * len(prompt) + trained[len(prompt) :])])
+    assert {code for code, _ in verdict.errors} == ({"lost content"} if lost else set())
+    assert all("days" in what for _, what in verdict.errors)
+
+
+def test_the_last_turn_has_the_empty_reasoning_that_inference_writes():
+    tokenizer = load_tokenizer("qwen3")
+    messages = chat(2)
+    start = "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\n"
+    more = "<|im_end|>\n<|im_start|>user\nQuestion 1?<|im_end|>\n<|im_start|>assistant\n"
+    for empty, right in (("<think>\n\n</think>\n\n", True), ("", False)):
+        sequence = labelled(tokenizer, [f"{start}Answer 0.{more}", (f"{empty}Answer 1.<|im_end|>",)])
+        verdict = Verifier(tokenizer).verify(messages, [sequence])
+        assert (len(verdict.proven), [code for code, _ in verdict.errors]) == (
+            (1, []) if right else (0, ["unlike the template"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("marked", "confirmed"),
+    [
+        ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", 1),
+        ("{% generation %}{{ m.content[:5] }}{% endgeneration %}{{ m.content[5:] }}<|im_end|>", 0),
+        (
+            "{% generation %}{{ m.content[:5] }}{% endgeneration %}{{ m.content[5:8] }}"
+            "{% generation %}{{ m.content[8:] }}<|im_end|>{% endgeneration %}",
+            0,
+        ),
+    ],
+)
+def test_marks_with_a_hole_confirm_nothing(marked, confirmed):
+    tokenizer = qwen(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        + marked
+        + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, I do not know."}]
+    verdict = Verifier(tokenizer).verify(messages, encoded(tokenizer, messages))
+    assert (len(verdict.proven), verdict.confirmed, verdict.errors) == (1, confirmed, [])
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_the_dropped_name_of_a_speaker_is_named(name):
+    tokenizer = load_tokenizer(name)
+    messages = [{"role": "user", "name": "Ada", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    verdict = Verifier(tokenizer).verify(messages, encoded(tokenizer, messages))
+    assert (len(verdict.proven), verdict.errors) == (1, [])
+    assert any("name of a speaker" in what for what in verdict.losses)
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "Be brief."}]])
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
+def test_a_conversation_may_begin_with_the_assistant(name, before):
+    tokenizer = load_tokenizer(name)
+    messages = [*before, {"role": "assistant", "content": "Welcome!"}, *chat(1)]
+    verdict = Verifier(tokenizer).verify(messages, encoded(tokenizer, messages))
+    # Nobody would ask for a turn that nothing comes before
+    assert (verdict.errors, verdict.unproven, verdict.untrained) == ([], [], [] if before else [0])
+    assert len(verdict.proven) == 1 + len(before)
+
+
+ALPACA = (
+    "{% for m in messages %}### {{ 'Instruction' if m.role == 'user' else 'Response' }}:\n{{ m.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("answer", ["Answer {}.", "{} is a number", "Is <|im_start|> a word, {}?", " A\n\n{}"])
+def test_the_end_that_the_recipe_adds_is_right(answer, turns):
+    tokenizer = qwen(ALPACA)
+    messages = chat(turns, answer)
+    sequences = encoded(tokenizer, messages, add_eos=True)
+    verdict = Verifier(tokenizer).verify(messages, sequences)
+    assert (verdict.errors, verdict.unproven, len(verdict.proven)) == ([], [], turns)
+    short = [(ids[:-2] + ids[-1:], labels[:-2] + labels[-1:]) for ids, labels in own_sequences(sequences)]
+    verdict = Verifier(tokenizer).verify(messages, short)  # without the answer's last token
+    assert verdict.proven == [] and {code for code, _ in verdict.errors} == {"unlike the template"}
+
+
+def test_a_prompts_shut_reasoning_stands_once_where_its_last_token_merges():
+    """Hunyuan's tags are text: the prompt's last `>` is one token with the `<` of the call that follows."""
+    tokenizer = qwen(
+        CALLS.replace(
+            "{{ m.content or '' }}", "{{ '<think:x></think:x>' if m.role == 'assistant' }}{{ m.content }}"
+        ).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think:x></think:x>")
+    )
+    messages = [ASKED[0], {**ASKED[1], "content": ""}]
+    start = "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n<think:x></think:x>"
+    for again, right in (("", True), ("<think:x></think:x>", False)):
+        said = f'{again}<call>{{"name": "w", "parameters": {{"city": "Paris"}}}}</call><|im_end|>'
+        verdict = Verifier(tokenizer).verify(messages, [labelled(tokenizer, [start, (said,)])])
+        assert (not verdict.errors, verdict.unproven) == (right, []), verdict
