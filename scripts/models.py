@@ -29,19 +29,32 @@ from ma_sft.training.rehearsal import rehearse_here
 from ma_sft.utils import cache_dir
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
+# Published models have kinds of layers that the default configurations of their types have not.
+LAYERS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+}
 SECONDS = 20  # for each rehearsal of a model type
 VERSIONS = {library.__name__: library.__version__ for library in (transformers, trl, peft, torch)}
 HEAD = """# Models
 
 Each causal language model of transformers {transformers}, in its default configuration, on its twin (see
 [LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)), with TRL {trl}, PEFT {peft} and torch {torch}, in
-float32 on a CPU without kernels of other packages, on {date}. `python scripts/models.py` writes this page.
+float32 on a CPU without kernels of other packages, on {date}. `python scripts/models.py` writes this page. {layers} are
+tried with the kinds of layers of their published models, which the default has not. A run rehearses its own model's
+configuration, whatever stands here.
 
 - **apart**: two documents of a pack give the logits and gradients that each gives alone. **refused**: a run with
   `packing: true` ends with one line before a row is read; in brackets, why.
-- **yes**: LoRA on all linear layers is trained, saved, loaded, continued and merged, and gives the same logits each time.
+- **yes**: LoRA on all linear layers is trained, saved, loaded, continued and merged, with the same logits.
 - **not rehearsed**: there is no twin of its default configuration, or a library cannot do with the twin; such a model
   may train all the same, and nothing is proven of it. ma-sft says so before the run.
+
+Three that surprise: transformers makes the masks of gpt-oss and AFMoE without the positions, so that documents of a pack
+see each other with eager attention (and AFMoE's with sdpa and flex attention; gpt-oss has no sdpa), and LFM3's
+convolutions run over the ends of documents, whatever the attention. A FlashAttention kernel takes the ends of documents
+from the batch and may keep gpt-oss and AFMoE apart: the rehearsal of a run with it tells.
 
 {counts}
 
@@ -63,7 +76,7 @@ def rehearse(kind: str, **more: Any) -> str:
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        config = AutoConfig.for_model(kind)
+        config = AutoConfig.for_model(kind, **LAYERS.get(kind, {}))
         config.architectures = [CLASSES[kind]]
         chosen = {"model_name_or_path": "/none", "dataset_name": "x", "report_to": "none", "max_length": 32, **more}
         settings = Recipe(use_peft=True, **chosen).resolve()
@@ -120,7 +133,7 @@ def page(found: dict[str, dict[str, str]], day: str) -> str:
         f"LoRA holds for {count(2, 'yes')} and is refused for {count(2, 'refused')}; "
         f"{count(2, 'not rehearsed')} are not rehearsed at all, and {count(2, 'not tried')} were not tried."
     )
-    return HEAD.format(**VERSIONS, date=day, counts=counts) + "\n".join(rows) + "\n"
+    return HEAD.format(**VERSIONS, date=day, counts=counts, layers=", ".join(LAYERS)) + "\n".join(rows) + "\n"
 
 
 def walk(path: Path) -> None:
