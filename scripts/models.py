@@ -34,6 +34,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 SECONDS = 20  # for each rehearsal of a model type
 VERSIONS = {library.__name__: library.__version__ for library in (transformers, trl, peft, torch)}
@@ -51,8 +52,8 @@ configuration, whatever stands here.
 - **not rehearsed**: there is no twin of its default configuration, or a library cannot do with the twin; such a model
   may train all the same, and nothing is proven of it. ma-sft says so before the run.
 
-Three that surprise: transformers makes the masks of gpt-oss and AFMoE without the positions, so that documents of a pack
-see each other with eager attention (and AFMoE's with sdpa and flex attention; gpt-oss has no sdpa), and LFM3's
+Three that surprise: transformers makes the masks of gpt-oss and AFMoE without the positions, so that documents of a
+pack see each other with eager attention (and AFMoE's with sdpa and flex attention; gpt-oss has no sdpa), and LFM3's
 convolutions run over the ends of documents, whatever the attention. A FlashAttention kernel takes the ends of documents
 from the batch and may keep gpt-oss and AFMoE apart: the rehearsal of a run with it tells.
 
