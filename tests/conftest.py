@@ -9,28 +9,17 @@ from patience import HANG, end_what_it_started
 
 os.environ.setdefault("PYTEST_TIMEOUT", f"{HANG:.0f}")  # for hangs, not for slow machines
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import FUZZ, save_tiny
 from hypothesis import HealthCheck, settings
-from real_tokenizers import TOKENIZERS, _load_tokenizer, changed, load_tokenizer
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    set_seed,
-)
+from real_tokenizers import TOKENIZERS, changed, load_tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from ma_sft.demo import demo_model
 
-# `end_what_it_started` is a fixture of every test
-__all__ = ["TOKENIZERS", "_load_tokenizer", "end_what_it_started", "load_tokenizer"]
-
-ROOT = Path(__file__).parents[1]
+__all__ = ["end_what_it_started"]  # a fixture of every test
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +31,6 @@ def the_same_environment():
 
 
 # `make fuzz` asks for many more examples, and other ones each time.
-FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
 settings.register_profile(
     "ma_sft", max_examples=FUZZ or 60, derandomize=not FUZZ, deadline=None, suppress_health_check=HealthCheck
 )
@@ -64,34 +52,6 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 def smollm2() -> Path:
     """Folder of the demo model, SmolLM2-135M-Instruct."""
     return demo_model()
-
-
-def save_tiny(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: type[PreTrainedConfig] = Qwen3Config,
-    model: type[PreTrainedModel] = Qwen3ForCausalLM,
-    hidden_size: int = 32,
-) -> Path:
-    """Save a two-layer model of random weights with its tokenizer."""
-    set_seed(0)
-    model(
-        config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=hidden_size // 2,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -126,11 +86,3 @@ def tiny_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     set_chat_template(tokenizer, "chatml")
     return save_tiny(folder, tokenizer)
-
-
-def start(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command from the project's root as a user would."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )

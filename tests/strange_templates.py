@@ -3,8 +3,8 @@
 import re
 from functools import cache
 
-from conftest import load_tokenizer
 from fetch_templates import fetch_templates
+from helpers import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 # Tags that are text in the families that write them: parts of a system prompt, XML inside a call or a result

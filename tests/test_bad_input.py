@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from ma_sft import MaSftError, Recipe, run
 from ma_sft.cli import main

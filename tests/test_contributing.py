@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from ma_sft import to_messages
 from ma_sft.data import filters, formats

@@ -17,9 +17,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_tokenizer
 from datasets import Dataset
 from fetch_converter import fetch_converter
+from helpers import ROOT, load_tokenizer
 from transformers import AutoTokenizer
 
 from ma_sft import Recipe, run

@@ -9,8 +9,8 @@ import string
 import pytest
 import zstandard
 from breaking import mutate
-from conftest import ROOT, load_tokenizer
 from datasets import Dataset
+from helpers import ROOT, load_tokenizer
 
 from ma_sft import FormatError, MaSftError, to_messages, to_preference
 from ma_sft.data.mixture import load_mixture

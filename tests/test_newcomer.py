@@ -11,7 +11,7 @@ import venv
 
 import pytest
 import torch
-from conftest import ROOT, load_tokenizer, start
+from helpers import ROOT, load_tokenizer, start
 from patience import patience
 
 from ma_sft import Recipe

@@ -5,7 +5,7 @@ import sys
 import time
 
 import psutil
-from conftest import ROOT
+from helpers import ROOT
 from patience import PATIENCE
 
 HANGS = """

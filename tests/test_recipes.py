@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, load_tokenizer, save_tiny
+from helpers import ROOT, load_tokenizer, save_tiny
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,

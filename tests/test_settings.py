@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny
 from datasets import Dataset, DatasetDict
+from helpers import ROOT, save_tiny
 from settings_page import settings_page
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig

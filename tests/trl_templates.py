@@ -3,7 +3,7 @@
 import re
 from importlib.resources import files
 
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 SHELF = files("trl") / "chat_templates"

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 from datasets import DatasetDict, load_from_disk
+from helpers import ROOT
 from huggingface_hub import DatasetCard
 from patience import PATIENCE
 

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
 from datasets import Dataset
+from helpers import ROOT
 
 from ma_sft import FormatError, to_messages, to_messages_batch
 from ma_sft.data.formats import FORMATS, detect_format, message_features

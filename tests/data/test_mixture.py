@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 import zstandard
-from conftest import ROOT
 from datasets import Dataset, DatasetDict, IterableDataset
+from helpers import ROOT
 from rich.console import Console
 
 from ma_sft import FormatError, MaSftError, RecipeError

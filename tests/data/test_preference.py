@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import ROOT
 from datasets import Dataset
+from helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ma_sft import FormatError, to_preference

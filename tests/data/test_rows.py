@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT
 from datasets import Dataset, DatasetDict
+from helpers import ROOT
 from rich.console import Console
 
 from ma_sft import FormatError, MaSftError, RecipeError, to_messages, to_preference

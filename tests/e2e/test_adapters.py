@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, start
+from helpers import ROOT, start
 from patience import HANG
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

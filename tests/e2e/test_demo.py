@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, start
+from helpers import ROOT, start
 from patience import HANG
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import load_tokenizer, save_tiny
+from helpers import load_tokenizer, save_tiny
 from hub.conftest import chats, parquet
 from hub.server import TOKEN
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_tokenizer, save_tiny
+from helpers import ROOT, load_tokenizer, save_tiny
 from hub.conftest import chats, parquet
 from patience import PATIENCE
 from processes import free_port

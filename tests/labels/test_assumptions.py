@@ -1,6 +1,6 @@
 """What `ma_sft/labels/apply_template.py` takes for granted of transformers, each by its name."""
 
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 
 from ma_sft.labels.apply_template import compiled, text_and_marks
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import load_tokenizer
 from datasets import Dataset
+from helpers import load_tokenizer
 from transformers import DataCollatorForLanguageModeling
 from trl import SFTConfig, SFTTrainer
 

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_tokenizer
 from datasets import Dataset
+from helpers import ROOT, load_tokenizer
 
 from ma_sft.labels.backend import EVERY, HARD, Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder

@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
 from datasets import Dataset
+from helpers import TOKENIZERS, load_tokenizer
+from real_tokenizers import _load_tokenizer
 from rich.console import Console
 
 from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZERS, _load_tokenizer, load_tokenizer
+from helpers import TOKENIZERS, load_tokenizer
+from real_tokenizers import _load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import DataCollatorForCompletionOnlyLM, Recipe, ResponseTemplateError, tokenize_conversation

@@ -11,7 +11,7 @@ from itertools import accumulate, groupby
 from typing import Any
 
 import pytest
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import DataCollatorForCompletionOnlyLM

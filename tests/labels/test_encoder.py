@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import FUZZ, load_tokenizer
+from helpers import FUZZ, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds_of_rows import TOOLS, assistant, calls, result, user

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, load_tokenizer
+from helpers import ROOT, load_tokenizer
 from kinds_of_rows import ASK, ROWS, TOOLS, assistant, calls, result, user
 from trl_templates import NAMES, SHELF, trl_tokenizer
 

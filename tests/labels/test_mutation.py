@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from transformers import AddedToken
 from trl_templates import trl_tokenizer
 

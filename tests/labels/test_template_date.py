@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from transformers import AutoTokenizer, TrainerCallback
 
 from ma_sft import Recipe, RecipeError, make_trainer, run

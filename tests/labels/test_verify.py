@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import load_tokenizer
 from datasets import Dataset
+from helpers import load_tokenizer
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft.labels.check import check_dataset

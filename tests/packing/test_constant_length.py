@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer

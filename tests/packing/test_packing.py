@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import load_tokenizer
 from datasets.fingerprint import Hasher
 from datasets.utils import _dill
+from helpers import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tokenizer
 from datasets import Dataset
+from helpers import load_tokenizer
 from reference.models import PAD, as_decoder, examples, tiny, trl_rows
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer

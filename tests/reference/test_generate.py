@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from reference.models import PAD, VOCAB, as_decoder, examples, tiny
 from transformers import (
     AutoModelForCausalLM,

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import TOKENIZERS, load_tokenizer
+from helpers import TOKENIZERS, load_tokenizer
 from real_tokenizers import copy_without_vocabulary
 from transformers import PreTrainedTokenizerBase
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tokenizer
+from helpers import load_tokenizer
 from reference.models import PAD, as_decoder, examples, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import start
+from helpers import start
 
 from ma_sft import RecipeError
 from ma_sft.cli import main

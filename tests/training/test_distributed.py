@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import ROOT, start
 from datasets import Dataset
+from helpers import ROOT, start
 from patience import PATIENCE
 from processes import Run, free_port, launcher
 from safetensors.torch import load_file

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT
 from datasets import Dataset
+from helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from ma_sft import ConstantLengthDataset, DataCollatorForCompletionOnlyLM, RecipeError, SFTConfig, SFTTrainer

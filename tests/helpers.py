@@ -1,0 +1,59 @@
+"""What tests of several folders share: the root, real tokenizers, a tiny model, a command as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from real_tokenizers import TOKENIZERS, load_tokenizer
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
+
+__all__ = ["FUZZ", "ROOT", "TOKENIZERS", "load_tokenizer", "save_tiny", "start"]
+
+ROOT = Path(__file__).parents[1]
+
+# `make fuzz` asks for many more examples, and other ones each time.
+FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
+
+
+def save_tiny(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: type[PreTrainedConfig] = Qwen3Config,
+    model: type[PreTrainedModel] = Qwen3ForCausalLM,
+    hidden_size: int = 32,
+) -> Path:
+    """Save a two-layer model of random weights with its tokenizer."""
+    set_seed(0)
+    model(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=hidden_size // 2,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command from the project's root as a user would."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
