@@ -127,8 +127,11 @@ def _dropped_extras(words: "_Words", form: Form, written: Callable[[list[Message
     lost: list[Lost] = [(i, "the name of a speaker", True) for i, word in words.names if i < end and word not in whole]
     for i, values, key, what in words.others:
         kept, values[key] = values[key], ""
-        if i < end and written([form(m) for m in words.messages[:end]]) == whole:
-            lost.append((i, what, False))
+        try:
+            same = i < end and written([form(m) for m in words.messages[:end]]) == whole
+        except Refused:  # it reads the value
+            same = False
+        lost += [(i, what, False)] if same else []
         values[key] = kept
     return lost
 
@@ -191,18 +194,22 @@ class _Words:
         function["name"] = self._word(i, f"the call {name!r}")
         self._calls.append((name, function["name"]))
         words = {key: self._value(i, name, key, value) for key, value in arguments_of(function).items()}
-        self._note_others(i, name, "", words)
+        self._note_others(i, name, "", words, set())
         # One more, so that a call without arguments shows too how they are written
         words["qux"] = self._word(i, f"an argument of {name!r}")
         function["arguments"] = words
         return {**call, "function": function}
 
-    def _note_others(self, i: int, name: str, path: str, held: Any) -> None:
+    def _note_others(self, i: int, name: str, path: str, held: Any, seen: set[Any]) -> None:
+        """Note the values that are no text, one of each kind in a list: a list of numbers may be long."""
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+            inner = path if isinstance(held, list) else f"{path}.{key}".lstrip(".")
+            kind = inner, type(value), bool(value)
             if isinstance(value, dict | list):
-                self._note_others(i, name, f"{path}{key}.", value)
-            elif isinstance(value, bool | int | float):
-                self.others.append((i, held, key, f"the argument {f'{path}{key}'!r} of {name!r}"))
+                self._note_others(i, name, inner, value, seen)
+            elif isinstance(value, bool | int | float) and kind not in seen:
+                seen.add(kind)
+                self.others.append((i, held, key, f"the argument {inner!r} of {name!r}"))
 
     def _value(self, i: int, name: str, key: str, value: Any) -> Any:
         if isinstance(value, dict):

@@ -331,6 +331,7 @@ ARGUMENTS = CALLS.replace(
         ("{{ v if v is string else v | tojson }}", False, False),
         ("{{ v.near or '' if v is mapping else v }}", {"near": 0}, True),
         ("{{ v | tojson }}", {"near": [0, False]}, False),
+        ("{{ v | tojson if v is string else v + 1 }}", 2, False),
     ],
 )
 def test_a_value_that_is_no_text_and_is_not_written_is_named(writes, value, lost):
