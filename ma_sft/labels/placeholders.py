@@ -116,8 +116,12 @@ def dropped_content(
         known = {what for at, what, _ in lost if at == i}
         for what in words.missing(i, before + own):
             if what not in known:
-                soft = i in turns and "reasoning" in what
-                lost.append((i, f"{what} of earlier turns" if soft else what, soft))
+                # History may leave out reasoning, and (gpt-oss) text beside a call that the turn itself is trained on
+                soft = i in turns and (
+                    "reasoning" in what
+                    or (messages[i].get("tool_calls") and what not in words.missing(i, written(i + 1, prompt=False)))
+                )
+                lost.append((i, f"{what} of earlier turns" if soft else what, bool(soft)))
     return lost + _dropped_extras(words, form, lambda m: render(m, made, kwargs, prompt=False), turns[-1] + 1)
 
 
@@ -180,6 +184,8 @@ class _Words:
     def _text(self, i: int, text: str) -> str:
         """Words for what stands between tags: a template may look for those."""
         parts, inside = TAG.split(text), ""
+        if parts[1:2] == ["</think>"]:
+            inside = "<think>"  # as a model writes whose prompt opens the reasoning
         for n, part in enumerate(parts):
             if n % 2:
                 inside = part
