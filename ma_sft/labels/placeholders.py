@@ -116,8 +116,12 @@ def dropped_content(
         known = {what for at, what, _ in lost if at == i}
         for what in words.missing(i, before + own):
             if what not in known:
-                soft = i in turns and "reasoning" in what
-                lost.append((i, f"{what} of earlier turns" if soft else what, soft))
+                # History may leave out reasoning, and (gpt-oss) text beside a call that the turn itself is trained on
+                soft = i in turns and (
+                    "reasoning" in what
+                    or (messages[i].get("tool_calls") and what not in words.missing(i, written(i + 1, prompt=False)))
+                )
+                lost.append((i, f"{what} of earlier turns" if soft else what, bool(soft)))
     return lost + _dropped_extras(words, form, lambda m: render(m, made, kwargs, prompt=False), turns[-1] + 1)
 
 
@@ -127,8 +131,11 @@ def _dropped_extras(words: "_Words", form: Form, written: Callable[[list[Message
     lost: list[Lost] = [(i, "the name of a speaker", True) for i, word in words.names if i < end and word not in whole]
     for i, values, key, what in words.others:
         kept, values[key] = values[key], ""
-        if i < end and written([form(m) for m in words.messages[:end]]) == whole:
-            lost.append((i, what, False))
+        try:
+            same = i < end and written([form(m) for m in words.messages[:end]]) == whole
+        except Refused:  # it reads the value
+            same = False
+        lost += [(i, what, False)] if same else []
         values[key] = kept
     return lost
 
@@ -177,6 +184,8 @@ class _Words:
     def _text(self, i: int, text: str) -> str:
         """Words for what stands between tags: a template may look for those."""
         parts, inside = TAG.split(text), ""
+        if parts[1:2] == ["</think>"]:
+            inside = "<think>"  # as a model writes whose prompt opens the reasoning
         for n, part in enumerate(parts):
             if n % 2:
                 inside = part
@@ -191,18 +200,22 @@ class _Words:
         function["name"] = self._word(i, f"the call {name!r}")
         self._calls.append((name, function["name"]))
         words = {key: self._value(i, name, key, value) for key, value in arguments_of(function).items()}
-        self._note_others(i, name, "", words)
+        self._note_others(i, name, "", words, set())
         # One more, so that a call without arguments shows too how they are written
         words["qux"] = self._word(i, f"an argument of {name!r}")
         function["arguments"] = words
         return {**call, "function": function}
 
-    def _note_others(self, i: int, name: str, path: str, held: Any) -> None:
+    def _note_others(self, i: int, name: str, path: str, held: Any, seen: set[Any]) -> None:
+        """Note the values that are no text, one of each kind in a list: a list of numbers may be long."""
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+            inner = path if isinstance(held, list) else f"{path}.{key}".lstrip(".")
+            kind = inner, type(value), bool(value)
             if isinstance(value, dict | list):
-                self._note_others(i, name, f"{path}{key}.", value)
-            elif isinstance(value, bool | int | float):
-                self.others.append((i, held, key, f"the argument {f'{path}{key}'!r} of {name!r}"))
+                self._note_others(i, name, inner, value, seen)
+            elif isinstance(value, bool | int | float) and kind not in seen:
+                seen.add(kind)
+                self.others.append((i, held, key, f"the argument {inner!r} of {name!r}"))
 
     def _value(self, i: int, name: str, key: str, value: Any) -> Any:
         if isinstance(value, dict):

@@ -331,6 +331,7 @@ ARGUMENTS = CALLS.replace(
         ("{{ v if v is string else v | tojson }}", False, False),
         ("{{ v.near or '' if v is mapping else v }}", {"near": 0}, True),
         ("{{ v | tojson }}", {"near": [0, False]}, False),
+        ("{{ v | tojson if v is string else v + 1 }}", 2, False),
     ],
 )
 def test_a_value_that_is_no_text_and_is_not_written_is_named(writes, value, lost):
@@ -435,3 +436,26 @@ def test_a_prompts_shut_reasoning_stands_once_where_its_last_token_merges():
         said = f'{again}<call>{{"name": "w", "parameters": {{"city": "Paris"}}}}</call><|im_end|>'
         verdict = Verifier(tokenizer).verify(messages, [labelled(tokenizer, [start, (said,)])])
         assert (not verdict.errors, verdict.unproven) == (right, []), verdict
+
+
+CITY = {"city": "Rome"}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "result", "what"),
+    [
+        ("qwen3", {"content": "Hm.</think>It is."}, [], "the reasoning in the text of earlier turns"),
+        (
+            "gptoss",
+            {"content": "Looking.", "tool_calls": [call("w", CITY)]},
+            [{"role": "tool", "name": "w", "tool_call_id": "c1", "content": "20"}, chat(1)[1]],
+            "the text 'Looking.' of earlier turns",
+        ),
+    ],
+)
+def test_what_history_alone_leaves_out_is_no_error(name, first, result, what):
+    tokenizer = load_tokenizer(name)
+    messages = [chat(1)[0], {"role": "assistant", **first}, *result, *chat(1)]
+    verdict = Verifier(tokenizer).verify(messages, encoded(tokenizer, messages))
+    assert (verdict.errors, verdict.unproven, verdict.losses) == ([], [], [what])
+    assert len(verdict.proven) == sum(m["role"] == "assistant" for m in messages)
