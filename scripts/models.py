@@ -41,10 +41,10 @@ VERSIONS = {library.__name__: library.__version__ for library in (transformers, 
 HEAD = """# Models
 
 Each causal language model of transformers {transformers}, in its default configuration, on its twin (see
-[LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)), with TRL {trl}, PEFT {peft} and torch {torch}, in
-float32 on a CPU without kernels of other packages, on {date}. `python scripts/models.py` writes this page. {layers} are
-tried with the kinds of layers of their published models, which the default has not. A run rehearses its own model's
-configuration, whatever stands here.
+[LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)), with TRL {trl}, PEFT {peft} and
+torch {torch}, in float32 on a CPU without kernels of other packages, on {date}; `python scripts/models.py`
+writes this page. {layers} are tried with the kinds of layers of their
+published models, which the default has not. A run rehearses its own model's configuration, whatever stands here.
 
 - **apart**: two documents of a pack give the logits and gradients that each gives alone. **refused**: a run with
   `packing: true` ends with one line before a row is read; in brackets, why.
@@ -130,7 +130,7 @@ def page(found: dict[str, dict[str, str]], day: str) -> str:
         return sum(line[column].startswith(starts) for line in cells)
 
     counts = (
-        f"Of {len(rows)} model types, {count(1, 'apart')} are packed apart and {count(1, 'refused')} refused packed; "
+        f"Of {len(rows)} model types, {count(1, 'apart')} are packed apart and {count(1, 'refused')} refused packed;\n"
         f"LoRA holds for {count(2, 'yes')} and is refused for {count(2, 'refused')}; "
         f"{count(2, 'not rehearsed')} are not rehearsed at all, and {count(2, 'not tried')} were not tried."
     )

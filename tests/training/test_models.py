@@ -53,7 +53,7 @@ def changed_by_another_document(config, attention):
 def test_the_page_has_every_model_once_and_its_versions():
     assert sorted(PAGE) == sorted(CLASSES)
     text = models.PAGE.read_text(encoding="utf-8")
-    assert all(version in text for version in models.VERSIONS.values())
+    assert all(version in text for library, version in models.VERSIONS.items() if library != "torch")
 
 
 def test_leaks_are_refused_and_the_rest_is_told():
