@@ -19,6 +19,7 @@ Render = Callable[[list[Message], bool], str]  # (messages, with the generation 
 TOOL_NAME = "ZqToolzW"  # that every tool has where placeholders are rendered
 
 _ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+_SCALARS = 50  # numbers, true and false of a call that are tried: a list of thousands goes the same way in each
 _MARKUP = re.compile(r"</?(?:think|tool_call)>")
 _SHAPES = 4096
 
@@ -189,17 +190,17 @@ def _without_values(messages: list[Message]) -> Iterator[tuple[_Place, list[Mess
             function = call.get("function", call)
             scalars: list[Any] = []
             map_values(function.get("arguments"), scalars.append)
-            for at, value in enumerate(scalars):
-                if value is not None and not isinstance(value, str):
-                    others = iter([*scalars[:at], "", *scalars[at + 1 :]])
-                    other = map_values(function["arguments"], partial(_next_of, others))
-                    changed = {**function, "arguments": other}
-                    changed = {**call, "function": changed} if "function" in call else changed
-                    calls = [*message["tool_calls"][:number], changed, *message["tool_calls"][number + 1 :]]
-                    yield (
-                        _Place(i, "tool_calls", number),
-                        [*messages[:i], {**message, "tool_calls": calls}, *messages[i + 1 :]],
-                    )
+            no_texts = [at for at, value in enumerate(scalars) if value is not None and not isinstance(value, str)]
+            for at in no_texts[:_SCALARS]:
+                others = iter([*scalars[:at], "", *scalars[at + 1 :]])
+                other = map_values(function["arguments"], partial(_next_of, others))
+                changed = {**function, "arguments": other}
+                changed = {**call, "function": changed} if "function" in call else changed
+                calls = [*message["tool_calls"][:number], changed, *message["tool_calls"][number + 1 :]]
+                yield (
+                    _Place(i, "tool_calls", number),
+                    [*messages[:i], {**message, "tool_calls": calls}, *messages[i + 1 :]],
+                )
 
 
 def _next_of(values: Iterator[Any], _: Any) -> Any:
