@@ -186,7 +186,7 @@ def leaves(*given):
 
 
 def one_text(batch):
-    return "x"
+    return 7
 """
 
 
@@ -197,7 +197,7 @@ def one_text(batch):
         (["--dataset_format", "own.py:leaves"], "own.py:leaves failed at own.py, line 7: SystemExit: 3"),
         (["--filters", '{"function": "own.py:fails"}'], "own.py:fails failed at own.py, line 3: ZeroDivisionError"),
         (["--formatting_func", "own.py:fails", "--response_template", "!"], "whose columns are prompt, completion: "),
-        (["--formatting_func", "own.py:one_text", "--response_template", "!"], "4 texts for 4 rows, found str"),
+        (["--formatting_func", "own.py:one_text", "--response_template", "!"], "text expected, found int 7"),
         (["--formatting_func", "name.py:any", "--response_template", "!"], "name.py, line 1: NameError"),
         (["--formatting_func", "own.py", "--response_template", "!"], "is neither a known format"),
     ],

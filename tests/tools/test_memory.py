@@ -48,7 +48,8 @@ def test_full_fine_tuning_is_sixteen_bytes_a_parameter():
     assert found.weights == found.gradients == 4 * found.total and found.optimizer == 8 * found.total
     assert found.peak < found.weights + found.gradients + found.optimizer + found.activations + found.reserve
     accumulated = forecast(settings(use_peft=False, dtype="float32", gradient_accumulation_steps=2))
-    assert accumulated.peak > found.peak and accumulated.overlap == 0
+    # The reserve holds what this process has at the moment, which other tests decide
+    assert accumulated.peak - accumulated.reserve > found.peak - found.reserve and accumulated.overlap == 0
 
 
 @pytest.mark.slow

@@ -125,10 +125,13 @@ def test_settings_that_cannot_be(more, message):
     [
         (
             {"lora_target_modules": ["q_proj", "query"]},
-            "'query' matches nothing in LlamaForCausalLM; the linear layers",
+            "'query' matches no module of LlamaForCausalLM; the linear layers",
         ),
         ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
-        ({"lora_target_modules": "(q"}, "PEFT cannot adapt LlamaForCausalLM: missing [)], unterminated subpattern"),
+        (
+            {"lora_target_modules": "(q"},
+            "lora_target_modules: '[(]q' is no regular expression: missing [)], unterminated subpattern",
+        ),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
     ],
 )
