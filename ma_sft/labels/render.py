@@ -88,11 +88,6 @@ class Renderer:
             self._agreed[key] = agreed + 1 if same else -1
         return slow
 
-    def is_fast(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]) -> bool:
-        """Whether minijinja renders conversations of this shape."""
-        kinds = (*map(describe, messages), describe([tools, variables]))
-        return self._agreed.get((False, _shape(kinds)), -1) >= 0
-
     def _slow(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool) -> str:
         return apply_template(self.tokenizer, messages, tools, variables, prompt=prompt, date=self.date)
 

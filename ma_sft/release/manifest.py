@@ -47,6 +47,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
         **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),
         "template_kwargs": labels.template_kwargs,
         "template_now": labels.template_now,
+        "add_eos": labels.add_eos,
         "system_prompt": settings.rows.system_prompt,
         "mask_policy": {
             key: getattr(labels, key) for key in ("train_on", "history", "response_template", "instruction_template")
@@ -91,7 +92,8 @@ def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
     """The encoder with the template's variables and date that training had; a manifest may be empty."""
     kwargs = manifest.get("template_kwargs")
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
-    return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=manifest.get("template_now"))
+    now, add_eos = manifest.get("template_now"), bool(manifest.get("add_eos"))
+    return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=now, add_eos=add_eos)
 
 
 def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
