@@ -1,10 +1,11 @@
-"""Speed and memory on this machine's GPU, side by side with plain TRL, in one process and one run.
+"""Speed and memory on this machine's GPU, side by side with plain TRL, in one process and one run of at most 8 minutes.
 
-python benchmarks/gpu_check.py [--model demo] [--steps 30] [--max_length 1024] [--device cpu]
+python benchmarks/gpu_check.py [--model FOLDER] [--steps 20] [--max_length 1024] [--minutes 8] [--device cpu]
 
 Each case trains the same rows with the same settings twice: by a recipe, and by `trl.SFTTrainer` alone. Ratios are ours
-to TRL; the peak of allocated memory is held against the forecast that a run prints before its first step, too. The
-result is kept as JSON, with the device's name and the date. `--device cpu` is for a look at the logic.
+to TRL; the peak of allocated memory is held against the forecast that a run prints before its first step, too. Without
+`--model` it is a Qwen3 of 0.6 billion random parameters with a tokenizer made of this repository's texts, so that
+nothing is downloaded. The table is kept in benchmarks/results/gpu.md. `--device cpu` is for a look at the logic.
 """
 
 import argparse
@@ -15,16 +16,17 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import TrainerCallback
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ma_sft import Recipe
@@ -34,14 +36,25 @@ from ma_sft.training.distributed import available_attention
 from ma_sft.training.prepare import prepare
 from ma_sft.training.trainer import build_trainer
 
+ROOT = Path(__file__).parents[1]
+HEADS = ("", "ours: tokens/s", "TRL: tokens/s", "ratio", "peak memory, ours to TRL", "forecast to measured peak")
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 16}
+PACKED = {**LORA, "packing": True}
+SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
+NONE = {"gradient_checkpointing": False}
 CASES: dict[str, dict[str, Any]] = {
-    "full": {},
     "LoRA": LORA,
-    "QLoRA": {**LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "LoRA, packed, SDPA": {**LORA, "packing": True},
-    "LoRA, packed, flex attention": {**LORA, "packing": True, "attn_implementation": "flex_attention"},
-    "LoRA, packed, FlashAttention 2": {**LORA, "packing": True, "attn_implementation": "flash_attention_2"},
+    "LoRA, packed": PACKED,
+    "LoRA, packed, selective checkpointing": {**PACKED, **SELECTIVE},
+    "LoRA, packed, no checkpointing": {**PACKED, **NONE},
+    "full, packed": {"packing": True},
+    "full, packed, selective checkpointing": {"packing": True, **SELECTIVE},
+    "QLoRA, packed": {**PACKED, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "LoRA, packed, FlashAttention 2": {**PACKED, "attn_implementation": "flash_attention_2"},
+    "LoRA, packed, FlashAttention 3": {**PACKED, "attn_implementation": "flash_attention_3"},
+    "LoRA, packed, flex attention": {**PACKED, "attn_implementation": "flex_attention"},
+    "LoRA, packed, Liger": {**PACKED, "use_liger_kernel": True},
+    "LoRA, packed, torch.compile": {**PACKED, **NONE, "torch_compile": True},
 }
 
 
@@ -93,7 +106,6 @@ def theirs(settings: dict[str, Any], warm_up: int) -> dict[str, float]:
     """The same settings and rows, as TRL's own documentation puts them together."""
     fresh()
     resolved = Recipe(name="gpu-check", **settings).resolve()
-    load_tokenizer(resolved)  # for the folder of the model "demo"
     rows = datasets.load_dataset("json", data_files=settings["dataset_name"], split="train")
     model: ModelConfig = resolved.model
     args: SFTConfig = resolved.training
@@ -124,38 +136,47 @@ def write_rows(path: Path, count: int, max_length: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    if options.device == "gpu" and not torch.accelerator.is_available():
-        sys.exit("no GPU on this machine: nothing was measured (--device cpu tries the logic)")
-    gpu = options.device == "gpu"
-    device = torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else options.device
-    logging.disable(logging.WARNING)
-    datasets.disable_progress_bars()
-    results: dict[str, Any] = {}
-    table = Table(
-        *("", "ours: tokens/s", "TRL: tokens/s", "ratio", "peak memory, ours to TRL", "forecast to measured peak"),
-        title=device,
+def save_model(folder: Path, tiny: bool) -> str:
+    """A Qwen3 of random weights, in the shape of the 0.6B or tiny, with a tokenizer made of this repository's texts."""
+    bpe = ByteLevelBPETokenizer()
+    texts = [str(path) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+    bpe.train(
+        texts, vocab_size=8_000, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch) / "rows.jsonl"
-        write_rows(rows, options.batch_size * options.steps * 8, options.max_length)
-        for name, case in CASES.items():
-            wanted = case.get("attn_implementation")
-            if available_attention(wanted) != wanted or (wanted == "flex_attention" and not gpu):
-                print(f"not measured: {name} ({wanted} does not train on this machine)")
-                continue
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True}  # fmt: skip
+    if tiny:
+        shape |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 8_000}  # fmt: skip
+    Qwen3ForCausalLM(Qwen3Config(**shape, dtype="bfloat16")).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(case, what both sides measured) or (case, why it was not measured)."""
+    gpu = options.device == "gpu"
+    rows = scratch / "rows.jsonl"
+    write_rows(rows, options.batch_size * options.steps * 8, options.max_length)
+    model = options.model or save_model(scratch / "model", tiny=not gpu)
+    end = time.monotonic() + 60 * options.minutes
+    for name, case in CASES.items():
+        wanted = case.get("attn_implementation")
+        if time.monotonic() > end:
+            yield name, f"the {options.minutes:g} minutes were over"
+        elif available_attention(wanted) != wanted:
+            yield name, f"{wanted} is not installed for this machine"
+        elif not gpu and (wanted == "flex_attention" or case.get("torch_compile")):
+            yield name, "it compiles for minutes on a CPU"
+        else:
             settings = {
-                "model_name_or_path": options.model,
+                "model_name_or_path": model,
                 "dataset_name": str(rows),
-                "output_dir": f"{scratch}/run",
+                "output_dir": str(scratch / "run"),
                 "max_length": options.max_length,
                 "max_steps": options.steps,
                 "per_device_train_batch_size": options.batch_size,
@@ -168,28 +189,54 @@ def main() -> None:
                 **case,
             }
             warm_up = max(1, options.steps // 3)
-            found = {"ours": ours(settings, warm_up), "trl": theirs(settings, warm_up)}
-            results[name] = found
-            speeds = [found[side]["tokens_per_second"] for side in ("ours", "trl")]
-            peaks = [found[side]["peak_bytes"] for side in ("ours", "trl")]
-            table.add_row(
-                name,
-                *(f"{speed:,.0f}" for speed in speeds),
-                f"{speeds[0] / speeds[1]:.2f}",
-                f"{peaks[0] / peaks[1]:.2f}" if peaks[1] else "not measured",
-                f"{found['ours']['forecast_peak_bytes'] / peaks[0]:.2f}" if peaks[0] else "not measured",
-            )
-    Console().print(table)
-    for side in ("ours", "trl"):
-        packed, loose = (results[name][side]["tokens_per_second"] for name in ("LoRA, packed, SDPA", "LoRA"))
-        print(f"packed to unpacked, {side}: {packed / loose:.2f} in tokens/s")
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "ma-sft")}
+            try:
+                yield name, {"ours": ours(settings, warm_up), "trl": theirs(settings, warm_up)}
+            except Exception as error:  # one kernel that this GPU lacks must not cost the other cases
+                yield name, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def cells(found: dict[str, Any] | str) -> list[str]:
+    if isinstance(found, str):
+        return [f"not measured: {found}", *[""] * (len(HEADS) - 2)]
+    speeds = [found[side]["tokens_per_second"] for side in ("ours", "trl")]
+    peaks = [found[side]["peak_bytes"] for side in ("ours", "trl")]
+    memory = [peaks[0] / peaks[1], found["ours"]["forecast_peak_bytes"] / peaks[0]] if all(peaks) else []
+    ratios = [f"{ratio:.2f}" for ratio in (speeds[0] / speeds[1], *memory)]
+    return [*(f"{speed:,.0f}" for speed in speeds), *ratios, *["not measured"] * (3 - len(ratios))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or a hub id; without it, one of random weights")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=8, help="no case begins after so many")
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if options.device == "gpu" and not torch.accelerator.is_available():
+        sys.exit("no GPU on this machine: nothing was measured (--device cpu tries the logic)")
+    device = torch.cuda.get_device_name() if options.device == "gpu" and torch.cuda.is_available() else options.device
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "ma-sft")
+    )
+    lines = [
+        f"`{' '.join(['python benchmarks/gpu_check.py', *sys.argv[1:]])}`\n",
+        f"{date.today()}, {device}, {versions}. {options.steps} steps of {options.batch_size} x {options.max_length} "
+        "tokens at most, the same rows and settings on both sides.\n",
+        f"| {' | '.join(HEADS)} |",
+        f"|{' --- |' * len(HEADS)}",
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-check-{'-'.join(device.lower().split())}-{date.today()}.json"
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
-    content = {"device": device, "date": str(date.today()), "settings": settings, "versions": versions}
-    path.write_text(json.dumps({**content, "cases": results}, indent=2) + "\n", encoding="utf-8")
-    print(f"kept as {path}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, found in measure(options, Path(scratch)):
+            lines.append(f"| {' | '.join([name, *cells(found)])} |")
+            print(lines[-1], flush=True)
+            (options.out / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"kept as {options.out / 'gpu.md'}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 
 python benchmarks/trainings.py WHAT SHAPE FOLDER [SECONDS]; the last line of its output is JSON.
 
-Ours packs; TRL pads batches of rows, as its documentation has it where FlashAttention is not installed. A step of
-ours takes as many tokens as a batch of TRL's holds on average. Our side trains until it has trained
-TOKENS assistant tokens. TRL's side trains as many, and is examined on the way when our side's seconds have passed.
-Held-out loss and answers are measured by the same code on both sides, with the clock stopped.
+Ours packs; TRL pads batches of rows, as its documentation has it where FlashAttention is not installed, or packs as
+well (where its documents see each other on a CPU). A step of ours takes as many tokens as a batch of TRL's holds on
+average. Our side trains until it has trained TOKENS assistant tokens. TRL's side trains as many, and is examined on the
+way when our side's seconds have passed. Held-out loss and answers are measured by the same code on both sides, with the
+clock stopped.
 """
 
 import json
 import logging
 import random
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -151,7 +154,7 @@ def packs(rows: list[Any], model: str) -> dict[str, int]:
     }
 
 
-def trl(shape: str, model: str, at: str) -> dict[str, Any]:
+def trl(shape: str, model: str, at: str, packing: str = "") -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,13 +162,65 @@ def trl(shape: str, model: str, at: str) -> dict[str, Any]:
 
     rows, held = rows_of(shape)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    sizes: dict[str, Any] = {"per_device_train_batch_size": BATCH}
+    if packing:
+        sizes = {"packing": True, **packs(rows, model)}
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        SFTConfig(f"{model}-trl", assistant_only_loss=True, per_device_train_batch_size=BATCH, **COMMON),
+        SFTConfig(f"{model}-trl", assistant_only_loss=True, **{**COMMON, **sizes}),
         train_dataset=Dataset.from_list([{"messages": row} for row in rows]), processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )  # fmt: skip
     return finish(trainer, tokenizer, held, float(at))
+
+
+class Speed(TrainerCallback):
+    """Seconds of the steps after the third."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.begin = time.perf_counter()
+        self.seconds = time.perf_counter() - getattr(self, "begin", 0.0)
+
+
+def demo(who: str, beside: str = "") -> dict[str, Any]:
+    """Tokens/s of the demo's steps, by ours or by plain TRL on the same packs, alone or beside a busy process."""
+    from trl import SFTConfig, SFTTrainer
+
+    from ma_sft import Recipe, make_trainer
+
+    short = {"max_steps": 13, "eval_strategy": "no", "logging_steps": 100, "disable_tqdm": True,
+             "report_to": "none", "check": False, "use_cpu": True, "bf16": False, "dtype": "float32"}  # fmt: skip
+    settings = dict(Recipe.load(DEMO.parents[1] / "recipes" / "demo.py").settings)
+    for name in ("generate_eval", "max_new_tokens", "eval_dataset", "eval_steps", "eval_packing"):
+        del settings[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(Recipe(**{**settings, **short, "output_dir": scratch}))
+        if who == "trl":
+            given = {name: settings[name] for name in ("per_device_train_batch_size", "learning_rate", "warmup_steps",
+                                                       "lr_scheduler_type", "gradient_checkpointing")}  # fmt: skip
+            own = {name: value for name, value in short.items() if name not in ("check", "dtype")}
+            args = SFTConfig(scratch, padding_free=True, max_length=None, packing=False, **given, **own,
+                             dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+            trainer = SFTTrainer(trainer.model, args, train_dataset=trainer.train_dataset,
+                                 processing_class=trainer.processing_class)  # fmt: skip
+        speed, collate, counts = Speed(), trainer.data_collator, []
+
+        def counted(rows: Any) -> Any:
+            batch = collate(rows)
+            counts.append(batch["input_ids"].numel())
+            return batch
+
+        trainer.data_collator = counted
+        trainer.add_callback(speed)
+        spin = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if beside else None
+        try:
+            trainer.train()
+        finally:
+            if spin is not None:
+                spin.kill()
+                spin.wait()
+    return {"speed": sum(counts[3:13]) / speed.seconds}
 
 
 def save_model(folder: str) -> dict[str, Any]:
