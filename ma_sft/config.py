@@ -296,6 +296,7 @@ PATHS = (
     "dataset_name datasets eval_dataset model_name_or_path output_dir template chat_template_path deepspeed "
     "fsdp_config adapter_name_or_path resume_from_checkpoint accelerator_config"
 ).split()
+ROWS_FILE = re.compile(r"[^*?\[:]+\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.gz|\.zst)?")
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, its JSON, or the path of a file
 OF_THE_MACHINE = ("bf16", "use_cpu", "report_to", "ddp_backend")  # settings whose default depends on it
 # What `from_pretrained` takes of a model and a setting says of all that is loaded
@@ -357,16 +358,8 @@ class Setting:
                 break
         else:
             kinds = " or ".join("a JSON object" if kind == "dict" else kind for kind in self.kinds)
-            raise RecipeError(
-                f"{self.name}: {kinds} expected, found {'a secret' if is_secret(self.name) else repr(value)}"
-            )
-        if self.name in PATHS:
-            taken = _at_home(taken)
-        if self.name in CONFIG_FILES and isinstance(taken, str):
-            try:
-                read_json(Path(taken))
-            except RecipeError as error:
-                raise RecipeError(f"{self.name}: {error}") from None
+            found = "a secret" if is_secret(self.name) else repr(value)
+            raise RecipeError(f"{self.name}: {kinds} expected, found {found}")
         self._check(taken)
         return taken
 
@@ -374,10 +367,10 @@ class Setting:
         """The value as this type; ValueError or TypeError where it is none."""
         match kind:
             case "list":
-                return list(value) if isinstance(value, list) else [value]
+                return [self._path(item) for item in value] if isinstance(value, list) else [self._path(value)]
             case "dict":
                 if self.name in CONFIG_FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
-                    return value
+                    return self._path(value)
                 return copy.deepcopy(value) if isinstance(value, dict) else dict(json.loads(value))
             case "bool":
                 words = "true false" if "str" in self.kinds else "true false yes no t f y n 1 0"
@@ -388,12 +381,24 @@ class Setting:
                 number = "int" in self.kinds and value != self.default  # a word may stand for a number
                 if number or isinstance(value, bool) or not isinstance(value, str | int | float):
                     raise TypeError
-                return str(value)
+                return self._path(str(value))
         if kind not in (base.__name__ for base in type(value).__mro__):
             raise TypeError
         return value
 
+    def _path(self, value: Any) -> Any:
+        """`~` is the user's home where a path, or a source with a path, is meant."""
+        if isinstance(value, dict) and isinstance(value.get("path"), str | PathLike):
+            return {**value, "path": self._path(fspath(value["path"]))}
+        is_path = self.name in PATHS and isinstance(value, str) and value.startswith("~")
+        return str(Path(value).expanduser()) if is_path else value
+
     def _check(self, value: Any) -> None:
+        if self.name in CONFIG_FILES and isinstance(value, str):
+            try:
+                read_json(Path(value))
+            except RecipeError as error:
+                raise RecipeError(f"{self.name}: {error}") from None
         if self.choices and isinstance(value, str) and value not in self.choices:
             near = nearest(value, self.choices, "")
             raise RecipeError(f"{self.name}: invalid choice: {value!r}{near}; one of {', '.join(self.choices)}")
@@ -413,15 +418,6 @@ def _number(kind: type, value: Any) -> Any:
     if not math.isfinite(number) or (isinstance(value, float) and number != value):
         raise ValueError
     return number
-
-
-def _at_home(value: Any) -> Any:
-    """A path, or sources with paths, in which `~` is the user's home."""
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    if isinstance(value, dict) and isinstance(value.get("path"), str | PathLike):
-        return {**value, "path": _at_home(fspath(value["path"]))}
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _plain(value: Any) -> Any:
@@ -721,6 +717,19 @@ class Recipe:
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
         return overrides, values
 
+    def check_early(self, args: Sequence[str] = (), *, reads_rows: bool = True) -> None:
+        """What can be told before torch is imported.
+
+        Raises:
+            RecipeError: as `merge`; a file of rows, where they are read, that is not there.
+        """
+        _, values = self.merge(args)
+        sources = [values.get("dataset_name"), *values.get("datasets", ()), *values.get("eval_dataset", ())]
+        for source in sources if reads_rows else ():
+            path = source.get("path") if isinstance(source, dict) else source
+            if isinstance(path, str) and ROWS_FILE.fullmatch(path) and not Path(path).exists():
+                raise RecipeError(f"the file {not_there(path)}")
+
     def resolve(self, args: Sequence[str] = ()) -> Settings:
         """The settings of each stage, from the recipe, `--config` files and flags.
 
@@ -731,8 +740,11 @@ class Recipe:
         overrides, values = self.merge(args)
         from trl import TrlParser
 
+        from ma_sft.demo import demo_model
         from ma_sft.launcher import check_installed, check_launch
 
+        if values["model_name_or_path"] == "demo":
+            values["model_name_or_path"] = str(demo_model())
         _set_machine_defaults(values, overrides.values.get("dtype") is not None)
         check_launch(values["use_cpu"])
         try:

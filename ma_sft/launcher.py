@@ -58,6 +58,7 @@ def check_installed(training: Any, model: Any) -> None:
     Raises:
         RecipeError: a package that is missing, arguments that are missing or wrong, attention that does not exist.
     """
+    from huggingface_hub import is_offline_mode
     from transformers import AttentionInterface, Trainer, get_scheduler
     from transformers.integrations import integration_utils
     from transformers.utils.import_utils import is_kernels_available, is_liger_kernel_available
@@ -76,6 +77,8 @@ def check_installed(training: Any, model: Any) -> None:
     for name in set(training.report_to) - {*integration_utils.get_available_reporting_integrations()}:
         trackers = "'ma-sft[trackers]' brings tensorboard, trackio and wandb"
         raise RecipeError(f"report_to: {name} is not installed; pip install it ({trackers}), or --report_to none")
+    if is_offline_mode():
+        os.environ.setdefault("WANDB_MODE", "offline")
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
     if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():

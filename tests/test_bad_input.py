@@ -141,7 +141,7 @@ def test_cli_exit_code_and_line(tmp_path, capsys):
         (["schema"], 0, "lora_r"),
         (["train", "mine.yaml", "--max_stepz", "3"], 2, "did you mean 'max_steps'?"),
         (["train", "mine.yaml"], 2, "did you mean 'learning_rate'?"),
-        (["train", "--max_steps", "many"], 2, "invalid int value: 'many'"),
+        (["train", "--max_steps", "many"], 2, "max_steps: int expected, found 'many'"),
         (["plan"], 2, "no model"),
         (["frob"], 2, "No such command 'frob'"),
     ],
