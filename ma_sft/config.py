@@ -22,7 +22,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError, failed_in, one_line
 from ma_sft.utils import cache_dir, not_there, parse_yaml, read_json, write_whole
@@ -143,39 +143,35 @@ OURS = {
     "logging_nan_inf_filter": "Off: it would hide the step that ruins a model, at which the run stops.",
     "disable_tqdm": "True: no bar. Else a bar of the run's own, with tokens a second.",
     "report_to": "TensorBoard where it is installed; another tracker that is missing is refused.",
-    "run_name": "The run's name.",
     "save_strategy": "Checkpoints are marked as whole once they are.",
     "save_total_limit": "Counted in whole checkpoints: the older one goes when the newer one is whole.",
     "save_only_model": "No run goes on from such a checkpoint: one that was stopped is refused until --resume never.",
     "push_to_hub": "Upload the result once, at the end: model or adapter, tokenizer, card and report.",
-    "seed": "Also of the order, the draws and the split of the rows.",
     "use_cpu": "True where there is no accelerator and the launcher asks for none.",
     "ddp_find_unused_parameters": "False: every parameter takes part, and looking for others costs a pass.",
     "ddp_backend": "gloo where DeepSpeed runs on the CPU.",
     "dataloader_drop_last": "True: rows that fill no batch of all processes are left out of an epoch, and counted.",
-    "resume_from_checkpoint": "Go on from this checkpoint instead of the newest whole one.",
     "model_init_kwargs": "Passed to `from_pretrained`; a dtype or revision in it is the setting of that name.",
     "chat_template_path": "Chat template: a .jinja file, or the template and tokens of another tokenizer.",
-    "dataset_text_field": "Column of plain text to train on, whatever its name.",
     "dataset_num_proc": "Processes that convert, tokenise and verify; all cores by default if there are many rows.",
-    "eos_token": "End token of the tokenizer; refused where the chat template ends a turn with another one.",
-    "pad_token": "Padding token of the tokenizer.",
     "max_length": "Longest sequence, or the length of a pack, in tokens; null: no limit.",
     "truncation_mode": "What is kept of a sequence that is too long; rows with nothing left to train are counted.",
     "packing": "Several documents in a sequence, with attention inside each.",
     "packing_strategy": "bfd, bfd_split, or wrapped (documents see those before them).",
-    "padding_free": "Batches without padding also without packing: one sequence, with attention inside each document.",
     "eval_packing": "Pack the rows that the trainer evaluates while it trains.",
     "completion_only_loss": "True: what the assistant says is trained, as always. False: the whole row is.",
     "model_name_or_path": "A hub id or a folder, or demo.",
     "model_revision": "Of the model, the tokenizer and the merge.",
     "dtype": "Of the loaded weights; bfloat16 for the frozen base of an adapter where bf16 is on, else float32.",
     "attn_implementation": "SDPA, which gives the same, where the FlashAttention that is asked for is not installed.",
-    "use_peft": "Train an adapter.",
     "lora_dropout": "0 where an adapter is on fused experts, which PEFT cannot drop out.",
     "lora_target_modules": "Checked against the model before it is loaded; see lora_preset.",
-    "lora_target_parameters": "Checked against the model before it is loaded.",
     "use_bnb_nested_quant": "On with load_in_4bit, as in QLoRA.",
+    "resume_from_checkpoint": "Go on from this checkpoint instead of the newest whole one.",
+    "pad_token": "Padding token of the tokenizer.",
+    "padding_free": "Batches without padding also without packing: one sequence, with attention inside each document.",
+    # In TRL's words:
+    **dict.fromkeys("run_name seed eos_token use_peft dataset_text_field lora_target_parameters".split(), ""),
 }
 
 
@@ -376,10 +372,17 @@ class Setting:
                 words = "true false" if "str" in self.kinds else "true false yes no t f y n 1 0"
                 return words.split().index(str(value).lower()) % 2 == 0
             case "int" | "float":
-                return _number({"int": int, "float": float}[kind], value)
+                number = int(value) if kind == "int" else float(value)
+                if (
+                    isinstance(value, bool)
+                    or not math.isfinite(number)
+                    or (isinstance(value, float) and number != value)
+                ):
+                    raise ValueError
+                return number
             case "str":
-                number = "int" in self.kinds and value != self.default  # a word may stand for a number
-                if number or isinstance(value, bool) or not isinstance(value, str | int | float):
+                no_word = "int" in self.kinds and value != self.default  # one that stands for a number
+                if no_word or isinstance(value, bool) or not isinstance(value, str | int | float):
                     raise TypeError
                 return self._path(str(value))
         if kind not in (base.__name__ for base in type(value).__mro__):
@@ -409,15 +412,6 @@ class Setting:
         accepted, why = PRESETS.get(self.name, ((value,), ""))
         if value not in (accepted or (self.default,)):
             raise RecipeError(f"{self.name}{f'={value}' if accepted else ''}: {why}")
-
-
-def _number(kind: type, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError
-    number = kind(value)
-    if not math.isfinite(number) or (isinstance(value, float) and number != value):
-        raise ValueError
-    return number
 
 
 def _plain(value: Any) -> Any:
@@ -764,11 +758,9 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
         RecipeError: an unknown flag (with the nearest right one), or one without its value.
     """
 
-    class Flags(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise RecipeError(message.removeprefix("argument "))
-
-    parser = Flags(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, exit_on_error=False
+    )
     parser.add_argument("--config", action="append")
     parser.add_argument("--allow_code", "--allow-code", nargs="?", const="true", choices=("true", "false"))
     for name, what in known.items():
@@ -778,7 +770,10 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
             number = {"nargs": "?", "const": "true"}
             parser.add_argument(f"--no_{name}", f"--no-{dashed}", dest=name, action="store_const", const="false")
         parser.add_argument(f"--{name}", f"--{dashed}", dest=name, **number)
-    found, unknown = parser.parse_known_args(list(args))
+    try:
+        found, unknown = parser.parse_known_args(list(args))
+    except argparse.ArgumentError as error:
+        raise RecipeError(str(error).removeprefix("argument ")) from None
     if unknown:
         flag = unknown[0].split("=")[0]
         raise RecipeError(f"unknown setting {flag!r}{nearest(flag.lstrip('-').replace('-', '_'), known)}")
@@ -842,16 +837,10 @@ def shown_command(args: Sequence[str]) -> list[str]:
     hidden, secret = [], False
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
-        named_secret = bool(flag) and is_secret(flag.lstrip("-").replace("-", "_"))
-        if secret or (equals and named_secret):
-            value = "***"
-        elif value.startswith("{"):  # a mapping in JSON
-            try:
-                value = json.dumps(shown(json.loads(value)))
-            except ValueError:
-                value = "***"
-        secret = named_secret and not equals
-        hidden.append(f"{flag}{equals}{value}")
+        named = is_secret(flag.lstrip("-").replace("-", "_"))
+        mapping = value.startswith("{") and re.search(r"(token|key|secret|password)\W*:", value, re.IGNORECASE)
+        hidden.append(f"{flag}{equals}{'***' if secret or mapping or (equals and named) else value}")
+        secret = named and not equals
     return hidden
 
 
