@@ -20,7 +20,7 @@ FIRST_ANSWER = 8.0  # seconds that the hub has for its first answer
 PLAIN_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a model, beside weights and code
 _commits: dict[str, str] = {}  # what each revision was when it was first asked for
 OFFLINE = "HF_HUB_OFFLINE=1 forbids asking the hub"
-_unreachable: list[str] = []  # why there is no hub, where `_check_connection` found that out
+_unreachable: list[str] = []  # why there is no hub, where `unreachable` found that out
 
 
 def commits() -> dict[str, str]:
@@ -39,53 +39,48 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
     Raises:
         RecipeError: no such repository or revision, no access, or a hub that cannot be reached and nothing cached.
     """
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import HfApi
 
     key = f"{kind}/{name}@{revision or 'main'}"
     if key not in _commits:
         try:
-            if not is_offline_mode():
-                _check_connection(name, revision, kind)
-            offline = is_offline_mode()
+            offline = unreachable(name, revision, kind) is not None
             found = HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=offline)
-            _commits[key] = found.resolved
         except Exception as error:
             raise RecipeError(explain(error, name, kind, revision)) from None
+        _commits[key] = found.resolved
     return _commits[key]
 
 
-def unreachable(name: str) -> str | None:
-    """Why the hub cannot be asked for anything now, None where it answers."""
-    from huggingface_hub import is_offline_mode
+def unreachable(name: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """Why the hub cannot be asked for anything, None where it answers.
 
-    if not is_offline_mode():
-        _check_connection(name, None, "model")
-    return (_unreachable or [OFFLINE])[0] if is_offline_mode() else None
-
-
-def _check_connection(name: str, revision: str | None, kind: str) -> None:
-    """Where the hub does not answer in time, say so, and do what `HF_HUB_OFFLINE=1` does from now on."""
+    Once it does not answer in time, that is said, and holds as `HF_HUB_OFFLINE=1` does.
+    """
     import datasets
     import httpx2
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError
 
+    if is_offline_mode():
+        return (_unreachable or [OFFLINE])[0]
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=FIRST_ANSWER)
-        return
+        return None
     except httpx2.TimeoutException:
-        reason = f"no answer within {FIRST_ANSWER:.0f} s"
+        why = f"no answer within {FIRST_ANSWER:.0f} s"
     except httpx2.TransportError as error:
-        reason = str(error)
+        why = str(error)
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
-            return  # it answers, and whoever asks for more explains it
-        reason = f"it answers {error.response.status_code}"
-    _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({reason})"]
+            return None  # it answers, and whoever asks for more explains it
+        why = f"it answers {error.response.status_code}"
+    _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({why})"]
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{_unreachable[0]}; going on with what is cached", error=True)
+    return _unreachable[0]
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = False, code: bool = False) -> Path:
@@ -100,22 +95,22 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
         commit = pin(name, revision)
-        folder = _download(name, commit, [*PLAIN_FILES, *(["*.py"] if code else [])])
-        if weights:
-            _download(name, commit, weight_files(folder))
+        try:
+            folder = Path(
+                snapshot_download(name, revision=commit, allow_patterns=[*PLAIN_FILES, *(["*.py"] if code else [])])
+            )
+            if weights:
+                snapshot_download(name, revision=commit, allow_patterns=weight_files(folder))
+        except RecipeError:
+            raise
+        except Exception as error:
+            raise RecipeError(explain(error, name)) from None
     if weights:
         refuse_pickles(name, weight_files(folder), [path.name for path in folder.iterdir()])
     return folder
-
-
-def _download(name: str, commit: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-    except Exception as error:
-        raise RecipeError(explain(error, name)) from None
 
 
 def saved_folder(folder: Path, *, adapter: bool = False) -> Path:

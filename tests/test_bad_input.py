@@ -143,6 +143,11 @@ def test_cli_exit_code_and_line(tmp_path, capsys):
         (["train", "mine.yaml"], 2, "did you mean 'learning_rate'?"),
         (["train", "--max_steps", "many"], 2, "max_steps: int expected, found 'many'"),
         (["plan"], 2, "no model"),
+        (
+            ["train", "--model_name_or_path", "demo", "--dataset_name", "no/rows.jsonl"],
+            2,
+            "does not exist (counted from",
+        ),
         (["frob"], 2, "No such command 'frob'"),
     ],
 )

@@ -60,12 +60,7 @@ def test_new_fields_of_trl_are_named():
 
     theirs = {field.name for kind in (SFTConfig, ModelConfig) for field in dataclasses.fields(kind) if field.init}
     assert theirs == set((ROOT / "tests" / "trl_fields.txt").read_text(encoding="utf-8").split())
-    ruled = {
-        *PRESETS,
-        *(name for pair in EXCLUSIVE for name in pair),
-        *(n for names, *_ in NEEDS for n in names.split()),
-    }
-    assert ruled <= known_settings().keys()
+    assert {*PRESETS, *sum(EXCLUSIVE, ()), *(name for _, name in DOES_NOTHING)} <= known_settings().keys()
 
 
 def test_a_field_that_a_new_trl_brings_passes_through():
@@ -134,21 +129,16 @@ def test_settings_command_shows_class_and_the_default_that_holds(capsys):
     assert "lora_r" in json.loads(capsys.readouterr().out)["properties"]
 
 
-REFUSALS = {
-    "do_predict": (True, "do_predict: nothing is predicted"),
-    "enable_jit_checkpoint": (True, "enable_jit_checkpoint: a run that is asked to stop saves by itself"),
-    "hub_always_push": (True, "hub_always_push: push_to_hub uploads once"),
-    "local_rank": (1, "local_rank: the launcher says it"),
-    "dataset_kwargs": ({"add_special_tokens": False}, "rows are prepared before the trainer sees them"),
-    "lora_task_type": ("SEQ_CLS", "ma_sft trains causal language models alone"),
-    "hub_strategy": ("checkpoint", "push_to_hub uploads once, at the end"),
-}
+CONTRARY = {
+    "local_rank": 1, "dataset_kwargs": {"add_special_tokens": False}, "lora_task_type": "SEQ_CLS",
+    "hub_strategy": "checkpoint",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", [name for name, (accepted, _) in PRESETS.items() if not accepted or name in CONTRARY])
 def test_contrary_value_is_refused(name):
-    value, message = REFUSALS[name]
-    assert message in refused(**{name: value})
+    message = refused(**{name: CONTRARY.get(name, True)})
+    assert message.startswith(name) and message.endswith(PRESETS[name][1])
 
 
 @pytest.mark.parametrize(
@@ -225,13 +215,6 @@ def test_the_last_of_a_repeated_flag_wins():
     assert settings.training.output_dir == "runs/b"
 
 
-def test_several_config_files_and_both_ways_to_write_them(tmp_path):
-    for name, text in (("a", "max_steps: 1\nseed: 5\n"), ("b", "max_steps: 2\n")):
-        (tmp_path / f"{name}.yaml").write_text(text)
-    settings = resolve(f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml")
-    assert settings.training.max_steps == 2 and settings.training.seed == 5
-
-
 def test_later_way_to_say_one_thing_replaces_the_other():
     assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
     assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
@@ -252,6 +235,7 @@ def test_null_stands_for_our_own_default():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("max_stepz", 3), ("max_steps", [3]), ("train_on", "first"), ("learning_rate", "fast"),
         ("max_steps", 0), ("max_steps", -2), ("num_train_epochs", -1), ("num_train_epochs", 0),
         ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0),
         ("max_length", 0), ("max_length", -5), ("test_size", 0), ("test_size", -0.1), ("learning_rate", -1e-5),
@@ -355,15 +339,7 @@ def test_what_cannot_be_is_one_line(settings, message):
 def test_secrets_are_not_shown():
     chosen = {"hub_token": "hf_1", "model_init_kwargs": {"token": "hf_2", "a": [{"api_key": "3"}]}, "eos_token": "</s>"}
     assert shown(chosen) == {"model_init_kwargs": {"a": [{}]}, "eos_token": "</s>"}
-    args = [
-        "--hub_token",
-        "hf_1",
-        "--hub-token=hf_2",
-        "--model_init_kwargs",
-        '{"token": "hf_3"}',
-        "--eos_token",
-        "</s>",
-    ]
+    args = "--hub_token hf_1 --hub-token=hf_2 --model_init_kwargs {'token':'hf_3'} --eos_token </s>".split()
     line = " ".join(shown_command(args))
     assert "hf_" not in line and "</s>" in line
 
@@ -444,14 +420,8 @@ def test_missing_column_in_a_formatting_func_is_one_line(tiny_bpe, rows, tmp_pat
 
 SYSTEM = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}
 TWO_TURNS = {"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]}
-THOUGHTS = {
-    "messages": [
-        {"role": "user", "content": "1"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\none"},
-        {"role": "user", "content": "2"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"},
-    ]
-}
+SAID = ("1", "<think>\nso\n</think>\n\none", "2", "<think>\nso\n</think>\n\ntwo")
+THOUGHTS = {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SAID)]}
 
 
 @pytest.fixture(scope="module")
