@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError, failed_in, one_line
-from ma_sft.utils import cache_dir, not_there, parse_yaml, read_json, write_whole
+from ma_sft.utils import cache_dir, not_there, read_json, write_whole
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ INIT_KWARGS = {
     **{name: name for name in ("dtype", "attn_implementation", "trust_remote_code")},
     **{"torch_dtype": "dtype", "revision": "model_revision"},
 }
+MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
 # What plug-ins add to the choices of a setting
 ADDED_CHOICES: dict[str, list[str]] = {"include_num_input_tokens_seen": ["all", "non_padding", "no"]}
 # What other tools call a setting, where no likeness of letters leads to it
@@ -618,11 +619,10 @@ def _set_machine_defaults(values: dict[str, Any], dtype_is_set: bool) -> None:
     use_cpu = values["use_cpu"]
     if use_cpu is None:
         values["use_cpu"] = not torch.accelerator.is_available() and not wants_gpu()
-    if values["bf16"] is None and not values.get("fp16"):
-        if torch.cuda.is_available() and not use_cpu:
-            values["bf16"] = torch.cuda.is_bf16_supported()
-        else:  # transformers takes bf16 on a CPU only with use_cpu
-            values["bf16"] = torch.cpu._is_avx512_bf16_supported() and not wants_gpu() and use_cpu is not False
+    if values["bf16"] is None and not values.get("fp16"):  # transformers takes bf16 on a CPU only with use_cpu
+        on_cpu = torch.cpu._is_avx512_bf16_supported() and not wants_gpu() and use_cpu is not False
+        on_gpu = torch.cuda.is_available() and not use_cpu
+        values["bf16"] = torch.cuda.is_bf16_supported() if on_gpu else on_cpu
     values["bf16"] = bool(values["bf16"])
     if values["ddp_backend"] is None and cpu_deepspeed():
         values["ddp_backend"] = "gloo"
@@ -799,20 +799,44 @@ def refuse_code(said: Any, file: str | Path, name: str = "") -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML or JSON file.
+    """The mapping of a YAML or JSON file; what YAML would quietly drop or blow up is refused.
 
     Raises:
-        RecipeError: no such file, not valid, no mapping, or a key that is no text.
+        RecipeError: no such file, not valid, no mapping, a key that is no text or stands twice, or anchors that expand
+            to more than `MOST_VALUES` values.
     """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise RecipeError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} stands twice; keep one")
+            return super().construct_mapping(node, deep)
+
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if id(value) not in sizes:
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            sizes[id(value)] = 1 + sum(map(size, parts))
+        return sizes[id(value)]
+
     path = path.expanduser()
     if not path.is_file():
         raise RecipeError(f"the file {not_there(path)}")
-    content = parse_yaml(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        if size(content) > MOST_VALUES:
+            raise RecipeError(f"{path}: its anchors expand to more than {MOST_VALUES:,} values; write it out")
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
-    for key in content:
-        if not isinstance(key, str):  # YAML reads `on`, `1` and `null` as other than text
-            raise RecipeError(f"{path}: {key!r} is no name of a setting; a name is text")
+    for key in (
+        key for key in content if not isinstance(key, str)
+    ):  # YAML reads `on`, `1` and `null` as other than text
+        raise RecipeError(f"{path}: {key!r} is no name of a setting; a name is text")
     return content
 
 

@@ -212,41 +212,6 @@ def read_json(path: Path, default: Any = ...) -> Any:
         raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
 
 
-MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
-
-
-def parse_yaml(path: Path) -> Any:
-    """What a YAML file holds; anything that YAML would quietly drop or blow up is refused.
-
-    Raises:
-        RecipeError: no valid YAML, a key that stands twice, or anchors that expand to more than `MOST_VALUES` values.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise RecipeError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} stands twice; keep one")
-            return super().construct_mapping(node, deep)
-
-    sizes: dict[int, int] = {}
-
-    def size(value: Any) -> int:
-        if id(value) not in sizes:
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            sizes[id(value)] = 1 + sum(map(size, parts))
-        return sizes[id(value)]
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-        if size(content) > MOST_VALUES:
-            raise RecipeError(f"{path}: its anchors expand to more than {MOST_VALUES:,} values; write it out")
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
-    return content
-
-
 @contextmanager
 def as_written(what: object) -> Iterator[None]:
     """Reading what ma_sft wrote once: whatever is not as it was written is an error of that file, in one line.
