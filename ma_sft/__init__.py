@@ -8,82 +8,58 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.errors import (
-    FormatError,
-    LabelError,
-    MaSftError,
-    RecipeError,
-    ResponseTemplateError,
-    RunError,
-    TemplateError,
-)
-from ma_sft.version import __version__
+from ma_sft.errors import FormatError as FormatError
+from ma_sft.errors import LabelError as LabelError
+from ma_sft.errors import MaSftError as MaSftError
+from ma_sft.errors import RecipeError as RecipeError
+from ma_sft.errors import ResponseTemplateError as ResponseTemplateError
+from ma_sft.errors import RunError as RunError
+from ma_sft.errors import TemplateError as TemplateError
+from ma_sft.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ma_sft.cli import launch
-    from ma_sft.config import Recipe
-    from ma_sft.data.formats import to_messages, to_messages_batch
-    from ma_sft.data.preference import to_preference
-    from ma_sft.labels.audit import audit
-    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.labels.conversation import tokenize_conversation
-    from ma_sft.packing.constant_length import ConstantLengthDataset
-    from ma_sft.packing.pack import pack
-    from ma_sft.sft import run
-    from ma_sft.training.compat import SFTConfig, SFTTrainer
-    from ma_sft.training.trainer import make_trainer
+    from ma_sft.cli import launch as launch
+    from ma_sft.config import Recipe as Recipe
+    from ma_sft.data.formats import to_messages as to_messages
+    from ma_sft.data.formats import to_messages_batch as to_messages_batch
+    from ma_sft.data.preference import to_preference as to_preference
+    from ma_sft.labels.audit import audit as audit
+    from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
+    from ma_sft.labels.conversation import tokenize_conversation as tokenize_conversation
+    from ma_sft.packing.constant_length import ConstantLengthDataset as ConstantLengthDataset
+    from ma_sft.packing.pack import pack as pack
+    from ma_sft.sft import run as run
+    from ma_sft.training.compat import SFTConfig as SFTConfig
+    from ma_sft.training.compat import SFTTrainer as SFTTrainer
+    from ma_sft.training.trainer import make_trainer as make_trainer
 
 # TRL and PEFT import DeepSpeed where it is installed; on a machine without a GPU it says so on stdout.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 _LAZY = {
-    "audit": "ma_sft.labels.audit",
-    "DataCollatorForCompletionOnlyLM": "ma_sft.labels.collator",
-    "launch": "ma_sft.cli",
-    "to_messages": "ma_sft.data.formats",
-    "to_messages_batch": "ma_sft.data.formats",
-    "ConstantLengthDataset": "ma_sft.packing.constant_length",
-    "pack": "ma_sft.packing.pack",
-    "to_preference": "ma_sft.data.preference",
-    "Recipe": "ma_sft.config",
-    "tokenize_conversation": "ma_sft.labels.conversation",
-    "run": "ma_sft.sft",
-    "make_trainer": "ma_sft.training.trainer",
-    "SFTConfig": "ma_sft.training.compat",
-    "SFTTrainer": "ma_sft.training.compat",
+    "cli": "launch",
+    "config": "Recipe",
+    "data.formats": "to_messages to_messages_batch",
+    "data.preference": "to_preference",
+    "labels.audit": "audit",
+    "labels.collator": "DataCollatorForCompletionOnlyLM",
+    "labels.conversation": "tokenize_conversation",
+    "packing.constant_length": "ConstantLengthDataset",
+    "packing.pack": "pack",
+    "sft": "run",
+    "training.compat": "SFTConfig SFTTrainer",
+    "training.trainer": "make_trainer",
 }
-
-__all__ = [
-    "ConstantLengthDataset",
-    "DataCollatorForCompletionOnlyLM",
-    "FormatError",
-    "LabelError",
-    "MaSftError",
-    "Recipe",
-    "RecipeError",
-    "ResponseTemplateError",
-    "RunError",
-    "SFTConfig",
-    "SFTTrainer",
-    "TemplateError",
-    "__version__",
-    "audit",
-    "launch",
-    "make_trainer",
-    "pack",
-    "run",
-    "to_messages",
-    "to_messages_batch",
-    "to_preference",
-    "tokenize_conversation",
-]
+_MODULES = {name: f"ma_sft.{module}" for module, names in _LAZY.items() for name in names.split()}
+_ERRORS = "FormatError LabelError MaSftError RecipeError ResponseTemplateError RunError TemplateError"
+__all__ = sorted([*_MODULES, *_ERRORS.split(), "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

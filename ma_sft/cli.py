@@ -23,15 +23,14 @@ from ma_sft.version import __version__
 if TYPE_CHECKING:
     from ma_sft.config import Recipe
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 app = typer.Typer(
     help="Supervised fine-tuning with proven labels.",
     epilog="Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), "
     "130 Ctrl-C. NO_COLOR=1 turns colours off.",
     rich_markup_mode=None,
 )
-recipes = typer.Typer(
-    rich_markup_mode=None, help="list the recipes and launcher configurations that ship, or copy one to edit"
-)
+recipes = typer.Typer(rich_markup_mode=None, help="list the recipes and launcher configurations, or copy one to edit")
 data = typer.Typer(rich_markup_mode=None, help="build a data set from a mixture")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(data, name="data")
@@ -45,22 +44,18 @@ class RecipeCommand(TyperCommand):
         from ma_sft.config import known_settings
 
         own = super().shell_complete(ctx, incomplete)
-        names = [f"--{name}" for name in known_settings()] if incomplete.startswith("-") else []
-        taken = {item.value for item in own}
-        return own + [CompletionItem(name) for name in names if name.startswith(incomplete) and name not in taken]
+        flags = {f"--{name}" for name in known_settings()} - {item.value for item in own}
+        return own + [CompletionItem(flag) for flag in sorted(flags) if incomplete and flag.startswith(incomplete)]
 
 
 ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
+A_RECIPE = "a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well"
 RecipeArgs = Annotated[
-    list[str] | None,
-    Argument(
-        metavar="[RECIPE] [--SETTING VALUE]...",
-        show_default=False,
-        help="a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well",
-    ),
+    list[str] | None, Argument(metavar="[RECIPE] [--SETTING VALUE]...", show_default=False, help=A_RECIPE)
 ]
 Json = Annotated[bool, Option("--json", help="print it as JSON")]
-Trust = Annotated[Literal["true", "false"], Option("--trust_remote_code", help="run the model's own Python code")]
+Answer = Literal["true", "false"]
+Trust = Annotated[Answer, Option("--trust_remote_code", help="run the model's own Python code")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     Option(show_default=False, help="dtype of the written weights (default: the model's)"),
@@ -75,31 +70,18 @@ def launch(recipe: "Recipe") -> None:
 
     This is how recipes end: `if __name__ == "__main__": launch(recipe)`.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
-    main_file = getattr(sys.modules["__main__"], "__file__", None)
-    if main_file:
+    if main_file := getattr(sys.modules["__main__"], "__file__", None):
         recipe.settings.setdefault("name", Path(main_file).stem)
 
     def start() -> int:
-        recipe.merge(sys.argv[1:])  # what is wrong here is said before torch is imported
-        from ma_sft.sft import run
-
-        return exit_code(run(recipe, sys.argv[1:]))
+        recipe.check_early(sys.argv[1:])
+        return _run(recipe, sys.argv[1:])
 
     sys.exit(guard(start))
 
 
-MERGING = "merging the adapter"  # a step after training
-
-
-def exit_code(summary: dict[str, Any]) -> int:
-    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
-    return 1 if MERGING in summary.get("failed", {}) else 0
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """The console script."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 
     def call() -> Any:
         try:
@@ -121,9 +103,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[
-        bool, Option("--version", help="print the version", callback=_print_version, is_eager=True)
-    ] = False,
+    version: Annotated[bool, Option("--version", help="print it", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     pass
 
@@ -142,9 +122,7 @@ def _init(
     from ma_sft.tools.init import init
 
     recipe, start = init(model, data, hardware, task, out, split=split, code=trust_remote_code == "true")
-    say(f"recipe: {recipe}; next:")
-    for line in (f"ma-sft check {recipe}", start, f"ma-sft chat runs/{recipe.stem}"):
-        say(f"  {line}")
+    say(f"recipe: {recipe}; next:", f"  ma-sft check {recipe}", f"  {start}", f"  ma-sft chat runs/{recipe.stem}")
 
 
 @recipes.callback()
@@ -153,10 +131,9 @@ def _recipes(ctx: typer.Context, as_json: Json = False) -> None:
 
     if ctx.invoked_subcommand:
         return
-    found = shipped().values()
     if as_json:
-        return _print_json([asdict(item) | {"path": str(item.path)} for item in found])
-    for item in found:
+        return _print_json([asdict(item) | {"path": str(item.path)} for item in shipped().values()])
+    for item in shipped().values():
         say(f"{item.name:<17} {item.kind:<9} {item.model:<37} {item.about}".rstrip())
     say("copy one to edit: ma-sft recipes copy NAME")
 
@@ -182,12 +159,12 @@ def _settings(
         raise RecipeError(f"no setting speaks of {word!r}{nearest(word, known)}")
     if as_json:
         return _print_json(found)
-    for stage in dict.fromkeys(setting["stage"] for setting in found.values()):
-        say(f"[{stage}]")
-        for name, setting in found.items():
-            if setting["stage"] == stage:
-                default = "by machine" if name in OF_THE_MACHINE else setting["default"]
-                say(f"{name} = {default}  ({setting['class']})\n    {setting['help']}")
+    stage = None
+    for name, about in found.items():
+        if about["stage"] != stage:
+            say(f"[{(stage := about['stage'])}]")
+        default = "by machine" if name in OF_THE_MACHINE else about["default"]
+        say(f"{name} = {default}  ({about['class']})\n    {about['help']}")
 
 
 @app.command("schema")
@@ -198,23 +175,26 @@ def _schema() -> None:
     _print_json(json_schema())
 
 
-def _load(args: list[str] | None) -> tuple["Recipe", list[str]]:
+def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe", list[str]]:
     """The recipe that a command line begins with, or an empty one, and its flags; what is wrong is refused at once."""
     from ma_sft.config import Recipe
 
-    rest = args or []
-    recipe = Recipe.load(rest.pop(0)) if rest and not rest[0].startswith("-") else Recipe()
-    recipe.merge(rest)
-    return recipe, rest
+    flags = args or []
+    recipe = Recipe.load(flags.pop(0)) if flags and not flags[0].startswith("-") else Recipe()
+    recipe.check_early(flags, reads_rows=reads_rows)
+    return recipe, flags
+
+
+def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
+    from ma_sft.sft import exit_code, run
+
+    return exit_code(run(recipe, flags))
 
 
 @app.command("train", **ON_RECIPE)
 def _train(args: RecipeArgs = None) -> int:
     """fine-tune as a recipe says; any setting of the recipe is a flag"""
-    recipe, flags = _load(args)
-    from ma_sft.sft import run
-
-    return exit_code(run(recipe, flags))
+    return _run(*_load(args))
 
 
 @app.command("check", **ON_RECIPE)
@@ -230,8 +210,7 @@ def _check(
     from ma_sft.training.prepare import check_as_trained
     from ma_sft.training.rehearsal import rehearse
 
-    if as_json:
-        _silence()
+    _silence(as_json)
     settings = recipe.resolve(flags)
     tokenizer, added_tokens = load_tokenizer(settings)
     rehearsed = rehearse(settings, tokenizer, added_tokens)
@@ -256,8 +235,7 @@ def _audit(
     from ma_sft.labels.audit import audit_folder, read_folder
     from ma_sft.labels.preview import preview_text
 
-    if as_json:
-        _silence()
+    _silence(as_json)
     loaded = load_pretrained(AutoTokenizer, tokenizer)
     report = audit_folder(folder, loaded, rows, max_length=max_length)
     code = _show(report, as_json)
@@ -297,9 +275,7 @@ def _data_build(
     mixture: Annotated[Path, Argument(help="a YAML file; see docs/formats.md")],
     out: Out,
     num_proc: Annotated[int | None, Option("--num_proc", help="processes (all cores if rows are many)")] = None,
-    allow_code: Annotated[
-        Literal["true", "false"], Option("--allow_code", help="run Python files that it names")
-    ] = "false",
+    allow_code: Annotated[Answer, Option("--allow_code", help="run Python files that it names")] = "false",
 ) -> None:
     """load, convert, filter, split and mix what a YAML file says; save it"""
     from ma_sft.data.card import build
@@ -312,10 +288,11 @@ def _data_build(
             os._exit(128 + number)
         raise KeyboardInterrupt
 
-    overrides = {"num_proc": num_proc} if num_proc else {}
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        console().print(build(mixture, out, allow_code=allow_code == "true", **overrides))
+        console().print(
+            build(mixture, out, allow_code=allow_code == "true", **({"num_proc": num_proc} if num_proc else {}))
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     say(f"data set: {out}")
@@ -355,8 +332,7 @@ def _merge(
     from ma_sft.release.merge import merge
 
     with as_written(run):
-        merged = merge(run, out, base=base, dtype=dtype, code=trust_remote_code == "true")
-        say(f"merged model: {out}: {merged}")
+        say(f"merged model: {out}: {merge(run, out, base=base, dtype=dtype, code=trust_remote_code == 'true')}")
 
 
 @app.command("plan", **ON_RECIPE)
@@ -367,8 +343,8 @@ def _plan(
     as_json: Json = False,
 ) -> None:
     """forecast a recipe's peak memory and pick the first launcher that fits"""
-    name = Path(args[0]) if args else Path("RECIPE")
-    recipe, flags = _load(args)
+    name = str(Path(args[0])) if args else "RECIPE"
+    recipe, flags = _load(args, reads_rows=False)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
     from ma_sft.training.rehearsal import rehearse
@@ -379,10 +355,9 @@ def _plan(
     rehearsed = rehearse(settings, *load_tokenizer(settings))
     found = plan(settings, gpus, gpu_memory)
     if as_json:
-        _print_json(found)
-    else:
-        show_plan(settings, found, str(name), flags)
-        say(rehearsed)
+        return _print_json(found)
+    show_plan(settings, found, name, flags)
+    say(rehearsed)
 
 
 @app.command("export")
@@ -399,10 +374,9 @@ def _export(
 
     with as_written(run):
         if out.suffix == ".gguf":
-            commands = export_gguf(run, out, outtype, converter)
+            say(*export_gguf(run, out, outtype, converter))
         else:
-            commands = export_folder(run, out, dtype, code=trust_remote_code == "true")
-    say(*commands)
+            say(*export_folder(run, out, dtype, code=trust_remote_code == "true"))
 
 
 @app.command("handoff-check")
@@ -415,8 +389,7 @@ def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = Fa
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
-        for finding in findings:
-            say(f"{'ok' if finding.ok else 'WRONG':>6}  {finding.what}: {finding.text}")
+        say(*(f"{'ok' if finding.ok else 'WRONG':>6}  {finding.what}: {finding.text}" for finding in findings))
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -433,9 +406,8 @@ def _chat(
     """talk to a run's model or to any model folder"""
     from ma_sft.release.chat import chat
 
-    code = trust_remote_code == "true"
-    limits = {"max_new_tokens": max_new_tokens}
-    chat(folder, prompt=prompt, system=system, base=base, temperature=temperature, code=code, **limits)
+    given = {"prompt": prompt, "system": system, "base": base, "code": trust_remote_code == "true"}
+    chat(folder, **given, temperature=temperature, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
 
 
 @app.command("completion")
@@ -460,11 +432,12 @@ def _print_json(found: Any) -> None:
     say(json.dumps(found, indent=2, default=str))
 
 
-def _silence() -> None:
-    """Keep stdout for the JSON alone and stderr for errors: no progress bars."""
-    import datasets
+def _silence(as_json: bool) -> None:
+    """Keep stdout for the JSON alone, where it is asked for: no progress bars."""
+    if as_json:
+        import datasets
 
-    datasets.disable_progress_bars()
+        datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What `accelerate launch` and the settings ask for, and whether this machine has it."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,51 +48,49 @@ def check_launch(use_cpu: bool) -> None:
         )
 
 
-def check_installed(training: Any, model: Any, chosen: dict[str, Any]) -> None:
-    """Make the optimiser's and the scheduler's settings and look for kernels, before any data is prepared.
+def check_installed(training: Any, model: Any) -> None:
+    """Let the libraries make of the settings what they would make once the data is prepared.
 
     Args:
         training: TRL's `SFTConfig`.
         model: TRL's `ModelConfig`.
-        chosen: what was set by hand: nothing is imported for what is not.
 
     Raises:
         RecipeError: a package that is missing, arguments that are missing or wrong, attention that does not exist.
     """
-    from transformers import get_scheduler
+    from huggingface_hub import is_offline_mode
+    from transformers import AttentionInterface, Trainer, get_scheduler
+    from transformers.integrations import integration_utils
     from transformers.utils.import_utils import is_kernels_available, is_liger_kernel_available
 
-    try:
-        if {"optim", "optim_args"} & set(chosen):
-            _make_optimizer(training)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"optim={training.optim.value}: {one_line(error)}") from None
-    kwargs = training.lr_scheduler_kwargs
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
+    scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
+    with _explained(f"optim={training.optim.value}"):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(training)
+        except ValueError as error:
+            if "model" not in str(error):  # some want the model, which is not loaded yet
+                raise
+    with _explained(f"lr_scheduler_type={scheduler.value} with lr_scheduler_kwargs={kwargs}"):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         steps = {"num_warmup_steps": 1, "num_training_steps": 10**9}
-        get_scheduler(training.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=kwargs)
-    except (ValueError, TypeError) as error:
-        name = training.lr_scheduler_type.value
-        raise RecipeError(f"lr_scheduler_type={name} with lr_scheduler_kwargs={kwargs}: {one_line(error)}") from None
+        get_scheduler(scheduler, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+    for name in set(training.report_to) - {*integration_utils.get_available_reporting_integrations()}:
+        trackers = "'ma-sft[trackers]' brings tensorboard, trackio and wandb"
+        raise RecipeError(f"report_to: {name} is not installed; pip install it ({trackers}), or --report_to none")
+    if is_offline_mode():
+        os.environ.setdefault("WANDB_MODE", "offline")
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
     if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
         raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
-    attention = model.attn_implementation
-    if attention not in (None, "eager") and "/" not in attention:
-        from transformers import AttentionInterface
-
-        known = sorted(AttentionInterface().valid_keys())
-        if attention not in known:
-            raise RecipeError(f"attn_implementation: {attention!r} does not exist; one of eager, {', '.join(known)}")
+    attention, known = model.attn_implementation, {"eager", *AttentionInterface().valid_keys()}
+    if attention is not None and "/" not in attention and attention not in known:
+        raise RecipeError(f"attn_implementation: {attention!r} does not exist; one of {', '.join(sorted(known))}")
 
 
-def _make_optimizer(training: Any) -> None:
-    from transformers import Trainer
-
+@contextmanager
+def _explained(settings: str) -> Iterator[None]:
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
-    except ValueError as error:
-        if "model" not in str(error):  # some want the model, which is not loaded yet
-            raise
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{settings}: {one_line(error)}") from None

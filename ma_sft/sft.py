@@ -2,19 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ma_sft.config import Recipe
+from ma_sft.config import Recipe, Settings
 from ma_sft.errors import first_line
-from ma_sft.hub import pin_model, recall
+from ma_sft.hub import pin, recall
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
 from ma_sft.release.manifest import make_manifest, save, write_manifest
+from ma_sft.release.merge import merge
 from ma_sft.release.publish import check_login, publish
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, add_callbacks, claimed
@@ -27,6 +29,13 @@ from ma_sft.utils import say, write_whole
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
+
+MERGING = "merging the adapter"
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
+    return int(MERGING in summary.get("failed", {}))
 
 
 def run(
@@ -50,7 +59,7 @@ def run(
     with SignalHandler() as signals, claimed(settings) as folder:
         out = folder.out
         folder.restore_revisions()
-        recall(once(lambda: pin_model(settings)))
+        settings = at_commit(settings)
         tokenizer, added_tokens = load_tokenizer(settings)
         settings = with_same_date(settings)
         peft = check_early(settings)
@@ -90,6 +99,16 @@ def run(
     return summary
 
 
+def at_commit(settings: Settings) -> Settings:
+    """The settings with the commit that the model's revision is, as the first process finds it out for all."""
+    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
+    if Path(name).expanduser().is_dir():
+        return settings
+    commit = once(lambda: pin(name, revision))
+    recall({f"model/{name}@{commit}": commit})
+    return replace(settings, model=replace(settings.model, model_revision=commit))
+
+
 def mean_loss(log_history: list[dict[str, float]]) -> float:
     """The mean over all steps of the run, those before a resume among them."""
     logs = [(0.0, 0.0)] + [(log["step"], log["loss"]) for log in log_history if "loss" in log]
@@ -97,7 +116,7 @@ def mean_loss(log_history: list[dict[str, float]]) -> float:
 
 
 def finish(
-    settings: Any,
+    settings: Settings,
     trainer: "SFTTrainer",
     evaluation: EvalCallback,
     saved: Path,
@@ -106,63 +125,49 @@ def finish(
 ) -> dict[str, Any]:
     """What follows the saved model; each step may fail alone, which is said and stands in the summary's `failed`."""
     out = saved.parent
-
-    def write_summary() -> None:
-        write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
-
-    def grade_answers() -> None:
-        summary.update(evaluation.figures())
-        write_manifest(saved, {**manifest, "metrics": summary.get("evaluation", {}).get("after")})
-
-    def merge_adapter() -> None:
-        summary["merge_max_logit_difference"] = merge_into(out / "merged", settings.training.trust_remote_code)
-
-    def upload() -> None:
-        summary["published"] = publish(settings, saved, summary)
-
-    _attempt("the held-out rows after training", evaluation.finish, summary, alone=trainer.args.world_size == 1)
+    with attempt("the held-out rows after training", summary, alone=trainer.args.world_size == 1):
+        evaluation.finish()
     if not trainer.is_world_process_zero():
         return {}
-    steps: list[tuple[str, Callable[[], object]]] = [("grading the answers", grade_answers)]
+    with attempt("grading the answers", summary):
+        summary.update(evaluation.figures())
+        write_manifest(saved, {**manifest, "metrics": summary.get("evaluation", {}).get("after")})
     if saved.name == "adapter" and settings.adapter.merge:
-        steps.append(("merging the adapter", merge_adapter))
-    answers = out / "answers.json"
-    steps += [
-        ("the answers", lambda: write_whole(answers, json.dumps(evaluation.table(), ensure_ascii=False, indent=1))),
-        ("the summary", write_summary),  # which the report reads
-        ("the report", lambda: write_report([out], out / "report.html")),
-    ]
+        with attempt(MERGING, summary), outside_zero3():
+            shutil.rmtree(out / "merged", ignore_errors=True)
+            merged = merge(out, out / "merged", code=settings.training.trust_remote_code)
+            say(f"merged model: {merged}")
+            summary["merge_max_logit_difference"] = merged.difference
+    with attempt("the answers", summary):
+        write_whole(out / "answers.json", json.dumps(evaluation.table(), ensure_ascii=False, indent=1))
+    with attempt("the report", summary):
+        _write_summary(out, summary)  # which it reads
+        write_report([out], out / "report.html")
     if settings.chosen.get("push_to_hub"):
-        steps.append(("publishing", upload))
-    for name, step in steps:
-        _attempt(name, step, summary)
-    write_summary()
-    _attempt("showing the result", lambda: show_end(out, evaluation.table(), summary), summary)
+        with attempt("publishing", summary):
+            summary["published"] = publish(settings, saved, summary)
+    _write_summary(out, summary)
+    with attempt("showing the result", summary):
+        show_end(out, evaluation.table(), summary)
     return summary
 
 
-def _attempt(name: str, step: Callable[[], object], summary: dict[str, Any], *, alone: bool = True) -> None:
-    """Take a step that comes after training; say, and enter in `summary`, what it failed with.
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    write_whole(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2))
+
+
+@contextmanager
+def attempt(name: str, summary: dict[str, Any], *, alone: bool = True) -> Iterator[None]:
+    """A step that comes after training: what it failed with is said and entered in `summary`.
 
     Args:
         alone: whether no other process takes part, which would wait for this one for ever.
     """
     try:
-        step()
+        yield
     except Exception as error:
         if not alone:
             raise
         text = f"{type(error).__name__}: {first_line(error)}"
         summary.setdefault("failed", {})[name] = text
         say(f"{name} failed, what was trained is saved: {text}", error=True)
-
-
-def merge_into(folder: Path, code: bool) -> float | None:
-    """Merge the run's adapter; the largest difference of a logit, None where the models were not compared."""
-    from ma_sft.release.merge import merge
-
-    shutil.rmtree(folder, ignore_errors=True)
-    with outside_zero3():
-        merged = merge(folder.parent, folder, code=code)
-    say(f"merged model: {merged}")
-    return merged.difference

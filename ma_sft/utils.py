@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,8 @@ def visible(text: object) -> str:
 
 def say(*lines: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
     """Print lines, to stderr if they tell an error; nothing in them is obeyed."""
-    if not lines:
-        return
-    print(*(visible(line) for line in lines), sep="\n", end=end, file=sys.stderr if error else sys.stdout, flush=flush)
+    text = "\n".join(visible(line) for line in lines)
+    print(text, end=end if lines else "", file=sys.stderr if error else sys.stdout, flush=flush)
 
 
 def console(**how: Any) -> "Console":
@@ -98,12 +97,8 @@ def _mendable(error: Exception) -> str | None:
     if isinstance(error, MaSftError):
         return one_line(error)
     # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-    for full in (errno.ENOSPC, errno.EDQUOT):
-        if getattr(error, "errno", None) == full or os.strerror(full) in str(error):
-            return (
-                f"the disk is full ({os.strerror(full)}): free some space and start again; nothing half-written was "
-                "kept"
-            )
+    if full := next((text for text in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) if text in str(error)), None):
+        return f"the disk is full ({full}): free some space and start again; nothing half-written was kept"
     if isinstance(error, OSError) and error.errno in MENDED and error.filename is not None:
         return f"{error.strerror}: {error.filename}; see to it that the path is right and yours to use"
     if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
@@ -118,10 +113,8 @@ def _quiet_libraries() -> None:
     """What libraries say of themselves, by name: nothing that a user can do something about."""
     # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # TRL sets it by itself under the name that transformers is about to drop
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated")
-    # PEFT asks for it by the name that transformers is about to drop
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    # TRL sets, and PEFT asks for, what transformers is about to rename
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
 
 
 @contextmanager
@@ -157,7 +150,6 @@ def _fail(message: str) -> int:
 
 
 def _first_here() -> bool:
-    """Whether this is the only or the first process of the run on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -185,28 +177,6 @@ def must_be_new(path: Path, way_out: str = "choose another folder or remove it")
     """
     if path.exists():
         raise RecipeError(f"{path} exists already; {way_out}")
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; what another process removes meanwhile counts for nothing."""
-    files = [path] if path.is_file() else [Path(at, name) for at, _, names in os.walk(path) for name in names]
-    total = 0
-    for file in files:
-        with suppress(FileNotFoundError):
-            total += file.lstat().st_size
-    return total
-
-
-def over_bound() -> str | None:
-    """What to say if the cache folder holds more than `$MA_SFT_CACHE_GB` (50) gigabytes, None if it does not."""
-    bound = float(os.environ.get("MA_SFT_CACHE_GB") or 50)
-    held = size_of(cache_dir()) / 1e9
-    if held <= bound:
-        return None
-    return (
-        f"the cache folder {cache_dir()} holds {held:,.1f} GB, more than the {bound:g} GB of MA_SFT_CACHE_GB; "
-        "what is removed is made again when it is needed"
-    )
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -240,45 +210,6 @@ def read_json(path: Path, default: Any = ...) -> Any:
         raise RecipeError(f"the file {not_there(path)}") from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid JSON: {error}; it was not written whole, or was changed") from None
-
-
-MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
-
-
-def parse_yaml(path: Path) -> Any:
-    """What a YAML file holds; anything that YAML would quietly drop or blow up is refused.
-
-    Raises:
-        RecipeError: no valid YAML, a key that stands twice, nesting without end, or anchors that expand to more than
-            `MOST_VALUES` values.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise RecipeError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} stands twice; keep one")
-            return super().construct_mapping(node, deep)
-
-    sizes: dict[int, int] = {}
-
-    def size(value: Any) -> int:
-        if id(value) not in sizes:
-            sizes[id(value)] = 1
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            sizes[id(value)] += sum(map(size, parts))
-        return sizes[id(value)]
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-        if size(content) > MOST_VALUES:
-            raise RecipeError(f"{path}: its anchors expand to more than {MOST_VALUES:,} values; write it out")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise RecipeError(f"{path} is not valid YAML: nested too deeply") from None
-    return content
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ma_sft.config import OF_THE_MACHINE, RULES, Needs, all_settings
+from ma_sft.config import EXCLUSIVE, NEEDS, OF_THE_MACHINE, PRESETS, TWO_WAYS, all_settings, reason
 
 
 def settings_page(settings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -28,9 +28,10 @@ def settings_page(settings: Mapping[str, Mapping[str, Any]]) -> str:
                 default = "by machine" if name in OF_THE_MACHINE else f"`{json.dumps(about['default'])}`"
                 lines.append(f"| `{name}` | {about['class']} | {default} | {help} |")
     lines += ["", "## What goes together", "", "Anything against these rules is refused before a row is read.", ""]
-    for rule in RULES:
-        reason = rule.reason if isinstance(rule, Needs) else rule.words
-        lines.append(f"- {', '.join(f'`{name}`' for name in rule.names.split())}: {reason}")
+    rules = [(name, why) for name, (_, why) in PRESETS.items()]
+    rules += [(" ".join(pair), TWO_WAYS) for pair in EXCLUSIVE]
+    rules += [(names, reason(condition, words)) for names, condition, words in NEEDS]
+    lines += [f"- {', '.join(f'`{name}`' for name in names.split())}: {why}" for names, why in rules]
     return "\n".join(lines) + "\n"
 
 

@@ -141,8 +141,13 @@ def test_cli_exit_code_and_line(tmp_path, capsys):
         (["schema"], 0, "lora_r"),
         (["train", "mine.yaml", "--max_stepz", "3"], 2, "did you mean 'max_steps'?"),
         (["train", "mine.yaml"], 2, "did you mean 'learning_rate'?"),
-        (["train", "--max_steps", "many"], 2, "invalid int value: 'many'"),
+        (["train", "--max_steps", "many"], 2, "max_steps: int expected, found 'many'"),
         (["plan"], 2, "no model"),
+        (
+            ["train", "--model_name_or_path", "demo", "--dataset_name", "no/rows.jsonl"],
+            2,
+            "does not exist (counted from",
+        ),
         (["frob"], 2, "No such command 'frob'"),
     ],
 )

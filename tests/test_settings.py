@@ -15,9 +15,9 @@ from trl import SFTConfig
 from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
 from ma_sft.config import (
-    FIXED,
-    RULES,
-    Needs,
+    EXCLUSIVE,
+    NEEDS,
+    PRESETS,
     all_settings,
     json_schema,
     known_settings,
@@ -60,8 +60,7 @@ def test_new_fields_of_trl_are_named():
 
     theirs = {field.name for kind in (SFTConfig, ModelConfig) for field in dataclasses.fields(kind) if field.init}
     assert theirs == set((ROOT / "tests" / "trl_fields.txt").read_text(encoding="utf-8").split())
-    ruled = {name for rule in RULES for name in rule.names.split()}
-    assert ruled <= known_settings().keys()
+    assert {*PRESETS, *sum(EXCLUSIVE, ()), *(name for _, name in DOES_NOTHING)} <= known_settings().keys()
 
 
 def test_a_field_that_a_new_trl_brings_passes_through():
@@ -78,11 +77,10 @@ def test_table_is_made_anew_where_it_is_broken_or_of_other_versions(tmp_path, mo
     made = known_settings.__wrapped__()
     (file,) = tmp_path.glob("settings-*.json")
     assert known_settings.__wrapped__() == made == known_settings()
-    kept = json.loads(file.read_text())
-    for broken in ("", "{}", "[]", json.dumps({**kept, "made_from": {}}), json.dumps({**kept, "rows": [{"a": 1}]})):
+    kept = file.read_text()
+    for broken in ("", kept[:-20]):
         file.write_text(broken)
-        assert known_settings.__wrapped__() == made
-        assert json.loads(file.read_text()) == kept
+        assert known_settings.__wrapped__() == made and file.read_text() == kept
     file.unlink()
     tmp_path.chmod(0o500)
     assert known_settings.__wrapped__() == made  # a cache folder that cannot be written costs time alone
@@ -131,24 +129,21 @@ def test_settings_command_shows_class_and_the_default_that_holds(capsys):
     assert "lora_r" in json.loads(capsys.readouterr().out)["properties"]
 
 
-REFUSALS = {
-    "do_predict": (True, "do_predict: nothing is predicted"),
-    "enable_jit_checkpoint": (True, "enable_jit_checkpoint: a run that is asked to stop saves by itself"),
-    "hub_always_push": (True, "hub_always_push: push_to_hub uploads once"),
-    "local_rank": (1, "local_rank: the launcher says it"),
-    "dataset_kwargs": ({"add_special_tokens": False}, "rows are prepared before the trainer sees them"),
-    "lora_task_type": ("SEQ_CLS", "ma_sft trains causal language models alone"),
-    "hub_strategy": ("checkpoint", "push_to_hub uploads once, at the end"),
-}
+CONTRARY = {
+    "local_rank": 1, "dataset_kwargs": {"add_special_tokens": False}, "lora_task_type": "SEQ_CLS",
+    "hub_strategy": "checkpoint",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", [name for name, (accepted, _) in PRESETS.items() if not accepted or name in CONTRARY])
 def test_contrary_value_is_refused(name):
-    value, message = REFUSALS[name]
-    assert message in refused(**{name: value})
+    message = refused(**{name: CONTRARY.get(name, True)})
+    assert message.startswith(name) and message.endswith(PRESETS[name][1])
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, rule in FIXED.items() for v in rule.accepted])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (accepted, _) in PRESETS.items() for value in accepted]
+)
 def test_preset_may_be_said(name, value):
     resolve(**{name: value, **({"push_to_hub": True} if name.startswith("hub") else {})})
 
@@ -160,43 +155,37 @@ VALUES = {
     "lora_dropout": 0.1, "generate_eval": 2, "eval_strategy": "steps", "metric": "m:f",
     "test_near_duplicates": 0.9, "stopping_strategy": "all_exhausted", "packing_strategy": "wrapped",
     "response_template": "A:", "instruction_template": "Q:", "hub_model_id": "me/x", "hub_revision": "v1",
-    "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.1,
+    "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.1, "warmup_steps": 5, "lora_r": 5, "lora_alpha": 5,
+    "max_new_tokens": 5, "train_on": "last", "history": "mask", "on_error": "skip", "template_kwargs": {"a": 1},
+    "template_now": "2026-11-25", "truncation_mode": "keep_end", "overflow": "drop", "system_prompt": "Be so",
+    "dataset_format": "alpaca", "dataset_text_field": "text2", "model_revision": "v1", "dataset_test_split": "dev",
 }  # fmt: skip
-DOES_NOTHING = [(rule, name) for rule in RULES if isinstance(rule, Needs) for name in rule.names.split()]
+DOES_NOTHING = [(condition, name) for names, condition, _ in NEEDS for name in names.split()]
 
 
-@pytest.mark.parametrize(("need", "name"), DOES_NOTHING, ids=[name for _, name in DOES_NOTHING])
-def test_setting_that_would_do_nothing_is_refused(need, name, rows):
-    value = VALUES.get(name, {"warmup_steps": 5, "lora_r": 5, "lora_alpha": 5, "max_new_tokens": 5}.get(name, True))
-    more = {}
-    if need.switches == "formatting_func":
-        more = {} if name == "response_template" else {"formatting_func": "question-answer"}
-        other = {
-            "merge_turns": True,
-            "train_on": "last",
-            "history": "mask",
-            "on_error": "skip",
-            "template_kwargs": {"a": 1},
-            "template_now": "2026-11-25",
-        }
-        value = value if name == "response_template" else other.get(name, "text2")
-    if need.switches == "lr_scheduler_type":
-        more = {"lr_scheduler_type": "constant"}
-    if name == "packing":
-        more = {"max_length": None}
-    if name == "truncation_mode":
-        value, more = "keep_end", {"packing": True, "packing_strategy": "wrapped"}
-    if name == "overflow":
-        value, more = "drop", {"max_length": None}
-    if name == "label_smoothing_factor":
-        more = {"loss_type": "dft"}
-    if name == "router_aux_loss_coef":
-        more = {"label_smoothing_factor": 0.1}
-    if need.switches == "completion_only_loss":
-        more = {"completion_only_loss": False, **({"formatting_func": "question-answer"} if "template" in name else {})}
+# What makes the setting useless, where it is not that nothing else is set.
+USELESS = {
+    "!formatting_func": {"formatting_func": "question-answer"},
+    "!formatting_func response_template": {"formatting_func": "question-answer"},
+    "lr_scheduler_type!=constant": {"lr_scheduler_type": "constant"},
+    "loss_type=nll": {"loss_type": "dft"},
+    "!label_smoothing_factor": {"label_smoothing_factor": 0.1},
+    "max_length": {"max_length": None},
+    "!packing packing_strategy=bfd": {"packing": True, "packing_strategy": "wrapped"},
+    "!overflow overflow=keep_end": {"overflow": "drop"},
+    "completion_only_loss!=false": {"completion_only_loss": False},
+    "model_name_or_path:on_a_hub": {"model_name_or_path": "."},
+}
+
+
+@pytest.mark.parametrize(("condition", "name"), DOES_NOTHING, ids=[name for _, name in DOES_NOTHING])
+def test_setting_that_would_do_nothing_is_refused(condition, name):
+    more = dict(USELESS.get(condition, {}))
+    if name == "response_template" and "completion_only_loss" in condition:
+        more |= {"formatting_func": "question-answer"}
     if name == "load_best_model_at_end":
-        more = {"save_strategy": "no"}
-    assert name in refused(**{name: value, **more})
+        more |= {"save_strategy": "no"}
+    assert f"{name} " in refused(**{name: VALUES.get(name, True), **more})
 
 
 def test_flag_may_turn_off_what_a_recipe_sets():
@@ -226,13 +215,6 @@ def test_the_last_of_a_repeated_flag_wins():
     assert settings.training.output_dir == "runs/b"
 
 
-def test_several_config_files_and_both_ways_to_write_them(tmp_path):
-    for name, text in (("a", "max_steps: 1\nseed: 5\n"), ("b", "max_steps: 2\n")):
-        (tmp_path / f"{name}.yaml").write_text(text)
-    settings = resolve(f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml")
-    assert settings.training.max_steps == 2 and settings.training.seed == 5
-
-
 def test_later_way_to_say_one_thing_replaces_the_other():
     assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
     assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
@@ -253,6 +235,7 @@ def test_null_stands_for_our_own_default():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("max_stepz", 3), ("max_steps", [3]), ("train_on", "first"), ("learning_rate", "fast"),
         ("max_steps", 0), ("max_steps", -2), ("num_train_epochs", -1), ("num_train_epochs", 0),
         ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0),
         ("max_length", 0), ("max_length", -5), ("test_size", 0), ("test_size", -0.1), ("learning_rate", -1e-5),
@@ -329,7 +312,7 @@ def test_model_init_kwargs_that_are_settings_become_them():
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_type=cosine"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval strategy"),
         ({"report_to": "mlflow"}, "report_to: mlflow is not installed"),
-        ({"report_to": "paper"}, "report_to: 'paper' does not exist"),
+        ({"report_to": "paper"}, "report_to: paper is not installed"),
         ({"attn_implementation": "sdpaa"}, "attn_implementation: 'sdpaa' does not exist"),
         ({"use_liger_kernel": True}, "use_liger_kernel: pip install liger-kernel"),
         ({"model_init_kwargs": {"use_kernels": True}}, "use_kernels needs pip install kernels"),
@@ -356,15 +339,7 @@ def test_what_cannot_be_is_one_line(settings, message):
 def test_secrets_are_not_shown():
     chosen = {"hub_token": "hf_1", "model_init_kwargs": {"token": "hf_2", "a": [{"api_key": "3"}]}, "eos_token": "</s>"}
     assert shown(chosen) == {"model_init_kwargs": {"a": [{}]}, "eos_token": "</s>"}
-    args = [
-        "--hub_token",
-        "hf_1",
-        "--hub-token=hf_2",
-        "--model_init_kwargs",
-        '{"token": "hf_3"}',
-        "--eos_token",
-        "</s>",
-    ]
+    args = "--hub_token hf_1 --hub-token=hf_2 --model_init_kwargs {'token':'hf_3'} --eos_token </s>".split()
     line = " ".join(shown_command(args))
     assert "hf_" not in line and "</s>" in line
 
@@ -445,14 +420,8 @@ def test_missing_column_in_a_formatting_func_is_one_line(tiny_bpe, rows, tmp_pat
 
 SYSTEM = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}
 TWO_TURNS = {"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]}
-THOUGHTS = {
-    "messages": [
-        {"role": "user", "content": "1"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\none"},
-        {"role": "user", "content": "2"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\ntwo"},
-    ]
-}
+SAID = ("1", "<think>\nso\n</think>\n\none", "2", "<think>\nso\n</think>\n\ntwo")
+THOUGHTS = {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SAID)]}
 
 
 @pytest.fixture(scope="module")

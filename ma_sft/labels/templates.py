@@ -88,14 +88,9 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
     """
     from transformers import AutoTokenizer
 
-    from ma_sft.hub import load_pretrained, pin_model
+    from ma_sft.hub import load_pretrained
 
     model = settings.model
-    if model.model_name_or_path == "demo":
-        from ma_sft.demo import demo_model
-
-        model.model_name_or_path = str(demo_model())
-    pin_model(settings)
     name, code = str(model.model_name_or_path), settings.training.trust_remote_code
     tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, model.model_revision, code=code)
     training, labels = settings.training, settings.labels

@@ -21,7 +21,7 @@ from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import digest, label_fingerprint
 from ma_sft.labels.render import DifferentTextError
-from ma_sft.utils import atomic_dir, cache_dir, over_bound, write_whole
+from ma_sft.utils import atomic_dir, cache_dir, write_whole
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
@@ -90,8 +90,8 @@ def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Ch
     labels, whole = settings.labels, settings.training.completion_only_loss is False
     return (WholeRowEncoder if whole else ChatEncoder)(
         tokenizer,
-        train_on=labels.train_on,  # type: ignore[arg-type]
-        history="mask" if whole else labels.history,  # type: ignore[arg-type]
+        train_on=labels.train_on,
+        history="mask" if whole else labels.history,
         template_kwargs=labels.template_kwargs,  # type: ignore[arg-type]  # text was parsed with the recipe
         template_now=labels.template_now,
         add_eos=labels.add_eos,
@@ -291,9 +291,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
                 new_fingerprint=key,
                 desc=what,
             )
-        if (warning := over_bound()) is not None:
-            logger.warning(warning)
-    os.utime(folder)  # `ma-sft cache` removes what was not used for long
+    os.utime(folder)  # tells what was not used for long
     found = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("rows*.arrow"))])
     return Dataset(found.data, fingerprint=key)
 

@@ -81,20 +81,6 @@ def test_a_connection_cut_in_the_middle_goes_on(hub, data, model, ma_sft, recipe
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "train-0.parquet"])
-@pytest.mark.parametrize("times", [1, pytest.param(9, marks=pytest.mark.slow)])
-def test_damaged_bytes_never_stay(hub, data, model, ma_sft, recipe, file, times, tmp_path):
-    hub.fail(f"resolve/.*/{file}", "corrupt", times=times)
-    done = ma_sft("train", recipe())
-    if times == 1:
-        assert done.code == 0, done.err
-        return
-    assert file in done.error or "tiny/chats" in done.error
-    hub.faults.clear()
-    done = ma_sft("train", recipe())
-    assert done.code == 0, done.err
-
-
 @pytest.mark.slow
 def test_a_download_that_is_cut_for_good_leaves_nothing_whole(hub, data, model, ma_sft, recipe):
     hub.fail("resolve/.*/model.safetensors", "cut", times=100)

@@ -111,10 +111,10 @@ def test_pickles(hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path):
             path = recipe(model_name_or_path=where, overwrite_output_dir=True, use_peft=peft)
             path.write_text(path.read_text() if peft else path.read_text().replace("lora_preset: mini\n", ""))
             done = ma_sft("train", path)
-            refused(done, where, "pytorch_model.bin")
+            refused(done, where, "pickles can carry code")
             assert "0/2" not in done.err  # before step one
-        refused(ma_sft("chat", where, "--prompt", "Hi"), "pytorch_model.bin")
-        refused(ma_sft("export", where, "-o", "x"), "pytorch_model.bin")
+        refused(ma_sft("chat", where, "--prompt", "Hi"), "pickles can carry code")
+        refused(ma_sft("export", where, "-o", "x"), "pickles can carry code")
     assert ma_sft("train", recipe(overwrite_output_dir=True)).code == 0
     (tmp_path / "run/adapter/adapter_model.safetensors").unlink()
     (tmp_path / "run/adapter/adapter_model.bin").write_bytes(pickle.dumps(Evil()))
