@@ -95,7 +95,7 @@ def test_to_messages(row, format, messages):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"foo": "x"}, "unknown format: columns ['foo']; known formats: "),
+        ({"foo": "x"}, "unknown format: columns ['foo']; known are a question and its answer"),
         ({"instruction": "x", "answer": "y"}, "alpaca (misses output)"),
         ({"instruction": "x", "output": None}, "alpaca (misses output)"),
         ({"instruction": "x", "output": ""}, "the response is empty"),
@@ -112,7 +112,7 @@ def test_to_messages(row, format, messages):
         ),
         ({"instruction": "x", "output": "y", "instruction_zh": "x", "output_zh": "y"}, "fit alpaca and alpaca-zh"),
         ({"text": "Buy milk", "instruction": "Summarise"}, "unknown format"),
-        ({"text": " "}, "field 'text' is empty"),
+        ({"text": " "}, "the response is empty"),
         ({"messages": [ASSISTANT, USER]}, "field 'messages': roles out of order: message 1 is 'assistant'"),
         ({"messages": [SYSTEM, ASSISTANT]}, "after 'system'; what is trained answers something: put that before it"),
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
@@ -225,4 +225,4 @@ def test_batches_for_map():
 
 def test_no_format_is_hidden_by_an_earlier_one():
     for name, known in FORMATS.items():
-        assert detect_format(known.columns) == name
+        assert detect_format(names[0] for names in known.needs) == name
