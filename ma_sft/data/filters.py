@@ -129,7 +129,7 @@ def _tell(row: Row, why: str) -> str:
 
 def hashes_of(record: Row) -> dict[str, int]:
     """By what a converted row is compared: all that it says, and its first question, 0 if it has none."""
-    whole = json.dumps(record, sort_keys=True)
+    whole = json.dumps({key: value for key, value in record.items() if key not in ("group", "unused")}, sort_keys=True)
     question = next((m["content"] for m in conversation_of(record) if m["role"] == "user"), "")
     return {"_row": _hash(whole), "_question": _hash(" ".join(WORD.findall(question.lower())))}
 

@@ -47,7 +47,7 @@ def load_function(name: str | Callable[..., Any]) -> Callable[..., Any]:
         try:
             return found(*args)
         except (Exception, SystemExit) as error:
-            raise FormatError(f"{name} failed at {failed_in(str(where), error)}") from error
+            raise FormatError(f"{getattr(name, '__name__', name)} failed at {failed_in(str(where), error)}") from error
 
     return call
 

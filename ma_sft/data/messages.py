@@ -219,7 +219,7 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
     for at, message in enumerate(messages, 1):  # without ids in the template, the order tells whose a result is
         ids = [call.get("id") for call in message.get("tool_calls", [])]
         results = messages[at : at + len(ids)]
-        if {*ids} == {result.get("tool_call_id") for result in results}:
+        if ids and {*ids} == {result.get("tool_call_id") for result in results}:
             messages[at : at + len(ids)] = sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
     return messages
 
@@ -240,6 +240,11 @@ def _pick(turn: dict[str, Any], keys: tuple[str, ...], where: str) -> str | None
 
 def _messages(turn: dict[str, Any], where: str) -> list[Message]:
     """The message of a turn; or question and answer, or the results of several tools and what follows them."""
+    if len(turn) == 2:  # a role and a text, which nearly every turn is
+        key = "content" if "content" in turn else "value"
+        named, text = turn.get("role", turn.get("from")), turn.get(key)
+        if isinstance(named, str) and isinstance(text, str) and named in ROLES:
+            return [{"role": ROLES[named], "content": check_text(text, f"{where}.{key}")}]
     if turn.keys().isdisjoint(ROLE_KEYS) and {PAIR_ROLES.get(key) for key in turn} >= {"user", "assistant"}:
         return _pair(turn, where)
     role_key = "role" if "role" in turn or "from" not in turn else "from"
@@ -263,9 +268,9 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         raise FormatError(f"field {calls_at!r}: only an assistant calls tools, not {named!r}")
     message["tool_calls"] = [_call(call, f"{calls_at}[{i}]") for i, call in enumerate(message["tool_calls"])]
     reasoning = _pick(turn, REASONING_KEYS, where)
-    for key, ours in ((reasoning, "reasoning_content"), ("tool_call_id", "tool_call_id"), ("name", "name")):
-        if key and turn.get(key):
-            message[ours] = check_text(turn[key], f"{where}.{key}")
+    for theirs, ours in ((reasoning, "reasoning_content"), ("tool_call_id", "tool_call_id"), ("name", "name")):
+        if theirs and turn.get(theirs):
+            message[ours] = check_text(turn[theirs], f"{where}.{theirs}")
     message = {key: value for key, value in message.items() if value or key == "content"}
     if not _is_trained(turn, where) and role == "assistant":
         message["train"] = False

@@ -95,7 +95,8 @@ def load_mixture(
     sources = [Source.of(source, **defaults) for source in datasets]
     probabilities = _probabilities(sources)
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=probabilities)
-    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, Filters.of(filters, tokenizer))
+    filters = Filters.of(filters, tokenizer)
+    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
     if streaming:
         if test_size is not None or (len(sources) > 1 and not probabilities):
             raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
@@ -142,6 +143,7 @@ class _Mixer:
     num_proc: int | None
     tokenizer: str | None
     filters: Filters
+    split: bool
     sources: list[Source] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
@@ -190,9 +192,9 @@ class _Mixer:
         source = self.sources[part]
         filters = [Filters.of(source.filters, self.tokenizer), self.filters]
         code = "\0".join((__version__, code_of(source.format), *(code_of(each.function) for each in filters)))
-        function = _Converter(
-            replace(source, rows=None, filters=None), part, features.arrow_schema, self.on_error, numbers, filters, code
-        )
+        compared = self.split or any(each.exact_duplicates for each in filters)
+        source = replace(source, rows=None, filters=None)
+        function = _Converter(source, part, features.arrow_schema, self.on_error, numbers, filters, compared, code)
         settings = {"batched": True, "with_indices": True, "features": features}
         if not self.streaming:
             settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
@@ -265,6 +267,7 @@ class _Converter:
     on_error: str
     numbers: Any
     filters: list[Filters]
+    compared: bool
     code: str
 
     def __call__(self, batch: Any, indices: list[int]) -> Any:
@@ -277,7 +280,8 @@ class _Converter:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                records[-1] |= _record(row, self.source, preference="prompt" in self.schema.names, told=told)
+                records[-1] |= (found := _record(row, self.source, "prompt" in self.schema.names, told))
+                records[-1] |= hashes_of(found) if self.compared and not found.get("removed_by") else {}
             except (FormatError, RecursionError) as error:
                 if not isinstance(error, BadAnswer) and self.on_error == "raise":
                     raise FormatError(f"{where}: {error}") from None
@@ -307,7 +311,6 @@ def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     if source.system_prompt and start[0]["role"] != "system":
         start.insert(0, {"role": "system", "content": source.system_prompt})
     record = {**sides, "tools": tools, "chat_template_kwargs": kwargs}
-    record |= hashes_of(record)
     if source.group_by:
         if row.get(source.group_by) is None:
             raise FormatError(f"field {source.group_by!r} is missing or null; group_by needs it")
