@@ -37,7 +37,7 @@ def test_format(plug_in):
 
 
 def test_filter(plug_in):
-    plug_in("row_filter")
+    plug_in("ROW_FILTERS")
     row = filters.SeenRow([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], 2)
     assert filters.ROW_FILTERS["max_messages"](1, row) == "2 messages"
     assert filters.ROW_FILTERS["max_messages"](2, row) is None
@@ -50,5 +50,5 @@ def test_every_answer_names_a_file_that_is_there_and_a_name_in_it():
     for row in rows:
         paths = re.findall(r"`((?:ma_sft|accelerate_configs|tests)/[^`]*)`", row)
         assert all((ROOT / path).exists() for path in paths), row
-        for name in re.findall(r"`@?([A-Z_]{6,}|[a-z]+_filter|command)`", row):
+        for name in re.findall(r"`@?([A-Z_]{6,}|command)`", row):
             assert name in (ROOT / paths[0]).read_text(encoding="utf-8"), row

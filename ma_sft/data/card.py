@@ -15,26 +15,17 @@ from ma_sft.errors import RecipeError
 from ma_sft.utils import atomic_dir, must_be_new
 from ma_sft.version import __version__
 
-REPORT = "report.json"
 CARD = """---
 {{ card_data }}
 ---
 
-# {{ kind }} data
-
-Built by ma_sft {{ version }} with seed {{ seed }}: {{ train }} rows to train on, {{ test }} held out.
+Built by ma_sft {{ version }}: {{ rows }} rows. Removed: {{ removed or "none" }}; examples are in `report.json`.
 
 | source | format | licence | available | used |
 | --- | --- | --- | --- | --- |
 {% for s in sources -%}
 | `{{ s.path }}` | {{ s.format }} | {{ s.license or "not stated" }} | {{ s.available }} | {{ s.used }} |
 {% endfor %}
-| stage | rows in | removed | rows out |
-| --- | --- | --- | --- |
-{% for s in stages -%}
-| {{ s.name }} | {{ s.rows_in }} | {{ s.removed | join(", ") }}: {{ s.removed.values() | sum }} | {{ s.rows_out }} |
-{% endfor %}
-Examples of what each filter removed are in `report.json`.
 """
 
 
@@ -55,22 +46,21 @@ def build(config: Path, out: Path, *, allow_code: bool = False, **overrides: Any
         raise RecipeError(f"{config}: streaming: a stream cannot be saved; leave it out, memory stays constant anyway")
     mixture = load_mixture(**settings)
     assert isinstance(mixture.train, Dataset)
-    rows = DatasetDict({"train": mixture.train, "test": mixture.test}) if mixture.test is not None else mixture.train
-    licences = {source.get("license") for source in mixture.report.sources}
+    rows = DatasetDict({"train": mixture.train, **({"test": mixture.test} if mixture.test is not None else {})})
+    sources, removed = mixture.report.sources, mixture.report.removed
+    licences = {source.get("license") for source in sources}
+    report = {"ma_sft": __version__, "settings": settings, **mixture.report.to_dict()}
+    card = DatasetCard.from_template(
+        DatasetCardData(license=licences.pop() if len(licences) == 1 else "other"),
+        template_str=CARD,
+        version=__version__,
+        rows=", ".join(f"{len(part):,} ({name})" for name, part in rows.items()),
+        removed=", ".join(f"{why}: {count:,}" for why, count in removed.items()),
+        sources=sources,
+    )
     with atomic_dir(out) as folder:
-        rows.save_to_disk(str(folder), num_proc=processes(settings.get("num_proc"), len(mixture.train)))
-        report = {"ma_sft": __version__, "settings": settings, **mixture.report.to_dict()}
-        (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2, default=str), encoding="utf-8")
-        card = DatasetCard.from_template(
-            DatasetCardData(license=licences.pop() if len(licences) == 1 else "other"),
-            template_str=CARD,
-            kind=str(settings.get("kind", "conversation")).capitalize(),
-            version=__version__,
-            seed=settings.get("seed", 0),
-            train=len(mixture.train),
-            test=len(mixture.test or ()),
-            sources=report["sources"],
-            stages=report["stages"],
-        )
+        saved = rows if mixture.test is not None else mixture.train
+        saved.save_to_disk(str(folder), num_proc=processes(settings.get("num_proc"), len(mixture.train)))
+        (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2, default=str), "utf-8")
         card.save(folder / "README.md")
     return mixture.report

@@ -1,24 +1,27 @@
 """Which conversations stay: filters that count what they remove and keep examples; equal rows, near duplicates, and the
 split that keeps relatives on one side.
 
-Row filters look at one conversation and run in one pass, over all cores or on a stream. What compares rows looks at
-all: some 150 bytes of each are in memory, never its text; MinHash signatures lie in an Arrow file.
+Row filters look at one conversation while it is converted. What compares rows looks at all: some 150 bytes of each are
+in memory, never its text; MinHash signatures lie in an Arrow file.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
 import xxhash
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, List, Value
+from huggingface_hub.dataclasses import strict
 
-from ma_sft.data.functions import code_of, load_function
-from ma_sft.data.messages import Message
-from ma_sft.data.stages import EXAMPLES, Report, Stage
+from ma_sft.data.functions import load_function
+from ma_sft.data.load import checked
+from ma_sft.data.messages import Message, Row
+from ma_sft.data.stages import EXAMPLES, Report
 from ma_sft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -26,57 +29,33 @@ if TYPE_CHECKING:
 
 NUM_PERM = 128  # of a MinHash signature: its estimate of a Jaccard similarity has a standard error below 0.045
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{N}]+")
-DROPPED = ("trivial", "refusals", "scripts", "contamination", "contamination_words")  # of earlier versions
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Filters:
-    """What a conversation must be to stay; None and False leave a filter out.
+    """What a conversation must be to stay; None and False leave a filter out."""
 
-    Args:
-        min_chars, max_chars: characters in all messages together.
-        min_tokens, max_tokens: tokens of all messages' text together, without the chat template's.
-        tokenizer: whose tokens: a hub id or folder, "demo", or in a recipe the recipe's model by default.
-        min_response_chars: characters of the shortest answer.
-        function: the user's `messages -> bool` as `module:function` or `file.py:function`; False drops the row.
-        exact_duplicates: keep the first of equal rows.
-        near_duplicates: keep the first of rows whose sets of three-word phrases have at least this Jaccard similarity,
-            estimated by MinHash.
-    """
-
-    min_chars: int | None = None
+    min_chars: int | None = None  # characters in all messages together
     max_chars: int | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = None  # tokens of all messages' text together, without the chat template's
     max_tokens: int | None = None
-    tokenizer: str | None = None
-    min_response_chars: int | None = None
-    function: str | None = None
-    exact_duplicates: bool = False
-    near_duplicates: float | None = None
+    tokenizer: str | None = None  # whose tokens: a hub id or folder, or "demo"; in a recipe the model's by default
+    min_response_chars: int | None = None  # characters of the shortest answer
+    function: Any = None  # `messages -> bool`, itself or as `file.py:function`; False drops the row
+    exact_duplicates: bool = False  # keep the first of equal rows
+    near_duplicates: float | int | None = None  # keep the first of rows with that similarity of 3-word phrases
 
     @classmethod
     def of(cls, value: Any, tokenizer: str | None = None) -> "Filters":
-        """Filters from a mapping of the fields above, or its JSON text.
-
-        Raises:
-            RecipeError: an unknown filter or a wrong value.
-        """
+        """Filters from a mapping of the fields above, or its JSON text."""
         if isinstance(value, cls):
             return value
         try:
             value = json.loads(value) if isinstance(value, str) else dict(value or {})
         except (TypeError, ValueError):
             raise RecipeError(f"filters: a mapping expected, found {value!r}") from None
-        kinds: dict[str, Any] = {f.name: f.type for f in fields(cls)}
-        for key, setting in value.items():
-            if key in DROPPED:
-                raise RecipeError(f"filter {key!r} is gone: write it as a function of your own; docs/formats.md has it")
-            if key not in kinds:
-                raise RecipeError(f"unknown filter {key!r}; filters are {', '.join(kinds)}")
-            kind = int | float | None if kinds[key] == float | None else kinds[key]
-            if not isinstance(setting, kind) or isinstance(setting, bool) != (kind is bool):
-                raise RecipeError(f"filter {key}: {getattr(kind, '__name__', kind)} expected, not {setting!r}")
-        return cls(**{"tokenizer": tokenizer, **value})
+        return checked(cls, {"tokenizer": tokenizer, **value}, "filters")
 
     def __post_init__(self) -> None:
         if (self.min_tokens or self.max_tokens) and not self.tokenizer:
@@ -84,107 +63,48 @@ class Filters:
         if not 0 < (self.near_duplicates or 1) <= 1:
             raise RecipeError(f"filter near_duplicates: a similarity up to 1 expected, not {self.near_duplicates!r}")
 
-    @property
-    def by_row(self) -> list[str]:
-        """The filters that look at one row alone, and are on."""
-        return [name for name in ROW_FILTERS if getattr(self, name) is not None and getattr(self, name) is not False]
+    def mark(self, records: list[Row]) -> None:
+        """Write into converted rows that have no `removed_by` which row filter removes them, and in `error` why."""
+        wanted = {name: value for name in ROW_FILTERS if (value := getattr(self, name)) not in (None, False)}
+        records = [record for record in records if not record["removed_by"]] if wanted else []
+        tokens = [0] * len(records)
+        if records and (self.min_tokens or self.max_tokens):
+            texts = [[m["content"] for m in conversation_of(record)] for record in records]
+            tokenizer = load_tokenizer(str(self.tokenizer))
+            lengths = map(len, tokenizer([t for each in texts for t in each], add_special_tokens=False)["input_ids"])
+            tokens = [sum(next(lengths) for _ in each) for each in texts]
+        for record, count in zip(records, tokens, strict=True):
+            row = SeenRow(conversation_of(record), count)
+            for name, setting in wanted.items():
+                if why := ROW_FILTERS[name](setting, row):
+                    record |= {"removed_by": name, "error": _tell(record, why)}
+                    break
 
 
-ALL_ROWS = ("exact_duplicates", "near_duplicates")
-
-
-@dataclass
 class SeenRow:
-    """What row filters look at."""
+    """What row filters look at: messages, their characters and tokens, and the characters of the shortest answer."""
 
-    messages: list[Message]
-    tokens: int
-
-    @property
-    def chars(self) -> int:
-        return sum(len(m["content"]) for m in self.messages)
-
-    @property
-    def answers(self) -> list[str]:
-        """The texts of the assistant's turns without calls."""
-        return [m["content"] for m in self.messages if m["role"] == "assistant" and not m.get("tool_calls")]
+    def __init__(self, messages: list[Message], tokens: int) -> None:
+        self.messages, self.tokens = messages, tokens
+        self.chars = sum(len(m["content"]) for m in messages)
+        answers = [m["content"] for m in messages if m["role"] == "assistant" and not m.get("tool_calls")]
+        self.answer = min(map(len, answers), default=sys.maxsize)
 
 
 # A row filter is a function of its setting and a row, under the setting's name; it gives the finding, or None.
-ROW_FILTERS: dict[str, Callable[[Any, SeenRow], str | None]] = {}
-
-
-def row_filter(find: Callable[[Any, SeenRow], str | None]) -> Callable[[Any, SeenRow], str | None]:
-    """Add a filter that looks at one row alone; `Filters` has a field of its name."""
-    ROW_FILTERS[find.__name__] = find
-    return find
-
-
-@row_filter
-def min_chars(limit: int, row: SeenRow) -> str | None:
-    return f"{row.chars} characters" if row.chars < limit else None
-
-
-@row_filter
-def max_chars(limit: int, row: SeenRow) -> str | None:
-    return f"{row.chars} characters" if row.chars > limit else None
-
-
-@row_filter
-def min_tokens(limit: int, row: SeenRow) -> str | None:
-    return f"{row.tokens} tokens" if row.tokens < limit else None
-
-
-@row_filter
-def max_tokens(limit: int, row: SeenRow) -> str | None:
-    return f"{row.tokens} tokens" if row.tokens > limit else None
-
-
-@row_filter
-def min_response_chars(limit: int, row: SeenRow) -> str | None:
-    shortest = min(map(len, row.answers), default=limit)
-    return f"an answer of {shortest} characters" if shortest < limit else None
-
-
-@row_filter
-def function(name: str, row: SeenRow) -> str | None:
-    return None if load_function(name)(row.messages) else name
-
-
-class RowFilters:
-    """For `datasets.map(batched=True)`: of each row the filter that removes it and what to tell, or two empty texts."""
-
-    def __init__(self, filters: Filters) -> None:
-        self.filters = filters
-        self.code = code_of(filters.function)  # when it changes, `datasets` must not find what it gave before
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-        rows = list(conversations(batch))
-        tokens = self._tokens(rows) if self.filters.min_tokens or self.filters.max_tokens else [0] * len(rows)
-        filters = [(name, ROW_FILTERS[name], getattr(self.filters, name)) for name in self.filters.by_row]
-        found: dict[str, list[str]] = {"removed_by": [], "error": []}
-        for origin, messages, count in zip(batch["origin"], rows, tokens, strict=True):
-            row = SeenRow(messages, count)
-            first = ((name, why) for name, find, setting in filters if (why := find(setting, row)))
-            name, why = next(first, ("", ""))
-            found["removed_by"].append(name)
-            found["error"].append(_tell(origin, messages, why) if name else "")
-        return found
-
-    def _tokens(self, rows: list[list[Message]]) -> list[int]:
-        tokenizer = load_tokenizer(str(self.filters.tokenizer))
-        texts = [m["content"] for messages in rows for m in messages]
-        lengths = iter(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-        return [sum(next(lengths) for _ in messages) for messages in rows]
+ROW_FILTERS: dict[str, Callable[[Any, SeenRow], str | None]] = {
+    "min_chars": lambda limit, row: f"{row.chars} characters" if row.chars < limit else None,
+    "max_chars": lambda limit, row: f"{row.chars} characters" if row.chars > limit else None,
+    "min_tokens": lambda limit, row: f"{row.tokens} tokens" if row.tokens < limit else None,
+    "max_tokens": lambda limit, row: f"{row.tokens} tokens" if row.tokens > limit else None,
+    "min_response_chars": lambda limit, row: f"an answer of {row.answer} characters" if row.answer < limit else None,
+    "function": lambda name, row: None if load_function(name)(row.messages) else str(name),
+}
 
 
 @cache
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that filters count with; kept in each process.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """The tokenizer that filters count with; kept in each process."""
     from transformers import AutoTokenizer
 
     from ma_sft.demo import demo_model
@@ -196,31 +116,38 @@ def load_tokenizer(name: str) -> Any:
         raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
 
 
-def apply_filters(rows: Any, filters: Filters, report: Report, *, name: str, num_proc: int | None) -> Any:
-    """The rows that stay, in their order; each pass is a stage of the report. A stream is filtered while it is read.
+def conversation_of(row: Row) -> list[Message]:
+    """The messages of a converted row; of a preference, prompt and chosen answer."""
+    messages: list[Message] = row["messages"] if "messages" in row else row["prompt"] + row["chosen"]
+    return messages
 
-    Raises:
-        RecipeError: a filter that needs to see all rows of a stream.
-    """
-    check = RowFilters(filters)
-    if isinstance(rows, IterableDataset):
-        for each in ALL_ROWS:
-            if getattr(filters, each):
-                raise RecipeError(
-                    f"filter {each} needs to see all rows: `ma-sft data build` the mixture, then stream that"
-                )
-        report.stages.append(stage := Stage(f"{name}: row filters"))
-        if filters.by_row:
-            features = Features({**rows.features, **dict.fromkeys(REASONS, Value("string"))})
-            rows = sift(rows.map(check, batched=True, features=features), stage)
-        return rows
-    if filters.by_row:
-        with report.stage(f"{name}: row filters") as stage:
-            rows = sift(rows, stage, new_columns(rows, check, dict.fromkeys(REASONS, "string"), num_proc))
+
+def _tell(row: Row, why: str) -> str:
+    text = " | ".join(" ".join(m["content"].split()) for m in conversation_of(row) if m["role"] != "system")
+    return f"{row['origin']}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
+
+
+def hashes_of(record: Row) -> dict[str, int]:
+    """By what a converted row is compared: all that it says, and its first question, 0 if it has none."""
+    whole = json.dumps({key: value for key, value in record.items() if key not in ("group", "unused")}, sort_keys=True)
+    question = next((m["content"] for m in conversation_of(record) if m["role"] == "user"), "")
+    return {"_row": _hash(whole), "_question": _hash(" ".join(WORD.findall(question.lower())))}
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1 if text else 0  # int64
+
+
+def column(rows: Dataset, name: str) -> "NDArray[Any]":
+    """A column of numbers, read in batches: of selected rows `[:]` would make an object of each."""
+    return np.concatenate([batch[name] for batch in rows.select_columns(name).with_format("numpy").iter(10_000)])
+
+
+def drop_duplicates(rows: Dataset, filters: Filters, report: Report, name: str, num_proc: int | None) -> Dataset:
+    """The first of equal rows, and of near duplicates, where the filters ask for it; each is a stage of the report."""
     if filters.exact_duplicates:
         with report.stage(f"{name}: exact duplicates", len(rows)) as stage:
-            _, first, inverse = np.unique(hashes(rows, exact_key, num_proc), return_index=True, return_inverse=True)
-            rows = _keep_first(rows, first[inverse], "exact_duplicates", stage)
+            rows = _keep_first(rows, _firsts(column(rows, "_row")), "exact_duplicates", stage)
     if filters.near_duplicates is not None:
         with report.stage(f"{name}: near duplicates", len(rows)) as stage:
             groups = chains(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
@@ -228,41 +155,18 @@ def apply_filters(rows: Any, filters: Filters, report: Report, *, name: str, num
     return rows
 
 
-REASONS = ("removed_by", "error")
+def _firsts(keys: "NDArray[Any]") -> "NDArray[Any]":
+    """Of each row the first one with the same key; one with key 0 is alone."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.where(keys == 0, np.arange(len(keys)), first[inverse])
 
 
-def sift(rows: Any, stage: Stage, reasons: Dataset | None = None) -> Any:
-    """The rows that `Stage.keep` keeps by their columns of reasons, or by those of `reasons`; without these columns."""
-    found = rows if reasons is None else reasons
-    used = [name for name in (*REASONS, "unused") if name in found.column_names]
-    if isinstance(rows, IterableDataset):
-        return rows.filter(partial(stage.keep, say=True), batched=True).remove_columns(used)
-    columns = {name: found.data.column(name) for name in used}
-    keep = stage.keep(columns | {name: columns[name].to_pylist() for name in used if name != "error"})
-    rows = rows.remove_columns(used) if reasons is None else rows
-    return rows if all(keep) else rows.select(np.flatnonzero(keep))
-
-
-def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Stage) -> Dataset:
+def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Any) -> Dataset:
     keep = first == np.arange(len(rows))
     gone = np.flatnonzero(~keep)
-    shown = rows.select(gone[:EXAMPLES])
-    alike = zip(shown["origin"], conversations(shown[:]), rows.select(first[gone[:EXAMPLES]])["origin"], strict=True)
-    stage.remove(why, len(gone), (_tell(origin, messages, f"like {other}") for origin, messages, other in alike))
+    alike = zip(rows.select(gone[:EXAMPLES]), rows.select(first[gone[:EXAMPLES]])["origin"], strict=True)
+    stage.remove(why, len(gone), (_tell(row, f"like {other}") for row, other in alike))
     return rows if keep.all() else rows.select(np.flatnonzero(keep))
-
-
-def _tell(origin: str, messages: list[Message], why: str) -> str:
-    text = " | ".join(" ".join(m["content"].split()) for m in messages if m["role"] != "system")
-    return f"{origin}: {why}: {text if len(text) < 120 else text[:120] + ' ...'}"
-
-
-def conversations(batch: dict[str, Any]) -> Iterator[list[Message]]:
-    """The messages of each row in a batch; of a preference, prompt and chosen answer."""
-    if "messages" in batch:
-        yield from batch["messages"]
-    else:
-        yield from (p + c for p, c in zip(batch["prompt"], batch["chosen"], strict=True))
 
 
 def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None) -> "NDArray[Any]":
@@ -278,8 +182,15 @@ def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None
         raise RecipeError("near duplicates need another package: pip install 'ma-sft[data]'") from None
     index = MinHashLSH(threshold=threshold, num_perm=NUM_PERM)
     names = [f"band{i}" for i in range(index.b)]
-    types = {"signature": List(Value("uint32"), length=NUM_PERM), **dict.fromkeys(names, "uint64")}
-    found = new_columns(rows, partial(_signatures, bands=index.b, rows=index.r), types, num_proc).with_format("numpy")
+    types = {"signature": List(Value("uint32"), length=NUM_PERM), **dict.fromkeys(names, Value("uint64"))}
+    found = rows.map(
+        partial(_signatures, bands=index.b, rows=index.r),
+        batched=True,
+        remove_columns=rows.column_names,
+        features=Features(types),
+        num_proc=num_proc,
+        desc="comparing",
+    ).with_format("numpy")
     pairs: list[NDArray[Any]] = []
     for name in names:
         hashes = found.data.column(name).to_numpy()
@@ -297,7 +208,8 @@ def _signatures(batch: dict[str, list[Any]], bands: int, rows: int) -> dict[str,
     from datasketch import MinHash
 
     shingles = []
-    for messages in conversations(batch):
+    for values in zip(*batch.values(), strict=True):
+        messages = conversation_of(dict(zip(batch, values, strict=True)))
         words = [w for m in messages if m["role"] != "system" for w in WORD.findall(m["content"].lower())]
         shingles.append({" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))})
     hashes = MinHash.generator(shingles, num_perm=NUM_PERM, hashfunc=xxhash.xxh32_intdigest)
@@ -323,24 +235,18 @@ def split_held_out(
     Raises:
         RecipeError: a size that leaves nothing to hold out or to train on.
     """
-    target = int(len(rows) * test_size) if test_size < 1 else int(test_size)
-    links = []
-    groups_by = [_question, *([lambda row: row["group"] or ""] if "group" in rows.column_names else [])]
-    for key in groups_by:
-        keys = hashes(rows, key, num_proc)
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        own = np.arange(len(rows))
-        links.append(np.stack([np.where(keys == 0, own, first[inverse]), own], axis=1))
+    room = int(len(rows) * test_size) if test_size < 1 else int(test_size)
+    keys = [column(rows, "_question")]
+    if "group" in rows.column_names:
+        keys.append(np.array([_hash(group or "") for group in rows["group"]]))
+    links = [np.stack([_firsts(key), np.arange(len(rows))], axis=1) for key in keys]
     if near is not None:
         links.append(near_duplicates(rows, near, num_proc))
     _, groups, sizes = np.unique(chains(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    chosen, room = np.zeros(len(sizes), dtype=bool), target
-    for group in order:
+    chosen = np.zeros(len(sizes), dtype=bool)
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
         if sizes[group] <= room:
             chosen[group], room = True, room - sizes[group]
-        if room == 0:
-            break
     held_out = chosen[groups]
     if not held_out.any() or held_out.all():
         raise RecipeError(
@@ -348,36 +254,6 @@ def split_held_out(
             f"the {len(rows):,} rows are {len(sizes):,} groups that stay together, the smallest of {sizes.min():,}"
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def exact_key(row: dict[str, Any]) -> str:
-    own = ("source", "origin", "group", "_part")
-    return json.dumps({k: v for k, v in row.items() if k not in own}, sort_keys=True)
-
-
-def _question(row: dict[str, Any]) -> str:
-    messages = row.get("messages") or row["prompt"]
-    return " ".join(WORD.findall(next((m["content"] for m in messages if m["role"] == "user"), "").lower()))
-
-
-def hashes(rows: Dataset, key: Callable[[dict[str, Any]], str], num_proc: int | None) -> "NDArray[Any]":
-    """A hash (uint64) of each row's key, 0 for an empty key."""
-
-    def hash_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        keys = (key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
-        return {"hash": np.array([hash_of(text) if text else 0 for text in keys], dtype=np.uint64)}
-
-    found: NDArray[Any] = new_columns(rows, hash_batch, {"hash": "uint64"}, num_proc).data.column("hash").to_numpy()
-    return found
-
-
-def new_columns(rows: Dataset, function: Any, types: dict[str, Any], num_proc: int | None) -> Dataset:
-    """New columns alone, computed in batches by all processes."""
-    features = Features({name: Value(t) if isinstance(t, str) else t for name, t in types.items()})
-    names = rows.column_names
-    return rows.map(
-        function, batched=True, remove_columns=names, features=features, num_proc=num_proc, desc="filtering"
-    )
 
 
 def chains(count: int, pairs: "NDArray[Any]") -> "NDArray[Any]":
@@ -391,7 +267,3 @@ def chains(count: int, pairs: "NDArray[Any]") -> "NDArray[Any]":
         groups = groups[groups]
         if (groups == before).all():
             return groups
-
-
-def hash_of(text: str) -> Any:
-    return np.uint64(xxhash.xxh3_64_intdigest(text.encode()))

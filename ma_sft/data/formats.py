@@ -14,8 +14,8 @@ from typing import Any
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BAD,
-    GOOD,
-    WEIGHT_KEYS,
+    MARKS,
+    WEIGHTS,
     Message,
     Row,
     TrackedRow,
@@ -23,17 +23,18 @@ from ma_sft.data.messages import (
     check_order,
     check_text,
     conversation,
+    expected,
     from_json,
     is_blank,
     is_empty,
     list_of_turns,
     merge_turns,
-    need,
     show,
     show_columns,
     text_of,
     to_template_kwargs,
     to_tools,
+    truth,
     turns_in_text,
     unknown_keys,
     with_context,
@@ -44,9 +45,6 @@ from ma_sft.errors import FormatError
 SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
 CHOICES = ("choices", "options")
 ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
-VERDICTS = ("label", "kto_tag")  # KTO's: whether an answer is a good one
-ROW_MARKS = frozenset((*WEIGHT_KEYS, *GOOD, *BAD))
-WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as CSV's cells, too
 STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id"))  # of these, a text is only a part
 
 # Columns that change what a row says: where no format reads them, the row is refused.
@@ -65,6 +63,31 @@ HARMLESS = re.compile(
     r"group|title|toxic|toxicity|redacted|moderation|openai_moderation|key|keywords|rank|stars|upvotes|_.*",
     re.IGNORECASE,
 )
+
+# Chinese headers of tables, and what a column may mean that has none of the known names.
+CHINESE = {
+    **dict.fromkeys(("问题", "提问", "题目", "问"), "question"),
+    **dict.fromkeys(("答案", "回答", "答"), "answer"),
+    **dict.fromkeys(("指令", "任务"), "instruction"),
+    **dict.fromkeys(("回复", "响应"), "response"),
+    **{
+        "输入": "input",
+        "输出": "output",
+        "提示": "prompt",
+        "提示词": "prompt",
+        "上下文": "context",
+        "系统提示": "system",
+    },
+    **{"文本": "text", "对话": "conversations", "选项": "options"},
+}
+MEANINGS = {
+    "question": re.compile(
+        r"(?i).*(quest|ask|prompt|instruct|query|input|problem|user|human|faq|title|^q\d?$|问|题|指令)"
+    ),
+    "answer": re.compile(
+        r"(?i).*(answer|respon|repl|output|complet|solution|assistant|bot|target|^a\d?$|答|回复|输出)"
+    ),
+}
 
 MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
 
@@ -87,31 +110,25 @@ class Conversation:
 class Format:
     """Which columns a row must have, how it becomes messages, and whether these can hold more than text (`rich`).
 
-    Of `needs`, each a column and its other names, one must be there; `also` are further columns that are the format's.
+    `columns` are parted by spaces, other names of a column by `|`; `also` are further columns that are the format's.
     """
 
-    needs: tuple[tuple[str, ...], ...]
+    columns: str
     convert: Callable[[TrackedRow], list[Message]]
     rich: bool = False
-    also: frozenset[str] = frozenset()
+    also: str = ""
 
     @property
-    def columns(self) -> frozenset[str]:
-        return frozenset(names[0] for names in self.needs)
+    def needs(self) -> list[list[str]]:
+        return [names.split("|") for names in self.columns.split()]
 
     def found(self, columns: set[str]) -> set[str]:
         """Of these columns, those that are the format's."""
-        return {next(n for n in names if n in columns) for names in self.needs if columns.intersection(names)} | (
-            columns & self.also
-        )
+        own = {next((name for name in names if name in columns), "") for names in self.needs}
+        return (own | {*self.also.split()}) & columns
 
     def missing(self, columns: set[str]) -> list[str]:
-        return sorted(names[0] for names in self.needs if not columns.intersection(names))
-
-
-def _format(needs: str, convert: Callable[[TrackedRow], list[Message]], rich: bool = False, also: str = "") -> Format:
-    """`needs` lists columns by spaces, and other names of a column by `|`."""
-    return Format(tuple(tuple(names.split("|")) for names in needs.split()), convert, rich, frozenset(also.split()))
+        return sorted(names[0] for names in self.needs if columns.isdisjoint(names))
 
 
 def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
@@ -145,14 +162,12 @@ def _steps(row: TrackedRow) -> list[Message]:
     prompt = conversation(turns_in_text(row["prompt"]), "prompt")
     steps, labels = (from_json(row.get(name), name, begins="[") for name in ("completions", "labels"))
     if not steps or not isinstance(steps, list | tuple):
-        raise FormatError(f"field 'completions': a list of steps expected, found {show(steps)}")
+        raise expected("a list of steps", "completions", steps)
     texts = [check_text(step, f"completions[{i}]") for i, step in enumerate(steps)]
     if not is_empty(labels):
         if not isinstance(labels, list | tuple) or len(labels) != len(steps):
-            raise FormatError(
-                f"field 'labels': one for each of {len(steps)} completions expected, found {show(labels)}"
-            )
-        if wrong := [i for i, label in enumerate(labels) if WORDS.get(str(label).strip().lower()) is not True]:
+            raise expected(f"one for each of {len(steps)} completions", "labels", labels)
+        if wrong := [i for i, label in enumerate(labels) if truth(label) is not True]:
             raise BadAnswer(f"field 'labels[{wrong[0]}]': {show(labels[wrong[0]])} marks a wrong step")
     separator = check_text(row.get("step_separator", "\n"), "step_separator")
     return with_context(row, [*prompt, {"role": "assistant", "content": separator.join(texts)}])
@@ -174,11 +189,11 @@ def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
 
 def _multiple_choice(row: TrackedRow) -> list[Message]:
     labels, texts = _choices(row)
-    field = row.first(ANSWERS) or "answer"
-    at = _answer(row[field], field, labels, texts)
-    for other in filter(row.__contains__, ANSWERS):  # says the same in another way
-        if _answer(row[other], other, labels, texts) != at:
-            raise FormatError(f"fields {field!r} and {other!r} mean different choices: {row[field]!r}, {row[other]!r}")
+    found = {field: _answer(row[field], field, labels, texts) for field in ANSWERS if field in row}
+    if len({*found.values()}) > 1:
+        fields = " and ".join(map(repr, found))
+        raise FormatError(f"fields {fields} mean different choices: {', '.join(repr(row[field]) for field in found)}")
+    at = next(iter(found.values()))
     options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
     question = text_of(row, "question" if "question" in row else "Question")
     user = {"role": "user", "content": f"{question}\n{options}"}
@@ -188,7 +203,7 @@ def _multiple_choice(row: TrackedRow) -> list[Message]:
 def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     """Labels and texts: of a list, of objects or lists with both, of an object of texts, or of columns A, B, ..."""
     letters, field = string.ascii_uppercase, row.first(CHOICES) or "choices"
-    choices: Any = {letter: row[letter] for letter in letters if letter in row} if field not in row else row[field]
+    choices: Any = row[field] if field in row else {letter: row[letter] for letter in letters if letter in row}
     choices = from_json(choices, field, begins=("[", "{"))
     if choices and are_objects(choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
@@ -198,7 +213,7 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
         choices = {"text": list(choices.values()), "label": list(choices)}
     texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
-        raise FormatError(f"field {field!r}: equally many texts and labels expected, found {show(choices)}")
+        raise expected("equally many texts and labels", field, choices)
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
     labels = [check_text(_key(label, field), f"{field}.label") for label in labels]
     marks = [re.match(rf"\(?{re.escape(label)}[).:]\s*", text) for label, text in zip(labels, texts, strict=True)]
@@ -209,7 +224,7 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
 
 def _key(value: Any, field: str) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
-        raise FormatError(f"field {field!r} and the labels: letters or numbers expected, found {show(value)}")
+        raise expected("a letter or a number for a choice", field, value)
     return str(value)
 
 
@@ -221,7 +236,7 @@ def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
     if field != "answerKey" and key.isdecimal() and int(key) < len(labels) and (not found or key not in labels):
         found = found | {int(key)}  # MMLU-like: the answer is a position
     if len(found) != 1:
-        raise FormatError(f"field {field!r}: one of {labels} expected, found {show(value)}")
+        raise expected(f"one of {labels}", field, value)
     return found.pop()
 
 
@@ -233,7 +248,7 @@ def _moss(row: TrackedRow) -> list[Message]:
     # A tool that sorts keys writes turn_10 before turn_2.
     for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
         if not isinstance(parts, dict):
-            raise FormatError(f"field 'chat.{name}': an object with Human and MOSS expected, found {show(parts)}")
+            raise expected("an object with Human and MOSS", f"chat.{name}", parts)
         parts = {key: check_text(text, f"chat.{name}.{key}") for key, text in parts.items() if text is not None}
         texts = {key: MOSS_MARKS.sub("", text).strip() for key, text in parts.items()}
         for key in texts.keys() - {"Human", "MOSS"}:
@@ -249,39 +264,50 @@ def _calls(row: TrackedRow) -> list[Message]:
 
 
 FORMATS = {
-    "messages": _format("messages", _turns("messages"), rich=True),
-    "sharegpt": _format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
-    "contents": _format("contents", _turns("contents"), rich=True),
-    "moss": _format("chat", _moss, rich=True),
-    "alpaca": _format("instruction output", _Pair("instruction", "output", extra=("input",)), also="input"),
-    "alpaca-zh": _format("instruction_zh output_zh", _Pair("instruction_zh", "output_zh", extra=("input_zh",))),
-    "dolly": _format(
-        "instruction response", _Pair("instruction", "response", extra=("input", "context")), also="input"
-    ),
-    "multiple-choice": _format("question choices answerKey", _multiple_choice),
-    "mmlu": _format("question choices answer", _multiple_choice),
-    "options": _format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
-    "ceval": _format("question|Question A B answer|Answer|answerKey", _multiple_choice),
-    "prompt-completion": _format("prompt completion", _prompt_completion, rich=True),
-    "steps": _format("prompt completions", _steps, rich=True, also="labels step_separator"),
-    "preference": _format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
-    "hh-rlhf": _format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
-    "pku-saferlhf": _format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
-    "calls": _format("query tools answers", _calls, rich=True),
-    "question-answer": _format("question answer", _Pair("question", "answer")),
-    "question-response": _format("question response", _Pair("question", "response")),
-    "query-response": _format("query response", _Pair("query", "response")),
-    "prompt-response": _format("prompt response|output|answer", _Pair("prompt", "response", "output", "answer")),
-    "problem-solution": _format("problem solution", _Pair("problem", "solution")),
-    "input-output": _format("input output", _Pair("input", "output")),
-    "text": _format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
+    "messages": Format("messages", _turns("messages"), rich=True),
+    "sharegpt": Format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
+    "contents": Format("contents", _turns("contents"), rich=True),
+    "moss": Format("chat", _moss, rich=True),
+    "alpaca": Format("instruction output", _Pair("instruction", "output", extra=("input",)), also="input"),
+    "alpaca-zh": Format("instruction_zh output_zh", _Pair("instruction_zh", "output_zh", extra=("input_zh",))),
+    "dolly": Format("instruction response", _Pair("instruction", "response", extra=("input", "context")), also="input"),
+    "multiple-choice": Format("question choices answerKey", _multiple_choice),
+    "mmlu": Format("question choices answer", _multiple_choice),
+    "options": Format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
+    "ceval": Format("question|Question A B answer|Answer|answerKey", _multiple_choice),
+    "prompt-completion": Format("prompt completion", _prompt_completion, rich=True),
+    "steps": Format("prompt completions", _steps, rich=True, also="labels step_separator"),
+    "preference": Format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
+    "hh-rlhf": Format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
+    "pku-saferlhf": Format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
+    "calls": Format("query tools answers", _calls, rich=True),
+    "question-answer": Format("question answer", _Pair("question", "answer")),
+    "question-response": Format("question response", _Pair("question", "response")),
+    "query-response": Format("query response", _Pair("query", "response")),
+    "prompt-response": Format("prompt response|output|answer", _Pair("prompt", "response", "output", "answer")),
+    "problem-solution": Format("problem solution", _Pair("problem", "solution")),
+    "input-output": Format("input output", _Pair("input", "output")),
+    "text": Format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
 }
-
 COLUMNS = frozenset(name for known in FORMATS.values() for names in known.needs for name in names)
 
 
+@lru_cache
+def known_names(columns: frozenset[str], format: str | None = None) -> dict[str, str]:
+    """`{name in the data: name that a format wants}` for headers in another case (`Question`) or in Chinese.
+
+    It is empty where the names are a format's already, or would be none's.
+    """
+    names = {name: re.sub(r"[\s-]+", "_", CHINESE.get(name.strip(), name.strip().lower())) for name in columns}
+    formats = [known for name, known in FORMATS.items() if format in (None, name)]
+    fits = [any(not known.missing(found) for known in formats) for found in ({*columns}, {*names.values()})]
+    if fits != [False, True] or len({*names.values()}) < len(names):
+        return {}
+    return {theirs: ours for theirs, ours in names.items() if theirs != ours}
+
+
 def detect_format(row: Iterable[str]) -> str:
-    """Name of the one format in `FORMATS` whose columns are all there.
+    """Name of the one format in `FORMATS` whose columns are all there, if need be under their `known_names`.
 
     Of two that fit, one that needs all columns of the other and more wins (`mmlu` over `question-answer`). `text` is
     only for rows that have no column of another format, and none that makes the text a part of something.
@@ -292,22 +318,25 @@ def detect_format(row: Iterable[str]) -> str:
     Raises:
         FormatError: none fits, or several do; the message lists the columns and the formats that come nearest.
     """
-    columns = set(row)
+    given = dict(row.items()) if isinstance(row, Mapping) else dict.fromkeys(row)
+    names = known_names(frozenset(given))
+    values = {names.get(name, name): value for name, value in given.items()}
+    columns = {*values}
     fits = {name: known.found(columns) for name, known in FORMATS.items() if not known.missing(columns)}
     fits = {name: own for name, own in fits.items() if not any(own < other for other in fits.values())}
     if columns & (COLUMNS | STRANGERS) != {"text"}:
         fits.pop("text", None)
-    names = list(fits)
-    if len(names) > 1 and isinstance(row, Mapping):
-        names = [name for name in names if all(_may_hold(row[column], name) for column in fits[name])] or names
-    if len(names) == 1:
-        return names[0]
-    if names:
+    working = list(fits)
+    if len(working) > 1 and isinstance(row, Mapping):
+        working = [name for name in fits if all(_may_hold(values[column], name) for column in fits[name])] or working
+    if len(working) == 1:
+        return working[0]
+    if working:
         raise FormatError(
-            f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(names)}; "
+            f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(working)}; "
             "say which: format (dataset_format in a recipe)"
         )
-    raise FormatError(f"unknown format: columns {show_columns(columns)}; {_nearest(columns)}")
+    raise FormatError(f"unknown format: columns {show_columns(given)}; {_nearest({*given})}")
 
 
 def _may_hold(value: Any, name: str) -> bool:
@@ -318,45 +347,49 @@ def _may_hold(value: Any, name: str) -> bool:
 
 
 def _nearest(columns: set[str]) -> str:
+    """What to do about columns that no format has: by their names, else by what they seem to mean."""
     near = {name: known.missing(columns) for name, known in FORMATS.items() if known.found(columns) and name != "text"}
     best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
-    text = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; "
+    advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
+    if "text" in columns:
+        advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"
+    theirs = {next(filter(meaning.match, sorted(columns)), ""): ours for ours, meaning in MEANINGS.items()}
+    columns_map = ", ".join(f"{name}: {ours}" for name, ours in theirs.items())
+    hint = " if that is a question and its answer" if len(theirs) == 2 and "" not in theirs else ""
     return (
-        (text if "text" in columns else "")
-        + (f"nearest: {'; '.join(best)}" if best else f"known formats: {', '.join(FORMATS)}")
-        + "; map columns to these names (datasets: [{path: ..., columns: {theirs: ours}}]), or pass format "
-        "(dataset_format in a recipe)"
+        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: "
+        f"{{{columns_map if hint else 'theirs: ours'}}}}}]{hint}), or pass format (dataset_format in a recipe)"
     )
 
 
-def to_messages(row: Row, format: str | None = None) -> list[Message]:
+def to_messages(row: Row, format: str | Callable[[Row], Any] | None = None) -> list[Message]:
     """One raw row as messages: `[{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]`.
 
-    A message has `tool_calls`, `tool_call_id`, `name` and `reasoning_content` where the row has them, under these or
-    other common names, and `"train": False` where the row says that it must not be trained. Tool calls are in OpenAI's
-    form with their arguments as JSON text.
+    A message has `tool_calls` (OpenAI's, arguments as JSON text), `tool_call_id`, `name` and `reasoning_content` where
+    the row has them, under these or other names, and `"train": False` where the row says that it must not be trained.
 
     Args:
         row: column -> value.
-        format: a name in `FORMATS`, or a function of the user's as `module:function` or `file.py:function`;
+        format: a name in `FORMATS`, or a function of the user's, itself or as `module:function` or `file.py:function`;
             None to go by the columns that are not null.
 
     Raises:
-        FormatError: an unknown or ambiguous format, a missing or wrong field, roles out of order, no response to
-            train on, a column that would change what the row means.
-        BadAnswer: the row says that its answer is a bad one.
+        FormatError: a row of no known format, a wrong field, roles out of order, no response to train on, a column that
+            would change what the row means; as `BadAnswer` where the row says that its answer is a bad one.
     """
     return read_row(row, format).messages
 
 
-def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Conversation:
+def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merge: bool = False) -> Conversation:
     """All that a raw row says; arguments and errors as `to_messages`, `merge` joins neighbours of one role."""
     tracked = TrackedRow(row)
     name = format or detect_format(tracked)
-    if name not in FORMATS:
-        messages, unused = conversation(load_function(name)(row), f"{name} gave messages"), {}
-    else:
+    if isinstance(name, str) and name in FORMATS:
+        if names := known_names(frozenset(tracked), name):
+            tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
         messages = _known(tracked, name, merge)
+    else:
+        messages = conversation(load_function(name)(row), f"{name} gave messages")
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
     unused = unused_of(tracked) if name in FORMATS else {}
     answers = [m for m in messages if m["role"] == "assistant"]
@@ -371,17 +404,16 @@ def read_row(row: Row, format: str | None = None, *, merge: bool = False) -> Con
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     known = FORMATS[name]
-    # A preference's prompt may be implicit.
-    need(row, [column for column in known.missing(set(row)) if (name, column) != ("preference", "prompt")], name)
+    for column in known.missing(set(row)):
+        if (name, column) != ("preference", "prompt"):  # a preference's prompt may be implicit
+            raise FormatError(f"field {column!r} is missing or null; format {name!r} needs it")
     messages = known.convert(row)
     refuse_changing(row, name)
     if name == "text":
-        if is_blank(messages[0]["content"]):
-            raise FormatError("field 'text' is empty, so there is nothing to train on")
         return messages
-    _check_verdict(row)
+    _check_marks(row, {"label"})  # KTO's
     messages = merge_turns(messages) if merge else messages
-    check_order(messages, ", ".join(sorted(known.columns)))
+    check_order(messages, ", ".join(sorted(names[0] for names in known.needs)))
     return messages
 
 
@@ -401,37 +433,24 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
                 f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
-    _check_marks(row)
+    _check_marks(row, MARKS | {"kto_tag"})
 
 
-def _check_marks(row: TrackedRow) -> None:
-    for field in sorted(row.keys() & ROW_MARKS - row.used):
+def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
+    """Raise `BadAnswer` where an unread column marks the row's answer as a bad one, or one that is not trained."""
+    for field in sorted(row.keys() & {*fields} - row.used):
         value = dict.get(row, field)
-        word = WORDS.get(str(value).strip().lower())
-        if word is None and field in WEIGHT_KEYS and not is_empty(value):
-            raise FormatError(
-                f"field {field!r}: a row is trained (1) or not (0); found {show(value)}; if it says something else, "
-                f"leave it out (ignore: [{field}])"
-            )
-        if word is (field in BAD):
+        good = truth(value)
+        if good is None and field in WEIGHTS and not is_empty(value):
+            what = f"a row is trained (1) or not (0); found {show(value)}; if it says something else"
+            raise FormatError(f"field {field!r}: {what}, leave it out (ignore: [{field}])")
+        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):
+            what = f"found {show(value)}; if it says whether the answer is good, write true or false"
+            raise FormatError(f"field {field!r}: {what}, if not, leave it out (ignore: [{field}])")
+        if good is (field in BAD):
             raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
-        if word is not None:
+        if good is not None:
             row.used.add(field)
-
-
-def _check_verdict(row: TrackedRow) -> None:
-    for field in row.keys() & set(VERDICTS) - row.used:
-        value = dict.get(row, field)
-        word = value.strip().lower() if isinstance(value, str) else value
-        if word is False or word == "false" or (field == "kto_tag" and word in (0, "0")):
-            raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
-        if word is True or word == "true" or field == "kto_tag":
-            row.used.add(field)
-        elif word in (0, 1):
-            raise FormatError(
-                f"field 'label': found {show(value)}; if it says whether the answer is good, write true or false, "
-                "if not, leave it out (ignore: [label])"
-            )
 
 
 def unused_of(row: TrackedRow) -> dict[str, str]:
@@ -442,7 +461,7 @@ def unused_of(row: TrackedRow) -> dict[str, str]:
             if not is_empty(value) and not _matches(HARMLESS, column):
                 found[column] = show(value)
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
-            keys = unknown_keys(list(value))
+            keys = unknown_keys(value)
             # ChatGLM names the tool that a turn calls in a text of metadata.
             calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
             found |= {f"{column}[].{k}": show(v) for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
@@ -452,10 +471,7 @@ def unused_of(row: TrackedRow) -> dict[str, str]:
 def to_messages_batch(
     batch: dict[str, list[Any]], indices: list[int] | None = None, *, format: str | None = None
 ) -> dict[str, list[Any]]:
-    """`to_messages` for `datasets.map`: columns of raw rows become the columns `messages` and `tools`.
-
-        rows.map(to_messages_batch, batched=True, with_indices=True, remove_columns=rows.column_names,
-                 features=message_features())
+    """`to_messages` for `datasets.map`: columns of raw rows become `messages` and `tools`, of `message_features`.
 
     Raises:
         FormatError: as `to_messages`, naming the row (from 1) if there are `indices`.
@@ -474,8 +490,7 @@ def to_messages_batch(
 def message_features(*columns: str, rich: bool = True) -> Any:
     """`datasets.Features` of the lists of messages in `columns` (by default `messages`) and of `tools`.
 
-    With them the first rows do not decide which keys the messages of later rows may have. `rich=False` is for formats
-    whose messages hold text alone.
+    `rich=False` is for formats whose messages hold text alone.
     """
     from datasets import Features, List, Value
 

@@ -12,32 +12,26 @@ from typing import Any
 from ma_sft.data.messages import Row, check_text, show
 from ma_sft.errors import FormatError, RecipeError, failed_in
 
-INSTALLED = ("site-packages", "dist-packages", "lib-dynload")
+INSTALLED = {"site-packages", "dist-packages"}
 
 
 def formatting_func(example: Row) -> str | list[str]:
-    """MA-RLHF's text form of Alpaca rows: `###Question: {instruction} {input}\\n###Answer: {output}`.
+    """MA-RLHF's text form of Alpaca rows, `###Question: {instruction} {input}\\n###Answer: {output}`.
 
     Args:
-        example: one row (strings) or a batch (lists of strings).
-
-    Returns:
-        The text of the row, or the batch's texts.
-
-    Raises:
-        FormatError: a row without instruction or output.
+        example: one row (strings), which gives its text, or a batch (lists of strings), which gives a list of texts.
     """
-    if not isinstance(example.get("instruction"), list | tuple):
-        instruction, output = (check_text(example.get(field), field) for field in ("instruction", "output"))
-        question = f"{instruction} {example.get('input') or ''}".strip()
-        return f"###Question: {question}\n###Answer: {output}"
-    keys = [key for key in ("instruction", "input", "output") if key in example]
-    rows = (dict(zip(keys, values, strict=True)) for values in zip(*(example[key] for key in keys), strict=True))
-    return [str(formatting_func(row)) for row in rows]
+    if isinstance(example.get("instruction"), list | tuple):
+        keys = [key for key in ("instruction", "input", "output") if key in example]
+        rows = zip(*(example[key] for key in keys), strict=True)
+        return [str(formatting_func(dict(zip(keys, values, strict=True)))) for values in rows]
+    instruction, output = (check_text(example.get(field), field) for field in ("instruction", "output"))
+    question = f"{instruction} {example.get('input') or ''}".strip()
+    return f"###Question: {question}\n###Answer: {output}"
 
 
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that `question-answer`, `module:function` or `file.py:function` names.
+def load_function(name: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that `question-answer`, `module:function` or `file.py:function` names; or a function itself.
 
     What fails in it is a `FormatError` with the line there.
 
@@ -46,6 +40,19 @@ def load_function(name: str) -> Callable[..., Any]:
     """
     if name == "question-answer":
         return formatting_func
+    found = name if callable(name) else _find(name)
+    where = getattr(getattr(found, "__code__", None), "co_filename", name)
+
+    def call(*args: Any) -> Any:
+        try:
+            return found(*args)
+        except (Exception, SystemExit) as error:
+            raise FormatError(f"{getattr(name, '__name__', name)} failed at {failed_in(str(where), error)}") from error
+
+    return call
+
+
+def _find(name: str) -> Callable[..., Any]:
     module, _, function = name.rpartition(":")
     try:
         if module.endswith(".py"):
@@ -59,15 +66,12 @@ def load_function(name: str) -> Callable[..., Any]:
             f"{name!r} is neither a known format (docs/formats.md lists them) nor a function "
             "module:function or file.py:function"
         )
-    where = getattr(getattr(found, "__code__", None), "co_filename", name)
+    return found  # type: ignore[no-any-return]
 
-    def call(*args: Any) -> Any:
-        try:
-            return found(*args)
-        except (Exception, SystemExit) as error:
-            raise FormatError(f"{name} failed at {failed_in(where, error)}") from error
 
-    return call
+@lru_cache
+def _run_file(path: str, changed: int) -> dict[str, Any]:
+    return runpy.run_path(path)
 
 
 class TextFunction:
@@ -82,11 +86,7 @@ class TextFunction:
         self.takes_batches: bool | None = None
 
     def __call__(self, rows: list[Row]) -> list[Any]:
-        """The text of each row.
-
-        Raises:
-            FormatError: the function failed, or gives something else than a text a row.
-        """
+        """The text of each row; raises `FormatError` where the function failed, or gives not a text a row."""
         if rows and self.takes_batches is None:
             self.takes_batches = self._finds_batches(rows[0])
         if self.takes_batches:
@@ -110,61 +110,48 @@ def _columns(rows: list[Row]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-@lru_cache
-def _run_file(path: str, changed: int) -> dict[str, Any]:
-    return runpy.run_path(path)
+def code_of(name: str | Callable[..., Any] | None) -> str:
+    """The text of the file that holds `module:function` or `file.py:function`, and of the user's modules it imports.
 
-
-def code_of(name: str | None) -> str:
-    """The text of the file that holds the function `name` and of every module of the user's that it imports.
-
-    It decides what the function gives, for every cache that keeps what it gave.
-
-    Args:
-        name: `module:function` or `file.py:function`; anything else ships with ma_sft, and its code is "".
-
-    Raises:
-        RecipeError: a file that is no Python.
+    It decides what the function gives, for every cache that keeps what it gave. It is "" for other names, which ship
+    with ma_sft, and for a function itself, whose code `datasets` hashes.
     """
-    module, _, function = (name or "").rpartition(":")
+    module, _, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
     if not module or not function:
         return ""
-    first = [Path(module)] if module.endswith(".py") else [f for root in _roots() for f in _files(root, module)]
+    waiting = [Path(module)] if module.endswith(".py") else list(_files(_roots(), module))
     found: dict[Path, str] = {}
-    waiting = [file.resolve() for file in first if file.is_file()]
     while waiting:
-        file = waiting.pop()
-        if file not in found:
-            try:
-                found[file] = file.read_text(encoding="utf-8")
-                waiting += [each.resolve() for each in _imports(file, ast.parse(found[file]))]
-            except (SyntaxError, ValueError) as error:
-                raise RecipeError(f"{file}, which {name!r} needs, is no Python: {error}") from None
+        file = waiting.pop().resolve()
+        if file in found or not file.is_file():
+            continue
+        try:
+            found[file] = file.read_text(encoding="utf-8")
+            waiting += _imports(file, ast.parse(found[file]))
+        except (SyntaxError, ValueError) as error:
+            raise RecipeError(f"{file}, which {name!r} needs, is no Python: {error}") from None
     return "\0".join(found[file] for file in sorted(found))
 
 
 def _roots() -> list[Path]:
     """The folders that modules of the user's are imported from; installed packages have versions instead."""
     roots = [Path(entry or ".").absolute() for entry in sys.path]
-    library = Path(ast.__file__).parent
-    return [root for root in roots if root.is_dir() and root != library and not set(INSTALLED) & set(root.parts)]
+    return [root for root in roots if root != Path(ast.__file__).parent and not INSTALLED & set(root.parts)]
 
 
-def _files(base: Path, module: str) -> list[Path]:
-    """`a.b` below `base`: the files that are executed when it is imported, as far as they are there."""
-    paths = [base.joinpath(*module.split(".")[:depth]) for depth in range(1, module.count(".") + 2)]
-    files = [file for path in paths for file in (path / "__init__.py", path.with_name(f"{path.name}.py"))]
-    return [file for file in files if file.is_file()]
+def _files(bases: list[Path], module: str) -> Iterator[Path]:
+    """The files that may be executed when `a.b`, below one of the bases, is imported."""
+    parts = module.split(".")
+    for path in (base.joinpath(*parts[:depth]) for base in bases for depth in range(1, len(parts) + 1)):
+        yield from (path / "__init__.py", path.with_name(f"{path.name}.py"))
 
 
 def _imports(file: Path, tree: ast.Module) -> Iterator[Path]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            bases, names = [file.parent, *_roots()], [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            bases = [file.parents[node.level - 1]] if node.level else [file.parent, *_roots()]
-            names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
-        else:
-            continue
-        theirs = [name for name in names if name.split(".")[0] != "ma_sft"]
-        yield from (found for name in theirs for base in bases for found in _files(base, name))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            of = [getattr(node, "module", None)] if isinstance(node, ast.ImportFrom) else []
+            level = getattr(node, "level", 0)
+            bases = [file.parents[level - 1]] if level else [file.parent, *_roots()]
+            for name in (".".join(filter(None, (*of, alias.name))) for alias in node.names):
+                if name.split(".")[0] != "ma_sft":
+                    yield from _files(bases, name)

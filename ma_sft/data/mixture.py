@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
-from ma_sft.data.filters import Filters, apply_filters, sift, split_held_out
+from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
 from ma_sft.data.formats import (
     FORMATS,
     BadAnswer,
@@ -24,16 +23,18 @@ from ma_sft.data.formats import (
     unused_of,
 )
 from ma_sft.data.functions import code_of
-from ma_sft.data.load import TOO_DEEP, Source, load_rows, processes, rows_of
+from ma_sft.data.load import Source, load_rows, processes, rows_of
 from ma_sft.data.messages import Row, TrackedRow, show_columns, to_template_kwargs, to_tools
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.preference import detect_preference, to_preference
-from ma_sft.data.stages import BAD_ANSWER, BROKEN, NO_BETTER, Report, Stage
+from ma_sft.data.stages import BAD_ANSWER, BROKEN, NO_BETTER, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
 
 SIDES = ("prompt", "chosen", "rejected")
 SHUFFLE_BUFFER = 10_000
+REASONS = ["error", "removed_by", "unused"]
+KEYS = ["_part", "_row", "_question"]  # the number of a row's source, and what it is compared by
 
 
 @dataclass
@@ -75,17 +76,12 @@ def load_mixture(
         seed: of draws and shuffles; the same seed and files give the same rows in the same order.
         on_error: `"raise"` at the first broken row, or `"skip"` it and count it.
         format, system_prompt, merge_turns, split: for sources that do not say themselves.
-        filters: of all rows together; see `ma_sft.data.filters.Filters`.
-        test_size: share of the rows (below 1) or number of rows to hold out, before rows are drawn by weight; see
-            `ma_sft.data.filters.split_held_out`.
-        test_near_duplicates: similarity from which near duplicates must be on the same side of the split.
-        stopping_strategy: of `datasets.interleave_datasets`, for sources with weights: `"first_exhausted"` uses no row
-            twice and stops when a source runs dry, `"all_exhausted"` repeats rows until every source was seen in full,
-            `"all_exhausted_without_replacement"` goes on with the other sources and uses every row once.
+        filters: of all rows together; see `ma_sft.data.filters.Filters`, `tokenizer` for those that name none.
+        test_size, test_near_duplicates: see `ma_sft.data.filters.split_held_out`; before rows are drawn by weight.
+        stopping_strategy: of `datasets.interleave_datasets`, for sources with weights; docs/formats.md has them.
         streaming: give an `IterableDataset` that reads while it is read; takes neither `test_size` nor filters that
             look at all rows. Order is shuffled within 10,000 rows.
         num_proc: processes; by default all cores if there are many rows.
-        tokenizer: for filters that count tokens and name none.
 
     Raises:
         FormatError: a row that is no conversation; names file, line and field. No row left.
@@ -98,26 +94,20 @@ def load_mixture(
     defaults = {"format": format, "system_prompt": system_prompt, "merge_turns": merge_turns, "split": split}
     sources = [Source.of(source, **defaults) for source in datasets]
     probabilities = _probabilities(sources)
-    if streaming and (test_size is not None or (len(sources) > 1 and not probabilities)):
-        raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
-    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer)
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=probabilities)
-    everywhere = Filters.of(filters, tokenizer)
-    loaded = [mixer.load(source) for source in sources]
-    features = _features([source for source, _, _ in loaded], kind)
-    parts = [mixer.convert(*each, part=part, features=features) for part, each in enumerate(loaded)]
+    filters = Filters.of(filters, tokenizer)
+    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
     if streaming:
-        stream = mixer.filter((combine(parts) if probabilities else parts[0]).remove_columns("_part"), everywhere)
+        if test_size is not None or (len(sources) > 1 and not probabilities):
+            raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
+        parts = mixer.convert(sources)
+        stream = (combine(parts) if probabilities else parts[0]).remove_columns(KEYS)
         return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, mixer.report)
-    rows, test = mixer.filter(_drop_empty(concatenate_datasets(parts)), everywhere), None
+    rows, test = mixer.filter(concatenate_datasets(mixer.convert(sources))), None
     if test_size is not None:
         rows, test = mixer.hold_out(rows, test_size, test_near_duplicates)
-    available = np.bincount(_parts(rows), minlength=len(sources))
-    rows = mixer.draw(rows, available, sources, combine if probabilities else None)
-    used = np.bincount(_parts(rows), minlength=len(sources))
-    for (source, _, _), left, taken in zip(loaded, available.tolist(), used.tolist(), strict=True):
-        mixer.report.sources.append(source.described() | {"available": left, "used": taken})
-    return Mixture(rows.remove_columns("_part"), test, mixer.report)
+    rows = mixer.draw(rows, combine if probabilities else None)
+    return Mixture(rows.remove_columns(KEYS), test, mixer.report)
 
 
 def _probabilities(sources: Sequence[Source]) -> list[float] | None:
@@ -128,32 +118,8 @@ def _probabilities(sources: Sequence[Source]) -> list[float] | None:
     return [weight / sum(weights) for weight in weights] or None
 
 
-def _features(sources: Sequence[Source], kind: str) -> Features:
-    """The columns of converted rows."""
-    rich = any(source.format not in FORMATS or FORMATS[str(source.format)].rich for source in sources)
-    features = message_features(*(SIDES if kind == "preference" else ()), rich=rich)
-    texts = ["chat_template_kwargs", "source", "origin", "error", "removed_by", "unused"]
-    texts += ["group"] if any(source.group_by for source in sources) else []
-    return Features({**features, **dict.fromkeys(texts, Value("string")), "_part": Value("int32")})
-
-
-def _drop_empty(rows: Dataset) -> Dataset:
-    """Without the column of template variables where no row has any: TRL would take its nulls for variables."""
-    column = "chat_template_kwargs"
-    return rows.remove_columns(column) if rows.data.column(column).null_count == len(rows.data) else rows
-
-
-def _parts(rows: Dataset) -> Any:
-    """The number of each row's source, read in batches: of selected rows `[:]` would make an object of each."""
-    return np.concatenate([batch["_part"] for batch in rows.select_columns("_part").with_format("numpy").iter(10_000)])
-
-
 def read_mixture(path: str | Path) -> dict[str, Any]:
-    """The arguments of `load_mixture` from a YAML file.
-
-    Raises:
-        RecipeError: no such file, or an unknown key (with the nearest right one).
-    """
+    """The arguments of `load_mixture` from a YAML file; raises `RecipeError` at an unknown key."""
     from ma_sft.config import nearest, read_yaml
 
     settings = read_yaml(Path(path))
@@ -176,17 +142,27 @@ class _Mixer:
     streaming: bool
     num_proc: int | None
     tokenizer: str | None
+    filters: Filters
+    split: bool
+    sources: list[Source] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
-    def load(self, source: Source) -> tuple[Source, Any, Any]:
-        """The source with its format known, its raw rows, and their numbers if they were drawn."""
-        if self.streaming:
-            rows, numbers = load_rows(source, streaming=True)
-        else:
+    def convert(self, sources: Sequence[Source]) -> list[Any]:
+        """The rows of each source, converted and filtered, under the same columns."""
+        loaded = []
+        for source in sources:
             with self.report.stage(f"{source.path}: read") as stage:
-                rows, numbers = load_rows(source, seed=self.seed, num_proc=processes(self.num_proc, sys.maxsize))
-                stage.rows_in = len(rows)
-        return replace(source, format=source.format or self._detect(rows, source)), rows, numbers
+                rows, numbers = load_rows(source, seed=self.seed, streaming=self.streaming)
+                stage.rows_in = 0 if self.streaming else len(rows)
+            self.sources.append(replace(source, format=source.format or self._detect(rows, source)))
+            loaded.append((rows, numbers))
+        formats = [source.format for source in self.sources]
+        rich = any(not isinstance(name, str) or name not in FORMATS or FORMATS[name].rich for name in formats)
+        columns = message_features(*(SIDES if self.kind == "preference" else ()), rich=rich)
+        texts = ["chat_template_kwargs", "source", "origin", *(["group"] if any(s.group_by for s in sources) else [])]
+        columns |= dict.fromkeys((*texts, *REASONS), Value("string")) | dict.fromkeys(KEYS, Value("int64"))
+        features = Features(columns)
+        return [self._convert(part, *each, features=features) for part, each in enumerate(loaded)]
 
     def _detect(self, rows: Any, source: Source) -> str:
         """The format of the first row; with `on_error="skip"`, of the first that has one."""
@@ -194,57 +170,63 @@ class _Mixer:
         if batch is None:
             raise FormatError(f"{source.path}: the data set is empty; give at least one row")
         numbers = range(len(batch) if isinstance(batch, pa.Table) else len(next(iter(batch.values()))))
-        whole = list(rows_of(batch, numbers, replace(source, columns=None, ignore=())))
-        known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
-        if known and (missing := [old for old in source.columns or {} if old not in known]):
-            what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
-            raise FormatError(f"{whole[0][0]}: {what}")
-        first = ""
+        if source.columns:
+            whole = list(rows_of(batch, numbers, replace(source, columns=None, ignore=())))
+            known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
+            if known and (missing := [old for old in source.columns if old not in known]):
+                what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
+                raise FormatError(f"{whole[0][0]}: {what}")
+        first = None
         for where, _, row in rows_of(batch, numbers, source):
             try:
                 if isinstance(row, FormatError):
                     raise row
-                found = {key: value for key, value in row.items() if value is not None}
-                return detect_preference(found) if self.kind == "preference" else detect_format(found)
+                return (detect_preference if self.kind == "preference" else detect_format)(TrackedRow(row))
             except FormatError as error:
-                first = first or f"{where}: {error}"
+                first = first or FormatError(f"{where}: {error}")
                 if self.on_error == "raise":
                     break
-        raise FormatError(first)
+        raise first or FormatError(f"{source.path}: no row")
 
-    def convert(self, source: Source, rows: Any, numbers: Any, *, part: int, features: Features) -> Any:
-        """A source's rows, converted and filtered by its own filters."""
-        code = __version__ + code_of(source.format)
-        function = _Converter(replace(source, rows=None), part, features.arrow_schema, self.on_error, numbers, code)
+    def _convert(self, part: int, rows: Any, numbers: Any, *, features: Features) -> Any:
+        source = self.sources[part]
+        filters = [Filters.of(source.filters, self.tokenizer), self.filters]
+        code = "\0".join((__version__, code_of(source.format), *(code_of(each.function) for each in filters)))
+        compared = self.split or any(each.exact_duplicates for each in filters)
+        source = replace(source, rows=None, filters=None)
+        function = _Converter(source, part, features.arrow_schema, self.on_error, numbers, filters, compared, code)
         settings = {"batched": True, "with_indices": True, "features": features}
         if not self.streaming:
-            settings["remove_columns"] = rows.column_names
+            settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
+            settings |= {"desc": f"converting {Path(source.path).name}"}
         elif rows.features is None:  # a stream of tables has nothing to remove: it loses what is made under those names
             settings["remove_columns"] = list(next(iter(rows), {}))
         name = f"{source.path}: convert from {source.format}"
         if self.streaming:
-            self.report.stages.append(stage := Stage(name))
-            rows = sift(rows.map(function, **settings).with_format(None), stage)
-            return self.filter(rows, source.filters, source.path)
+            if any(each.exact_duplicates or each.near_duplicates for each in filters):
+                raise RecipeError("filters of duplicates need to see all rows: build the mixture, then stream that")
+            self.report.stages.append(Stage(name))
+            rows = rows.map(function, **settings).with_format(None)
+            return rows.filter(partial(self.report.stages[-1].keep, say=True), batched=True).remove_columns(REASONS)
         with self.report.stage(name) as stage:
-            procs, what = processes(self.num_proc, len(rows)), f"converting {Path(source.path).name}"
-            rows = sift(rows.map(function, **settings, num_proc=procs, desc=what).with_format(None), stage)
-        if len(rows) == 0:
-            first = next(iter(stage.examples.values()))[0]
-            raise FormatError(f"{source.path}: every row was skipped; the first: {first}")
-        return self.filter(rows, source.filters, source.path)
+            rows = rows.map(function, **settings).with_format(None)
+            keep = stage.keep({column: rows.data.column(column).to_pylist() for column in REASONS})
+            rows = rows.remove_columns(REASONS)
+            rows = rows if all(keep) else rows.select(np.flatnonzero(keep))
+        if len(rows) == 0 and {*stage.removed} <= {*NOT_CONVERTED}:
+            raise FormatError(
+                f"{source.path}: every row was skipped; the first: {next(iter(stage.examples.values()))[0]}"
+            )
+        return drop_duplicates(rows, filters[0], self.report, source.path, processes(self.num_proc, len(rows)))
 
-    def filter(self, rows: Any, filters: Any, path: str | None = None) -> Any:
-        """Filters of one source, or of all together."""
-        filters = Filters.of(filters, self.tokenizer)
-        procs = None if self.streaming else processes(self.num_proc, len(rows))
-        before = len(self.report.stages)
-        rows = apply_filters(rows, filters, self.report, name=path or "all", num_proc=procs)
-        if not self.streaming and len(rows) == 0:
-            removed = Report(self.report.stages[before:]).filtered
-            words = ", ".join(f"{count:,} by {why}" for why, count in removed.items())
-            raise FormatError(f"{path + ': ' if path else ''}every row was filtered: {words}")
-        return rows
+    def filter(self, rows: Dataset) -> Dataset:
+        """Rows of all sources without the duplicates that the filters of all drop."""
+        if len(rows) == 0:
+            words = ", ".join(f"{count:,} by {why}" for why, count in self.report.removed.items())
+            raise FormatError(f"every row was filtered: {words}")
+        if rows.data.column("chat_template_kwargs").null_count == len(rows.data):
+            rows = rows.remove_columns("chat_template_kwargs")  # TRL would take its nulls for variables
+        return drop_duplicates(rows, self.filters, self.report, "all", processes(self.num_proc, len(rows)))
 
     def hold_out(self, rows: Dataset, size: float, near: float | None) -> tuple[Dataset, Dataset]:
         """Training rows and held-out rows."""
@@ -252,21 +234,24 @@ class _Mixer:
             procs = processes(self.num_proc, len(rows))
             train, test = split_held_out(rows, size, seed=self.seed, near=near, num_proc=procs)
             stage.remove("held out", len(test))
-            return rows.select(train), rows.select(test).shuffle(seed=self.seed).remove_columns("_part")
+            return rows.select(train), rows.select(test).shuffle(seed=self.seed).remove_columns(KEYS)
 
-    def draw(self, rows: Dataset, available: Any, sources: Sequence[Source], combine: Any) -> Dataset:
+    def draw(self, rows: Dataset, combine: Any) -> Dataset:
         """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
+        parts = column(rows, "_part")
+        available = np.bincount(parts, minlength=len(self.sources))
         with self.report.stage("draw and shuffle", len(rows)) as stage:
-            if not combine:
-                return rows.shuffle(seed=self.seed)
-            if not available.all():
-                raise FormatError(f"{sources[int(available.argmin())].path}: no row is left to draw by weight")
-            part = _parts(rows)
-            each = [rows.select(np.flatnonzero(part == i)).shuffle(seed=self.seed) for i in range(len(sources))]
-            rows = combine(each)
+            if combine and not available.all():
+                raise FormatError(f"{self.sources[int(available.argmin())].path}: no row is left to draw by weight")
+            each = [rows.select(np.flatnonzero(parts == i)) for i in range(len(available))] if combine else [rows]
+            each = [some.shuffle(seed=self.seed) for some in each]
+            rows = combine(each) if combine else each[0]
             stage.rows_in = max(len(rows), int(available.sum()))  # drawn again, rows come in more than once
             stage.remove("left out by weight", stage.rows_in - len(rows))
-            return rows
+        used = np.bincount(column(rows, "_part"), minlength=len(self.sources))
+        for source, left, taken in zip(self.sources, available.tolist(), used.tolist(), strict=True):
+            self.report.sources.append(source.described() | {"available": left, "used": taken})
+        return rows
 
 
 @dataclass
@@ -281,54 +266,55 @@ class _Converter:
     schema: pa.Schema
     on_error: str
     numbers: Any
+    filters: list[Filters]
+    compared: bool
     code: str
 
     def __call__(self, batch: Any, indices: list[int]) -> Any:
-        records: list[dict[str, Any]] = []
-        known: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
+        records: list[Row] = []
+        told: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
         numbers = indices if self.numbers is None else self.numbers[indices].tolist()
-        shared: dict[str, Any] = {"source": self.source.path, "_part": self.part, "error": "", "removed_by": ""}
         for where, origin, row in rows_of(batch, numbers, self.source):
-            records.append(record := {**shared, "origin": origin})
+            record: Row = {"source": self.source.path, "_part": self.part, "error": "", "removed_by": ""}
+            records.append(record | {"origin": origin})
             try:
                 if isinstance(row, FormatError):
                     raise row
-                record |= _record(row, self.source, preference="prompt" in self.schema.names)
-                new = {column: shown for column, shown in record.pop("unused").items() if column not in known}
-                known.update(new)
-                record["unused"] = json.dumps(new) if new else None
-            except BadAnswer as error:
-                record |= {"error": f"{where}: {error}", "removed_by": BAD_ANSWER}
+                records[-1] |= (found := _record(row, self.source, "prompt" in self.schema.names, told))
+                records[-1] |= hashes_of(found) if self.compared and not found.get("removed_by") else {}
             except (FormatError, RecursionError) as error:
-                what = f"{where}: {TOO_DEEP if isinstance(error, RecursionError) else error}"
-                if self.on_error == "raise":
-                    raise FormatError(what) from None
-                record |= {"error": what, "removed_by": BROKEN}
+                if not isinstance(error, BadAnswer) and self.on_error == "raise":
+                    raise FormatError(f"{where}: {error}") from None
+                why = BAD_ANSWER if isinstance(error, BadAnswer) else BROKEN
+                records[-1] |= {"error": f"{where}: {error}", "removed_by": why}
+        for filters in self.filters:
+            filters.mark(records)
         found = {name: [record.get(name) for record in records] for name in self.schema.names}
         return pa.Table.from_pydict(found, schema=self.schema) if isinstance(batch, pa.Table) else found
 
 
-def _record(row: Row, source: Source, preference: bool) -> dict[str, Any]:
+def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     """The columns of a converted row."""
     if preference:
         tracked = TrackedRow(row)
-        found = to_preference(tracked, source.format)
-        tools, kwargs = to_tools(tracked), to_template_kwargs(tracked)
-        if found is None:
-            return {"error": "neither side is better", "removed_by": NO_BETTER, "unused": {}}
+        sides: Row | None = to_preference(tracked, source.format)
+        tools, kwargs, unused = to_tools(tracked), to_template_kwargs(tracked), {}
+        if sides is None:
+            return {"error": "neither side is better", "removed_by": NO_BETTER}
         if source.format in PREFERENCES:
-            refuse_changing(tracked, source.format)
-        sides, unused = dict(found), unused_of(tracked) if source.format in PREFERENCES else {}
+            refuse_changing(tracked, str(source.format))
+            unused = unused_of(tracked)
     else:
         read = read_row(row, source.format, merge=source.merge_turns)
         sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused
     start = sides["prompt" if preference else "messages"]
     if source.system_prompt and start[0]["role"] != "system":
         start.insert(0, {"role": "system", "content": source.system_prompt})
-    group = None
+    record = {**sides, "tools": tools, "chat_template_kwargs": kwargs}
     if source.group_by:
         if row.get(source.group_by) is None:
             raise FormatError(f"field {source.group_by!r} is missing or null; group_by needs it")
-        group = json.dumps(row[source.group_by], sort_keys=True, default=str)
-        unused = {column: shown for column, shown in unused.items() if column != source.group_by}
-    return {**sides, "tools": tools, "chat_template_kwargs": kwargs, "group": group, "unused": unused}
+        record["group"] = json.dumps(row[source.group_by], sort_keys=True, default=str)
+    unused = {name: shown for name, shown in unused.items() if name != source.group_by and name not in told}
+    told.update(unused)
+    return record | {"unused": json.dumps(unused) if unused else None}

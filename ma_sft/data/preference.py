@@ -7,6 +7,7 @@
 | `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ma_sft.data.functions import load_function
@@ -17,11 +18,11 @@ from ma_sft.data.messages import (
     check_order,
     check_text,
     conversation,
+    expected,
     is_blank,
     list_of_turns,
-    need,
-    show,
     show_columns,
+    text_of,
     turns_in_text,
     with_context,
 )
@@ -34,32 +35,30 @@ ALIASES = {
     "chosen": ("chosen", "pos_resp", "chosen_response", "chosen_messages", "preferred_output"),
     "rejected": ("rejected", "neg_resp", "rejected_response", "rejected_messages", "non_preferred_output"),
 }
-
 PKU = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id")
 Preference = dict[str, list[Message]]
 
 
-def to_preference(row: Row, format: str | None = None) -> Preference | None:
+def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
     """One raw row as `{"prompt": messages, "chosen": messages, "rejected": messages}`.
 
     `prompt` ends with the user's (or a tool's) turn; `chosen` and `rejected` are the two answers.
 
     Args:
         row: column -> value; null columns count as missing.
-        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns, as
-            `module:function` or `file.py:function`; None to go by the columns.
+        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns,
+            itself or as `module:function` or `file.py:function`; None to go by the columns.
 
     Returns:
-        None where the row says that neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses.
-        There, a safe response beats an unsafe one, and `better_response_id` decides between two safe ones
-        (https://arxiv.org/abs/2406.15513). Leave such rows out and count them.
+        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
+        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
 
     Raises:
         FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
     """
     row = row if isinstance(row, TrackedRow) else TrackedRow(row)
     name = format or detect_preference(row)
-    if name in SIDES:
+    if isinstance(name, str) and name in SIDES:
         found = SIDES[name](row)
     else:
         given = load_function(name)(dict(row))
@@ -68,8 +67,7 @@ def to_preference(row: Row, format: str | None = None) -> Preference | None:
         return None
     for side in ("chosen", "rejected"):
         check_order(found["prompt"] + found[side], f"prompt, {side}")
-        answers = [m for m in found[side] if m["role"] == "assistant"]
-        if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
+        if all(is_blank(m["content"]) and not m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
             raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
     if found["chosen"] == found["rejected"]:
         raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
@@ -77,18 +75,13 @@ def to_preference(row: Row, format: str | None = None) -> Preference | None:
 
 
 def detect_preference(row: Row) -> str:
-    """The format of a preference row, by its columns.
-
-    Raises:
-        FormatError: it has none; the message lists the columns.
-    """
+    """The format of a preference row, by its columns."""
     if "prompt" in row and any(column in row for column in PKU):
         return "pku-saferlhf"
     row = _spread(TrackedRow(row))
-    has = {column: any(alias in row for alias in aliases) for column, aliases in ALIASES.items()}
-    if has["chosen"] and has["rejected"]:
-        return "preference" if has["prompt"] or not isinstance(row.get("chosen"), str) else "hh-rlhf"
-    missing = [column for column, there in has.items() if not there]
+    missing = [column for column, aliases in ALIASES.items() if row.first(aliases) is None]
+    if missing in ([], ["prompt"]):
+        return "preference" if not missing or not isinstance(row.get("chosen"), str) else "hh-rlhf"
     raise FormatError(
         f"unknown preference format: columns {show_columns(row)}; nearest: preference (misses {', '.join(missing)}); "
         "known formats: preference, hh-rlhf, pku-saferlhf; rename columns, or pass format"
@@ -97,8 +90,7 @@ def detect_preference(row: Row) -> str:
 
 def _spread(row: TrackedRow) -> TrackedRow:
     """The row with three columns, where one column holds two of them."""
-    output, request = dict.get(row, "output"), dict.get(row, "input")
-    messages = dict.get(row, "messages")
+    output, request, messages = (dict.get(row, column) for column in ("output", "input", "messages"))
     chosen, rejected = (row.first(ALIASES[side]) for side in ("chosen", "rejected"))
     parted: Row = {}
     if isinstance(output, list) and len(output) == 2 and not chosen:  # Alpaca's ranking: the good answer, the bad one
@@ -106,9 +98,9 @@ def _spread(row: TrackedRow) -> TrackedRow:
     elif isinstance(request, dict) and "messages" in request and chosen:  # OpenAI's
         parted = {"input": None, **request}
     elif rejected and not chosen and isinstance(messages, list) and len(messages) > 1:  # ms-swift's
-        parted = {"messages": None, "chosen": messages}
-        if rejected != "rejected_messages":
-            parted = {"messages": messages[:-1], "chosen": messages[-1]}
+        parted = {"messages": messages[:-1], "chosen": messages[-1]}
+        if rejected == "rejected_messages":
+            parted = {"messages": None, "chosen": messages}
     if not parted:
         return row
     found = TrackedRow({**row, **parted})
@@ -120,17 +112,17 @@ def _spread(row: TrackedRow) -> TrackedRow:
 def _plain(row: TrackedRow) -> Preference:
     row = _spread(row)
     prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
-    need(row, (chosen, rejected), "preference")
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
     if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
         return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
     text = turns_in_text(row[prompt])
     if prompt == "instruction" and row.get("input"):
-        text = "\n\n".join(check_text(row[field], field) for field in ("instruction", "input"))
-    messages = conversation(text, prompt)
+        text = "\n\n".join(text_of(row, field) for field in ("instruction", "input"))
     if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
         messages = [m for m in hh_turns(text, prompt) if m["content"]]
         sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
+    else:
+        messages = conversation(text, prompt)
     messages = with_context(row, messages)
     return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
 
@@ -145,21 +137,16 @@ def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
 
 
 def hh_turns(text: Any, field: str) -> list[Message]:
-    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`.
-
-    Raises:
-        FormatError: not such a text.
-    """
+    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
     text = check_text(text, field)
     pieces = ("\n\n" + text.lstrip("\n")).replace("\n\nAssistant:", "\0A").replace("\n\nHuman:", "\0H").split("\0")
     if pieces[0].strip() or len(pieces) < 2:
-        raise FormatError(f"field {field!r}: '\\n\\nHuman: ...\\n\\nAssistant: ...' expected, found {show(text)}")
+        raise expected("'\\n\\nHuman: ...\\n\\nAssistant: ...'", field, text)
     return [{"role": {"H": "user", "A": "assistant"}[p[0]], "content": p[1:].strip()} for p in pieces[1:]]
 
 
 def dialogue(row: TrackedRow, field: str) -> list[Message]:
     """A whole dialogue of one side: hh-rlhf's text, or messages."""
-    need(row, (field,), "hh-rlhf")
     value = row[field]
     return hh_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
 
@@ -170,9 +157,8 @@ def _hh_rlhf(row: TrackedRow) -> Preference:
 
 def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Message]) -> Preference:
     """Two dialogues cut where they part; an answer is everything behind it."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    at = min(at, len(chosen) - 1, len(rejected) - 1)
+    last = min(len(chosen), len(rejected)) - 1
+    at = next((i for i in range(last) if chosen[i] != rejected[i]), last)
     sides = (chosen[at]["role"], rejected[at]["role"])
     if at == 0 or sides != ("assistant", "assistant"):
         raise FormatError(
@@ -183,19 +169,18 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
 
 
 def _pku(row: TrackedRow) -> Preference | None:
-    need(row, ("prompt", *PKU), "pku-saferlhf")
-    for field in PKU[2:4]:
-        if not isinstance(row[field], bool):
-            raise FormatError(f"field {field!r}: true or false expected, found {row[field]!r}")
-    better: Any = row["better_response_id"]
+    *answers, _, _, better = values = [row[field] for field in PKU]
+    safe = values[2:4]
+    for field, value in zip(PKU[2:4], safe, strict=True):
+        if not isinstance(value, bool):
+            raise expected("true or false", field, value)
     if better not in (0, 1) or isinstance(better, bool):
-        raise FormatError(f"field 'better_response_id': 0 or 1 expected, found {better!r}")
-    safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
+        raise expected("0 or 1", PKU[4], better)
     if not any(safe):
         return None
     best = int(better) if all(safe) else safe.index(True)
-    sides = {"chosen": row[f"response_{best}"], "rejected": row[f"response_{1 - best}"]}
-    return _plain(TrackedRow({"prompt": row["prompt"], **sides}))
+    return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
 
 
+SIDES: dict[str, Callable[[TrackedRow], Preference | None]]
 SIDES = {"preference": _plain, "hh-rlhf": _hh_rlhf, "pku-saferlhf": _pku}

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from ma_sft.data.messages import SHOWN_COLUMNS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 5  # kept of each reason
@@ -41,27 +40,25 @@ class Stage:
             kept += itertools.islice(examples, EXAMPLES - len(kept))
 
     def keep(self, rows: dict[str, Any], *, say: bool = False) -> list[bool]:
-        """Which rows have no reason to go; the others are counted, and columns that were not used noted and said.
+        """Which converted rows have no reason to go; the others are counted, and unused columns noted and logged.
 
         Args:
-            rows: columns `removed_by` (the reason, "" for none), `error` (what to tell of the row) and, after a
-                conversion, `unused`.
+            rows: columns `removed_by` (the reason, "" for none), `error` (what to tell of the row) and `unused`.
             say: log the first, tenth, hundredth row that goes: of a stream, where no table can tell it in time.
         """
-        reasons, errors = rows["removed_by"], rows["error"]
-        for row, why in enumerate(reasons):
+        for why, error in zip(rows["removed_by"], rows["error"], strict=True):
             if why:
-                self.remove(why, 1, (str(errors[at]) for at in [row]))  # text of Arrow's only where it is kept
+                self.remove(why, 1, [error])
                 if say and str(self.removed[why]).strip("0") == "1":
-                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, errors[row])
-        self.rows_in += len(reasons)
-        self.rows_out += reasons.count("")
-        found = {column: shown for text in rows.get("unused", ()) if text for column, shown in json.loads(text).items()}
+                    logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, error)
+        found = {column: shown for text in rows["unused"] if text for column, shown in json.loads(text).items()}
         new = {column: shown for column, shown in found.items() if column not in self.unused}
         self.unused |= new
         for line in unused_lines(unused_columns([Stage(self.name, unused=new)])):
             logger.warning(line)
-        return [not why for why in reasons]
+        self.rows_in += len(rows["removed_by"])
+        self.rows_out = self.rows_in - sum(self.removed.values())
+        return [not why for why in rows["removed_by"]]
 
 
 @dataclass
@@ -81,17 +78,19 @@ class Report:
         self.stages.append(stage)
 
     @property
+    def removed(self) -> Counter[str]:
+        """Rows that went, by why."""
+        return sum((Counter(stage.removed) for stage in self.stages), Counter())
+
+    @property
     def skipped(self) -> int:
-        """Broken rows, and preferences without a better side."""
-        return sum(n for stage in self.stages for why, n in stage.removed.items() if why in NOT_CONVERTED)
+        """Broken rows, bad answers, and preferences without a better side."""
+        return sum(n for why, n in self.removed.items() if why in NOT_CONVERTED)
 
     @property
     def filtered(self) -> dict[str, int]:
         """Rows that each filter removed."""
-        counts: Counter[str] = Counter()
-        for stage in self.stages:
-            counts.update({why: n for why, n in stage.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)})
-        return dict(counts)
+        return {why: n for why, n in self.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)}
 
     @property
     def unused(self) -> dict[str, dict[str, str]]:
@@ -100,7 +99,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __rich__(self) -> RenderableType:
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table("stage")
         for title in ("rows in", "removed", "rows out", "rows/s"):
             table.add_column(title, justify="right")

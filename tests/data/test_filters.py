@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ma_sft.data.filters import near_duplicates, split_held_out
+from ma_sft.data.filters import hashes_of, near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
 
 LONG = "The museum opens at nine in the morning and closes at six in the evening on every day but Monday"
@@ -20,7 +20,7 @@ def write(path, pairs):
 
 def rows_of(pairs):
     columns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-    return Dataset.from_dict({"messages": columns, "origin": [f"a:{i + 1}" for i in range(len(pairs))]})
+    return Dataset.from_list([{"messages": messages, **hashes_of({"messages": messages})} for messages in columns])
 
 
 GOOD = [

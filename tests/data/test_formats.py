@@ -11,6 +11,7 @@ from ma_sft import FormatError, to_messages, to_messages_batch
 from ma_sft.data.formats import FORMATS, detect_format, message_features
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.messages import to_tools
+from ma_sft.data.mixture import load_mixture
 
 FIXTURES = ROOT / "tests/files/formats"
 
@@ -95,7 +96,7 @@ def test_to_messages(row, format, messages):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"foo": "x"}, "unknown format: columns ['foo']; known formats: "),
+        ({"foo": "x"}, "unknown format: columns ['foo']; known are a question and its answer"),
         ({"instruction": "x", "answer": "y"}, "alpaca (misses output)"),
         ({"instruction": "x", "output": None}, "alpaca (misses output)"),
         ({"instruction": "x", "output": ""}, "the response is empty"),
@@ -112,7 +113,7 @@ def test_to_messages(row, format, messages):
         ),
         ({"instruction": "x", "output": "y", "instruction_zh": "x", "output_zh": "y"}, "fit alpaca and alpaca-zh"),
         ({"text": "Buy milk", "instruction": "Summarise"}, "unknown format"),
-        ({"text": " "}, "field 'text' is empty"),
+        ({"text": " "}, "the response is empty"),
         ({"messages": [ASSISTANT, USER]}, "field 'messages': roles out of order: message 1 is 'assistant'"),
         ({"messages": [SYSTEM, ASSISTANT]}, "after 'system'; what is trained answers something: put that before it"),
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
@@ -149,6 +150,40 @@ def test_refused(row, message):
         to_messages(row)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"Question": "What is 2+2?", "Answer": "4"}, "question-answer"),
+        ({" QUESTION ": "What is 2+2?", "answer": "4", "Id": "7"}, "question-answer"),
+        ({"问题": "What is 2+2?", "答案": "4"}, "question-answer"),
+        ({"指令": "What is 2+2?", "输入": "", "输出": "4"}, "alpaca"),
+        ({"Prompt": "What is 2+2?", "Completion": "4"}, "prompt-completion"),
+    ],
+)
+def test_headers_in_other_cases_and_in_chinese(row, format, tmp_path):
+    assert detect_format(row) == detect_format(list(row)) == format
+    assert to_messages(row) == to_messages(row, format) == [USER, ASSISTANT]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(",".join(cells) for cells in (row, row.values())))
+    assert [m["content"] for m in load_mixture([path]).train["messages"][0]] == ["What is 2+2?", "4"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (
+            ["Kundenfrage (Ask)", "Reply"],
+            "columns: {Kundenfrage (Ask): question, Reply: answer}}] if that is a question",
+        ),
+        (["客户的问题", "标准回复"], "columns: {客户的问题: question, 标准回复: answer}"),
+        (["note", "memo"], "known are a question and its answer, messages, text; map columns to these names"),
+    ],
+)
+def test_an_unknown_format_is_told_by_what_its_columns_mean(columns, advice):
+    with pytest.raises(FormatError, match=re.escape(advice)):
+        detect_format(columns)
 
 
 def test_explicit_format_wins_over_the_columns():
@@ -225,4 +260,4 @@ def test_batches_for_map():
 
 def test_no_format_is_hidden_by_an_earlier_one():
     for name, known in FORMATS.items():
-        assert detect_format(known.columns) == name
+        assert detect_format(names[0] for names in known.needs) == name

@@ -6,6 +6,7 @@ import pickle
 import threading
 
 import multiprocess
+import pandas as pd
 import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.fingerprint import Hasher
@@ -43,7 +44,21 @@ class Indexed:
 
 
 @pytest.mark.parametrize(
-    "kind", ["jsonl", "list", "parquet", "arrow", "saved", "dataset", "stream", "rows", "indexed", "iterator"]
+    "kind",
+    [
+        "jsonl",
+        "list",
+        "parquet",
+        "arrow",
+        "saved",
+        "dataset",
+        "stream",
+        "rows",
+        "indexed",
+        "iterator",
+        "frame",
+        "function",
+    ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
@@ -65,6 +80,8 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
         "rows": lambda: CALLS,
         "indexed": Indexed,
         "iterator": lambda: (row for row in CALLS),
+        "frame": lambda: pd.DataFrame(CALLS),
+        "function": lambda: lambda: iter(CALLS),
     }[kind]()
     found = sorted(load_mixture([{"path": source}], streaming=streaming).train, key=lambda row: "big" in str(row))
     assert [m["content"] for m in found[0]["messages"]] == ["4", "", '{"n": 1.0}', "2024-01-02"]
@@ -79,6 +96,23 @@ def test_rows_as_they_were_saved(tmp_path):
     source = Source.of(tmp_path / "s")
     rows, _ = load_rows(source)
     assert next(row for _, _, row in rows_of(rows[:2], [0, 1], source))["tools"] == CALLS[0]["tools"]
+
+
+def test_a_table_of_pandas_and_a_function_as_format():
+    frame = pd.DataFrame({"Q": ["2+2?", "3+3?"], "A": ["4", None], "n": [1, 2]})
+
+    def chat(row):
+        answer = {"role": "assistant", "content": row["A"] or "?"}
+        return [{"role": "user", "content": f"{row['n']}: {row['Q']}"}, answer]
+
+    for streaming in (False, True):
+        rows = load_mixture([{"path": frame, "format": chat}], streaming=streaming).train
+        found = sorted([m["content"] for m in row["messages"]] for row in rows)
+        assert found == [["1: 2+2?", "4"], ["2: 3+3?", "?"]]
+    with pytest.raises(FormatError, match=r"row 1: chat failed at .*KeyError: .n."):
+        load_mixture([{"path": frame.drop(columns="n"), "format": chat}])
+    with pytest.raises(FormatError, match=r"row 2: field .answer. is missing or null"):
+        load_mixture([{"path": frame, "columns": {"Q": "question", "A": "answer"}}])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -287,7 +287,7 @@ def test_stream(tmp_path, caplog):
     assert "line 41: not valid JSON" in caplog.text and "max_chars" in caplog.text
     for settings, message in (
         ({"test_size": 0.1}, "cannot hold out rows"),
-        ({"filters": {"exact_duplicates": True}}, "needs to see all rows"),
+        ({"filters": {"exact_duplicates": True}}, "need to see all rows"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_mixture(sources, streaming=True, **settings)
@@ -295,8 +295,7 @@ def test_stream(tmp_path, caplog):
         load_mixture([one, two], streaming=True)
 
 
-def test_files_read_by_many_processes(files, monkeypatch):
-    monkeypatch.setattr("ma_sft.data.load.MANY_BYTES", 0)
+def test_a_broken_file_among_many(files):
     rows = load_mixture([str(files / "part*.jsonl")], num_proc=2).train
     assert sorted(questions(rows)) == sorted(row["instruction"] for row in ROWS)
     (files / "part[2].jsonl").write_bytes(b"\xff" * 10)
@@ -315,15 +314,14 @@ def test_many_processes_give_the_same_rows(tmp_path):
     ("settings", "message"),
     [
         ({"datasets": []}, "datasets: a list of sources expected"),
-        ({"datasets": ["rows/*"]}, "must end in one of .jsonl, .json"),
-        ({"datasets": [{"file": "x"}]}, "unknown key 'file'; keys are path, name"),
-        ({"datasets": [{"path": "x.jsonl", "limit": "ten"}]}, "limit must be a number from 1, found 'ten'"),
-        ({"datasets": [{"path": "x.jsonl", "columns": ["a"]}]}, "columns must map names to names"),
+        ({"datasets": ["rows/*"]}, "must end in .jsonl, .json"),
+        ({"datasets": [{"file": "x"}]}, "unexpected keyword argument 'file'; keys are path, name"),
+        ({"datasets": [{"path": "x.jsonl", "limit": "ten"}]}, "Field 'limit' with value 'ten'"),
+        ({"datasets": [{"path": "x.jsonl", "columns": ["a"]}]}, "Field 'columns' expected a dict"),
         ({"kind": "chat"}, "kind: conversation or preference"),
-        ({"filters": {"max_char": 5}}, "unknown filter 'max_char'"),
-        ({"filters": {"max_chars": "5"}}, "filter max_chars"),
+        ({"filters": {"max_char": 5}}, "unexpected keyword argument 'max_char'"),
+        ({"filters": {"max_chars": "5"}}, "Field 'max_chars'"),
         ({"filters": {"near_duplicates": 2}}, "filter near_duplicates"),
-        ({"filters": {"refusals": True}}, "filter 'refusals' is gone: write it as a function of your own"),
         ({"filters": {"max_tokens": 5}}, "set tokenizer"),
         ({"filters": {"max_chars": 1}}, "every row was filtered: 40 by max_chars"),
         ({"test_size": 40}, "leaves nothing to train on"),
