@@ -89,7 +89,7 @@ def check_dataset(
             ("ambiguous templates", "ambiguous"),
         ):
             problems = [problem for problem in template_report.problems if problem.status == status]
-            example = next((f"row {p.row}: {p.surroundings!r}: {p.suggestion}" for p in problems), "")
+            example = next((f"row {p.row}: {p.text}" for p in problems), "")
             findings.add(code, [p.row for p in problems], example, getattr(template_report, status))
     for name, code in {
         **{"cut_rows": "cut rows", "cut_turns": "cut turns", "lost_rows": "nothing left after cutting"},
