@@ -1,10 +1,10 @@
 """What the check finds: counts over all rows, and findings, as a person and a program read them."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,11 +12,11 @@ from rich.text import Text
 
 from ma_sft.errors import LabelError
 
-SHOWN_ROWS = 5
+SHOWN = 5  # rows of a finding, and details
 
-# Code -> (severity, message), in the order in which they are shown; `CheckReport.enter` fills in the braces.
-MESSAGES = {
-    "nothing to train": ("error", "{nothing}"),
+# Code -> (severity, message), in the order in which they are shown; what was found in detail stands behind the message.
+CODES = {
+    "nothing to train": ("error", ""),
     "no labels": ("error", "these rows train nothing; remove them or mend their template"),
     "foreign labels": ("error", "a label differs from the token in its place; labels must not be shifted"),
     "missing end token": ("error", "a trained turn does not end in a trained end token: the model learns no end"),
@@ -29,79 +29,76 @@ MESSAGES = {
     "turns left out": ("error", "turns are not trained, and nothing says why"),
     "lost content": ("error", "what the row says is neither trained nor shown"),
     "unlike the marks": ("error", "the template's generation marks say otherwise"),
-    "unknown rest": ("error", "what follows the last trained turn is not the conversation"),
     "response template missing": ("error", "nothing is trained in these rows"),
-    "not proven": ("warning", "{not_proven}"),
+    "not proven": ("warning", ""),
     "harmless": ("warning", "what the model learns beside its turns and generation never shows"),
-    "said but not shown": ("warning", "the template leaves it out of the history: {losses}"),
-    "untrained turns": ("warning", "turns without a label: {untrained_turns}"),
+    "said but not shown": ("warning", "the template leaves it out of the history"),
+    "untrained turns": ("warning", "turns without a label"),
+    "default system prompt": ("warning", "the template writes text of its own before the first message of these rows"),
+    "unanswered question": ("warning", "no answer follows the last message, from which nothing is learned"),
     "cut rows": ("warning", "longer than max_length={max_length}; what overflow leaves out of them is not trained"),
     "cut turns": ("warning", "turns that lose their end; they do not teach to stop"),
     "nothing left after cutting": ("warning", "max_length={max_length} leaves no label; these rows are dropped"),
     "border inside a token": ("warning", "the first token of the response holds the template's end; it is masked"),
     "ambiguous templates": ("warning", "the last response template of a turn counts, and these rows may mean another"),
-    "special-token text": ("warning", "text that looks like control tokens, encoded as ordinary text: {special_text}"),
+    "special-token text": ("warning", "text that looks like control tokens, encoded as ordinary text"),
     "duplicate rows": ("warning", "the same ids as an earlier row"),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the check found: how often, in which rows first, and what it means."""
+    """Something that the check found: how often, in which rows first, and what it means.
 
-    level: Literal["error", "warning"]
+    `rows` are rows of the labelled data set, `places` the lines of files that they come from, where these are known.
+    """
+
+    level: str
     code: str
     count: int
     rows: list[int]
     message: str
+    places: list[str] = field(default_factory=list)
+    details: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        where = f" (rows {', '.join(map(str, self.rows))}{', ...' if self.count > len(self.rows) else ''})"
-        return f"{self.code}: {self.count:,}{where if self.rows else ''}: {self.message}"
+        where = ", ".join([Path(place).name for place in self.places] or [f"row {row}" for row in self.rows])
+        where = f" ({where}{', ...' if self.count > len(self.rows) else ''})" if where else ""
+        return f"{self.code}: {self.count:,}{where}: {self.message}"
 
 
 @dataclass
 class CheckReport:
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
-    `histogram` maps a length in tokens to the number of rows that are at most that long and longer than the one
-    before. `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved
-    `proven_turns`, `witnessed_turns` of them by generation marks too. `judged` says which rows; `losses` and
-    `not_proven` count what rows say and no sequence shows, and what could not be verified and why. `unused_columns` are
-    those of each source that nothing read, with an example.
+    `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`,
+    `witnessed_turns` of them by generation marks too. `judged` says which rows were verified, `sampled` whether others
+    were not. `histogram` maps a power of two to the number of rows that are at most so many tokens long and longer than
+    half of it. `unused_columns` are those of each source that nothing read, with an example.
     """
 
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     turns: int = 0
-    untrained_turns: dict[str, int] = field(default_factory=dict)
     rows_without_label: int = 0
-    cut_rows: int = 0
-    cut_turns: int = 0
-    lost_rows: int = 0
-    foreign_labels: int = 0
-    missing_end: int = 0
-    double_bos: int = 0
     compared_turns: int = 0
-    mismatches: int = 0
     judged_rows: int = 0
     judged: str = ""
+    sampled: bool = False
     proven_turns: int = 0
     witnessed_turns: int = 0
-    losses: dict[str, int] = field(default_factory=dict)
-    not_proven: dict[str, int] = field(default_factory=dict)
-    template_missing: int = 0
-    special_text_rows: int = 0
-    special_text: dict[str, int] = field(default_factory=dict)
-    duplicate_rows: int = 0
     unused_columns: dict[str, dict[str, str]] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def trained_share(self) -> float:
-        return self.trained_tokens / self.tokens if self.tokens else 0.0
+    def count(self, code: str) -> int:
+        """How often a code was found."""
+        return sum(finding.count for finding in self.findings if finding.code == code)
+
+    def details(self, code: str) -> dict[str, int]:
+        """What was found in detail, and how often."""
+        return next((finding.details for finding in self.findings if finding.code == code), {})
 
     @property
     def errors(self) -> list[Finding]:
@@ -112,19 +109,25 @@ class CheckReport:
         return [finding for finding in self.findings if finding.level == "warning"]
 
     @property
+    def not_proven(self) -> dict[str, int]:
+        """What could not be verified, and in how many rows."""
+        return self.details("not proven")
+
+    @property
     def proven(self) -> bool:
         """Whether rows were verified, and every one of them was found right."""
         return bool(self.judged_rows) and not self.errors and not self.not_proven
 
     @property
     def verdict(self) -> str:
-        """What is proven, in a line."""
+        """What is proven and what not, in a line."""
         if self.errors:
             return "labels are wrong"
         if not self.proven:
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was verified'}"
-        return f"every label is right: {self.judged}"
+        ends = f", but {self.count('cut turns'):,} turns lose their end" if self.count("cut turns") else ""
+        return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.judged}"
 
     def raise_errors(self) -> None:
         """Raise `LabelError` with all errors in one line, if there are any."""
@@ -132,8 +135,8 @@ class CheckReport:
             raise LabelError("the labels are wrong: " + "; ".join(map(str, self.errors)))
 
     def to_json(self) -> str:
-        derived = {name: getattr(self, name) for name in ("trained_share", "proven", "verdict")}
-        return json.dumps({**asdict(self), **derived, "ok": not self.errors}, ensure_ascii=False, indent=2)
+        derived = {"proven": self.proven, "verdict": self.verdict, "ok": not self.errors}
+        return json.dumps({**asdict(self), **derived}, ensure_ascii=False, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "CheckReport":
@@ -144,10 +147,9 @@ class CheckReport:
 
     def __rich__(self) -> RenderableType:
         table = Table(title="what is trained", show_header=False)
-        plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns", "cut_rows", "lost_rows"]
-        for name in plain:
+        for name in ("rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns"):
             table.add_row(name.replace("_", " "), f"{getattr(self, name):,}")
-        table.add_row("trained share", f"{self.trained_share:.1%}")
+        table.add_row("trained share", f"{self.trained_tokens / max(self.tokens, 1):.1%}")
         most = max(self.histogram.values(), default=1)
         for length, n in self.histogram.items():
             table.add_row(f"<= {length:,} tokens", f"{'█' * max(1, round(30 * n / most)) if n else ''} {n:,}")
@@ -155,54 +157,34 @@ class CheckReport:
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        colour = "bold red" if self.errors else "green" if self.proven else "yellow"
-        lines.append(Text(self.verdict, style=colour))
+        right = self.proven and not self.count("cut turns")
+        lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)
 
 
 class Findings:
-    """How often each code was found, in which rows first, and an example."""
+    """How often each code was found, in which rows first, and what in detail."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.rows: dict[str, list[int]] = {}
-        self.examples: dict[str, str] = {}
+        self.rows: defaultdict[str, list[int]] = defaultdict(list)
+        self.details: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def add(self, code: str, rows: Sequence[int], example: str = "", count: int | None = None) -> None:
-        """Note that rows have a fault; `count` is how often, if not once in each."""
+    def add(self, code: str, rows: Sequence[int], details: Iterable[str] = (), count: int | None = None) -> None:
+        """Note that rows have a fault; `count` is how often, if not once in each. Of errors one detail is kept."""
         self.counts[code] += len(rows) if count is None else count
-        self.rows[code] = list(dict.fromkeys([*self.rows.get(code, []), *rows[:SHOWN_ROWS]]))[:SHOWN_ROWS]
-        if example:
-            self.examples.setdefault(code, example)
+        self.rows[code] = list(dict.fromkeys([*self.rows[code], *rows[:SHOWN]]))[:SHOWN]
+        if CODES[code][0] == "warning" or not self.details[code]:
+            self.details[code].update(details)
 
-    def listed(self, report: CheckReport, max_length: int | None) -> list[Finding]:
-        """The findings in the order of `MESSAGES`, with the report's counts in their words."""
-        why = "no row has a label"
-        if report.lost_rows:
-            why = f"max_length={max_length} cuts off every response; raise max_length"
-        words = {
-            "nothing": why,
-            "max_length": max_length,
-            "not_proven": "; ".join(report.not_proven),
-            "losses": "; ".join(f"{what} ({n:,} rows)" for what, n in report.losses.items()),
-            "untrained_turns": "; ".join(f"{reason} ({n:,})" for reason, n in report.untrained_turns.items()),
-            "special_text": ", ".join(map(repr, list(report.special_text)[:SHOWN_ROWS])),
-        }
-        return [
-            Finding(
-                cast(Any, level),
-                code,
-                self.counts[code],
-                self.rows[code],
-                ": ".join(filter(None, [message.format(**words), self.examples.get(code)])),
-            )
-            for code, (level, message) in MESSAGES.items()
-            if self.counts[code]
-        ]
-
-
-def count(counts: dict[str, int], lists: Iterable[Iterable[str]]) -> None:
-    """Add how often each name stands in the lists."""
-    for each in lists:
-        for name in each:
-            counts[name] = counts.get(name, 0) + 1
+    def listed(self, max_length: int | None, place: Callable[[int], str]) -> list[Finding]:
+        """The findings in the order of `CODES`; `place` gives where a row comes from, or nothing."""
+        found = []
+        for code, (level, message) in CODES.items():
+            if self.counts[code]:
+                rows, details = self.rows[code], dict(self.details[code])
+                shown = [f"{what} ({n:,})" if len(details) > 1 else what for what, n in [*details.items()][:SHOWN]]
+                words = ": ".join(filter(None, [message.format(max_length=max_length), "; ".join(shown)]))
+                places = list(filter(None, map(place, rows)))
+                found.append(Finding(level, code, self.counts[code], rows, words, places, details))
+        return found
