@@ -66,7 +66,7 @@ def check_dataset(
 
     Args:
         dataset: columns `input_ids` and `labels`, uncut and unpacked; `row` (of the conversation), `shape`, `untrained`
-            and `special_text`, as `ChatEncoder.tokenize_batch` gives them, are used if there.
+            and `special_text`, as `ChatEncoder.tokenize_batch` gives them, and `origin` are used if there.
         conversations: `messages` of the rows, and `tools`, `chat_template_kwargs` and `origin`, if there are such
             columns. Without them nothing is verified.
         verifier: by default one that knows the tokenizer alone.
@@ -86,13 +86,13 @@ def check_dataset(
         check.findings.add("not proven", [], [TEXT_ROWS] * len(dataset), len(dataset))
         for code, status in TEMPLATE_CODES.items():
             problems = [problem for problem in template_report.problems if problem.status == status]
-            words = [f"row {problem.row}: {problem.text}" for problem in problems]
+            words = [f"{check.place(problem.row)}: {problem.text}" for problem in problems]
             check.findings.add(code, [p.row for p in problems], words[:1], getattr(template_report, status))
     report, lost = check.report, check.findings.counts["nothing left after cutting"]
     if report.trained_tokens == 0 or lost + report.rows_without_label >= report.rows:
         cut = f"max_length={max_length} cuts off every response; raise max_length"
         check.findings.add("nothing to train", [], [cut if lost else "no row has a label"], report.rows)
-    report.findings = check.findings.listed(max_length, check.place)
+    report.findings = check.findings.listed(max_length, check.origin)
     return report
 
 
@@ -102,7 +102,7 @@ class _Check:
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None) -> None:
         self.dataset, self.report, self.findings = dataset, CheckReport(rows=len(dataset)), Findings()
         self.owner = np.asarray(dataset["row"][:]) if "row" in dataset.column_names else np.arange(len(dataset))
-        self.origins: Any = None
+        self.origins: Any = dataset["origin"] if "origin" in dataset.column_names else None
         columns, parts, forms, first = self.columns("input_ids", "labels", "shape"), [], dict[Any, int](), 0
         for batch in columns.with_format("arrow").iter(batch_size=10_000):
             parts.append(_facts(batch, first, tokenizer, kept, forms))
@@ -132,14 +132,18 @@ class _Check:
         """Those of these columns that there are."""
         return self.dataset.select_columns([name for name in names if name in self.dataset.column_names])
 
-    def place(self, sequence: int) -> str:
+    def origin(self, sequence: int) -> str:
         """The line of the file that a sequence comes from; empty if it is not known."""
         return str(self.origins[int(self.owner[sequence])] or "") if self.origins else ""
+
+    def place(self, sequence: int) -> str:
+        """The same, or else the number of the row."""
+        return self.origin(sequence) or f"row {sequence}"
 
     def verify(self, conversations: Dataset, verifier: Verifier, sample: int | None, num_proc: int | None) -> None:
         """Verify a sample of the conversations of which truncation leaves something."""
         facts, report, total = self.facts, self.report, len(conversations)
-        self.origins = conversations["origin"] if "origin" in conversations.column_names else None
+        self.origins = conversations["origin"] if "origin" in conversations.column_names else self.origins
         bounds = np.searchsorted(self.owner, np.arange(total + 1)).tolist()
         left = self.owner[(facts["tokens"] > 0) | (facts["size"] == 0)]
         rows = np.setdiff1d(np.arange(total), np.setdiff1d(self.owner, left))
@@ -148,12 +152,10 @@ class _Check:
         report.judged = f"all {len(rows):,} rows were verified"
         if sample is not None and sample < len(rows):
             chosen = rows[draw_sample(np.array([numbers[form] for form in forms])[rows], sample)]
-            report.sampled, report.judged = (
-                True,
-                (
-                    f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and each of "
-                    f"{len(numbers):,} shapes at least {EACH_SHAPE} times or wholly; --all verifies every row"
-                ),
+            report.sampled = True
+            report.judged = (
+                f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and each of "
+                f"{len(numbers):,} shapes at least {EACH_SHAPE} times or wholly; --all verifies every row"
             )
             rows = chosen
         report.judged_rows = len(rows)
@@ -167,7 +169,7 @@ class _Check:
             for code in dict.fromkeys(result["codes"]):
                 words = [what for other, what in found if other == code]
                 if CODES[code][0] == "error":
-                    words = [f"{self.place(own.start) or f'row {own.start}'}: {words[0]}"]
+                    words = [f"{self.place(own.start)}: {words[0]}"]
                 counted = code in facts and bool(facts[code][own].any())  # with the facts
                 self.findings.add(code, [own.start], words, count=0 if counted else 1)
 

@@ -126,7 +126,7 @@ class CheckReport:
         if not self.proven:
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was verified'}"
-        ends = f", but {self.count('cut turns'):,} turns lose their end" if self.count("cut turns") else ""
+        ends = f", but turns lose their end ({self.count('cut turns'):,})" if self.count("cut turns") else ""
         return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.judged}"
 
     def raise_errors(self) -> None:
