@@ -92,7 +92,7 @@ def check_dataset(
     if report.trained_tokens == 0 or lost + report.rows_without_label >= report.rows:
         cut = f"max_length={max_length} cuts off every response; raise max_length"
         check.findings.add("nothing to train", [], [cut if lost else "no row has a label"], report.rows)
-    report.findings = check.findings.listed(max_length, check.origin)
+    report.findings = check.findings.listed(max_length, check.place)
     return report
 
 
@@ -132,13 +132,9 @@ class _Check:
         """Those of these columns that there are."""
         return self.dataset.select_columns([name for name in names if name in self.dataset.column_names])
 
-    def origin(self, sequence: int) -> str:
-        """The line of the file that a sequence comes from; empty if it is not known."""
-        return str(self.origins[int(self.owner[sequence])] or "") if self.origins else ""
-
     def place(self, sequence: int) -> str:
-        """The same, or else the number of the row."""
-        return self.origin(sequence) or f"row {sequence}"
+        """The line of the file that a sequence comes from, or its number."""
+        return (self.origins and self.origins[int(self.owner[sequence])]) or f"row {sequence}"
 
     def verify(self, conversations: Dataset, verifier: Verifier, sample: int | None, num_proc: int | None) -> None:
         """Verify a sample of the conversations of which truncation leaves something."""
@@ -165,13 +161,11 @@ class _Check:
         for own, result in zip(sequences, verified, strict=True):
             report.proven_turns += result["proven"]
             report.witnessed_turns += result["confirmed"]
-            found = dict.fromkeys(zip(result["codes"], result["words"], strict=True))
-            for code in dict.fromkeys(result["codes"]):
-                words = [what for other, what in found if other == code]
-                if CODES[code][0] == "error":
-                    words = [f"{self.place(own.start)}: {words[0]}"]
-                counted = code in facts and bool(facts[code][own].any())  # with the facts
-                self.findings.add(code, [own.start], words, count=0 if counted else 1)
+            known = {code for code in CODES.keys() & facts.keys() if facts[code][own].any()}
+            for code, what in zip(result["codes"], result["words"], strict=True):
+                words = f"{self.place(own.start)}: {what}" if CODES[code][0] == "error" else what
+                self.findings.add(code, [own.start], [words], count=int(code not in known))
+                known.add(code)
 
     def _verified(
         self, conversations: Dataset, sequences: list[slice], verifier: Verifier, num_proc: int | None
@@ -289,8 +283,8 @@ def _verify_row(
         ("unanswered question", [f"the {m['role']}'s" for m in messages[-1:] if m["role"] != "assistant"]),
     ):
         found += [(code, what) for what in words]
-    codes, words = [code for code, _ in found], [what for _, what in found]
-    return {"proven": len(result.proven), "confirmed": result.confirmed, "codes": codes, "words": words}
+    columns = {"codes": [code for code, _ in dict.fromkeys(found)], "words": [what for _, what in dict.fromkeys(found)]}
+    return {"proven": len(result.proven), "confirmed": result.confirmed, **columns}
 
 
 def _own_prompt(verifier: Verifier) -> str:

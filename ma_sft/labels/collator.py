@@ -241,10 +241,7 @@ class _Row:
 
 
 class Match(NamedTuple):
-    """One occurrence of a template: it begins in token `start`, and what it introduces in token `body`.
-
-    `merged` says that the token before `body` holds text from both sides of the border.
-    """
+    """A template from token `start` up to `body`, before which a `merged` token holds text from both sides."""
 
     start: int
     body: int
@@ -263,8 +260,9 @@ class _Template:
         self.raw = b"".join(token_bytes[i] for i in self.ids)
         if self.is_text and not str(source).startswith(" "):
             self.raw = self.raw.removeprefix(b" ")  # sentencepiece puts a space before a text
+        self.spaced = token_bytes[self.ids[0]] == b" "  # as a token of its own
         # `####Answer:` is another heading than `###Answer:`, not the template with something in front
-        self.apart = b"" if self.raw[:1].isspace() else b"(?<!" + re.escape(self.raw[:1]) + b")"
+        self.before = b"" if self.raw[:1].isspace() else b"(?<!" + re.escape(self.raw[:1]) + b")"
 
     def __str__(self) -> str:
         return f"{self.name} {self.bytes.readable(self.raw)!r} (ids {self.ids})"
@@ -275,7 +273,7 @@ class _Template:
             template, ids = ("".join(map(chr, each)) for each in (self.ids, row.ids.tolist()))
             return [Match(*found.span()) for found in re.finditer(re.escape(template), ids)]
         matches: list[Match] = []
-        for found in re.finditer(self.apart + re.escape(self.raw), row.raw):
+        for found in re.finditer(self.before + re.escape(self.raw), row.raw):
             start, last = row.tokens(*found.span())
             begin = row.ends[last - 1] if last else 0
             merged = bool(row.ends[last] > found.end())
@@ -286,16 +284,16 @@ class _Template:
 
     def cut_off(self, row: _Row) -> int:
         """The token in which the template begins, if the row ends in the middle of it; else the number of tokens."""
-        for size in range(min(len(self.raw) - 1, len(row.raw)), 0, -1):
-            beginning, begins = self.raw[:size], len(row.raw) - size
-            if beginning.strip() and re.compile(self.apart + re.escape(beginning)).fullmatch(row.raw, begins):
-                return self._with_space(row.tokens(begins, len(row.raw))[0], row)
+        for size in range(len(self.raw) - 1, 0, -1):
+            beginning, near = self.raw[:size], max(len(row.raw) - size - 1, 0)
+            cut = re.compile(self.before + re.escape(beginning) + rb"\Z").search(row.raw, near)
+            if cut and beginning.strip():
+                return self._with_space(row.tokens(*cut.span())[0], row)
         return len(row.ids)
 
     def _with_space(self, start: int, row: _Row) -> int:
         """The first token of a template, with the space that sentencepiece puts before a text."""
-        space = self.is_text and start > 0 and row.ids[start - 1] == self.ids[0] and self.bytes[self.ids[0]] == b" "
-        return start - space
+        return start - (self.is_text and start > 0 and row.ids[start - 1] == self.ids[0] and self.spaced)
 
     def nearest(self, row: _Row) -> str:
         """Where a row comes nearest to the template, and what to do."""

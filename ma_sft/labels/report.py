@@ -50,7 +50,7 @@ CODES = {
 class Finding:
     """Something that the check found: how often, in which rows first, and what it means.
 
-    `rows` are rows of the labelled data set, `places` the lines of files that they come from, where these are known.
+    `rows` are rows of the labelled data set, `places` the lines of files that they come from, or else their numbers.
     """
 
     level: str
@@ -62,7 +62,7 @@ class Finding:
     details: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        where = ", ".join([Path(place).name for place in self.places] or [f"row {row}" for row in self.rows])
+        where = ", ".join(Path(place).name for place in self.places)
         where = f" ({where}{', ...' if self.count > len(self.rows) else ''})" if where else ""
         return f"{self.code}: {self.count:,}{where}: {self.message}"
 
@@ -178,13 +178,12 @@ class Findings:
             self.details[code].update(details)
 
     def listed(self, max_length: int | None, place: Callable[[int], str]) -> list[Finding]:
-        """The findings in the order of `CODES`; `place` gives where a row comes from, or nothing."""
+        """The findings in the order of `CODES`; `place` says where a row comes from."""
         found = []
         for code, (level, message) in CODES.items():
             if self.counts[code]:
                 rows, details = self.rows[code], dict(self.details[code])
                 shown = [f"{what} ({n:,})" if len(details) > 1 else what for what, n in [*details.items()][:SHOWN]]
                 words = ": ".join(filter(None, [message.format(max_length=max_length), "; ".join(shown)]))
-                places = list(filter(None, map(place, rows)))
-                found.append(Finding(level, code, self.counts[code], rows, words, places, details))
+                found.append(Finding(level, code, self.counts[code], rows, words, [*map(place, rows)], details))
         return found
