@@ -112,13 +112,21 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     @property
     def response_token_ids(self) -> list[int]:
-        """The response template's ids."""
+        """The response template's ids; set, the template is looked for by these ids, as in TRL 0.x."""
         return self._templates[0].ids
+
+    @response_token_ids.setter
+    def response_token_ids(self, ids: Sequence[int]) -> None:
+        self._templates[0] = _Template("response_template", ids, self._bytes)
 
     @property
     def instruction_token_ids(self) -> list[int] | None:
-        """The instruction template's ids, None without one."""
+        """The instruction template's ids, None without one; set as `response_token_ids`."""
         return self._templates[1].ids if len(self._templates) > 1 else None
+
+    @instruction_token_ids.setter
+    def instruction_token_ids(self, ids: Sequence[int]) -> None:
+        self._templates[1:] = [_Template("instruction_template", ids, self._bytes)]
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
@@ -148,8 +156,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         report = TemplateReport()
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
-            labels, problems = self._label(ids)
-            if "missing" not in problems and not (attended & (labels != self.ignore_index)).any():
+            labels, problems = self._label(ids[attended])
+            if "missing" not in problems and (labels == self.ignore_index).all():
                 problems = {"nothing_left": "no token is left after the response template; raise max_length"}
             report.rows += 1
             report.found += not {"missing", "nothing_left"} & {*problems}
@@ -167,7 +175,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             ids, attended = self._read(row)
             labels = np.asarray(row.get("labels", ids))
             if np.array_equal(labels[attended], ids[attended]):
-                labels = np.where(attended, self.labels_for(ids.tolist(), index=number), -100)
+                labels = np.full(len(ids), -100)
+                labels[attended] = self.labels_for(ids[attended].tolist(), index=number)
             labels = np.where(labels == -100, self.ignore_index, labels)
             if self.padding_free:
                 rows[number] = {"input_ids": ids[attended], "labels": labels[attended]}
@@ -184,9 +193,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     def numpy_call(self, examples: list[Any]) -> dict[str, Any]:
         """As `torch_call`, in numpy arrays."""
-        return {
-            key: value.numpy() if torch.is_tensor(value) else value for key, value in self.torch_call(examples).items()
-        }
+        batch = self.torch_call(examples)
+        return {key: value.numpy() if torch.is_tensor(value) else value for key, value in batch.items()}
 
     def _read(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a row, and which of them are no padding."""

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -43,6 +44,19 @@ CODES = {
     "ambiguous templates": ("warning", "the last response template of a turn counts, and these rows may mean another"),
     "special-token text": ("warning", "text that looks like control tokens, encoded as ordinary text"),
     "duplicate rows": ("warning", "the same ids as an earlier row"),
+}
+
+
+# Names of how often a code was found and of what in detail, as attributes of the report and in JSON.
+COUNTS = {
+    **{"cut_rows": "cut rows", "cut_turns": "cut turns", "lost_rows": "nothing left after cutting"},
+    **{"foreign_labels": "foreign labels", "missing_end": "missing end token", "double_bos": "double BOS"},
+    **{"mismatches": "unlike inference", "template_missing": "response template missing"},
+    **{"special_text_rows": "special-token text", "duplicate_rows": "duplicate rows"},
+}
+DETAILS = {
+    **{"untrained_turns": "untrained turns", "special_text": "special-token text"},
+    **{"losses": "said but not shown", "not_proven": "not proven"},
 }
 
 
@@ -92,13 +106,19 @@ class CheckReport:
     histogram: dict[int, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    def count(self, code: str) -> int:
-        """How often a code was found."""
-        return sum(finding.count for finding in self.findings if finding.code == code)
+    def __getattr__(self, name: str) -> Any:
+        """What stands in `COUNTS` and `DETAILS`."""
+        code = COUNTS.get(name) or DETAILS.get(name)
+        if code is None:
+            raise AttributeError(name)
+        finding = next((finding for finding in self.findings if finding.code == code), None)
+        if name in COUNTS:
+            return finding.count if finding else 0
+        return finding.details if finding else {}
 
-    def details(self, code: str) -> dict[str, int]:
-        """What was found in detail, and how often."""
-        return next((finding.details for finding in self.findings if finding.code == code), {})
+    @property
+    def trained_share(self) -> float:
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     @property
     def errors(self) -> list[Finding]:
@@ -107,11 +127,6 @@ class CheckReport:
     @property
     def warnings(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == "warning"]
-
-    @property
-    def not_proven(self) -> dict[str, int]:
-        """What could not be verified, and in how many rows."""
-        return self.details("not proven")
 
     @property
     def proven(self) -> bool:
@@ -126,7 +141,7 @@ class CheckReport:
         if not self.proven:
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was verified'}"
-        ends = f", but turns lose their end ({self.count('cut turns'):,})" if self.count("cut turns") else ""
+        ends = f", but turns lose their end ({self.cut_turns:,})" if self.cut_turns else ""
         return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.judged}"
 
     def raise_errors(self) -> None:
@@ -135,8 +150,9 @@ class CheckReport:
             raise LabelError("the labels are wrong: " + "; ".join(map(str, self.errors)))
 
     def to_json(self) -> str:
-        derived = {"proven": self.proven, "verdict": self.verdict, "ok": not self.errors}
-        return json.dumps({**asdict(self), **derived}, ensure_ascii=False, indent=2)
+        names = (*COUNTS, *DETAILS, "trained_share", "proven", "verdict")
+        values = {**asdict(self), **{name: getattr(self, name) for name in names}, "ok": not self.errors}
+        return json.dumps(values, ensure_ascii=False, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "CheckReport":
@@ -147,9 +163,10 @@ class CheckReport:
 
     def __rich__(self) -> RenderableType:
         table = Table(title="what is trained", show_header=False)
-        for name in ("rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns"):
+        plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns", "cut_rows", "lost_rows"]
+        for name in plain:
             table.add_row(name.replace("_", " "), f"{getattr(self, name):,}")
-        table.add_row("trained share", f"{self.trained_tokens / max(self.tokens, 1):.1%}")
+        table.add_row("trained share", f"{self.trained_share:.1%}")
         most = max(self.histogram.values(), default=1)
         for length, n in self.histogram.items():
             table.add_row(f"<= {length:,} tokens", f"{'█' * max(1, round(30 * n / most)) if n else ''} {n:,}")
@@ -157,7 +174,7 @@ class CheckReport:
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        right = self.proven and not self.count("cut turns")
+        right = self.proven and not self.cut_turns
         lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)
 

@@ -64,13 +64,13 @@ def codes(findings) -> set[str]:
 def test_right_labels_pass_and_are_counted(name):
     rows, conversations, encoder = labelled(name)
     report = check_dataset(rows, encoder.tokenizer, conversations=conversations)
-    assert report.errors == []
+    assert report.errors == [] and report.mismatches == 0
     assert report.rows == len(rows) and report.turns == report.compared_turns == sum(rows["turns"])
     assert report.tokens == sum(map(len, rows["input_ids"]))
     assert report.trained_tokens == sum(label != -100 for row in rows["labels"] for label in row)
     assert sum(report.histogram.values()) == report.rows
     data = json.loads(report.to_json())
-    assert data["ok"] is True and data["rows"] == len(rows) and 0 < data["trained_tokens"] < data["tokens"]
+    assert data["ok"] is True and data["rows"] == len(rows) and 0 < data["trained_share"] < 1
 
 
 def broken(rows: Dataset, row: int, change) -> Dataset:
@@ -126,12 +126,11 @@ def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
     longest = int(np.argmax(lengths))
     limit = lengths[longest] - 2
     report = check_dataset(rows, encoder.tokenizer, max_length=limit, kept=kept(lengths, limit))
-    counts = {finding.code: finding.count for finding in report.warnings}
-    assert counts == {"cut rows": sum(n > limit for n in lengths), "cut turns": 1, "special-token text": 1}
+    assert (report.cut_rows, report.cut_turns, report.lost_rows) == (sum(n > limit for n in lengths), 1, 0)
     assert report.errors == []
     assert next(f for f in report.warnings if f.code == "cut turns").rows == [longest]
     report = check_dataset(rows, encoder.tokenizer, max_length=3, kept=kept(lengths, 3))
-    assert report.count("nothing left after cutting") == len(rows) and codes(report.errors) == {"nothing to train"}
+    assert report.lost_rows == len(rows) and codes(report.errors) == {"nothing to train"}
 
 
 def check_recipe(folder, rows, **recipe):
@@ -157,7 +156,7 @@ def test_a_prompt_longer_than_max_length_is_counted_as_it_is_trained(tmp_path, s
     report = check_recipe(tmp_path, [{"messages": chat}], model_name_or_path=str(smollm2), max_length=64, **settings)
     assert {finding.code for finding in report.errors} == codes
     if not codes:
-        assert (report.turns, report.count("cut turns"), report.proven_turns) == (1, 0, 1)
+        assert (report.turns, report.lost_rows, report.cut_turns, report.proven_turns) == (1, 0, 0, 1)
         assert report.trained_tokens == 3
 
 
@@ -240,8 +239,8 @@ def test_duplicates_special_text_and_turns_without_label_are_warnings():
     twice = Dataset.from_dict({key: values + values[:1] for key, values in columns.items()})
     twice = twice.map(lambda row, i: {"untrained": ["rewritten"] if i == 1 else []}, with_indices=True)
     report = check_dataset(twice, encoder.tokenizer)
-    assert report.errors == [] and report.details("special-token text") == {"<|im_end|>": 1}
-    assert report.details("untrained turns") == {"rewritten": 1}
+    assert report.errors == [] and report.duplicate_rows == 1 and report.special_text == {"<|im_end|>": 1}
+    assert report.untrained_turns == {"rewritten": 1}
     assert codes(report.warnings) == {"duplicate rows", "special-token text", "untrained turns"}
 
 
