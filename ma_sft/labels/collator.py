@@ -2,18 +2,16 @@
 
 The template is looked for in the row's *text*, byte by byte through the tokens, and not as one fixed list of ids:
 the same `### Answer:` has other ids at the start of a line, after a space, or when its first or last character
-merges with a neighbour. Control tokens (`<|im_start|>`) count as one symbol that no text can spell, so a template
-with control tokens never matches text that only looks like it. Who quotes a template is not guessed: the last one of a
-turn counts, and a row that may mean another is reported.
+merges with a neighbour. A control token (`<|im_start|>`) counts as one symbol that no text can spell. Who quotes a
+template is not guessed: the last one of a turn counts, and a row that may mean another is reported.
 """
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,30 +29,12 @@ from ma_sft.labels.token_bytes import TokenBytes
 SURROUNDINGS = 32  # bytes of text shown on each side of the nearest place
 
 
-@dataclass(frozen=True)
-class Match:
-    """One occurrence of a template: it begins in token `start`, and what it introduces in token `body`.
-
-    `merged` says that the token before `body` holds text from both sides of the border.
-    """
-
-    start: int
-    body: int
-    merged: bool = False
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """A row of `TemplateReport` that is not plainly found, with what a person needs to mend it."""
+class RowProblem(NamedTuple):
+    """A row that is not plainly found: one of `TemplateReport`'s counts, and what a person needs to mend it."""
 
     row: int
     status: str
-    template: str
-    looked_for: list[int]
-    nearest_ids: list[int]
-    nearest_text: str
-    surroundings: str
-    suggestion: str
+    text: str
 
 
 @dataclass
@@ -62,8 +42,7 @@ class TemplateReport:
     """What `DataCollatorForCompletionOnlyLM.check` found; `rows == found + missing + nothing_left`.
 
     Of the found rows, `merged` have a border inside a token, and `ambiguous` have a turn with several response
-    templates or an instruction after an answer that nothing answers: one may be quoted. `problems` has the first few
-    rows of each kind.
+    templates or an instruction after an answer that nothing answers: one may be quoted. `problems` has the first few.
     """
 
     rows: int = 0
@@ -97,11 +76,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     A batch is `input_ids`, `attention_mask` and `labels`, int64 tensors of shape (n_rows, longest row).
 
     What differs from TRL 0.x: a row without a match is an error and not silently lost; an end token that is also
-    the pad token is trained; two instructions in a row do not shift the mask; a row whose `labels` already mask
-    something keeps them (a packed row has several responses).
+    the pad token is trained; two instructions in a row do not shift the mask; an instruction template in which a row
+    is cut off is masked; a row whose `labels` already mask something keeps them (a packed row has several responses).
 
     Raises:
-        ResponseTemplateError: an empty template, no tokenizer, `mlm=True`; later, a row without a match.
+        ResponseTemplateError: an empty template, two that are the same; later, a row without a match.
     """
 
     def __init__(
@@ -115,15 +94,9 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         on_missing: Literal["raise", "mask"] = "raise",
         **kwargs: Any,
     ) -> None:
-        if mlm:
-            raise ResponseTemplateError("mlm=True trains random tokens instead of the response; leave it False")
-        if on_missing not in ("raise", "mask"):
-            raise ResponseTemplateError(f"on_missing must be 'raise' or 'mask', not {on_missing!r}")
-        if not args and kwargs.get("tokenizer") is None:
-            raise ResponseTemplateError("DataCollatorForCompletionOnlyLM needs tokenizer=...")
         if args:
             kwargs["tokenizer"] = args[0]
-        super().__init__(mlm=False, **kwargs)
+        super().__init__(mlm=mlm, **kwargs)
         self.response_template = response_template
         self.instruction_template = instruction_template
         self.ignore_index = ignore_index
@@ -131,33 +104,29 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         self.on_missing = on_missing
         self.missing_rows = 0
         self._bytes = TokenBytes(self.tokenizer)
-        self._response = _Template("response_template", response_template, self._bytes)
-        self._instruction: _Template | None = None
+        self._templates = [_Template("response_template", response_template, self._bytes)]
         if instruction_template is not None:
-            self._instruction = _Template("instruction_template", instruction_template, self._bytes)
-            if self._instruction.raw == self._response.raw:  # each would be answered by the other: all would be trained
-                raise ResponseTemplateError(
-                    f"response_template and instruction_template are both {self._response.source!r}; "
-                    "give each the text that only its turns begin with"
-                )
+            self._templates.append(_Template("instruction_template", instruction_template, self._bytes))
+        if len({template.raw for template in self._templates}) < len(self._templates):  # all would be trained
+            raise ResponseTemplateError(f"response_template and instruction_template are both {response_template!r}")
 
     @property
     def response_token_ids(self) -> list[int]:
         """The response template's ids; set, the template is looked for by these ids, as in TRL 0.x."""
-        return self._response.ids
+        return self._templates[0].ids
 
     @response_token_ids.setter
     def response_token_ids(self, ids: Sequence[int]) -> None:
-        self._response = _Template("response_template", ids, self._bytes)
+        self._templates[0] = _Template("response_template", ids, self._bytes)
 
     @property
     def instruction_token_ids(self) -> list[int] | None:
         """The instruction template's ids, None without one; set as `response_token_ids`."""
-        return self._instruction.ids if self._instruction else None
+        return self._templates[1].ids if len(self._templates) > 1 else None
 
     @instruction_token_ids.setter
     def instruction_token_ids(self, ids: Sequence[int]) -> None:
-        self._instruction = _Template("instruction_template", ids, self._bytes)
+        self._templates[1:] = [_Template("instruction_template", ids, self._bytes)]
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
@@ -169,71 +138,58 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         Raises:
             ResponseTemplateError: a template does not occur (unless `on_missing="mask"`).
         """
-        ids = np.asarray(input_ids, dtype=np.int64)
-        labels, absent, _ = self._label(ids)
-        if absent is not None:
-            self._missing(absent, ids, index)
-        row: list[int] = labels.tolist()
-        return row
+        labels, problems = self._label(np.asarray(input_ids, dtype=np.int64))
+        if "missing" in problems:
+            message = f"{'row' if index is None else f'row {index}'}: {problems['missing']}"
+            if self.on_missing == "raise":
+                raise ResponseTemplateError(message)
+            if self.missing_rows == 0:
+                warnings.warn(f"{message}; such rows are masked and counted in missing_rows", stacklevel=2)
+            self.missing_rows += 1
+        return cast(list[int], labels.tolist())
 
     def check(self, dataset: Iterable[Mapping[str, Any]], *, max_problems: int = 20) -> TemplateReport:
-        """Look at every row of a dataset with `input_ids` without raising.
+        """Look at every row of a dataset with `input_ids` (and perhaps `attention_mask`) without raising.
 
-        Args:
-            dataset: rows, each a mapping with `input_ids` (and perhaps `attention_mask`).
-            max_problems: how many rows of each kind of problem are described; all are counted.
+        Of each kind of problem, `max_problems` rows are described; all are counted.
         """
         report = TemplateReport()
-        described: Counter[str] = Counter()
-
-        def describe(row: int, status: str, template: _Template, ids: np.ndarray, why: str = "") -> None:
-            described[status] += 1
-            if described[status] <= max_problems:
-                near, near_text, around, advice = template.nearest(ids)
-                looked_for = (template.source, template.ids)
-                report.problems.append(RowProblem(row, status, *looked_for, near, near_text, around, why or advice))
-
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
-            labels, absent, remarks = self._label(ids)
+            labels, problems = self._label(ids[attended])
+            if "missing" not in problems and (labels == self.ignore_index).all():
+                problems = {"nothing_left": "no token is left after the response template; raise max_length"}
             report.rows += 1
-            if absent is not None:
-                report.missing += 1
-                describe(row, "missing", absent, ids)
-            elif not (attended & (labels != self.ignore_index)).any():
-                report.nothing_left += 1
-                describe(row, "nothing left", self._response, ids)
-            else:
-                report.found += 1
-                for status, why in remarks.items():
-                    setattr(report, status, getattr(report, status) + 1)
-                    describe(row, status, self._response, ids, why)
+            report.found += not {"missing", "nothing_left"} & {*problems}
+            for status, text in problems.items():
+                setattr(report, status, count := getattr(report, status) + 1)
+                report.problems += [RowProblem(row, status, text)] * (count <= max_problems)
         return report
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
         if not examples:
             raise ResponseTemplateError("the batch is empty: give at least one row of input_ids")
-        rows = [e if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
         for number, row in enumerate(rows):
-            ids = np.asarray(row.get("input_ids"))
-            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids < 0).any():
-                raise ResponseTemplateError(
-                    f"row {number}: input_ids are no list of whole numbers from 0: {str(row.get('input_ids'))[:60]}; "
-                    "tokenise the text first"
-                )
-        labels = [self._row_labels(row, number) for number, row in enumerate(rows)]
+            ids, attended = self._read(row)
+            labels = np.asarray(row.get("labels", ids))
+            if np.array_equal(labels[attended], ids[attended]):
+                labels = np.full(len(ids), -100)
+                labels[attended] = self.labels_for(ids[attended].tolist(), index=number)
+            labels = np.where(labels == -100, self.ignore_index, labels)
+            if self.padding_free:
+                rows[number] = {"input_ids": ids[attended], "labels": labels[attended]}
+            else:
+                row["labels"] = labels.tolist()
+                row.pop("special_tokens_mask", None)
+        ignored = self.ignore_index
         if self.padding_free:
-            flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=self.ignore_index)
-            read = [(*self._read(row), own) for row, own in zip(rows, labels, strict=True)]
-            documents = [{"input_ids": ids[attended], "labels": own[attended]} for ids, attended, own in read]
-            return BatchEncoding(flatten(documents, return_tensors="pt"))
-        features = [{**row, "labels": own.tolist()} for row, own in zip(rows, labels, strict=True)]
-        for feature in features:
-            feature.pop("special_tokens_mask", None)
-        multiple, ignored = self.pad_to_multiple_of, self.ignore_index
+            flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=ignored)
+            return BatchEncoding(flatten(rows, return_tensors="pt"))
+        multiple = self.pad_to_multiple_of
         pad = DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=multiple, label_pad_token_id=ignored)
-        return cast(BatchEncoding, pad(features))
+        return cast(BatchEncoding, pad(rows))
 
     def numpy_call(self, examples: list[Any]) -> dict[str, Any]:
         """As `torch_call`, in numpy arrays."""
@@ -245,130 +201,119 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         ids = np.asarray(row["input_ids"], dtype=np.int64)
         if "attention_mask" in row:
             return ids, np.asarray(row["attention_mask"], dtype=bool)
-        attended = np.ones(len(ids), dtype=bool)
-        # Rows that were padded beforehand and lost their mask: only a run at the end can be padding, and where the
-        # pad token ends turns as well, the first of that run is the end token.
-        other = np.flatnonzero(ids != self.tokenizer.pad_token_id)
-        if len(other) and len(ids) - other[-1] > 1:
-            attended[other[-1] + 1 + (self.tokenizer.pad_token_id == self.tokenizer.eos_token_id) :] = False
-        return ids, attended
+        # Padded beforehand, without a mask: only a run at the end can be padding, and its first token may end the turn
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        length = int(np.flatnonzero(ids != pad).max(initial=-1)) + 1
+        return ids, np.arange(len(ids)) < (length + (pad == end) if 0 < length < len(ids) - 1 else len(ids))
 
-    def _row_labels(self, row: Mapping[str, Any], number: int) -> np.ndarray:
-        ids, attended = self._read(row)
-        if "labels" in row:
-            given = np.asarray(row["labels"], dtype=np.int64)
-            if len(given) != len(ids):
-                raise ResponseTemplateError(f"row {number}: {len(given)} labels for {len(ids)} input_ids")
-            if not np.array_equal(given[attended], ids[attended]):
-                return np.where(given == -100, self.ignore_index, given)
-        labels, absent, _ = self._label(ids)
-        if absent is not None:
-            self._missing(absent, ids, number)
-        return np.where(attended, labels, self.ignore_index)
-
-    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, "_Template | None", dict[str, str]]:
-        """Labels, the template that does not occur (then all are masked), and why it is merged or ambiguous."""
-        labels = np.full(len(ids), self.ignore_index, dtype=np.int64)
-        text = [self._bytes[i] for i in ids.tolist()]
-        found: list[list[Match]] = []
-        for template in filter(None, (self._response, self._instruction)):
-            found.append(template.find(ids, text))
-            if not found[-1]:
-                return labels, template, {}
-        responses, instructions = found[0], found[1] if self._instruction else []
-        # A row begins in the middle of a turn, if not with an instruction
-        bounds = [0, *(match.start for match in instructions), len(ids)]
-        why: list[str] = []
-        counted: list[Match] = []
+    def _label(self, ids: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+        """Labels, all masked where a template is missing, and the problems by status."""
+        labels, row = np.full(len(ids), self.ignore_index, dtype=np.int64), _Row(ids, self._bytes)
+        found = [template.find(row) for template in self._templates]
+        for template, matches in zip(self._templates, found, strict=True):
+            if not matches:
+                return labels, {"missing": f"{template} does not occur; {template.nearest(row)}"}
+        bounds = [0, len(ids)]
+        for template in self._templates[1:]:
+            # A row begins in the middle of a turn, if not with an instruction, and may be cut off in the next one
+            bounds = [0, *(match.start for match in found[1]), template.cut_off(row)]
+        problems: dict[str, str] = {}
+        begun = False
         for begin, end in pairwise(bounds):
-            matches = [match for match in responses if begin <= match.start < end]
+            matches = [match for match in found[0] if begin <= match.start < end]
             if len(matches) > 1:
-                why.append(f"{len(matches)} response templates in one turn, of which the last counts")
+                problems["ambiguous"] = f"{len(matches)} response templates in one turn, of which the last counts"
                 if matches[-1].body == len(ids):  # a prompt for the next answer, as some chat templates write
                     end = matches.pop().start
-            if not matches and counted:
-                why.append("an instruction template that no response follows; what follows it is masked")
             if matches:
-                counted.append(matches[-1])
+                begun = True
                 labels[matches[-1].body : end] = ids[matches[-1].body : end]
-        merged = "the border lies inside a token, which is masked" if any(match.merged for match in counted) else ""
-        remarks = {"merged": merged, "ambiguous": "; ".join(dict.fromkeys(why))}
-        return labels, None, {status: text for status, text in remarks.items() if text}
+                if matches[-1].merged:
+                    problems["merged"] = "the border lies inside a token, which is masked"
+            elif begun:
+                problems["ambiguous"] = "an instruction template that no response follows; what follows it is masked"
+        return labels, {status: f"{text}; {self._templates[0].nearest(row)}" for status, text in problems.items()}
 
-    def _missing(self, template: "_Template", ids: np.ndarray, index: int | None) -> None:
-        nearest_ids, _, surroundings, suggestion = template.nearest(ids)
-        message = (
-            f"{'row' if index is None else f'row {index}'}: {template.name} {template.source!r} (ids {template.ids}) "
-            f"does not occur; nearest: ids {nearest_ids} in {surroundings!r}; {suggestion}"
-        )
-        if self.on_missing == "raise":
-            raise ResponseTemplateError(message)
-        if self.missing_rows == 0:
-            warnings.warn(f"{message}; such rows are masked and counted in missing_rows", stacklevel=3)
-        self.missing_rows += 1
+
+class _Row:
+    """A row's ids, the bytes that they stand for, and the end of each token in them."""
+
+    def __init__(self, ids: np.ndarray, token_bytes: TokenBytes) -> None:
+        tokens = [token_bytes[i] for i in ids.tolist()]
+        self.ids, self.raw, self.ends = ids, b"".join(tokens), np.cumsum([len(token) for token in tokens])
+
+    def tokens(self, begin: int, end: int) -> tuple[int, int]:
+        """The first and the last token of some bytes."""
+        first, last = np.searchsorted(self.ends, [begin, max(end - 1, begin)], side="right").tolist()
+        return first, last
+
+
+class Match(NamedTuple):
+    """A template from token `start` up to `body`, before which a `merged` token holds text from both sides."""
+
+    start: int
+    body: int
+    merged: bool = False
 
 
 class _Template:
     """A response or instruction template, and where it stands in a row."""
 
     def __init__(self, name: str, source: str | Sequence[int], token_bytes: TokenBytes) -> None:
-        self.name = name
-        self.is_text = isinstance(source, str)
-        self.bytes = token_bytes
+        self.name, self.bytes, self.is_text = name, token_bytes, isinstance(source, str)
         ids = token_bytes.tokenizer(source, add_special_tokens=False)["input_ids"] if self.is_text else source
         self.ids = [int(i) for i in ids]
-        self.source = str(source if self.is_text else self.ids)
         if not self.ids:
             raise ResponseTemplateError(f"{name} is empty: there is nothing to look for")
         self.raw = b"".join(token_bytes[i] for i in self.ids)
-        if self.is_text and not self.source.startswith(" "):
+        if self.is_text and not str(source).startswith(" "):
             self.raw = self.raw.removeprefix(b" ")  # sentencepiece puts a space before a text
+        self.spaced = token_bytes[self.ids[0]] == b" "  # as a token of its own
+        # `####Answer:` is another heading than `###Answer:`, not the template with something in front
+        self.before = b"" if self.raw[:1].isspace() else b"(?<!" + re.escape(self.raw[:1]) + b")"
 
-    def find(self, ids: np.ndarray, text: list[bytes]) -> list[Match]:
-        """All occurrences in a row whose tokens stand for `text`, in order."""
-        matches: list[Match] = []
+    def __str__(self) -> str:
+        return f"{self.name} {self.bytes.readable(self.raw)!r} (ids {self.ids})"
+
+    def find(self, row: _Row) -> list[Match]:
+        """All occurrences in a row, in order."""
         if not self.is_text:
-            n = len(self.ids)
-            for start in np.flatnonzero(ids[: max(len(ids) - n + 1, 0)] == self.ids[0]).tolist():
-                if ids[start : start + n].tolist() == self.ids and (not matches or start >= matches[-1].body):
-                    matches.append(Match(start, start + n))
-            return matches
-        raw, ends = b"".join(text), np.cumsum([len(token) for token in text])
-        stop = 0
-        while (at := raw.find(self.raw, stop)) >= 0:
-            stop = at + len(self.raw)
-            # `####Answer:` is another heading than `###Answer:`, not the template with something in front
-            if at and raw[at - 1 : at] == self.raw[:1] and not self.raw[:1].isspace():
-                continue
-            start, last = np.searchsorted(ends, [at, stop - 1], side="right").tolist()
-            merged, begin = int(ends[last]) != stop, int(ends[last]) - len(text[last])
-            if ids[max(last + 1 - len(self.ids), 0) : last + 1].tolist() == self.ids:
-                start = last + 1 - len(self.ids)  # with the space that sentencepiece put before it
+            template, ids = ("".join(map(chr, each)) for each in (self.ids, row.ids.tolist()))
+            return [Match(*found.span()) for found in re.finditer(re.escape(template), ids)]
+        matches: list[Match] = []
+        for found in re.finditer(self.before + re.escape(self.raw), row.raw):
+            start, last = row.tokens(*found.span())
+            begin = row.ends[last - 1] if last else 0
+            merged = bool(row.ends[last] > found.end())
             # A token that has only the template's trailing spaces is the response's
-            body = last if merged and begin >= at and not raw[begin:stop].strip() else last + 1
-            matches.append(Match(start, body, merged))
+            only_space = merged and begin >= found.start() and not row.raw[begin : found.end()].strip()
+            matches.append(Match(self._with_space(start, row), last if only_space else last + 1, merged))
         return matches
 
-    def nearest(self, ids: np.ndarray) -> tuple[list[int], str, str, str]:
-        """Where the row comes nearest to the template: ids, their text, the text around, and what to do."""
-        tokens = [self.bytes[i] for i in ids.tolist()]
-        raw = b"".join(tokens)
-        if not raw:
-            return [], "", "", "the row is empty"
-        wanted = self.raw.lstrip(b" ") or self.raw  # the space is sentencepiece's, and often what does not match
+    def cut_off(self, row: _Row) -> int:
+        """The token in which the template begins, if the row ends in the middle of it; else the number of tokens."""
+        for size in range(len(self.raw) - 1, 0, -1):
+            beginning, near = self.raw[:size], max(len(row.raw) - size - 1, 0)
+            cut = re.compile(self.before + re.escape(beginning) + rb"\Z").search(row.raw, near)
+            if cut and beginning.strip():
+                return self._with_space(row.tokens(*cut.span())[0], row)
+        return len(row.ids)
+
+    def _with_space(self, start: int, row: _Row) -> int:
+        """The first token of a template, with the space that sentencepiece puts before a text."""
+        return start - (self.is_text and start > 0 and row.ids[start - 1] == self.ids[0] and self.spaced)
+
+    def nearest(self, row: _Row) -> str:
+        """Where a row comes nearest to the template, and what to do."""
+        raw, readable = row.raw, self.bytes.readable
         # Only other spaces or letters' case: training after another text would train what the user said
-        spaced = rb"\s*".join(re.escape(bytes([byte])) for byte in wanted if not bytes([byte]).isspace())
-        alike = [*re.finditer(spaced, raw, re.IGNORECASE)]
-        exact = raw.rfind(wanted)
-        at, stop = alike[-1].span() if alike else (max(len(raw) - len(wanted), 0), len(raw))
-        if exact >= 0:
-            at, stop = exact, exact + len(wanted)
-        first, last = np.searchsorted(np.cumsum([len(t) for t in tokens]), [at, max(stop - 1, at)], "right").tolist()
-        near, near_text = ids[first : last + 1].tolist(), self.bytes.readable(b"".join(tokens[first : last + 1]))
+        alike = rb"\s*".join(re.escape(bytes([byte])) for byte in self.raw if not bytes([byte]).isspace())
+        near = [found.span() for found in re.finditer(alike, raw, re.IGNORECASE)] if alike else []
+        at, stop = near[-1] if near else (max(len(raw) - len(self.raw), 0), len(raw))
         advice = "the row may be cut off before its response (raise max_length), or was formatted with another text"
-        if exact >= 0:
-            text = self.bytes.readable(self.raw)
-            advice = f"its text is encoded here as {near}: pass these ids, or the text {text!r}"
-        elif alike:
-            advice = f"these ids would match: {near}; did you mean {self.name}={near_text!r}?"
-        return near, near_text, self.bytes.readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS]), advice
+        if near:
+            first, last = row.tokens(at, stop)
+            ids = row.ids[first : last + 1].tolist()
+            text = readable(b"".join(self.bytes[i] for i in ids))
+            advice = f"did you mean {self.name}={text!r}, which is encoded here as {ids}?"
+        return f"nearest: {readable(raw[max(0, at - SURROUNDINGS) : stop + SURROUNDINGS])!r}; {advice}"

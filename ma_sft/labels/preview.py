@@ -1,7 +1,10 @@
 """What is trained, token by token, for the terminal."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +12,6 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import LabelError
 from ma_sft.labels.encoder import IGNORE_INDEX
 from ma_sft.labels.token_bytes import TokenBytes
 
@@ -25,43 +27,22 @@ class Piece:
 
 
 def pieces(input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The row cut into readable pieces; joined, their `ids` are `input_ids`.
-
-    Raises:
-        LabelError: labels and ids differ in length.
-    """
-    if len(input_ids) != len(labels):
-        raise LabelError(f"{len(labels)} labels for {len(input_ids)} tokens")
+    """The row cut into readable pieces; joined, their `ids` are `input_ids`."""
     token_bytes = TokenBytes(tokenizer)
     shown: list[Piece] = []
-    held: list[int] = []
-    raw = b""
-    trained = False
-
-    def flush() -> None:
-        nonlocal raw
-        if held:
-            shown.append(Piece(raw.decode(errors="replace"), tuple(held), trained, False))
-            held.clear()
-            raw = b""
-
-    for token, label in zip(input_ids, labels, strict=True):
-        is_control = token in token_bytes.control
-        if held and (is_control or (label != IGNORE_INDEX) != trained):
-            flush()
-        trained = label != IGNORE_INDEX
-        if is_control:
-            shown.append(Piece(token_bytes.control[token], (token,), trained, True))
-            continue
-        held.append(token)
-        raw += token_bytes[token]
-        try:
-            raw.decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                continue
-        flush()
-    flush()
+    kinds = (
+        (token, label != IGNORE_INDEX, token in token_bytes.control)
+        for token, label in zip(input_ids, labels, strict=True)
+    )
+    for (trained, control), group in groupby(kinds, key=itemgetter(1, 2)):
+        held: list[int] = []
+        tokens = [token for token, _, _ in group]
+        for n, token in enumerate(tokens):
+            held.append(token)
+            raw = b"".join(token_bytes[each] for each in held)
+            if codecs.utf_8_decode(raw, "replace", False)[1] == len(raw) or n == len(tokens) - 1:
+                shown.append(Piece(token_bytes.readable(raw), tuple(held), trained, control))
+                held = []
     return shown
 
 

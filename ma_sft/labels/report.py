@@ -1,10 +1,11 @@
 """What the check finds: counts over all rows, and findings, as a person and a program read them."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,11 +13,11 @@ from rich.text import Text
 
 from ma_sft.errors import LabelError
 
-SHOWN_ROWS = 5
+SHOWN = 5  # rows of a finding, and details
 
-# Code -> (severity, message), in the order in which they are shown; `CheckReport.enter` fills in the braces.
-MESSAGES = {
-    "nothing to train": ("error", "{nothing}"),
+# Code -> (severity, message), in the order in which they are shown; what was found in detail stands behind the message.
+CODES = {
+    "nothing to train": ("error", ""),
     "no labels": ("error", "these rows train nothing; remove them or mend their template"),
     "foreign labels": ("error", "a label differs from the token in its place; labels must not be shifted"),
     "missing end token": ("error", "a trained turn does not end in a trained end token: the model learns no end"),
@@ -29,75 +30,91 @@ MESSAGES = {
     "turns left out": ("error", "turns are not trained, and nothing says why"),
     "lost content": ("error", "what the row says is neither trained nor shown"),
     "unlike the marks": ("error", "the template's generation marks say otherwise"),
-    "unknown rest": ("error", "what follows the last trained turn is not the conversation"),
     "response template missing": ("error", "nothing is trained in these rows"),
-    "not proven": ("warning", "{not_proven}"),
+    "not proven": ("warning", ""),
     "harmless": ("warning", "what the model learns beside its turns and generation never shows"),
-    "said but not shown": ("warning", "the template leaves it out of the history: {losses}"),
-    "untrained turns": ("warning", "turns without a label: {untrained_turns}"),
+    "said but not shown": ("warning", "the template leaves it out of the history"),
+    "untrained turns": ("warning", "turns without a label"),
+    "default system prompt": ("warning", "the template writes text of its own before the first message of these rows"),
+    "unanswered question": ("warning", "no answer follows the last message, from which nothing is learned"),
     "cut rows": ("warning", "longer than max_length={max_length}; what overflow leaves out of them is not trained"),
     "cut turns": ("warning", "turns that lose their end; they do not teach to stop"),
     "nothing left after cutting": ("warning", "max_length={max_length} leaves no label; these rows are dropped"),
     "border inside a token": ("warning", "the first token of the response holds the template's end; it is masked"),
     "ambiguous templates": ("warning", "the last response template of a turn counts, and these rows may mean another"),
-    "special-token text": ("warning", "text that looks like control tokens, encoded as ordinary text: {special_text}"),
+    "special-token text": ("warning", "text that looks like control tokens, encoded as ordinary text"),
     "duplicate rows": ("warning", "the same ids as an earlier row"),
+}
+
+
+# Names of how often a code was found and of what in detail, as attributes of the report and in JSON.
+COUNTS = {
+    **{"cut_rows": "cut rows", "cut_turns": "cut turns", "lost_rows": "nothing left after cutting"},
+    **{"foreign_labels": "foreign labels", "missing_end": "missing end token", "double_bos": "double BOS"},
+    **{"mismatches": "unlike inference", "template_missing": "response template missing"},
+    **{"special_text_rows": "special-token text", "duplicate_rows": "duplicate rows"},
+}
+DETAILS = {
+    **{"untrained_turns": "untrained turns", "special_text": "special-token text"},
+    **{"losses": "said but not shown", "not_proven": "not proven"},
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the check found: how often, in which rows first, and what it means."""
+    """Something that the check found: how often, in which rows first, and what it means.
 
-    level: Literal["error", "warning"]
+    `rows` are rows of the labelled data set, `places` the lines of files that they come from, or else their numbers.
+    """
+
+    level: str
     code: str
     count: int
     rows: list[int]
     message: str
+    places: list[str] = field(default_factory=list)
+    details: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        where = f" (rows {', '.join(map(str, self.rows))}{', ...' if self.count > len(self.rows) else ''})"
-        return f"{self.code}: {self.count:,}{where if self.rows else ''}: {self.message}"
+        where = ", ".join(Path(place).name for place in self.places)
+        where = f" ({where}{', ...' if self.count > len(self.rows) else ''})" if where else ""
+        return f"{self.code}: {self.count:,}{where}: {self.message}"
 
 
 @dataclass
 class CheckReport:
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
-    `histogram` maps a length in tokens to the number of rows that are at most that long and longer than the one
-    before. `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved
-    `proven_turns`, `witnessed_turns` of them by generation marks too. `judged` says which rows; `losses` and
-    `not_proven` count what rows say and no sequence shows, and what could not be verified and why. `unused_columns` are
-    those of each source that nothing read, with an example.
+    `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`,
+    `witnessed_turns` of them by generation marks too. `judged` says which rows were verified, `sampled` whether others
+    were not. `histogram` maps a power of two to the number of rows that are at most so many tokens long and longer than
+    half of it. `unused_columns` are those of each source that nothing read, with an example.
     """
 
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     turns: int = 0
-    untrained_turns: dict[str, int] = field(default_factory=dict)
     rows_without_label: int = 0
-    cut_rows: int = 0
-    cut_turns: int = 0
-    lost_rows: int = 0
-    foreign_labels: int = 0
-    missing_end: int = 0
-    double_bos: int = 0
     compared_turns: int = 0
-    mismatches: int = 0
     judged_rows: int = 0
     judged: str = ""
+    sampled: bool = False
     proven_turns: int = 0
     witnessed_turns: int = 0
-    losses: dict[str, int] = field(default_factory=dict)
-    not_proven: dict[str, int] = field(default_factory=dict)
-    template_missing: int = 0
-    special_text_rows: int = 0
-    special_text: dict[str, int] = field(default_factory=dict)
-    duplicate_rows: int = 0
     unused_columns: dict[str, dict[str, str]] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        """What stands in `COUNTS` and `DETAILS`."""
+        code = COUNTS.get(name) or DETAILS.get(name)
+        if code is None:
+            raise AttributeError(name)
+        finding = next((finding for finding in self.findings if finding.code == code), None)
+        if name in COUNTS:
+            return finding.count if finding else 0
+        return finding.details if finding else {}
 
     @property
     def trained_share(self) -> float:
@@ -118,13 +135,14 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """What is proven, in a line."""
+        """What is proven and what not, in a line."""
         if self.errors:
             return "labels are wrong"
         if not self.proven:
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was verified'}"
-        return f"every label is right: {self.judged}"
+        ends = f", but turns lose their end ({self.cut_turns:,})" if self.cut_turns else ""
+        return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.judged}"
 
     def raise_errors(self) -> None:
         """Raise `LabelError` with all errors in one line, if there are any."""
@@ -132,8 +150,9 @@ class CheckReport:
             raise LabelError("the labels are wrong: " + "; ".join(map(str, self.errors)))
 
     def to_json(self) -> str:
-        derived = {name: getattr(self, name) for name in ("trained_share", "proven", "verdict")}
-        return json.dumps({**asdict(self), **derived, "ok": not self.errors}, ensure_ascii=False, indent=2)
+        names = (*COUNTS, *DETAILS, "trained_share", "proven", "verdict")
+        values = {**asdict(self), **{name: getattr(self, name) for name in names}, "ok": not self.errors}
+        return json.dumps(values, ensure_ascii=False, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "CheckReport":
@@ -155,54 +174,33 @@ class CheckReport:
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        colour = "bold red" if self.errors else "green" if self.proven else "yellow"
-        lines.append(Text(self.verdict, style=colour))
+        right = self.proven and not self.cut_turns
+        lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)
 
 
 class Findings:
-    """How often each code was found, in which rows first, and an example."""
+    """How often each code was found, in which rows first, and what in detail."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.rows: dict[str, list[int]] = {}
-        self.examples: dict[str, str] = {}
+        self.rows: defaultdict[str, list[int]] = defaultdict(list)
+        self.details: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def add(self, code: str, rows: Sequence[int], example: str = "", count: int | None = None) -> None:
-        """Note that rows have a fault; `count` is how often, if not once in each."""
+    def add(self, code: str, rows: Sequence[int], details: Iterable[str] = (), count: int | None = None) -> None:
+        """Note that rows have a fault; `count` is how often, if not once in each. Of errors one detail is kept."""
         self.counts[code] += len(rows) if count is None else count
-        self.rows[code] = list(dict.fromkeys([*self.rows.get(code, []), *rows[:SHOWN_ROWS]]))[:SHOWN_ROWS]
-        if example:
-            self.examples.setdefault(code, example)
+        self.rows[code] = list(dict.fromkeys([*self.rows[code], *rows[:SHOWN]]))[:SHOWN]
+        if CODES[code][0] == "warning" or not self.details[code]:
+            self.details[code].update(details)
 
-    def listed(self, report: CheckReport, max_length: int | None) -> list[Finding]:
-        """The findings in the order of `MESSAGES`, with the report's counts in their words."""
-        why = "no row has a label"
-        if report.lost_rows:
-            why = f"max_length={max_length} cuts off every response; raise max_length"
-        words = {
-            "nothing": why,
-            "max_length": max_length,
-            "not_proven": "; ".join(report.not_proven),
-            "losses": "; ".join(f"{what} ({n:,} rows)" for what, n in report.losses.items()),
-            "untrained_turns": "; ".join(f"{reason} ({n:,})" for reason, n in report.untrained_turns.items()),
-            "special_text": ", ".join(map(repr, list(report.special_text)[:SHOWN_ROWS])),
-        }
-        return [
-            Finding(
-                cast(Any, level),
-                code,
-                self.counts[code],
-                self.rows[code],
-                ": ".join(filter(None, [message.format(**words), self.examples.get(code)])),
-            )
-            for code, (level, message) in MESSAGES.items()
-            if self.counts[code]
-        ]
-
-
-def count(counts: dict[str, int], lists: Iterable[Iterable[str]]) -> None:
-    """Add how often each name stands in the lists."""
-    for each in lists:
-        for name in each:
-            counts[name] = counts.get(name, 0) + 1
+    def listed(self, max_length: int | None, place: Callable[[int], str]) -> list[Finding]:
+        """The findings in the order of `CODES`; `place` says where a row comes from."""
+        found = []
+        for code, (level, message) in CODES.items():
+            if self.counts[code]:
+                rows, details = self.rows[code], dict(self.details[code])
+                shown = [f"{what} ({n:,})" if len(details) > 1 else what for what, n in [*details.items()][:SHOWN]]
+                words = ": ".join(filter(None, [message.format(max_length=max_length), "; ".join(shown)]))
+                found.append(Finding(level, code, self.counts[code], rows, words, [*map(place, rows)], details))
+        return found

@@ -318,10 +318,12 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
-        for where, _, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+        origins: list[str] = []
+        for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
             if not isinstance(row, dict):
                 raise FormatError(f"{where}: {row}")
             found.append(row)
+            origins.append(origin)
         try:
             texts = to_texts(found)
         except (FormatError, TypeError) as error:
@@ -342,7 +344,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
             if collator is None
             else [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
         )
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "origin": origins}
 
     how = (
         code_of(labels.formatting_func),

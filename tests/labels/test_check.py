@@ -21,15 +21,19 @@ from ma_sft.pages.preview import preview, preview_html
 from ma_sft.training.prepare import check_as_trained
 
 CHATS = [
-    [("user", "Hi"), ("assistant", "Hello! 你好😀")],
-    [("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"), ("assistant", "4")],
-    [("user", "What is <|im_end|> or </s>?"), ("assistant", "A token\nor two.")],
+    ("Hi", "Hello! 你好😀"),
+    ("1+1?", "2", "2+2?", "4"),
+    ("What is <|im_end|> or </s>?", "A token\nor two."),
 ]
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 def labelled(name: str, **settings) -> tuple[Dataset, Dataset, ChatEncoder]:
     encoder = ChatEncoder(_load_tokenizer(name), **settings)
-    conversations = Dataset.from_dict({"messages": [[{"role": r, "content": c} for r, c in chat] for chat in CHATS]})
+    conversations = Dataset.from_dict({"messages": [chat(*texts) for texts in CHATS]})
     return tokenised(encoder, conversations), conversations, encoder
 
 
@@ -41,7 +45,7 @@ def tokenised(encoder: ChatEncoder, conversations: Dataset) -> Dataset:
 
 def test_several_processes_find_what_one_finds():
     encoder = ChatEncoder(_load_tokenizer("smollm2"))
-    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(250)]
+    chats = [chat(f"q{n}", f"a{n}") for n in range(250)]
     conversations = Dataset.from_dict({"messages": chats, "origin": [f"line {n}" for n in range(250)]})
     wrong = broken(
         tokenised(encoder, conversations), 170, lambda ids, labels: (ids[:4] + ids[5:], labels[:4] + labels[5:])
@@ -49,7 +53,7 @@ def test_several_processes_find_what_one_finds():
     one, two = (
         check_dataset(wrong, encoder.tokenizer, conversations=conversations, num_proc=n).to_json() for n in (1, 2)
     )
-    assert one == two and "row 170 (line 170)" in one and json.loads(one)["judged_rows"] == 250
+    assert one == two and "line 170: " in one and json.loads(one)["judged_rows"] == 250
 
 
 def codes(findings) -> set[str]:
@@ -129,6 +133,14 @@ def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
     assert report.lost_rows == len(rows) and codes(report.errors) == {"nothing to train"}
 
 
+def check_recipe(folder, rows, **recipe):
+    """The check of a recipe's rows, as `ma-sft check` runs it."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Recipe(dataset_name=str(folder / "rows.jsonl"), use_cpu=True, **recipe).resolve()
+    tokenizer, _ = load_recipes_tokenizer(settings)
+    return check_as_trained(settings, tokenizer, label(settings, tokenizer))
+
+
 @pytest.mark.parametrize(
     ("settings", "codes"),
     [
@@ -141,16 +153,84 @@ def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
 )
 def test_a_prompt_longer_than_max_length_is_counted_as_it_is_trained(tmp_path, smollm2, settings, codes):
     chat = [{"role": "user", "content": "why? " * 100}, {"role": "assistant", "content": "So."}]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
-    recipe = {"model_name_or_path": str(smollm2), "dataset_name": str(tmp_path / "rows.jsonl"), "use_cpu": True}
-    found = Recipe(**recipe, max_length=64, **settings).resolve()
-    tokenizer, _ = load_recipes_tokenizer(found)
-    labelled = label(found, tokenizer)
-    report = check_as_trained(found, tokenizer, labelled)
+    report = check_recipe(tmp_path, [{"messages": chat}], model_name_or_path=str(smollm2), max_length=64, **settings)
     assert {finding.code for finding in report.errors} == codes
     if not codes:
         assert (report.turns, report.lost_rows, report.cut_turns, report.proven_turns) == (1, 0, 0, 1)
-        assert report.trained_tokens == sum(label != -100 for label in labelled.dataset[0]["labels"])
+        assert report.trained_tokens == 3
+
+
+def test_a_finding_names_lines_of_the_file_though_rows_are_shuffled(tmp_path, smollm2):
+    rows = [{"messages": chat(f"q{n}", f"a{n}")} for n in range(40)]
+    rows[6]["messages"] = chat("q", "a", "and?")
+    rows[29]["messages"] = chat("q", "a", "and then?")
+    report = check_recipe(tmp_path, rows, model_name_or_path=str(smollm2))
+    (finding,) = [finding for finding in report.warnings if finding.code == "unanswered question"]
+    assert {*finding.places} == {f"{tmp_path}/rows.jsonl:{line}" for line in (7, 30)} and finding.rows != [6, 29]
+    assert finding.count == 2 and "rows.jsonl:7" in str(finding) and "rows.jsonl:30" in str(finding)
+    assert json.loads(report.to_json())["findings"][-1]["places"] == finding.places
+
+
+@pytest.mark.filterwarnings("ignore:row")
+def test_a_text_without_its_response_template_is_named_by_its_line(tmp_path, smollm2):
+    (tmp_path / "form.py").write_text("def text(rows):\n    return rows['text']\n")
+    rows = [{"text": f"### Question: {n}\n###{'' if n == 4 else ' '}Answer: {n}"} for n in range(9)]
+    how = {"formatting_func": f"{tmp_path / 'form.py'}:text", "response_template": "### Answer:"}
+    report = check_recipe(tmp_path, rows, model_name_or_path=str(smollm2), **how)
+    (finding,) = [finding for finding in report.errors if finding.code == "response template missing"]
+    assert finding.places == [f"{tmp_path}/rows.jsonl:5"] and "rows.jsonl:5: response_template" in finding.message
+
+
+def shown(report) -> str:
+    console = Console(force_terminal=True, width=200, color_system="standard", legacy_windows=False)
+    with console.capture() as capture:
+        console.print(report)
+    return capture.get().rstrip().splitlines()[-1]
+
+
+def test_the_verdict_says_what_was_proven_and_what_was_not(smollm2):
+    rows, conversations, encoder = labelled("smollm2")
+    tokenizer, lengths = encoder.tokenizer, [len(ids) for ids in rows["input_ids"]]
+    whole = check_dataset(rows, tokenizer, conversations=conversations)
+    assert whole.verdict == "every label is right: all 3 rows were verified" and "\x1b[32m" in shown(whole)
+    cut = check_dataset(rows, tokenizer, conversations=conversations, kept=kept(lengths, max(lengths) - 2))
+    assert "right, but turns lose their end (1): all 3 rows" in cut.verdict and "\x1b[33m" in shown(cut)
+    gone = check_dataset(rows, tokenizer, conversations=conversations, kept=kept(lengths, sorted(lengths)[1], "drop"))
+    assert gone.verdict == "every label is right: all 2 rows were verified"  # those that are trained
+    part = check_dataset(rows, tokenizer, conversations=conversations.select([0, 0, 0]), sample=None)
+    assert part.verdict == "labels are wrong" and "\x1b[1;31m" in shown(part)
+    assert "not proven: no row was verified" in check_dataset(rows, tokenizer).verdict
+
+
+def test_a_sample_is_not_called_every_label():
+    tokenizer = load_tokenizer("smollm2")
+    chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
+    conversations = Dataset.from_dict({"messages": chats})
+    rows = tokenised(ChatEncoder(tokenizer), conversations)
+    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
+    assert re.match(rf"no wrong label was found: {report.judged_rows} of 300 rows were verified, 10 at", report.verdict)
+    assert report.proven and 10 <= report.judged_rows < 20 and "--all" in report.verdict
+    assert check_dataset(rows, tokenizer, conversations=conversations).verdict.startswith(
+        "every label is right: all 300"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("smollm2", "'You are a helpful AI assistant named SmolLM"), ("gptoss", "'You are ChatGPT, a"), ("qwen3", None)],
+)
+def test_text_that_the_template_writes_by_itself_is_said_once(name, text):
+    tokenizer = load_tokenizer(name)
+    system = [{"role": "system", "content": "Be brief."}]
+    conversations = Dataset.from_dict({"messages": [chat("Hi", "Hello"), system + chat("a", "b"), chat("c", "d")]})
+    rows = tokenised(ChatEncoder(tokenizer), conversations)
+    found = [
+        finding
+        for finding in check_dataset(rows, tokenizer, conversations=conversations).warnings
+        if finding.code == "default system prompt"
+    ]
+    assert [(finding.count, finding.rows) for finding in found] == ([(2, [0, 2])] if text else [])
+    assert all(text in finding.message and finding.message.count("You are") == 1 for finding in found)
 
 
 def test_duplicates_special_text_and_turns_without_label_are_warnings():
@@ -197,11 +277,7 @@ def test_pieces_are_the_row_cut_up(name):
 
 def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
     tokenizer = _load_tokenizer("smollm2")
-    messages = [
-        {"role": "user", "content": "<script>alert(1)</script>"},
-        {"role": "assistant", "content": "<b>no</b>"},
-    ]
-    (example,) = ChatEncoder(tokenizer).encode([messages])[0]
+    (example,) = ChatEncoder(tokenizer).encode([chat("<script>alert(1)</script>", "<b>no</b>")])[0]
     page = preview_html([{"input_ids": example.input_ids, "labels": example.labels}], tokenizer, title="a & b")
     body = page[page.index("<pre ") :]
     assert "<script" not in page and "<b>" not in page and "a &amp; b" in page
@@ -213,8 +289,7 @@ def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
 
 def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
     tokenizer = _load_tokenizer("smollm2")
-    messages = [{"role": "user", "content": "\x1b[31mred"}, {"role": "assistant", "content": "fine"}]
-    (example,) = ChatEncoder(tokenizer).encode([messages])[0]
+    (example,) = ChatEncoder(tokenizer).encode([chat("\x1b[31mred", "fine")])[0]
     console = Console(force_terminal=True, width=100, color_system="standard", legacy_windows=False)
     with console.capture() as capture:
         rows = [{"input_ids": example.input_ids, "labels": example.labels}]
@@ -232,7 +307,7 @@ def test_preview_writes_the_page(tmp_path):
 
 def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
     tokenizer = load_tokenizer("smollm2")
-    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(300)]
+    chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
     ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
     at = [
         len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -1,6 +1,7 @@
 """The response-only collator: the labels of TRL 0.x where it was right, and right labels where it was not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -185,11 +186,13 @@ def test_ids_that_do_not_match_the_context_get_the_ids_that_do():
     tokenizer = _load_tokenizer("llama2")
     row = encode(tokenizer, "###Question: a\n###Answer: b")
     bare = tokenizer.encode("###Answer:", add_special_tokens=False)
-    with pytest.raises(ResponseTemplateError, match="encoded here as") as error:
-        DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer).labels_for(row, index=7)
-    assert "row 7" in str(error.value)
-    problem = DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer).check([{"input_ids": row}]).problems[0]
-    again = DataCollatorForCompletionOnlyLM(problem.nearest_ids, tokenizer=tokenizer)
+    collator = DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer)
+    with pytest.raises(ResponseTemplateError, match=r"row 7.*did you mean .* encoded here as (\[.*\])") as error:
+        collator.labels_for(row, index=7)
+    (problem,) = collator.check([{"input_ids": row}]).problems
+    assert problem.text in str(error.value)
+    near = json.loads(re.search(r"encoded here as (\[.*\])", problem.text)[1])
+    again = DataCollatorForCompletionOnlyLM(near, tokenizer=tokenizer)
     assert trained(tokenizer, again.labels_for(row)).strip(" |") == "b</s>"
 
 
@@ -220,16 +223,21 @@ def test_check_counts_every_row():
     assert not report.ok and {p.row: p.status for p in report.problems} == {
         1: "missing",
         2: "ambiguous",
-        3: "nothing left",
+        3: "nothing_left",
     }
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"response_template": ""}, "empty"), ({"mlm": True}, "mlm"), ({"tokenizer": None}, "tokenizer")],
+    [
+        ({"response_template": ""}, "empty"),
+        ({"mlm": True}, "mlm"),
+        ({"instruction_template": "###Answer:"}, "are both"),  # all would be trained
+        ({"response_template": [2, 3], "instruction_template": [2, 3]}, "are both"),
+    ],
 )
 def test_wrong_arguments(arguments, message):
-    with pytest.raises(ResponseTemplateError, match=message):
+    with pytest.raises(ValueError, match=message):
         DataCollatorForCompletionOnlyLM(
             **{"response_template": "###Answer:", "tokenizer": load_tokenizer("qwen3")} | arguments
         )
@@ -254,7 +262,7 @@ def test_a_quoted_template_is_no_border_or_reported(name, case):
     runs = trained(tokenizer, collator.labels_for(ids)).replace(tokenizer.eos_token, "").split("|")[:-1]
     report = collator.check([{"input_ids": ids}])
     (problem,) = [problem for problem in report.problems if problem.status == "ambiguous"]
-    assert report.ambiguous == 1 and problem.suggestion.startswith(("2 response templates", "an instruction"))
+    assert report.ambiguous == 1 and problem.text.startswith(("2 response templates", "an instruction"))
     if "or" not in case:  # without an end token of its own, a turn ends where the next instruction begins
         assert [run.rstrip("\n") for run in runs] == case["trained"]
 
@@ -298,23 +306,59 @@ def test_ids_that_are_set_later_are_looked_for():
     collator.response_token_ids = tokenizer.encode("### Reply:", add_special_tokens=False)
     ids = encode(tokenizer, "### Question: x\n### Reply: yes")
     assert trained(tokenizer, collator.labels_for(ids)) == " yes<|im_end|>|"
+    collator.instruction_token_ids = tokenizer.encode("### Question:", add_special_tokens=False)
+    assert trained(tokenizer, collator.labels_for(ids[:-1] + ids)) == " yes|| yes<|im_end|>|".replace("||", "|")
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    "row",
     [
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 0: 2 labels for 3 input_ids"),
-        ({"input_ids": [10**9, 2]}, "token id 1000000000 is not in the tokenizer's vocabulary"),
-        ({"input_ids": ["### Answer: a", "b"]}, "row 0: input_ids are no list of whole numbers"),
-        ({"input_ids": [[1, 2]]}, "row 0: input_ids are no list"),
-        ({"input_ids": [1, -1]}, "row 0: input_ids are no list of whole numbers from 0"),
-        ({"text": "### Answer: a"}, "row 0: input_ids are no list of whole numbers from 0: None"),
+        {"input_ids": [1, 2, 3], "labels": [1, 2]},
+        {"input_ids": [10**9, 2]},
+        {"input_ids": ["### Answer: a", "b"]},
+        {"input_ids": [[1, 2]]},
+        {"input_ids": [1, -1]},
+        {"text": "### Answer: a"},
     ],
 )
-def test_what_is_no_row_is_one_line(row, message):
-    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"))
-    with pytest.raises(ResponseTemplateError, match=message):
+def test_what_is_no_row_is_refused(row):
+    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"), on_missing="mask")
+    with pytest.raises((ValueError, LookupError, TypeError, OverflowError)):
         collator([row])
+
+
+@pytest.mark.parametrize(
+    ("response", "instruction", "text", "answer"),
+    [
+        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n### Hum", "b"),
+        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n##", "b"),
+        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b ### ", "b"),
+        ("\n### Assistant:", "\n### Human:", "\n### Human: a\n### Assistant: b\n### Human", "b"),
+        ("\n### Assistant:", "\n### Human:", "\n### Human: a\n### Assistant: b\n", "b"),  # no more than a line's end
+        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n### Human: c\n### Ass", "b"),
+        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n####", "b\n####"),  # another heading
+        ("[/INST]", "[INST]", "[INST] a [/INST] b [IN", "b"),
+        ("### Assistant:", None, "### Human: a\n### Assistant: use #", "use #"),
+    ],
+)
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama2"])
+def test_a_row_that_is_cut_off_in_the_next_instruction_does_not_train_it(name, response, instruction, text, answer):
+    """A cut row has no end token; what it trained of a user's turn would teach the model to write the user's turns."""
+    tokenizer = load_tokenizer(name)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
+    assert trained(tokenizer, collator.labels_for(ids)).strip(" |\n") == answer
+    whole = trained(tokenizer, collator.labels_for([*ids, tokenizer.eos_token_id]))  # its answer ends so
+    assert instruction is None or text.count(instruction) > 1 or whole.endswith(f"{text[-2:]}{tokenizer.eos_token}|")
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_row_that_is_cut_off_in_an_instruction_of_control_tokens(cut):
+    tokenizer = load_tokenizer("qwen3")
+    collator = DataCollatorForCompletionOnlyLM("<|im_start|>assistant\n", "<|im_start|>user\n", tokenizer=tokenizer)
+    turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    ids = tokenizer(turns)["input_ids"] + collator.instruction_token_ids[:cut]
+    assert trained(tokenizer, collator.labels_for(ids)) == "b<|im_end|>\n|"
 
 
 def test_an_empty_batch_is_one_line():
@@ -328,9 +372,3 @@ def test_batch_is_an_encoding():
     ids = encode(tokenizer, "### Answer: a")
     batch = collator([{"input_ids": ids, "special_tokens_mask": [0] * len(ids)}]).to("cpu")
     assert batch.input_ids.tolist() == [ids] and "special_tokens_mask" not in batch
-
-
-@pytest.mark.parametrize("response", ["###", "### ", [2, 3]])
-def test_one_template_for_both_sides_is_refused_as_all_would_be_trained(response):
-    with pytest.raises(ResponseTemplateError, match="are both"):
-        DataCollatorForCompletionOnlyLM(response, response, tokenizer=load_tokenizer("smollm2"))

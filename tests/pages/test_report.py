@@ -84,7 +84,7 @@ def test_tells_all_that_was_trained_and_how(finished):
         *("loss", "token accuracy", "learning rate", "tokens per second", "gradient norm"),
         *("held-out loss", f"{summary['eval_loss']:.4f}", f"{summary['train_loss']:.4f}"),
         *("Held-out answers", "before", "after", "reference"),
-        *("What is trained", "The check found every label right."),
+        *("What is trained", "The check: every label is right: all"),
         *("length of a row", "packing", "density", "exact duplicates"),
         *("learning_rate: 0.001", "torch", "transformers", "CPU", "python"),
         *("It was started with", f"ma-sft train {finished}/recipe.json --name"),
@@ -137,7 +137,7 @@ def test_does_not_call_labels_right_that_nobody_judged(tiny_bpe, tmp_path):
         )
     )
     text = Page(tmp_path / "run" / "report.html").text
-    assert "every label right" not in text and "not proven: no row was verified" in text
+    assert "every label" not in text and "not proven: no row was verified" in text
 
 
 def test_unfinished_run_has_a_page_too(copy, capsys):
