@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ma_sft.data.preference import to_preference
     from ma_sft.labels.audit import audit
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.labels.conversation import tokenize_conversation
+    from ma_sft.labels.encoder import tokenize_conversation
     from ma_sft.packing.constant_length import ConstantLengthDataset
     from ma_sft.packing.pack import pack
     from ma_sft.sft import run
@@ -46,7 +46,7 @@ _LAZY = {
     "pack": "ma_sft.packing.pack",
     "to_preference": "ma_sft.data.preference",
     "Recipe": "ma_sft.config",
-    "tokenize_conversation": "ma_sft.labels.conversation",
+    "tokenize_conversation": "ma_sft.labels.encoder",
     "run": "ma_sft.sft",
     "make_trainer": "ma_sft.training.trainer",
     "SFTConfig": "ma_sft.training.compat",
