@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ma_sft.data.preference import to_preference as to_preference
     from ma_sft.labels.audit import audit as audit
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
-    from ma_sft.labels.conversation import tokenize_conversation as tokenize_conversation
+    from ma_sft.labels.encoder import tokenize_conversation as tokenize_conversation
     from ma_sft.packing.constant_length import ConstantLengthDataset as ConstantLengthDataset
     from ma_sft.packing.pack import pack as pack
     from ma_sft.sft import run as run
@@ -43,7 +43,7 @@ _LAZY = {
     "data.preference": "to_preference",
     "labels.audit": "audit",
     "labels.collator": "DataCollatorForCompletionOnlyLM",
-    "labels.conversation": "tokenize_conversation",
+    "labels.encoder": "tokenize_conversation",
     "packing.constant_length": "ConstantLengthDataset",
     "packing.pack": "pack",
     "sft": "run",

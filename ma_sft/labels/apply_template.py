@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from ma_sft.errors import TemplateError
+from ma_sft.errors import MaSftError
 
 SECONDS = 5  # of this process's own time for one conversation, which takes a thousandth
 MEMORY = 2 << 30  # bytes more than before
@@ -34,7 +34,7 @@ text_and_marks = render_jinja_template
 _ONE_AT_A_TIME = threading.Lock()  # threads share a compiled template
 
 
-class RunawayTemplateError(TemplateError):
+class RunawayTemplateError(MaSftError):
     """A chat template that does not come to an end, or whose text does not."""
 
 
@@ -110,16 +110,15 @@ def check_size(text: Any) -> str:
 
 
 def _too_long(*_: Any) -> None:
-    raise RunawayTemplateError(
-        f"the chat template was stopped: it has worked on one conversation for {SECONDS} s, as one that loops does; "
-        "choose another with template"
-    )
+    raise _stopped(f"it has worked on one conversation for {SECONDS} s, as one that loops does")
 
 
 def _too_large() -> RunawayTemplateError:
-    return RunawayTemplateError(
-        "the chat template was stopped: it makes gigabytes of one conversation; choose another with template"
-    )
+    return _stopped("it makes gigabytes of one conversation")
+
+
+def _stopped(why: str) -> RunawayTemplateError:
+    return RunawayTemplateError(f"the chat template was stopped: {why}; choose another with template")
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +133,7 @@ def _limit_memory() -> tuple[int, int] | None:
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ours = _memory(int(time.monotonic() * 10)) + MEMORY
-    if (soft != resource.RLIM_INFINITY and soft < ours) or (hard != resource.RLIM_INFINITY and hard < ours):
+    if any(limit != resource.RLIM_INFINITY and limit < ours for limit in (soft, hard)):
         return None
     resource.setrlimit(resource.RLIMIT_AS, (ours, hard))
     return soft, hard

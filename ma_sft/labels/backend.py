@@ -22,12 +22,9 @@ EVERY = 50  # of so many texts of a batch, one is encoded by both
 # Spaces, line ends, digits, joined and composed characters, scripts, bytes, markup that is no control token.
 HARD = (
     *("", " ", "  a  b\n\n\n c\t\td \r\n", "a" * 1000, "1234567890 3.14 1,000", "don't I'LL we've"),
-    *(
-        "é e\u0301 ﬁ Ǆ ß İ",
-        "👩\u200d👩\u200d👧 🇩🇪 𠮷 \u200b\u200d\ufeff\u00a0\u2028",
-        "中文，标点。日本語 한국어 العربية हिन्दी ไทย",
-    ),
-    *("\x00\x01\x7f\x80", "<think>\n\n</think> <|x|> </s> [INST]", "def f(x):\n    return x  # ~~\n"),
+    *("é e\u0301 ﬁ Ǆ ß İ", "👩\u200d👩\u200d👧 🇩🇪 𠮷 \u200b\u200d\ufeff\u00a0\u2028"),
+    *("中文，标点。日本語 한국어 العربية हिन्दी ไทย", "\x00\x01\x7f\x80"),
+    *("<think>\n\n</think> <|x|> </s> [INST]", "def f(x):\n    return x  # ~~\n"),
     *("https://a.b/c?d=e&f=%20#g", "▁ Ġ ĊĊ <0x0A>"),
 )
 

@@ -1,34 +1,34 @@
 """Conversations -> token ids and labels, the one place where labels are made.
 
-How it works. The chat template renders the conversation to text. *Control tokens* (the special tokens, and the
-other added tokens that the template writes itself, such as `<think>`) cut that text into stretches. Each different
-stretch is tokenised once a batch, between the control tokens that it stands between, each control token is one id, and
-the ids are joined. Where a control token's text stands inside the *content*, it is cut in two before rendering, so it
-is tokenised as the ordinary text it is.
+The chat template renders a conversation to text. *Control tokens* (the special tokens, and the other added tokens that
+the template writes itself, such as `<think>`) cut that text into stretches, each different one of which is tokenised
+once a batch, between its control tokens. A control token's text in *content* is cut in two before rendering, so it is
+tokenised as the ordinary text it is.
 
-What is trained. `turns.py` finds for each assistant turn the prompt that the model sees at inference, and the target:
-what it should write, up to and with the end-of-turn token. The turn is trained in a sequence only if that sequence's
-ids begin with the prompt's ids and go on with the target's: training sees exactly what inference will see. A template
-that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlier turns with another token) breaks this
-for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
+`turns.py` finds for each assistant turn the prompt that the model sees at inference, and what it should write, up to
+and with the end-of-turn token. A turn is trained only in a sequence that begins with the prompt and goes on with that.
+A template that rewrites history (Qwen3 drops earlier `<think>` blocks, gpt-oss ends earlier turns with another token)
+breaks this for some turns; those get a sequence of their own (`history="split"`) or are masked (`history="mask"`).
 """
 
 import json
 import re
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import TemplateError
+from ma_sft.errors import MaSftError, TemplateError
 from ma_sft.labels.backend import Backend
 from ma_sft.labels.templates import control_tokens, set_chat_template
-from ma_sft.labels.turns import EMPTY_REASONING, FORBIDDEN, Chat, Message, Turns, TurnText
+from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
 Stretch = tuple[str | None, str, str]  # the control token before (None: it continues a text), text, the one after
@@ -37,7 +37,7 @@ IGNORE_INDEX = -100
 
 _BATCH = 250  # conversations
 _FEW = 200  # stretches for which the faster tokenizer is not built: that takes longer
-
+_EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _MERGED = "the turn's first characters merge into the prompt's last token"
 
 
@@ -86,20 +86,15 @@ class Example:
 class _Sequence:
     """A text to encode, and its turns, whose `start` and `end` count characters.
 
-    `starts` are where the stretches begin in the text.
+    `starts` are where the stretches begin in the text, `heads` how the prompt of each turn ends.
     """
 
     text: str
     chat: Chat
-    shape: str
     turns: list[Turn] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-
-    def prompt_end(self, turn: Turn) -> Stretch:
-        """The stretch that inference's prompt of this turn ends with."""
-        n = bisect_right(self.starts, turn.start) - 1
-        return self.stretches[n][0], self.text[self.starts[n] : turn.start], ""
+    heads: dict[int, tuple[int, Stretch]] = field(default_factory=dict)
 
 
 class ChatEncoder:
@@ -134,16 +129,11 @@ class ChatEncoder:
         if history not in ("split", "mask"):
             raise TemplateError(f"history must be 'split' or 'mask', not {history!r}")
         if not tokenizer.is_fast:
-            raise TemplateError(
-                f"{type(tokenizer).__name__} is a slow tokenizer; a fast one (tokenizer.json) is needed"
-            )
+            name = type(tokenizer).__name__
+            raise TemplateError(f"{name} is a slow tokenizer; a fast one (tokenizer.json) is needed")
         set_chat_template(tokenizer, None)
-        self.tokenizer = tokenizer
-        self.train_on = train_on
-        self.history = history
-        self.template_kwargs = template_kwargs or {}
-        self.template_now = template_now
-        self.add_eos = add_eos
+        self.tokenizer, self.train_on, self.history, self.add_eos = tokenizer, train_on, history, add_eos
+        self.template_kwargs, self.template_now = template_kwargs or {}, template_now
         self.backend = Backend(tokenizer)
         self.control = control_tokens(tokenizer)
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
@@ -189,11 +179,11 @@ class ChatEncoder:
         examples: list[list[Example]] = []
         for start in range(0, len(conversations), _BATCH):
             plans: list[list[_Sequence]] = []
-            for index in range(start, min(start + _BATCH, len(conversations))):
+            for index, messages in enumerate(conversations[start : start + _BATCH], start):
                 kwargs = template_kwargs[index] if template_kwargs else None
                 try:
-                    plans.append(self._plan(conversations[index], tools[index] if tools else None, kwargs))
-                except TemplateError as error:
+                    plans.append(self._plan(messages, tools[index] if tools else None, kwargs))
+                except MaSftError as error:
                     error.index = index  # type: ignore[attr-defined]
                     raise
             self._learn_all([sequence for plan in plans for sequence in plan])
@@ -221,24 +211,21 @@ class ChatEncoder:
         conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
             encoded = self.encode(conversations, *(parsed(batch.get(name), len(rows)) for name in given))
-        except TemplateError as error:
+        except MaSftError as error:
             at: int = error.index  # type: ignore[attr-defined]
             raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
         names = ("input_ids", "labels", "row", "turns", "untrained", "unthought", "special_text", "shape")
-        columns: dict[str, list[Any]] = {name: [] for name in names}
+        made: list[tuple[Any, ...]] = []
         for row, examples in zip(rows, encoded, strict=True):
             trained = {turn.message for example in examples for turn in example.turns if turn.trained}
             reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
-            for position, example in enumerate(examples):
-                columns["input_ids"].append(example.ids)
-                columns["labels"].append(example.label_ids)
-                columns["row"].append(row)
-                columns["turns"].append(sum(turn.trained for turn in example.turns))
-                columns["untrained"].append([*reasons.values()] if position == 0 else [])
-                columns["unthought"].append(sum(turn.trained and turn.unthought for turn in example.turns))
-                columns["special_text"].append(example.special_text if position == 0 else [])
-                columns["shape"].append(example.shape)
-        return columns
+            untrained, special = [*reasons.values()], examples[0].special_text
+            for e in examples:
+                spans = [turn for turn in e.turns if turn.trained]
+                unthought = sum(turn.unthought for turn in spans)
+                made.append((e.ids, e.label_ids, row, len(spans), untrained, unthought, special, e.shape))
+                untrained, special = [], []  # the first sequence of a row tells of all
+        return {name: [values[n] for values in made] for n, name in enumerate(names)}
 
     def encode_prompt(
         self,
@@ -248,27 +235,25 @@ class ChatEncoder:
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
-        text = self._turns.render(chat, len(messages), prompt=True)
-        sequence = _Sequence(text, chat, "")
+        sequence = _Sequence(self._turns.render(chat, len(messages), prompt=True), chat)
         self._learn_all([sequence])
-        ids = np.concatenate([self._ids_of(stretch, chat.marker) for stretch in sequence.stretches])
+        (example,) = self._label(sequence)
         self._known.clear()
-        return cast(list[int], ids.tolist())
+        return example.input_ids
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
     def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
-        shape = chat.shape
         if len(messages) == 1:
-            return [self._plain_text(chat, shape)]
+            return [self._plain_text(chat)]
         full, turns = self._turns.turns(chat)
         last = turns[-1]
         # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
         # inference saw: the main sequence is then the last prompt with its answer.
         main = full if last.reason or _fit(full, last) else last.prompt + last.target
-        sequences = [_Sequence(main, chat, shape)]
+        sequences = [_Sequence(main, chat)]
         for turn in reversed(turns):
             # A turn shares a sequence wherever that one begins as inference does; else it gets its own.
             fits = ((sequence, span) for sequence in sequences if (span := _fit(sequence.text, turn)))
@@ -281,59 +266,52 @@ class ChatEncoder:
                 sequence.turns.append(Turn(turn.message, reason=reason))
             else:
                 text = turn.prompt + turn.target
-                own = Turn(turn.message, len(turn.prompt), len(text))
-                sequences.append(_Sequence(text, chat, shape, [own]))
+                sequences.append(_Sequence(text, chat, [Turn(turn.message, len(turn.prompt), len(text))]))
         if len(sequences) > 1 and not any(turn.trained for turn in sequences[0].turns):
             sequences[-1].turns += sequences.pop(0).turns
         for sequence in sequences:
             sequence.turns.sort(key=lambda turn: turn.message)
         return [sequences[0], *reversed(sequences[1:])]
 
-    def _plain_text(self, chat: Chat, shape: str) -> _Sequence:
+    def _plain_text(self, chat: Chat) -> _Sequence:
         """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
         bos = (self.tokenizer.bos_token or "") if self.tokenizer("")["input_ids"] else ""
         text = f"{bos}{chat.messages[0]['content']}{self.tokenizer.eos_token}"
         turn = Turn(0, reason=FORBIDDEN) if chat.untrained else Turn(0, len(bos), len(text))
-        return _Sequence(text, chat, shape, [turn])
+        return _Sequence(text, chat, [turn])
 
     def _label(self, sequence: _Sequence) -> list[Example]:
         """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
-        parts = [self._ids_of(stretch, sequence.chat.marker) for stretch in sequence.stretches]
+        marker, text = sequence.chat.marker, sequence.text
+        parts = [self._ids_of(stretch, marker) for stretch in sequence.stretches]
         offsets = [*accumulate(map(len, parts), initial=0)]
-        ids = np.concatenate(parts)
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        turns, apart = [], []
+        ids, turns, apart = np.concatenate(parts), [], []
         for turn in sequence.turns:
             if turn.reason:
                 turns.append(turn)
                 continue
-            n = bisect_right(sequence.starts, turn.start) - 1
-            head = self._ids_of(sequence.prompt_end(turn), sequence.chat.marker)
+            n, stretch = sequence.heads[turn.message]
+            head = self._ids_of(stretch, marker)
             start = offsets[n] + len(head)
             end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
-            if not np.array_equal(ids[offsets[n] : start], head):
-                final = turn.end == len(sequence.text) or turn.message == len(sequence.chat.messages) - 1
-                if final and turn is sequence.turns[-1]:  # nothing follows, so the text can be cut where inference does
-                    said = self._continue(sequence.text[turn.start :], sequence.chat.marker)
-                    behind = len(ids) - end
-                    ids = np.concatenate([ids[: offsets[n]], head, said])
-                    labels = np.concatenate(
-                        [labels[: offsets[n]], np.full(len(head) + len(said), IGNORE_INDEX, np.int32)]
-                    )
-                    end = len(ids) - behind
-                else:
+            if parts[n][: len(head)].tobytes() != head.tobytes():
+                final = turn.end == len(text) or turn.message == len(sequence.chat.messages) - 1
+                if not final or turn is not sequence.turns[-1]:
                     turns.append(Turn(turn.message, reason=_MERGED))
                     apart.append(turn)
                     continue
-            labels[start:end] = ids[start:end]
+                # nothing follows, so the text can be cut where inference does
+                behind = len(ids) - end
+                ids = np.concatenate([ids[: offsets[n]], head, self._continue(text[turn.start :], marker)])
+                end = len(ids) - behind
             turns.append(Turn(turn.message, start, end, unthought=turn.unthought))
-        examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.shape)]
-        if self.history == "split":
-            for turn in apart:
-                own = _Sequence(sequence.text[: turn.end], sequence.chat, sequence.shape, [turn])
-                self._learn_all([own])
-                examples += self._label(own)
-        return examples
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        for turn in turns:
+            labels[turn.start : turn.end] = ids[turn.start : turn.end]
+        examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.chat.shape)]
+        own = [_Sequence(text[: t.end], sequence.chat, [t]) for t in apart if self.history == "split"]
+        self._learn_all(own)
+        return examples + [example for each in own for example in self._label(each)]
 
     # -- ids ----------------------------------------------------------------------------------------------------
 
@@ -347,38 +325,44 @@ class ChatEncoder:
         """The ids of a stretch that was learnt, with the control token before it."""
         if not marker:
             return self._known[stretch]
-        return np.concatenate([self._known[piece] for piece in _pieces([stretch], marker)])
+        return np.concatenate([self._known[piece] for piece in _pieces(stretch, marker)])
 
     def _continue(self, text: str, marker: str) -> Ids:
         """The ids of a text that continues another."""
         (_, first, after), *rest = self._cut(text)[0]
-        pieces = _pieces([(None, first, after), *rest], marker)
-        self._learn(pieces)
-        return np.concatenate([self._known[piece] for piece in pieces])
+        stretches = [(None, first, after), *rest]
+        self._learn(dict.fromkeys(piece for stretch in stretches for piece in _pieces(stretch, marker)))
+        return np.concatenate([self._ids_of(stretch, marker) for stretch in stretches])
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
-        pieces: list[Stretch] = []
+        pieces: dict[Stretch, None] = {}
         for sequence in sequences:
             sequence.stretches, sequence.starts = self._cut(sequence.text)
-            ends = [sequence.prompt_end(turn) for turn in sequence.turns if not turn.reason]
-            pieces += _pieces([*sequence.stretches, *ends], sequence.chat.marker)
+            for turn in sequence.turns:
+                if not turn.reason:
+                    n = bisect_right(sequence.starts, turn.start) - 1
+                    head = sequence.text[sequence.starts[n] : turn.start]
+                    sequence.heads[turn.message] = n, (sequence.stretches[n][0], head, "")
+            stretches = [*sequence.stretches, *(head for _, head in sequence.heads.values())]
+            if marker := sequence.chat.marker:
+                stretches = [piece for stretch in stretches for piece in _pieces(stretch, marker)]
+            pieces.update(dict.fromkeys(stretches))
         self._learn(pieces)
 
-    def _learn(self, pieces: list[Stretch]) -> None:
-        new = dict.fromkeys(piece for piece in pieces if piece not in self._known)
+    def _learn(self, pieces: dict[Stretch, None]) -> None:
+        new = [piece for piece in pieces if piece not in self._known]
         if self._adds_prefix:
             continued = [piece for piece in new if piece[0] is None and piece[1]]
             self._known.update((piece, np.array(self._ids_after(piece[1]), np.int32)) for piece in continued)
-        rest = [piece for piece in new if piece not in self._known]
-        texts = [f"{before or ''}{text}{after}" for before, text, after in rest]
+            new = [piece for piece in new if piece not in self._known]
+        texts = [f"{before or ''}{text}{after}" for before, text, after in new]
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        for piece, ids in zip(rest, found, strict=True):
+        for piece, ids in zip(new, found, strict=True):
             before, text, after = piece
-            edges = [self.control[token] for token in (before, after) if token]
-            if [*ids[: bool(before)], *ids[len(ids) - bool(after) :]] != edges:
+            if (before and ids[:1] != self.control[before]) or (after and ids[-1:] != self.control[after]):
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[piece] = ids[: len(ids) - bool(after)]
+            self._known[piece] = ids[:-1] if after else ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -392,16 +376,12 @@ class ChatEncoder:
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
 
-def _pieces(stretches: list[Stretch], marker: str) -> list[Stretch]:
-    """The stretches in pieces that are tokenised apart, so that no control token forms across a marker."""
-    if not marker:
-        return stretches
-    pieces: list[Stretch] = []
-    for before, text, after in stretches:
-        *texts, last = text.split(marker)
-        pieces += [(None if n else before, piece, "") for n, piece in enumerate(texts)]
-        pieces.append((None if texts else before, last, after))
-    return pieces
+def _pieces(stretch: Stretch, marker: str) -> list[Stretch]:
+    """The stretch in pieces that are tokenised apart, so that no control token forms across a marker."""
+    before, text, after = stretch
+    texts = text.split(marker) if marker else [text]
+    pieces: list[Stretch] = [(None if n else before, piece, "") for n, piece in enumerate(texts)]
+    return [*pieces[:-1], (*pieces[-1][:2], after)]
 
 
 def _fit(text: str, turn: TurnText) -> Turn | None:
@@ -412,7 +392,7 @@ def _fit(text: str, turn: TurnText) -> Turn | None:
     if text.startswith(turn.target, start):
         return Turn(turn.message, start, start + len(turn.target))
     # An empty reasoning block is scaffolding, not something that the turn says.
-    said = EMPTY_REASONING.sub("", turn.target, count=1)
+    said = _EMPTY_REASONING.sub("", turn.target, count=1)
     return Turn(turn.message, start, start + len(said), unthought=True) if text.startswith(said, start) else None
 
 
@@ -439,3 +419,47 @@ def _without_nulls(message: Message) -> Message:
 def parsed(column: Sequence[Any] | None, count: int) -> list[Any]:
     """A column whose values may be JSON, because Arrow cannot hold rows of different shapes, or `count` None."""
     return [json.loads(v) if isinstance(v, str) else v for v in column or [None] * count]
+
+
+_ENCODERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, ChatEncoder]] = WeakKeyDictionary()
+
+
+def tokenize_conversation(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Any] | None = None,
+    train_on: Literal["all", "last"] = "all",
+    template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> dict[str, list[int]]:
+    """Token ids and labels of one conversation, as one sequence.
+
+    Args:
+        messages: `[{"role": ..., "content": ...}, ...]`; roles as the chat template knows them.
+        tokenizer: a fast tokenizer.
+        tools: JSON schemas of the tools, passed to the template.
+        train_on: every assistant turn (`"all"`) or only the `"last"` one.
+        template: None for the tokenizer's own, else see `set_chat_template` (which changes `tokenizer`).
+        template_kwargs: passed to the template, e.g. `{"enable_thinking": False}`.
+
+    Returns:
+        `{"input_ids": [...], "labels": [...]}`, two lists of int of equal length. `labels[i]` is `input_ids[i]` for
+        the tokens of trained assistant turns with their end-of-turn token, and `-100` elsewhere. The ids are
+        `tokenizer.apply_chat_template(messages)`'s. A turn that inference would see differently is not trained
+        here and a warning says which and why; `ChatEncoder` gives it a sequence of its own.
+
+    Raises:
+        TemplateError: the template refuses the conversation or loses part of it; no assistant turn.
+    """
+    if template is not None:
+        set_chat_template(tokenizer, template)
+    encoders = _ENCODERS.setdefault(tokenizer, {})  # probing a template takes longer than one row
+    key = repr((tokenizer.chat_template, len(tokenizer), train_on, template_kwargs))
+    if key not in encoders:
+        encoders[key] = ChatEncoder(tokenizer, train_on=train_on, history="mask", template_kwargs=template_kwargs)
+    ((example,),) = encoders[key].encode([messages], [tools])
+    for turn in example.turns:
+        if not turn.trained:
+            warnings.warn(f"message {turn.message} is not trained: {turn.reason}", stacklevel=2)
+    return {"input_ids": example.input_ids, "labels": example.labels}

@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import TemplateError
+from ma_sft.errors import MaSftError
 from ma_sft.version import __version__
 
-
-class PromptEncoder(Protocol):
-    """What gives the ids of inference's prompts: a `ChatEncoder`."""
-
-    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]: ...
-
+if TYPE_CHECKING:
+    from ma_sft.labels.encoder import ChatEncoder
 
 # Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
 PROBE = [
@@ -33,14 +29,11 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder | None = None) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder | None" = None) -> dict[str, Any]:
     """What makes two tokenizers with their templates the same, in a few lines of JSON.
 
     The ids of a test conversation are among it: whatever a template reads from outside (a date, another release's
-    globals) shows in them.
-
-    Args:
-        encoder: None for a tokenizer without a chat template.
+    globals) shows in them. `encoder` is None for a tokenizer without a chat template.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
@@ -48,11 +41,11 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PromptEncode
         "tokenizer": {"digest": _hash(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
         "chat_template": _hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
         "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
-        "probe": None if encoder is None else _probe(encoder),
+        "probe": _probe(encoder),
     }
 
 
-def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder | None, *how: Any) -> str:
+def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: "ChatEncoder | None", *how: Any) -> str:
     """The digest of labelled rows.
 
     Args:
@@ -62,12 +55,12 @@ def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: Pr
     """
     tokenizer("")  # without the truncation and padding of an earlier call
     backend = _hash(tokenizer.backend_tokenizer.to_str())
-    probe = None if encoder is None else _probe(encoder)
-    return digest(__version__, rows, backend, tokenizer.special_tokens_map, tokenizer.chat_template, probe, *how)
+    template = tokenizer.special_tokens_map, tokenizer.chat_template, _probe(encoder)
+    return digest(__version__, rows, backend, *template, *how)
 
 
-def _probe(encoder: PromptEncoder) -> list[int] | str:
+def _probe(encoder: "ChatEncoder | None") -> list[int] | str | None:
     try:
-        return encoder.encode_prompt(PROBE)
-    except TemplateError as error:  # a template of another kind of conversation
+        return encoder.encode_prompt(PROBE) if encoder else None
+    except MaSftError as error:  # a template of another kind of conversation
         return str(error)

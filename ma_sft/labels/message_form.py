@@ -12,40 +12,26 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from jinja2 import Environment, nodes
-from jinja2 import TemplateError as JinjaError
-
 from ma_sft.errors import TemplateError
-from ma_sft.labels.apply_template import RunawayTemplateError
 
 Message = dict[str, Any]
 
-# What templates raise when they are given something that they do not expect.
-REFUSALS = (JinjaError, TypeError, KeyError, AttributeError, ValueError, IndexError)
-
 _SAID, _ASKED, _RESULT = "probe-said", "probe-asked", "probe-result"
+_PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A probe."}}}
 _TOOL = {
     "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "A probe.",
-        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A probe."}}},
-    },
+    "function": {"name": "probe_tool", "description": "A probe.", "parameters": _PARAMETERS},
 }
+_FUNCTION = {"name": "probe_tool", "arguments": {"probe_key": _SAID}}
 _USER = {"role": "user", "content": _ASKED}
 _ANSWER = {"role": "assistant", "content": _SAID}
 _CALL = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [
-        {
-            "id": "probe1234",
-            "type": "function",
-            "function": {"name": "probe_tool", "arguments": {"probe_key": _SAID}},
-        }
-    ],
+    "tool_calls": [{"id": "probe1234", "type": "function", "function": _FUNCTION}],
 }
 _TOOL_RESULT = {"role": "tool", "name": "probe_tool", "tool_call_id": "probe1234", "content": _RESULT}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -67,11 +53,15 @@ class MessageForm:
     """One template's form of messages and ends of turns.
 
     Args:
-        render: `(messages, tools, prompt) -> text`, with the template's own errors.
+        render: `(messages, tools, prompt) -> text`; raises `TemplateError`.
         control: matches every control token.
         eos: the tokenizer's EOS token.
         with_tools: whether this is the template of rows with tools.
         add_eos: the EOS token ends turns, for a template that writes no end.
+
+    Attributes:
+        end, end_of_call: of an answer, and of a turn with tool calls.
+        default_tools: what the template wants for rows without tools.
 
     Raises:
         TemplateError: the template refuses a question and an answer, or no token ends a turn.
@@ -87,20 +77,24 @@ class MessageForm:
         add_eos: bool = False,
     ) -> None:
         self._render, self._control, self._eos, self._add_eos = render, control, eos, add_eos
-        self._refusal: Exception | None = None
-        self._parts, self._text_arguments, self._blank = False, False, ""
+        self._refusal: TemplateError | None = None
         self._tools: list[Any] | None = [_TOOL] if with_tools else None
-        self._find_form()
+        self._parts, self._text_arguments, self._blank = self._find_form()
         self.end = self._find_end(*self._after(_ANSWER, {**_USER, "content": _RESULT}))
         self.end_of_call = self._find_end_of_call(*self._after(_CALL, _TOOL_RESULT, [_TOOL])) or self.end
-        self.ends = list(dict.fromkeys((self.end.token, self.end_of_call.token)))
-        ends = "|".join(map(re.escape, dict.fromkeys([*self.ends, eos or self.end.token])))
-        self.at_end = re.compile(rf"({ends})(?:\s|{ends})*\Z")
+        ends = dict.fromkeys([self.end.token, self.end_of_call.token, eos or self.end.token])
+        either = "|".join(map(re.escape, ends))
+        self._at_end = re.compile(rf"({either})(?:\s|{either})*\Z")
         self.default_tools = None if self._tools == [_TOOL] else self._tools
 
     def messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template wants them; arguments are objects, or text that is no JSON object."""
-        return [_with_thinking(self._message(m)) for m in messages]
+        return [self._message(m) for m in messages]
+
+    def end_in(self, text: str) -> int | None:
+        """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
+        found = self._at_end.search(text)
+        return found.end(1) if found else None
 
     def _message(self, message: Message) -> Message:
         if message.get("tool_calls"):
@@ -109,6 +103,9 @@ class MessageForm:
             message = {**message, "content": content, "tool_calls": calls}
         if self._parts and isinstance(message.get("content"), str):
             message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for name in _REASONING:  # which transformers gives to templates under all the names that they read
+            if (reasoning := message.get(name)) is not None:
+                return {"thinking": reasoning, **message, "reasoning_content": reasoning}
         return message
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -117,20 +114,18 @@ class MessageForm:
             function = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
         return {"type": "function", **call, "function": function} if "function" in call else function
 
-    # -- probes -------------------------------------------------------------------------------------------------
-
     def _try(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         try:
             return self._render(self.messages(messages), tools or self._tools, prompt)
-        except RunawayTemplateError:
-            raise
-        except REFUSALS as error:
+        except TemplateError as error:
             self._refusal = error
             return ""
 
-    def _find_form(self) -> None:
-        for tools, parts in product([self._tools] if self._tools else (None, [], [_TOOL]), (False, True)):
-            self._tools, self._parts = tools, parts
+    def _find_form(self) -> tuple[bool, bool, str | None]:
+        """Whether content is a list of parts and arguments are text, and the content of a message that has none."""
+        self._text_arguments, self._blank = False, ""
+        wanted = [self._tools] if self._tools else (None, [], [_TOOL])
+        for self._tools, self._parts in product(wanted, (False, True)):
             text = self._try([_USER, _ANSWER])
             if _SAID in text and _ASKED in text:
                 break
@@ -138,21 +133,20 @@ class MessageForm:
             self._tools, self._parts = None, False
             if not self._try([_USER, _ANSWER]):
                 raise TemplateError(f"the chat template refuses a question and an answer: {self._refusal}")
-        for as_text, blank in product((False, True), ("", None)):
-            self._text_arguments, self._blank = as_text, blank  # type: ignore[assignment]
+        for self._text_arguments, self._blank in product((False, True), ("", None)):
             text = self._try([_USER, _CALL], [_TOOL])
             # Neither as Python's `repr` of a dict nor as JSON inside JSON
             if _SAID in text and "probe_tool" in text and "{'probe_key'" not in text and '\\"probe_key' not in text:
-                return
-        self._text_arguments, self._blank = False, ""
+                return self._parts, self._text_arguments, self._blank
+        return self._parts, False, ""
 
     def _after(self, turn: Message, following: Message, tools: list[Any] | None = None) -> tuple[str, str]:
         """What the template writes after a turn's words: if nothing follows, and up to the words that follow."""
         alone, history = self._try([_USER, turn], tools), self._try([_USER, turn, following], tools)
         if _SAID not in alone:
             return "", ""
-        rest = history[history.rfind(_SAID) + len(_SAID) :].partition(_RESULT)[0] if _SAID in history else ""
-        return alone[alone.rindex(_SAID) + len(_SAID) :], rest
+        rest = history.rpartition(_SAID)[2].partition(_RESULT)[0] if _SAID in history else ""
+        return alone.rpartition(_SAID)[2], rest
 
     def _find_end(self, alone: str, history: str) -> End:
         shared = self._last_shared(alone, history)
@@ -174,17 +168,18 @@ class MessageForm:
         return End(first.group(), alone, history[: first.start()], added=True)
 
     def _find_end_of_call(self, alone: str, history: str) -> End | None:
-        if self.end.added and self.end.token == self._eos and self._add_eos:
+        if not self.end.added:
+            last = self._last_shared(alone, history)
+            return last if last and (last.token == self.end.token or not last.tail.strip()) else None
+        if self._add_eos:
             return End(self.end.token, alone, added=True)
-        if self.end.added:  # whatever closes the call, the turn ends where the tool begins to speak
-            rest = history[len(alone) :] if history.startswith(alone) else ""
-            if first := self._control.search(rest):
-                return End(first.group(), gap=rest[: first.start()], added=True)
-            # The result stands right behind the call (Apertus), so generation stops at what closes the call.
-            closing = [m for m in self._control.finditer(alone) if m.end() == len(alone)] if rest else []
-            return End(closing[0].group()) if closing else None
-        last = self._last_shared(alone, history)
-        return last if last and (last.token == self.end.token or not last.tail.strip()) else None
+        # Whatever closes the call, the turn ends where the tool begins to speak
+        rest = history[len(alone) :] if history.startswith(alone) else ""
+        if first := self._control.search(rest):
+            return End(first.group(), gap=rest[: first.start()], added=True)
+        # The result stands right behind the call (Apertus), so generation stops at what closes the call.
+        closing = [m for m in self._control.finditer(alone) if m.end() == len(alone)] if rest else []
+        return End(closing[0].group()) if closing else None
 
     def _last_shared(self, alone: str, history: str) -> End | None:
         """The control token that ends what both begin with: EOS, at which generation stops whatever follows, or the
@@ -193,34 +188,11 @@ class MessageForm:
         found = [m for m in self._control.finditer(alone) if m.end() <= shared]
         if not found:
             return None
-        named = [m for m in found if m.group() == self._eos]
-        last = (named or found)[0] if named or self._always_prompts() else found[-1]
+        last = next((m for m in found if m.group() == self._eos), None)
+        if last is None:
+            text = self._try([_USER])  # some templates end every text with the generation prompt, asked for or not
+            last = found[0 if text and text == self._try([_USER], prompt=True) else -1]
         return End(last.group(), alone[last.end() :])
-
-    def _always_prompts(self) -> bool:
-        """Whether the template ends every text with the generation prompt, asked for or not."""
-        text = self._try([_USER])
-        return bool(text) and text == self._try([_USER], prompt=True)
-
-
-def _with_thinking(message: Message) -> Message:
-    """The message as transformers gives it to templates: reasoning under all the names that they read."""
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def switches(template: str) -> list[tuple[str, Any]]:
-    """The variables by which a template may switch reasoning, each with each value that could matter."""
-    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-    names = [name.name for name in tree.find_all(nodes.Name) if re.search("think|reason", name.name)]
-    values: dict[str, dict[Any, None]] = {name: dict.fromkeys((False, True)) for name in names}
-    for compared in tree.find_all(nodes.Compare):
-        if isinstance(compared.expr, nodes.Name) and compared.expr.name in values:
-            texts = [const.value for op in compared.ops for const in op.find_all(nodes.Const)]
-            values[compared.expr.name].update(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
-    return [(name, value) for name in values for value in values[name]]
 
 
 def shared_length(a: str, b: str) -> int:

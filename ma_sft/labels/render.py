@@ -14,10 +14,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import jinja2
 import minijinja
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.labels.apply_template import apply_template, check_size
+from ma_sft.errors import TemplateError
+from ma_sft.labels.apply_template import RunawayTemplateError, apply_template, check_size
 
 Message = dict[str, Any]
 
@@ -25,6 +27,7 @@ PROOFS = 3  # renderings of a shape that both must agree on
 EVERY = 1000  # of so many later ones, one is compared
 _FUEL = 50_000_000  # instructions, about a second: what needs more goes to transformers, which has a time limit
 _SHAPES = 50_000
+_REFUSALS = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError)
 
 _MARKS = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 _ODD = re.compile("[\x1c-\x1f\ud800-\udfff]")  # space for Python alone; not representable in Rust
@@ -40,11 +43,13 @@ class Renderer:
 
     Args:
         date: what the template takes for now, an ISO date or date-time; None for the machine's clock, read once.
+
+    Attributes:
         fast: let minijinja render.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None, *, fast: bool = True) -> None:
-        self.tokenizer, self.fast = tokenizer, fast
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        self.tokenizer, self.fast = tokenizer, True
         self.date = date or datetime.now().isoformat()
         self._special = dict(tokenizer.special_tokens_map)
         self._environments: dict[str, minijinja.Environment | None] = {}
@@ -59,25 +64,33 @@ class Renderer:
         prompt: bool = False,
         kinds: tuple[str | None, ...] | None = None,
     ) -> str:
-        """The template's text, with the generation prompt if `prompt`; the errors are the template's own.
+        """The template's text, with the generation prompt if `prompt`.
 
         Args:
             kinds: `describe` of each message and, last, of tools and variables, if they are known already.
 
         Raises:
-            DifferentTextError: prepare all again with `fast=False`.
+            TemplateError: the template refuses the messages.
+            RunawayTemplateError: it has not come to its end.
+            DifferentTextError: prepare all again without `fast`.
         """
-        if not self.fast:
-            return self._slow(messages, tools, variables, prompt)
-        kinds = (*map(describe, messages), describe([tools, variables])) if kinds is None else kinds
-        key = None if None in kinds else (prompt, _shape(kinds))
-        agreed = -1 if key is None else self._agreed.get(key, 0)
+        if kinds is None:
+            kinds = (*map(describe, messages), describe([tools, variables]))
+        known = self.fast and None not in kinds
+        key = (prompt, _shape(kinds)) if known else None
+        agreed = self._agreed.get(key, 0) if known else -1
         if agreed >= PROOFS and (agreed - PROOFS + 1) % EVERY:
             text = self._quick(messages, tools, variables, prompt)
             if text is not None:
                 self._agreed[key] = agreed + 1
                 return text
-        slow = self._slow(messages, tools, variables, prompt)
+        try:
+            slow = apply_template(self.tokenizer, messages, tools, variables, prompt=prompt, date=self.date)
+        except RunawayTemplateError:
+            raise
+        except _REFUSALS as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
         if agreed >= 0:
             same = self._quick(messages, tools, variables, prompt) == slow
             if not same and agreed >= PROOFS:
@@ -87,9 +100,6 @@ class Renderer:
                 self._agreed.clear()
             self._agreed[key] = agreed + 1 if same else -1
         return slow
-
-    def _slow(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool) -> str:
-        return apply_template(self.tokenizer, messages, tools, variables, prompt=prompt, date=self.date)
 
     def _quick(
         self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool
@@ -101,9 +111,9 @@ class Renderer:
         environment = self._environments[source]
         if environment is None:
             return None
-        names = {**self._special, **variables, "messages": messages, "tools": tools}
+        names = {"documents": None, **variables, "messages": messages, "tools": tools}
         try:
-            text = environment.render_template("", documents=None, add_generation_prompt=prompt, **names)
+            text = environment.render_template("", add_generation_prompt=prompt, **names)
         except Exception:  # whatever it is, transformers says it better
             return None
         return check_size(text)
@@ -116,7 +126,7 @@ class Renderer:
             fuel=_FUEL,
             filters={"tojson": _to_json},
             tests={"sequence": lambda value: isinstance(value, str | list | tuple | dict)},
-            globals={"raise_exception": _refuse, "strftime_now": now.strftime},
+            globals={**self._special, "raise_exception": _refuse, "strftime_now": now.strftime},
             auto_escape_callback=lambda _: False,
         )
         try:
@@ -130,6 +140,10 @@ class Renderer:
         return {**self.__dict__, "_environments": {}}
 
 
+class _OddError(Exception):
+    pass
+
+
 def describe(value: Any) -> str | None:
     """What decides, beside the words, how a template treats a value; None where minijinja is known to differ."""
     try:
@@ -138,30 +152,26 @@ def describe(value: Any) -> str | None:
         return None
 
 
-class _OddError(Exception):
-    pass
-
-
 def _describe(value: Any, key: str = "") -> str:
+    if isinstance(value, str):
+        if key == "role":
+            return value
+        if _ODD.search(value):
+            raise _OddError
+        return "t" + "0" * (not value) + " " * value.isspace() + "<" * ("think>" in value)
+    if isinstance(value, dict):
+        if key in _USERS_NAMES:
+            return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"
+        return f"{{{','.join([f'{name}:{_describe(item, name)}' for name, item in value.items()])}}}"
     match value:
-        case str():
-            if key == "role":
-                return value
-            if _ODD.search(value):
-                raise _OddError
-            return "t" + "0" * (not value) + " " * value.isspace() + "<" * ("think>" in value)
         case None | bool():
             return str(value)
+        case list() | tuple():
+            return f"[{','.join(sorted({_describe(item) for item in value}))}]{min(len(value), 2)}"
         case int() if -(2**63) <= value < 2**63:
             return "i" if value else "i0"
         case float() if "e" not in (shown := repr(value)):
             return shown if shown in ("inf", "-inf", "nan") else "f" if value else "f0"
-        case list() | tuple():
-            return f"[{','.join(sorted({_describe(item) for item in value}))}]{min(len(value), 2)}"
-        case dict() if key in _USERS_NAMES:
-            return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"
-        case dict():
-            return f"{{{','.join([f'{name}:{_describe(item, name)}' for name, item in value.items()])}}}"
     raise _OddError
 
 

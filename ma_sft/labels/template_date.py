@@ -15,13 +15,6 @@ from ma_sft.errors import RecipeError
 if TYPE_CHECKING:
     from ma_sft.config import Settings
 
-NAME = "strftime_now"  # transformers' function of chat templates
-
-
-def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template, or one of several, asks for the date."""
-    return NAME in str(tokenizer.chat_template or "")
-
 
 def set_clock(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> None:
     """Settle `template_now` of a recipe: its own, that of the run in its output folder, or today.
@@ -30,13 +23,12 @@ def set_clock(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> None:
         RecipeError: it is set, and the template reads no clock.
     """
     labels = settings.labels
-    if not reads_clock(tokenizer):
-        if labels.template_now is not None:
-            raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
-        return
-    recall_clock(settings)
-    labels.template_now = labels.template_now or date.today().isoformat()
-    settings.chosen["template_now"] = labels.template_now  # goes into the run's recipe.json
+    if "strftime_now" in str(tokenizer.chat_template or ""):
+        recall_clock(settings)
+        labels.template_now = labels.template_now or date.today().isoformat()
+        settings.chosen["template_now"] = labels.template_now  # goes into the run's recipe.json
+    elif labels.template_now is not None:
+        raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
 
 
 def recall_clock(settings: "Settings") -> None:

@@ -7,6 +7,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import RecipeError, TemplateError, one_line
+from ma_sft.hub import load_pretrained
 from ma_sft.labels.apply_template import compiled
 from ma_sft.labels.template_date import set_clock
 from ma_sft.utils import not_there
@@ -88,8 +89,6 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
     """
     from transformers import AutoTokenizer
 
-    from ma_sft.hub import load_pretrained
-
     model = settings.model
     name, code = str(model.model_name_or_path), settings.training.trust_remote_code
     tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, model.model_revision, code=code)
@@ -116,19 +115,12 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
 def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) -> list[str]:
     """What `trl.clone_chat_template` does to a tokenizer: another one's template, added tokens and end token.
 
-    Returns:
-        The tokens that are new, for which the model's embedding has to grow.
-
-    Raises:
-        RecipeError: neither a .jinja file nor a tokenizer.
-        TemplateError: a tokenizer without a template.
+    Returns the tokens that are new, for which the model's embedding has to grow.
     """
-    from transformers import AutoTokenizer
-
-    from ma_sft.hub import load_pretrained
-
     if path.endswith((".jinja", ".j2")):
         return set_chat_template(tokenizer, path)
+    from transformers import AutoTokenizer
+
     source = load_pretrained(AutoTokenizer, path, None, code=code)
     if not source.chat_template:
         raise TemplateError(f"chat_template_path: the tokenizer {path!r} has no chat template")
@@ -141,11 +133,7 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) ->
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compile the chat template, or those for rows with and without tools.
-
-    Raises:
-        TemplateError: it is no text, or not valid Jinja.
-    """
+    """Compile the chat template, or those for rows with and without tools; `TemplateError` if that is no Jinja."""
     found = tokenizer.chat_template or ""
     for template in found.values() if isinstance(found, dict) else [found]:
         try:

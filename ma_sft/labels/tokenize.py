@@ -25,6 +25,7 @@ from ma_sft.utils import atomic_dir, cache_dir, write_whole
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
+    from ma_sft.data.load import Source
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
     from ma_sft.labels.check import Kept
@@ -35,9 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
-
 _MANY = 100  # rows, from which on one date is warned about
 
 
@@ -131,9 +130,8 @@ def check(
     limit, left = settings.training.max_length, hashlib.sha256()
     for places in (kept.row, kept.start, kept.length) if kept is not None else ():
         left.update(places.tobytes())
-    stored = _stored_report(
-        labelled.dataset, verifier, labelled.conversations is None, limit, left.hexdigest(), every_row
-    )
+    how = (labelled.conversations is None, limit, left.hexdigest(), every_row)
+    stored = _stored_report(labelled.dataset, verifier, *how)
     if stored is not None and stored.is_file():
         report = CheckReport.from_json(stored.read_text(encoding="utf-8"))
     else:
@@ -259,9 +257,10 @@ def _tell_date(
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
     """`encoder.tokenize_batch` on all rows, kept in the cache folder by what decides ids and labels."""
-    what = type(encoder).__name__
-    variables = (encoder.template_kwargs, encoder.template_now)
-    settings = (what, encoder.train_on, encoder.history, *variables, encoder.add_eos, encoder.backend.wanted)
+    settings = (
+        *(type(encoder).__name__, encoder.train_on, encoder.history, encoder.template_kwargs, encoder.template_now),
+        *(encoder.add_eos, encoder.backend.wanted),
+    )
     key = label_fingerprint(fingerprint_of(conversations), encoder.tokenizer, encoder, *settings)
     try:
         return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
@@ -298,64 +297,73 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
-    from ma_sft.data.functions import TextFunction, code_of
-    from ma_sft.data.load import load_rows, rows_of
-    from ma_sft.data.messages import check_text
+    from ma_sft.data.functions import code_of
+    from ma_sft.data.load import load_rows
 
     data, labels = settings.rows, settings.labels
     sources = _sources(settings, held_out)
     if data.filters or data.test_size or len(sources) != 1:
         raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
-    source = sources[0]
-    rows, numbers = load_rows(source, seed=settings.training.seed)
-    to_texts = TextFunction(str(labels.formatting_func))
+    rows, numbers = load_rows(sources[0], seed=settings.training.seed)
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
     ends = None  # with eos_token and instruction_template set, the recipe says that this text ends a turn
     if "eos_token" in settings.chosen and labels.instruction_template:
         after = rf"\s*(?:{re.escape(labels.instruction_template.strip())}|$)"
         ends = re.compile(f"{re.escape(str(tokenizer.eos_token))}(?={after})")
+    to_texts = _checked_texts(str(labels.formatting_func), sources[0], numbers)
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-        found: list[dict[str, Any]] = []
-        origins: list[str] = []
-        for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
-            if not isinstance(row, dict):
-                raise FormatError(f"{where}: {row}")
-            found.append(row)
-            origins.append(origin)
-        try:
-            texts = to_texts(found)
-        except (FormatError, TypeError) as error:
-            names = ", ".join(dict.fromkeys(name for row in found for name in row))
-            raise RecipeError(
-                f"formatting_func {settings.labels.formatting_func} on {source.path}, whose columns are {names}: "
-                f"{first_line(error)}"
-            ) from error
-        for number, text in zip(indices, texts, strict=True):
-            check_text(text, f"row {number + 1} by {settings.labels.formatting_func}")
+        texts, origins = to_texts(batch, indices)
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
         turns = [ends.split(text) if ends else [text] for text in texts]
         encoded = tokenizer([t for each in turns for t in each], add_special_tokens=False, split_special_tokens=True)
         pieces = iter(encoded["input_ids"])
         ids = [[*bos, *(i for t in each if t for i in (*next(pieces), tokenizer.eos_token_id))] for each in turns]
-        labels = (
-            ids
-            if collator is None
-            else [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
-        )
-        return {"input_ids": ids, "labels": labels, "origin": origins}
+        found = ids
+        if collator is not None:
+            found = [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
+        return {"input_ids": ids, "labels": found, "origin": origins}
 
-    how = (
-        code_of(labels.formatting_func),
-        ends and ends.pattern,
-        labels.response_template,
-        labels.instruction_template,
-        labels.check,
-    )
-    key = label_fingerprint(fingerprint_of(rows), tokenizer, None, source.described(), *how)
+    templates = labels.response_template, labels.instruction_template, labels.check
+    how = (sources[0].described(), code_of(labels.formatting_func), ends and ends.pattern, *templates)
+    key = label_fingerprint(fingerprint_of(rows), tokenizer, None, *how)
     labelled = _mapped(rows, label, key, "formatting and tokenising", settings.training.dataset_num_proc)
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
+
+
+def _checked_texts(
+    name: str, source: "Source", numbers: Any
+) -> Callable[[dict[str, list[Any]], list[int]], tuple[list[str], list[str]]]:
+    """The texts that the user's function gives of a batch of raw rows, and where each row stands.
+
+    `numbers` are the places of the rows in their source.
+    """
+    from ma_sft.data.functions import TextFunction
+    from ma_sft.data.load import rows_of
+    from ma_sft.data.messages import check_text
+
+    to_texts = TextFunction(name)
+
+    def texts_of(batch: dict[str, list[Any]], indices: list[int]) -> tuple[list[str], list[str]]:
+        rows: list[dict[str, Any]] = []
+        origins: list[str] = []
+        for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+            if not isinstance(row, dict):
+                raise FormatError(f"{where}: {row}")
+            rows.append(row)
+            origins.append(origin)
+        try:
+            texts: list[str] = to_texts(rows)
+        except (FormatError, TypeError) as error:
+            columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
+            what = f"formatting_func {name} on {source.path}, whose columns are {columns}"
+            raise RecipeError(f"{what}: {first_line(error)}") from error
+        for number, text in zip(indices, texts, strict=True):
+            check_text(text, f"row {number + 1} by {name}")
+        return texts, origins
+
+    return texts_of
 
 
 def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "DataCollatorForCompletionOnlyLM | None":

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from jinja2 import Environment, nodes
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.apply_template import RunawayTemplateError
-from ma_sft.labels.dropped_content import TOOL_NAME, DroppedContent, map_values, strings
-from ma_sft.labels.message_form import REFUSALS, MessageForm, shared_length, switches
+from ma_sft.labels.dropped_content import TOOL_NAME, DroppedContent, strings
+from ma_sft.labels.message_form import MessageForm, shared_length
 from ma_sft.labels.render import Renderer, describe, digest
 
 Message = dict[str, Any]
@@ -25,7 +25,6 @@ FORBIDDEN = "marked not to be trained in the row"
 
 # Markup that an assistant itself writes in its content; everybody else's is ordinary text.
 ASSISTANT_MARKUP = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
-EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 # A reasoning that the generation prompt opens and closes, so that the answer follows.
 _SHUT_THOUGHT = re.compile(
@@ -53,6 +52,11 @@ class Chat:
     def shape(self) -> str:
         """A short digest that conversations have in common which are rendered alike."""
         return digest(self.kinds, bool(self.special_text), bool(self.untrained))
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What decides, beside the shape of its messages, what the template leaves out of a conversation."""
+        return (self.kinds[-1], id(self.form), bool(self.tools))
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class Turns:
         self.tokenizer, self.train_on, self.template_kwargs = tokenizer, train_on, template_kwargs
         self.add_eos, self.control_pattern = add_eos, _any_of(control)
         self.renderer = Renderer(tokenizer, template_now)
-        self._escape = _escaper(control)
-        self._escape_assistant = _escaper(t for t in control if t not in ASSISTANT_MARKUP)
+        self._overlapping = _overlapping(control)
+        self._overlapping_assistant = _overlapping(t for t in control if t not in ASSISTANT_MARKUP)
         self._dropped = DroppedContent()
         self._advice: dict[Any, str] = {}
         self._forms: dict[tuple[str, str], MessageForm] = {}
@@ -98,47 +102,37 @@ class Turns:
         """The conversation with control-token text cut in two by a character that occurs nowhere in it."""
         untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
         # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
-        messages = [_with_objects({key: m[key] for key in m if key != "train"}) for m in messages]
+        messages = [_with_objects(m) for m in messages]
         row, marker, special = kwargs or {}, "", ()
         everything = "\0".join(strings([messages, tools, row]))
-        found = self.control_pattern.findall(everything)
         form = self._form(tools, {**self.template_kwargs, **row})
-        if found:
+        if found := self.control_pattern.findall(everything):
             marker = next(c for c in _PRIVATE_USE if c not in everything and _as_json(c) not in everything)
-
-            def cut(value: Any, escape: Any) -> Any:
-                return map_values(value, lambda v: escape(v, marker) if isinstance(v, str) else v, keys=True)
-
-            escaped = [
-                {
-                    key: cut(
-                        v, self._escape_assistant if m["role"] == "assistant" and key == "content" else self._escape
-                    )
-                    for key, v in m.items()
-                }
-                for m in messages
-            ]
-            row_cut, tools_cut = cut(row, self._escape), cut(tools, self._escape)
-            special = () if (escaped, row_cut, tools_cut) == (messages, row, tools) else tuple(dict.fromkeys(found))
-            messages, row, tools = escaped, row_cut, tools_cut
+            given = messages, row, tools
+            messages = [self._cut_message(m, marker) for m in messages]
+            row, tools = (_cut(each, marker, self._overlapping) for each in (row, tools))
+            special = () if (messages, row, tools) == given else tuple(dict.fromkeys(found))
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
         kinds = (*map(describe, formed), describe([tools, kwargs]))
         return Chat(messages, formed, kinds, tools, kwargs, untrained, form, marker, special)
 
+    def _cut_message(self, message: Message, marker: str) -> Message:
+        own = self._overlapping_assistant if message["role"] == "assistant" else self._overlapping
+        return {key: _cut(v, marker, own if key == "content" else self._overlapping) for key, v in message.items()}
+
     def turns(self, chat: Chat) -> tuple[str, list[TurnText]]:
         """The whole conversation's text, and what each turn that is to be trained writes."""
         full = self.render(chat, len(chat.messages))
         assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-        wanted = assistants if self.train_on == "all" else assistants[-1:]
-        turns = [self._turn(chat, k, full) for k in wanted]
-        tools = chat.tools if chat.tools != chat.form.default_tools else None
+        turns = [self._turn(chat, k, full) for k in assistants[0 if self.train_on == "all" else -1 :]]
+        tools = chat.tools if chat.tools is not chat.form.default_tools else None
         if any(_tool_name(tool) not in full for tool in tools or []):
             raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
         named = bool(tools) and all(isinstance(tool, dict) for tool in tools or [])
         texts = [full, *(turn.prompt for turn in turns if turn.prompt)]
         render = partial(self._render_placeholders, chat)
-        self._dropped.check_context(chat.messages, chat.kinds[:-1], texts, render, _setting(chat), tools=named)
+        self._dropped.check_context(chat.messages, chat.kinds[:-1], texts, render, chat.setting, tools=named)
         for turn in turns:
             if not turn.reason:
                 try:
@@ -152,13 +146,7 @@ class Turns:
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
         """The template's text of the first `count` messages."""
         kinds = (*chat.kinds[:count], chat.kinds[-1])
-        try:
-            text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
-        except RunawayTemplateError:
-            raise
-        except REFUSALS as error:
-            roles = ", ".join(str(m.get("role")) for m in chat.messages[:count])
-            raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
+        text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
         # A template may write JSON in ASCII alone, the marker among it
         return text.replace(_as_json(chat.marker), chat.marker) if chat.marker else text
 
@@ -193,28 +181,29 @@ class Turns:
 
         `whole` is the text of the conversation up to and with this turn, if it is known.
         """
+        form, message = chat.form, chat.messages[k]
         prompt = self.render(chat, k, prompt=True)
-        if chat.messages[k - 1]["role"] == "assistant" and _end(chat.form, prompt):
+        if chat.messages[k - 1]["role"] == "assistant" and form.end_in(prompt):
             return TurnText(k, reason="the template opens no turn after an assistant's; join the two messages")
         whole = self.render(chat, k + 1) if whole is None else whole
         rest, built = self._continuation(chat, k, prompt, whole), False
         if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
             answer = self._continuation(chat, k, prompt[: opened.start()], whole) if rest is None else rest
-            rest = _thought_and_answer(chat.messages[k], answer)
+            rest = _thought_and_answer(message, answer)
             built = rest is not None
         elif rest is None and (shut := _SHUT_THOUGHT.search(prompt)):
             rest = self._continuation(chat, k, prompt[: shut.start()], whole)
             rest = None if rest is None or rest.lstrip().startswith(shut.groups()) else rest
         if rest is None:
             return prompt
-        end = chat.form.end_of_call if chat.messages[k].get("tool_calls") else chat.form.end
+        end = form.end_of_call if message.get("tool_calls") else form.end
         written = rest.removesuffix(end.tail)
-        stop = _end(chat.form, written)
+        stop = form.end_in(written)
         if stop is None and not end.added:
             return TurnText(k, reason="the template writes no end-of-turn token after this turn")
         target = written + end.gap + end.token if stop is None else rest[:stop]
-        if chat.form.end.token in target[:-1]:
-            what = f"the template writes {chat.form.end.token} inside this turn, where generation would stop"
+        if form.end.token in target[:-1]:
+            what = f"the template writes {form.end.token} inside this turn, where generation would stop"
             return TurnText(k, reason=f"{what}; choose another template")
         return TurnText(k, prompt, target, built=built)
 
@@ -228,8 +217,6 @@ class Turns:
         # prompt are not, and they show where it begins.
         try:
             before = self.render(chat, k - 1)
-        except RunawayTemplateError:
-            raise
         except TemplateError:
             before = ""
         asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, whole)
@@ -252,19 +239,13 @@ class Turns:
         reasoned = (turn.built or len(reasoning) > 12) and reasoning in turn.target
         render = partial(self._render_placeholders, chat)
         self._dropped.check_turn(
-            chat.messages, chat.kinds[:-1], turn.message, turn.target, render, _setting(chat), reasoned=reasoned
+            chat.messages, chat.kinds[:-1], turn.message, turn.target, render, chat.setting, reasoned=reasoned
         )
 
     def _render_placeholders(self, chat: Chat, messages: list[Message], prompt: bool) -> str:
         tools = [_named(tool, TOOL_NAME) for tool in chat.tools] if chat.tools else chat.tools
-        formed = chat.form.messages(messages)
-        kinds = (*map(describe, formed), describe([tools, chat.kwargs]))
         try:
-            return self.render(
-                replace(chat, messages=messages, formed=formed, kinds=kinds, tools=tools), len(messages), prompt=prompt
-            )
-        except RunawayTemplateError:
-            raise
+            return self.renderer.render(chat.form.messages(messages), tools, chat.kwargs, prompt=prompt)
         except TemplateError:
             return ""
 
@@ -278,59 +259,58 @@ class Turns:
 
     def _advise(self, chat: Chat, k: int) -> str:
         """The template's variable with which turn `k` is trained and nothing of it lost; empty if there is none."""
-        key = (_setting(chat), chat.kinds[k], chat.messages[k - 1]["role"])
+        key = (chat.setting, chat.kinds[k], chat.messages[k - 1]["role"])
         if key not in self._advice:
-            self._advice[key] = next(
-                (
-                    f"set {name}={json.dumps(value)} in template_kwargs, or in the row's chat_template_kwargs"
-                    for name, value in switches(self.tokenizer.get_chat_template(tools=chat.tools))
-                    if self._is_trained(chat, {**chat.kwargs, name: value}, k)
-                ),
-                "",
-            )
+            found = _switches(self.tokenizer.get_chat_template(tools=chat.tools))
+            fitting = (f"{name}={json.dumps(v)}" for name, v in found if self._is_trained(chat, {name: v}, k))
+            switch = next(fitting, "")
+            self._advice[key] = switch and f"set {switch} in template_kwargs, or in the row's chat_template_kwargs"
         return self._advice[key]
 
     def _is_trained(self, chat: Chat, kwargs: dict[str, Any], k: int) -> bool:
         """Whether turn `k` is trained, and wholly, with these variables of the template."""
+        kwargs = {**chat.kwargs, **kwargs}
         try:
-            chat = replace(
-                chat,
-                kwargs=kwargs,
-                form=self._form(chat.tools, kwargs),
-                kinds=(*chat.kinds[:-1], describe([chat.tools, kwargs])),
-            )
+            form, kinds = self._form(chat.tools, kwargs), (*chat.kinds[:-1], describe([chat.tools, kwargs]))
+            chat = replace(chat, kwargs=kwargs, form=form, kinds=kinds)
             turn = self._write(chat, k)
             if isinstance(turn, str) or turn.reason:
                 return False
             self._check_turn(chat, turn)
-        except RunawayTemplateError:
-            raise
         except TemplateError:
             return False
         return True
 
 
+def _switches(template: str) -> list[tuple[str, Any]]:
+    """The variables by which a template may switch reasoning, each with each value that could matter."""
+    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    names = [name.name for name in tree.find_all(nodes.Name) if re.search("think|reason", name.name)]
+    values: dict[str, dict[Any, None]] = {name: dict.fromkeys((False, True)) for name in names}
+    for compared in tree.find_all(nodes.Compare):
+        if isinstance(compared.expr, nodes.Name) and compared.expr.name in values:
+            texts = [const.value for op in compared.ops for const in op.find_all(nodes.Const)]
+            values[compared.expr.name].update(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
+    return [(name, value) for name in values for value in values[name]]
+
+
 def _with_objects(message: Message) -> Message:
-    """The message with the arguments of its calls as objects, where they are the JSON text of one."""
-    if not message.get("tool_calls"):
-        return message
-
-    def parsed(call: dict[str, Any]) -> dict[str, Any]:
-        if "function" in call:
-            return {**call, "function": parsed(call["function"])}
-        try:
-            arguments = json.loads(call["arguments"])
-        except (KeyError, TypeError, ValueError):
-            return call
-        return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
-
-    return {**message, "tool_calls": [parsed(call) for call in message["tool_calls"]]}
+    """The message for the template, with the arguments of its calls as objects where they are the JSON of one."""
+    message = {key: value for key, value in message.items() if key != "train"}
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    return message
 
 
-def _end(form: MessageForm, text: str) -> int | None:
-    """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
-    found = form.at_end.search(text)
-    return found.end(1) if found else None
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _thought_and_answer(message: Message, written: str | None) -> str | None:
@@ -359,15 +339,18 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _escaper(tokens: Any) -> Any:
-    """A function that puts `marker` after the first character of every occurrence of a token, overlaps included."""
-    pattern = re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
-    return lambda text, marker: pattern.sub(lambda m: m.group(1) + marker, text)
+def _overlapping(tokens: Any) -> re.Pattern[str]:
+    """Matches the first character of every occurrence of a token, overlaps included."""
+    return re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
 
 
-def _setting(chat: Chat) -> tuple[Any, ...]:
-    """What decides, beside the shape of its messages, what the template leaves out of a conversation."""
-    return (chat.kinds[-1], id(chat.form), bool(chat.tools))
+def _cut(value: Any, marker: str, overlapping: re.Pattern[str]) -> Any:
+    """The value with `marker` behind the first character of every control token in its texts, keys included."""
+    if isinstance(value, str):
+        return overlapping.sub(rf"\1{marker}", value)
+    if isinstance(value, dict):
+        return {_cut(key, marker, overlapping): _cut(item, marker, overlapping) for key, item in value.items()}
+    return [_cut(item, marker, overlapping) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _named(tool: Any, name: str) -> Any:
