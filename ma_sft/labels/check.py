@@ -34,7 +34,7 @@ TEXT_ROWS = (
 )
 RESULT = Features(
     {
-        **{name: Value("int64") for name in ("proven", "confirmed")},
+        "proven": Value("int64"),
         **{name: List(Value("string")) for name in ("codes", "errors", "losses", "unproven", "remarks")},
     }
 )
@@ -333,7 +333,7 @@ def _verify_one(conversation: dict[str, Any], sequences: dict[str, list[Any]], v
         named = ", ".join(map(str, result.untrained))
         errors.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
     return {
-        **{"proven": len(result.proven), "confirmed": result.confirmed},
+        "proven": len(result.proven),
         **{"codes": [code for code, _ in errors], "errors": [what for _, what in errors]},
         **{"losses": result.losses, "unproven": result.unproven, "remarks": result.remarks},
     }
@@ -343,7 +343,6 @@ def _enter(
     row: int, where: str, result: dict[str, Any], report: CheckReport, findings: Findings, is_open: bool
 ) -> None:
     report.proven_turns += result["proven"]
-    report.witnessed_turns += result["confirmed"]
     count(report.losses, [dict.fromkeys(result["losses"])])
     count(report.not_proven, [dict.fromkeys(result["unproven"])])
     for code, what in {

@@ -7,6 +7,7 @@ serving stack gives messages to a template: the one in which nothing is lost is 
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -14,6 +15,7 @@ Form = Callable[[Message], Message]
 Lost = tuple[Any, str, bool]  # key of `Placeholders.values`, in what way it is lost, whether that is only worth a word
 TAG = re.compile(r"(<[^<>\s][^<>]{0,40}>)")
 SPEAKER = "the name of a speaker"
+_LEFT_OUT = object()
 
 
 class Refused(Exception):
@@ -73,8 +75,9 @@ def shape(value: Any) -> Any:
 class Placeholders:
     """A conversation whose texts are words that stand nowhere else.
 
-    `values` names each value: key -> (message, or -1 for the tools; what it stands for). The key of a text is its word;
-    numbers, true, false, null and empty lists cannot be words: number `blank` of those, `others`, is an empty text.
+    `values` names each value: key -> (message, or -1 for the tools; what it stands for). The key of a text is its word.
+    Numbers, true, false, null and empty lists cannot be words: these are the `others`, of which number `blank` is an
+    empty text or, where it is null or an empty list, left out.
     """
 
     def __init__(self, messages: list[Message], tools: list[Any] | None, blank: int | None = None) -> None:
@@ -120,16 +123,19 @@ class Placeholders:
         name = str(function.get("name"))
         function["name"] = self._word(i, f"the call {name!r}")
         self._calls.append((name, function["name"]))
-        words = {key: self._value(i, name, key, value) for key, value in arguments_of(function).items()}
+        arguments = arguments_of(function)
+        words = self._value(i, name, "", arguments) if arguments else {}
         # One more, so that a call without arguments shows too how they are written
         function["arguments"] = {**words, "qux": self._word(i, f"the arguments of {name!r}")}
         return {**call, "function": function}
 
     def _value(self, i: int, name: str, path: str, value: Any) -> Any:
-        if value and isinstance(value, dict):
-            return {key: self._value(i, name, f"{path}.{key}", item) for key, item in value.items()}
-        if value and isinstance(value, list):
-            return [self._value(i, name, path, item) for item in value]
+        if value and isinstance(value, dict | list):
+            named = value.items() if isinstance(value, dict) else enumerate(value)
+            inner = {key: f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path for key, _ in named}
+            made = {key: self._value(i, name, inner[key], value[key]) for key in inner}
+            made = {key: item for key, item in made.items() if item is not _LEFT_OUT}
+            return made if isinstance(value, dict) else [*made.values()]
         what = f"the argument {path!r} of {name!r}"
         if isinstance(value, str):
             return self._word(i, what) if value else value
@@ -138,7 +144,8 @@ class Placeholders:
             return value
         self.values[key] = i, what
         self.others.append(key)
-        return "" if len(self.others) - 1 == self._blank else value
+        without = _LEFT_OUT if value in (None, [], {}) else ""
+        return without if len(self.others) - 1 == self._blank else value
 
     def _tool(self, tool: Any) -> Any:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -168,10 +175,8 @@ def dropped_content(
         kinds.setdefault(repr(kind), k)
     own = {k: written(k + 1) for k in dict.fromkeys([*kinds.values(), turns[-1]])}
     whole = own[turns[-1]]
-    try:
+    with suppress(Refused):  # a conversation that begins with the assistant's turns has no prompt there
         whole = written(turns[-1], prompt=True) + whole
-    except Refused:  # a conversation that begins with the assistant's turns has no prompt there
-        pass
     for key, (i, what) in placeholders.values.items():
         if i > turns[-1] or key in placeholders.others:
             continue
@@ -185,7 +190,7 @@ def dropped_content(
         elif what.startswith("the argument"):
             as_python |= bool(re.search(rf"\{{'\w+': '{key}'", text))
             lost += [(key, " as a value", False)] * (f'\\"{key}' in text)  # JSON inside a JSON string is none
-    for n, key in enumerate(placeholders.others):  # to write one is to write it unlike an empty text
+    for n, key in enumerate(placeholders.others):  # to write one is to write it unlike an empty text, or nothing
         i, _ = placeholders.values[key]
         blank = [form(m) for m in Placeholders(messages, tools, n).messages[: i + 1]]
         try:

@@ -28,7 +28,6 @@ MESSAGES = {
     "trained twice": ("error", "a turn is trained more than once"),
     "turns left out": ("error", "turns are not trained, and nothing says why"),
     "lost content": ("error", "what the row says is neither trained nor shown"),
-    "unlike the marks": ("error", "the template's generation marks say otherwise"),
     "unknown rest": ("error", "what follows the last trained turn is not the conversation"),
     "response template missing": ("error", "nothing is trained in these rows"),
     "not proven": ("warning", "{not_proven}"),
@@ -66,9 +65,8 @@ class CheckReport:
 
     `histogram` maps a length in tokens to the number of rows that are at most that long and longer than the one
     before. `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved
-    `proven_turns`, `witnessed_turns` of them by generation marks too. `judged` says which rows; `losses` and
-    `not_proven` count what rows say and no sequence shows, and what could not be verified and why. `unused_columns` are
-    those of each source that nothing read, with an example.
+    `proven_turns`. `judged` says which rows; `losses` and `not_proven` count what rows say and no sequence shows, and
+    what could not be verified and why. `unused_columns` are those of each source that nothing read, with an example.
     """
 
     rows: int = 0
@@ -88,7 +86,6 @@ class CheckReport:
     judged_rows: int = 0
     judged: str = ""
     proven_turns: int = 0
-    witnessed_turns: int = 0
     losses: dict[str, int] = field(default_factory=dict)
     not_proven: dict[str, int] = field(default_factory=dict)
     template_missing: int = 0

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.resources import files
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,13 +33,12 @@ Ids = tuple[int, ...]
 class VerifyResult:
     """What was found in one conversation.
 
-    `proven` are the spans (sequence, begin, end) that are right, `confirmed` of them by generation marks, too. `errors`
-    are (code, what is wrong); `losses` name what the row has and no sequence shows; `unproven` what could not be
-    compared; `remarks` what does no harm; `untrained` the assistant messages that ought to be trained and are not.
+    `proven` are the spans (sequence, begin, end) that are right; `errors` are (code, what is wrong); `losses` name what
+    the row has and no sequence shows; `unproven` what could not be compared; `remarks` what does no harm; `untrained`
+    the assistant messages that ought to be trained and are not.
     """
 
     proven: list[tuple[int, int, int]] = field(default_factory=list)
-    confirmed: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
@@ -82,7 +80,6 @@ class Verifier:
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | Refused] = {}
         self._ends: dict[str, tuple[int | None, str, str]] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
-        self.marked_template = self._marked_template()
 
     def verify(
         self,
@@ -100,23 +97,10 @@ class Verifier:
         self, rows: Iterable[tuple[list[Message], Sequence[Labelled], list[Any] | None, dict[str, Any] | None]]
     ) -> list[VerifyResult]:
         """`verify` of many conversations (messages, sequences, tools, kwargs), tokenised together."""
-        found = [(self._conversation(m, tools, kwargs), sequences) for m, sequences, tools, kwargs in rows]
+        found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
         self._known = {}
-        self.ids([text for each, _ in found if isinstance(each, _Conversation) for text in each.texts()])
-        return [
-            each.verify(sequences) if isinstance(each, _Conversation) else VerifyResult(unproven=[each])
-            for each, sequences in found
-        ]
-
-    def _conversation(
-        self, messages: list[Message], tools: Any, kwargs: dict[str, Any] | None
-    ) -> "_Conversation | str":
-        if not any(message["role"] == "assistant" for message in messages):
-            return NO_TURNS
-        try:
-            return _Conversation(self, messages, tools or None, {**self.template_kwargs, **(kwargs or {})})
-        except Refused as error:
-            return f"the template refuses the conversation: {error}"
+        self.ids([text for conversation, _ in found for text in conversation.texts()])
+        return [conversation.verify(sequences) for conversation, sequences in found]
 
     def form_of(self, messages: list[Message], tools: Any, kwargs: dict[str, Any]) -> tuple[Form, Any, list[Lost]]:
         """The form and tools with which the template loses least of a conversation, and what it loses.
@@ -126,8 +110,7 @@ class Verifier:
         """
         key = repr((shape(messages), bool(tools), sorted(kwargs.items())))
         if key not in self._by_shape:
-            found: list[tuple[int, bool, int, Form, Any, list[Lost]]] = []
-            refusal = Refused()
+            found, refusal = list[Any](), Refused()
             # A template of rows with tools may need a list
             for given, form in product((tools,) if tools else (None, []), FORMS):
                 try:
@@ -152,18 +135,13 @@ class Verifier:
         Raises:
             Refused: the template raised.
         """
-        template = self.tokenizer.get_chat_template(tools=tools)
-        return self.marked(template, messages, tools, kwargs, add_generation_prompt=prompt)[0]
-
-    def marked(
-        self, template: str, messages: list[Message], tools: Any, kwargs: dict[str, Any], **how: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """A template's text and, with `return_assistant_tokens_mask`, what its generation marks enclose."""
+        template, names = self.tokenizer.get_chat_template(tools=tools), {**self.tokenizer.special_tokens_map, **kwargs}
         try:
             with bounded(), clock_at(self.template_date, template):
-                names = {**self.tokenizer.special_tokens_map, **kwargs}
-                texts, marks = text_and_marks([messages], tools, chat_template=template, **how, **names)
-            return texts[0], marks[0] if marks else []
+                rendered: Any = text_and_marks(
+                    [messages], tools, chat_template=template, add_generation_prompt=prompt, **names
+                )
+            return str(rendered[0][0])
         except Exception as error:  # templates raise what they like
             raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
@@ -189,16 +167,13 @@ class Verifier:
 
     def text(self, ids: Sequence[int]) -> str:
         """The ids as text in which each control token is one character that no text can hold."""
-        parts: list[str] = []
-        held: list[int] = []
-        for index in [*ids, -1]:
-            if index != -1 and index not in self.signs:
-                held.append(index)
-                continue
-            parts.append(str(self.tokenizer.decode(held, clean_up_tokenization_spaces=False)) if held else "")
-            parts.append(self.signs.get(index, ""))
-            held = []
-        return "".join(parts)
+        runs = groupby(ids, key=self.signs.__contains__)
+        return "".join(
+            "".join(map(self.signs.__getitem__, run)) if control else self._decode([*run]) for control, run in runs
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def spell(self, value: Any) -> str:
         """Ids, or a text of `text`, as people read it."""
@@ -226,39 +201,30 @@ class Verifier:
             self._ends[key] = end, tails[0], self.control_text.split(tails[1])[0]
         return self._ends[key]
 
-    def _marked_template(self) -> str | None:
-        """The template with generation marks: the tokenizer's own, or TRL's training twin of it."""
-        own, shelf = self.tokenizer.chat_template, files("trl") / "chat_templates"
-        if not isinstance(own, str) or re.search(r"\{%-?\s*generation", own):
-            return own if isinstance(own, str) else None
-        for twin in shelf.iterdir():
-            base, _, rest = twin.name.rpartition("_training.jinja")
-            if base and not rest and (shelf / f"{base}.jinja").read_text(encoding="utf-8") == own:
-                return twin.read_text(encoding="utf-8")
-        return None
-
 
 class _Conversation:
     """One conversation. An assistant's message that answers nothing is a text, which no template sees."""
 
     def __init__(self, verifier: Verifier, raw: list[Message], tools: Any, kwargs: dict[str, Any]) -> None:
-        self.verifier, self.raw, self.given_tools, self.kwargs = verifier, raw, tools, kwargs
-        self.is_text = len(raw) == 1
-        self.form, tools, self.lost = (FORMS[0], None, []) if self.is_text else verifier.form_of(raw, tools, kwargs)
+        self.verifier, self.raw, self.given_tools = verifier, raw, tools or None
+        self.kwargs = {**verifier.template_kwargs, **kwargs}
         self.turns = [k for k, m in enumerate(raw) if m["role"] == "assistant"]
+        self.is_text, self.result = len(raw) == 1, VerifyResult(unproven=[] if self.turns else [NO_TURNS])
+        self.form, used_tools, self.lost = FORMS[0], self.given_tools, list[Lost]()
+        try:
+            if self.turns and not self.is_text:
+                self.form, used_tools, self.lost = verifier.form_of(raw, self.given_tools, self.kwargs)
+        except Refused as error:
+            self.turns, self.result.unproven = [], [f"the template refuses the conversation: {error}"]
         self.hidden: dict[str, str] = {}  # placeholder -> the text that spells a control token
-        self.messages = [{key: self._hide(m["role"], key, v) for key, v in form.items()} for m, form in self._formed()]
-        self.tools = walk(tools, self._hide_text) if tools else tools
+        self.messages = [self._hide(self.form(message)) for message in raw]
+        self.tools = walk(used_tools, self._hide_text) if used_tools else used_tools
         self.rendered: dict[tuple[int, bool], str | None] = {}
-        self.result = VerifyResult()
 
-    def _formed(self) -> Iterator[tuple[Message, Message]]:
-        return ((message, self.form(message)) for message in self.raw)
-
-    def _hide(self, role: str, key: str, value: Any) -> Any:
-        """The value with placeholders for text that spells control tokens, but not for an assistant's markup."""
-        markup = MARKUP if role == "assistant" and key == "content" else ()
-        return walk(value, partial(self._hide_text, markup=markup))
+    def _hide(self, message: Message) -> Message:
+        """The message with placeholders for text that spells control tokens, but not for an assistant's markup."""
+        markup = {"content": MARKUP} if message["role"] == "assistant" else {}
+        return {key: walk(v, partial(self._hide_text, markup=markup.get(key, ()))) for key, v in message.items()}
 
     def _hide_text(self, text: str, markup: tuple[str, ...] = ()) -> str:
         def placeholder(match: re.Match[str]) -> str:
@@ -271,6 +237,8 @@ class _Conversation:
 
     def render(self, end: int, *, prompt: bool) -> str | None:
         """The first `end` messages; None where the template refuses them."""
+        if self.is_text:
+            return "" if prompt else str(self.messages[0]["content"])
         if (end, prompt) not in self.rendered:
             try:
                 text = self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
@@ -281,19 +249,15 @@ class _Conversation:
 
     def texts(self) -> list[str]:
         """All texts whose ids are compared."""
-        if self.is_text:
-            return [str(self.messages[0]["content"])]
         found = [self.render(k + end, prompt=not end) for k in self.turns for end in (0, 1)]
         return [text for text in found if text is not None]
 
     def ids(self, end: int, *, prompt: bool) -> Ids | None:
-        """The ids of `render`."""
-        if self.is_text:
-            tokenizer = self.verifier.tokenizer
-            begin, (ids,) = tuple(tokenizer("")["input_ids"]), self.verifier.ids(self.texts())
-            return begin if prompt else (*begin, *ids, tokenizer.eos_token_id)
-        text = self.render(end, prompt=prompt)
-        return None if text is None else self.verifier.ids([text])[0]
+        """The ids of `render`, and those that the tokenizer puts around a text."""
+        text, tokenizer = self.render(end, prompt=prompt), self.verifier.tokenizer
+        if text is None or not self.is_text:
+            return None if text is None else self.verifier.ids([text])[0]
+        return (*tokenizer("")["input_ids"], *self.verifier.ids([text])[0], *[tokenizer.eos_token_id] * (not prompt))
 
     def text(self, ids: Sequence[int]) -> str:
         text = self.verifier.text(ids)
@@ -306,7 +270,9 @@ class _Conversation:
         return self.text(ids) if self.hidden else ids
 
     def verify(self, sequences: Sequence[Labelled]) -> VerifyResult:
-        prompts = {k: self.key(ids) for k in self.turns if (ids := self.ids(k, prompt=True)) is not None}
+        if not self.turns:
+            return self.result
+        prompts = {k: self.key(asked) for k in self.turns if (asked := self.ids(k, prompt=True)) is not None}
         by_prompt = {key: k for k, key in prompts.items()}
         trained: list[int] = []
         for number, (ids, labels) in enumerate(sequences):
@@ -320,13 +286,28 @@ class _Conversation:
                 elif prompts:
                     nearest = max(prompts, key=lambda k: len(shared(prompts[k], before)))
                     trained.append(nearest)
+                    what = self._misplaced(nearest, tuple(ids), labels, begin)
                     difference = self._difference(before, prompts[nearest])
-                    self._add_error("unlike inference", f"before message {nearest}: {difference}")
+                    self._add_error("unlike inference", f"{what}before message {nearest}: {difference}")
                 else:
                     self.result.unproven.append("the template refuses every prompt of the conversation")
         self._compare_with_wanted(trained)
-        self._compare_with_marks(sequences)
         return self.result
+
+    def _misplaced(self, k: int, ids: Ids, labels: list[int], begin: int) -> str:
+        """In a user's words, where labels begin that do not begin where turn `k` does; empty for another prompt."""
+        prompt, history = self.ids(k, prompt=True) or (), self.ids(k, prompt=False) or ()
+        early = len(prompt) - begin
+        if ids[: len(prompt)] != prompt:
+            return ""
+        if early < 0:
+            masked = any(label != IGNORE_INDEX for label in labels[len(prompt) : begin])
+            return "tokens inside a turn are not trained; " if masked else f"labels begin {-early} tokens late; "
+        if early <= len(prompt) - len(history) + 2:  # the header, and what ends the message before
+            return f"labels begin {early} tokens early; "
+        roles = " and ".join(sorted({m["role"] for m in self.raw[:k]} - {"assistant"}, reverse=True))
+        share = sum(label != IGNORE_INDEX for label in labels) / len(labels)
+        return f"{roles} tokens are trained ({share:.0%} of the row); "
 
     def _add_error(self, code: str, what: str) -> None:
         self.result.errors.append((code, what))
@@ -343,14 +324,16 @@ class _Conversation:
         if last < end and not spell(ids[last:end]).strip():
             self.result.remarks.append("whitespace behind the end token is trained too")
             end = last
-        opens = spell(prompt[-8:]).rstrip().endswith("<think>")
+        opens = self._opens(k)
         dropped = opens and "</think>" not in spell(whole[len(prompt) :])  # the reasoning, from the last turn too
         goes_on = not dropped and self._rest(whole, prompt, prompt) is not None
         if ids[end - 1] not in stops:
             right = repr(spell(whole[-8:])) if goes_on else "a token at which generation stops"
             what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {right}"
-            other = goes_on and self._rest(whole, ids[:end], prompt) is None
-            self._add_error("unlike the template" if other else "missing end token", what)
+            if goes_on and self._rest(whole, ids[:end], prompt) is None:
+                self._add_error("unlike the template", what)
+            else:
+                self._add_error("missing end token", f"the end token is not trained; {what}")
         elif any(index in stops for index in ids[begin : end - 1]):
             rest = spell(ids[next(at for at in range(begin, end) if ids[at] in stops) + 1 : end])
             self._add_error("trained past the end", f"message {k}: {rest!r} is trained behind the end of the turn")
@@ -374,24 +357,17 @@ class _Conversation:
 
     def _stops(self, k: int, whole: Ids) -> set[int]:
         """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
-        own, signs, calls = self._end()[0], self.verifier.signs, self.raw[k].get("tool_calls")
-        stops = self.verifier.stops | ({own} if own is not None else set())
-        if any(index in stops for index in whole[-4:]):
-            return stops
-        last = next((i for i in reversed(whole) if self.verifier.spell([i]).strip()), None)
-        closing = {last} & {*signs} if calls else set()
-        if own is not None and closing:
-            return stops | closing
+        own, stops = self._end()[0], self.verifier.stops
+        last = next((index for index in reversed(whole) if self.verifier.spell([index]).strip()), -1)
+        closing = {last} & {*self.verifier.signs} if self.raw[k].get("tool_calls") else set()
+        if self.is_text or own is not None:
+            return stops | closing | ({own} if own is not None else set())
         return stops | (self._next_begins(k) or closing)
 
     def _next_begins(self, k: int) -> set[int]:
         """The control token that begins the message after turn `k`: the result of a call, a question (GLM)."""
-        following: list[Message] = self.messages[k + 1 : k + 2]
-        if not following and (calls := self.raw[k].get("tool_calls")):
-            name = (calls[0].get("function") or calls[0])["name"]
-            result = {"role": "tool", "content": "Qux", "name": name, "tool_call_id": calls[0].get("id", "call00001")}
-            following = [self.form(result)]
-        following = following or [self.form({"role": "user", "content": "Qux"})]
+        role = "tool" if self.raw[k].get("tool_calls") else "user"
+        following = self.messages[k + 1 : k + 2] or [self.form({"role": role, "content": "Qux"})]
         try:
             text = self.verifier.render([*self.messages[: k + 1], *following], self.tools, self.kwargs, prompt=False)
         except Refused:
@@ -430,9 +406,7 @@ class _Conversation:
             written = [text, text.rstrip()]
         return any(self._rest(ids, trained[:-1], prompt) == "" for ids in self.verifier.ids(written))
 
-    def _stands_behind_its_header(
-        self, k: int, ids: Ids, begin: int, end: int, stops: set[int], opens: bool
-    ) -> bool:
+    def _stands_behind_its_header(self, k: int, ids: Ids, begin: int, end: int, stops: set[int], opens: bool) -> bool:
         """Whether the template writes the turn as it is trained, where it writes what stands before it otherwise.
 
         The turn then stands behind what the generation prompt writes, or behind the beginning of that, which may have
@@ -442,14 +416,16 @@ class _Conversation:
         prompt, whole = self.text(ids[:begin]), spell(self.text(self.ids(k + 1, prompt=False) or ()))
         trained = spell(self.text(ids[:end])[len(prompt) : None if own is not None else -1])
         prompt = spell(prompt)
-        header = prompt[len(shared(prompt, spell(self.text(self.ids(k, prompt=False) or ())))) :] or prompt[-12:]
+        history = spell(self.text(self.ids(k, prompt=False) or ()))
         before, found, rest = whole.rpartition(trained)
+        certain = bool(history) and before.startswith(history) and ids[end - 1] in {*self.verifier.stops, own}
         thought = rf"\s*{re.escape(self._reasoning(k))}\s*</think>\s*"
         if opens and not found and (begins := re.match(thought, trained)):
             before, found, rest = whole.rpartition(trained[begins.end() :])
-            before = re.sub(rf"{thought}\Z", "", before)
-        if not found or not self._is_blank(rest, stops):
-            return False
+            before = re.sub(rf"(?:\s*</?think>)*{thought}\Z", "", before)
+        if not found or not (certain or prompt.endswith(rest) or self._is_blank(rest, stops)):
+            return False  # the next answer may be opened always
+        header = prompt[len(shared(prompt, history)) :] or rest or prompt[-12:]
         headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
         return any(before.rstrip().endswith(each) for each in headers - {""})
 
@@ -483,32 +459,6 @@ class _Conversation:
     def _opens(self, k: int) -> bool:
         return self.verifier.spell((self.ids(k, prompt=True) or ())[-8:]).rstrip().endswith("<think>")
 
-    def _compare_with_marks(self, sequences: Sequence[Labelled]) -> None:
-        """Generation marks of the same ids end where labels do, and leave out nothing of a turn that they confirm."""
-        verifier, template = self.verifier, self.verifier.marked_template
-        if not template or self.hidden or self.is_text or not self.result.proven:
-            return
-        try:
-            mask = {"return_assistant_tokens_mask": True}
-            text, marks = verifier.marked(template, self.messages, self.tools, self.kwargs, **mask)
-        except Refused:  # a twin may refuse what the template takes; it is no more than a second opinion
-            return
-        encoded = verifier.tokenizer(text, add_special_tokens=False)
-        spans = [(encoded.char_to_token(begin), encoded.char_to_token(end - 1)) for begin, end in marks]
-        for number, begin, end in self.result.proven:
-            ids = sequences[number][0]
-            own = [(b, e) for b, e in spans if b is not None and e is not None and b < end and begin <= e]
-            if ids != encoded["input_ids"] or not own:  # neighbours' may touch the turn's own
-                continue
-            marked = {at for b, e in own for at in range(b, e + 1)}
-            holes = [ids[at] for at in range(max(begin, min(marked)), end) if at not in marked]
-            more = [ids[at] for at in sorted(marked) if at >= end]
-            blank = [not verifier.spell([i for i in each if i not in verifier.stops]).strip() for each in (holes, more)]
-            self.result.confirmed += all(blank)
-            if not blank[1]:
-                what = f"tokens {begin}:{end} are trained, generation marks go on to {max(marked) + 1}"
-                self._add_error("unlike the marks", what)
-
     def _difference(self, found: Any, right: Any) -> str:
         at, spell = len(shared(found, right)), self.verifier.spell
 
@@ -523,16 +473,15 @@ class _Conversation:
 
 def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Begin and end of each stretch of labels."""
-    begin = None
-    for at, label in enumerate([*labels, IGNORE_INDEX]):
-        if label != IGNORE_INDEX and begin is None:
-            begin = at
-        elif label == IGNORE_INDEX and begin is not None:
-            yield begin, at
-            begin = None
+    begin = 0
+    for trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
+        end = begin + sum(1 for _ in run)
+        if trained:
+            yield begin, end
+        begin = end
 
 
 def shared(one: Any, other: Any) -> Any:
-    """The common beginning of two texts or lists of ids."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
+    """The common beginning of two texts, or two tuples of ids."""
+    differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differ, min(len(one), len(other)))]
