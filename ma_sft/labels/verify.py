@@ -284,7 +284,10 @@ class _Conversation:
                     trained.append(by_prompt[before])
                     self._verify_turn(number, by_prompt[before], tuple(ids), begin, end)
                 elif prompts:
-                    nearest = max(prompts, key=lambda k: len(shared(prompts[k], before)))
+                    held = [k for k in prompts if self.key(tuple(ids))[: len(prompts[k])] == prompts[k]]
+                    nearest = min(held, key=lambda k: abs(len(prompts[k]) - len(before)), default=None)
+                    if nearest is None:
+                        nearest = max(prompts, key=lambda k: len(shared(prompts[k], before)))
                     trained.append(nearest)
                     what = self._misplaced(nearest, tuple(ids), labels, begin)
                     difference = self._difference(before, prompts[nearest])

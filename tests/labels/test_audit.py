@@ -162,7 +162,7 @@ def test_each_fault_of_a_folder_is_found_without_its_rows(tmp_path, change, code
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda ids, labels: (ids, list(ids)), "user and system tokens are trained (100% of the row); before message"),
+        (lambda ids, labels: (ids, list(ids)), "user tokens are trained (100% of the row); before message "),
         (lambda ids, labels: (ids, early(ids, labels, 2)), "labels begin 2 tokens early; before message "),
         (lambda ids, labels: (ids, early(ids, labels, -1)), "labels begin 1 tokens late; before message "),
         (lambda ids, labels: (ids, holed(ids, labels)), "tokens inside a turn are not trained; before message "),

@@ -23,6 +23,16 @@ def labelled(tokenizer, pieces):
     return ids, labels
 
 
+def as_rendered(tokenizer, messages):
+    """Ids and labels of a question and an answer as the template writes them, whatever it leaves out."""
+    prompt, whole = (
+        tokenizer.apply_chat_template(messages[:n], add_generation_prompt=n == 1, return_dict=True)["input_ids"]
+        for n in (1, 2)
+    )
+    trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+    return trained, [-100] * len(prompt) + trained[len(prompt) :]
+
+
 def call(name, arguments):
     return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -100,13 +110,7 @@ NO_TEXT = CALLS.replace("{{ m.content or '' }}", "{{ '' if m.tool_calls else m.c
 def test_what_the_template_loses_is_named(template, message, what):
     tokenizer = qwen(template)
     messages = [ASKED[0], {**ASKED[1], **message}]
-    prompt, whole = (
-        tokenizer.apply_chat_template(messages[:n], add_generation_prompt=n == 1, return_dict=True)["input_ids"]
-        for n in (1, 2)
-    )
-    trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-    labels = [-100] * len(prompt) + trained[len(prompt) :]
-    faults = Verifier(tokenizer).verify(messages, [(trained, labels)]).errors
+    faults = Verifier(tokenizer).verify(messages, [as_rendered(tokenizer, messages)]).errors
     assert {code for code, _ in faults} == {"lost content"} and any(what in each for _, each in faults)
 
 
@@ -335,7 +339,7 @@ ARGUMENTS = CALLS.replace(
 def test_an_empty_value_that_is_left_out_is_named(value, skipped, lost):
     tokenizer = qwen(ARGUMENTS.replace("items() %}", f"items(){skipped} %}}").replace("WRITE", "{{ v or '' }}"))
     messages = [ASKED[0], {**ASKED[1], "tool_calls": [call("w", {"city": "Paris", "days": value})]}]
-    verdict = Verifier(tokenizer).verify(messages, encoded(tokenizer, messages))
+    verdict = Verifier(tokenizer).verify(messages, [as_rendered(tokenizer, messages)])
     assert [code for code, _ in verdict.errors] == ["lost content"] * lost and len(verdict.proven) == 1
 
 
@@ -358,12 +362,7 @@ def test_an_empty_value_that_is_left_out_is_named(value, skipped, lost):
 def test_a_value_that_is_no_text_and_is_not_written_is_named(writes, value, lost):
     tokenizer = qwen(ARGUMENTS.replace("WRITE", writes))
     messages = [ASKED[0], {**ASKED[1], "tool_calls": [call("w", {"city": "Paris", "days": value})]}]
-    prompt, whole = (
-        tokenizer.apply_chat_template(messages[:n], add_generation_prompt=n == 1, return_dict=True)["input_ids"]
-        for n in (1, 2)
-    )
-    trained = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-    verdict = Verifier(tokenizer).verify(messages, [(trained, [-100] * len(prompt) + trained[len(prompt) :])])
+    verdict = Verifier(tokenizer).verify(messages, [as_rendered(tokenizer, messages)])
     assert {code for code, _ in verdict.errors} == ({"lost content"} if lost else set())
     assert all("days" in what for _, what in verdict.errors)
 
