@@ -66,7 +66,7 @@ FORMS = (_form(arguments_of), _form(_as_text, None), _form(_as_text), _form(argu
 def shape(value: Any) -> Any:
     """What decides which parts of a conversation a template writes: all but the words themselves."""
     if isinstance(value, str):
-        return TAG.findall(value) if value.strip() else ""
+        return [part if n % 2 else bool(part.strip()) for n, part in enumerate(TAG.split(value))] if value else ""
     if isinstance(value, dict):
         return [(key, item if key == "role" else shape(item)) for key, item in value.items() if item is not None]
     return [shape(item) for item in value] if isinstance(value, list | tuple) else (type(value).__name__, bool(value))
@@ -121,25 +121,25 @@ class Placeholders:
     def _call(self, i: int, call: Message) -> Message:
         function = dict(call.get("function") or call)
         name = str(function.get("name"))
-        function["name"] = self._word(i, f"the call {name!r}")
-        self._calls.append((name, function["name"]))
+        function["name"] = word = self._word(i, f"the call {name!r}")
+        self._calls.append((name, word))
         arguments = arguments_of(function)
-        words = self._value(i, name, "", arguments) if arguments else {}
+        words = self._value(i, (word, name), "", arguments) if arguments else {}
         # One more, so that a call without arguments shows too how they are written
         function["arguments"] = {**words, "qux": self._word(i, f"the arguments of {name!r}")}
         return {**call, "function": function}
 
-    def _value(self, i: int, name: str, path: str, value: Any) -> Any:
+    def _value(self, i: int, call: tuple[str, str], path: str, value: Any) -> Any:
         if value and isinstance(value, dict | list):
             named = value.items() if isinstance(value, dict) else enumerate(value)
             inner = {key: f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path for key, _ in named}
-            made = {key: self._value(i, name, inner[key], value[key]) for key in inner}
+            made = {key: self._value(i, call, inner[key], value[key]) for key in inner}
             made = {key: item for key, item in made.items() if item is not _LEFT_OUT}
             return made if isinstance(value, dict) else [*made.values()]
-        what = f"the argument {path!r} of {name!r}"
+        what = f"the argument {path!r} of {call[1]!r}"
         if isinstance(value, str):
             return self._word(i, what) if value else value
-        key = i, name, path, type(value), bool(value)
+        key = call[0], path, type(value), bool(value)  # the same for all rows of a shape
         if key in self.values:  # a list of numbers may be long
             return value
         self.values[key] = i, what

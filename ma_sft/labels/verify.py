@@ -449,13 +449,13 @@ class _Conversation:
                 self._add_error("trained twice", f"message {k} is trained {trained.count(k)} times")
         self.result.untrained = [k for k in wanted if k not in trained]
         names = Placeholders(self.raw, self.given_tools).values if self.lost else {}
-        for key, how, harmless in self.lost:
-            i, what = names[key]
+        lost = [(*names[key], how, harmless) for key, how, harmless in self.lost if key in names]  # of fewer tools
+        for i, what, how, harmless in lost:
+            # A turn that goes on with the reasoning that its prompt opens is compared with it
+            opened = i in trained and what.startswith("the reasoning") and self._opens(i)
             if harmless:
                 self.result.losses.append(f"{what}{how}")
-            elif i in trained and what.startswith("the reasoning") and self._opens(i):
-                continue  # the turn goes on with it, and is compared with it
-            elif i in trained or i not in self.turns:
+            elif (i in trained or i not in self.turns) and not opened:
                 where = "the tools" if i < 0 else f"message {i}"
                 self._add_error("lost content", f"{where}: the template does not write {what}{how}")
 

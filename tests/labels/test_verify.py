@@ -114,6 +114,19 @@ def test_what_the_template_loses_is_named(template, message, what):
     assert {code for code, _ in faults} == {"lost content"} and any(what in each for _, each in faults)
 
 
+def test_what_is_lost_is_named_for_each_row_of_a_shape():
+    tokenizer = qwen(FIRST_CALL.replace("c.function.arguments", "c.function.name"))
+    verifier = Verifier(tokenizer)
+    for first, second, key in (("w", "t", "days"), ("f", "f", "days"), ("g", "h", "hours")):
+        calls = [call(first, {key: 2}), call(second, {})]
+        messages = [ASKED[0], {**ASKED[1], "tool_calls": calls}]
+        what = {what for _, what in verifier.verify(messages, [as_rendered(tokenizer, messages)]).errors}
+        assert what == {
+            f"message 1: the template does not write {each}"
+            for each in (f"the argument {key!r} of {first!r}", f"the arguments of {first!r}", f"the call {second!r}")
+        } | {f"message 1: the template does not write the arguments of {second!r}"}
+
+
 def test_a_turn_ends_where_generation_stops_and_not_at_the_first_control_token():
     template = (
         "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}<|end_of_response|>"
