@@ -28,7 +28,7 @@ MEMORY = 2 << 30  # bytes more than before
 TEXT = 100_000_000  # characters of one conversation
 
 compiled = _compile_jinja_template
-# Text and generation marks at once; `apply_chat_template(return_assistant_tokens_mask=True)` tokenises the text again.
+# Text and generation marks; `apply_chat_template` does the same with more overhead.
 text_and_marks = render_jinja_template
 
 _ONE_AT_A_TIME = threading.Lock()  # threads share a compiled template

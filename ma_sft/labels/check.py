@@ -160,7 +160,6 @@ class _Check:
         verified = self._verified(conversations.select(rows), sequences, verifier, num_proc)
         for own, result in zip(sequences, verified, strict=True):
             report.proven_turns += result["proven"]
-            report.witnessed_turns += result["confirmed"]
             known = {code for code in CODES.keys() & facts.keys() if facts[code][own].any()}
             for code, what in zip(result["codes"], result["words"], strict=True):
                 words = f"{self.place(own.start)}: {what}" if CODES[code][0] == "error" else what
@@ -170,7 +169,7 @@ class _Check:
     def _verified(
         self, conversations: Dataset, sequences: list[slice], verifier: Verifier, num_proc: int | None
     ) -> Dataset:
-        """Of each conversation, how many turns are `proven` and `confirmed`, and `codes` with their `words`."""
+        """Of each conversation, how many turns are `proven`, and `codes` with their `words`."""
         columns, own_prompt = self.columns("input_ids", "labels", "untrained"), _own_prompt(verifier)
 
         def verify_row(conversation: dict[str, Any], number: int) -> dict[str, Any]:
@@ -182,7 +181,7 @@ class _Check:
             with_indices=True,
             remove_columns=conversations.column_names,
             num_proc=processes(num_proc, len(sequences) * LIKE_ROWS) if len(sequences) > FEW else None,
-            features=Features({"proven": count, "confirmed": count, "codes": texts, "words": texts}),
+            features=Features({"proven": count, "codes": texts, "words": texts}),
             keep_in_memory=True,  # nothing is kept or found again: what the verifier depends on need not be hashed
             load_from_cache_file=False,
             new_fingerprint="verified",
@@ -284,7 +283,7 @@ def _verify_row(
     ):
         found += [(code, what) for what in words]
     columns = {"codes": [code for code, _ in dict.fromkeys(found)], "words": [what for _, what in dict.fromkeys(found)]}
-    return {"proven": len(result.proven), "confirmed": result.confirmed, **columns}
+    return {"proven": len(result.proven), **columns}
 
 
 def _own_prompt(verifier: Verifier) -> str:

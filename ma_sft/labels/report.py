@@ -29,7 +29,6 @@ CODES = {
     "trained twice": ("error", "a turn is trained more than once"),
     "turns left out": ("error", "turns are not trained, and nothing says why"),
     "lost content": ("error", "what the row says is neither trained nor shown"),
-    "unlike the marks": ("error", "the template's generation marks say otherwise"),
     "response template missing": ("error", "nothing is trained in these rows"),
     "not proven": ("warning", ""),
     "harmless": ("warning", "what the model learns beside its turns and generation never shows"),
@@ -85,8 +84,8 @@ class Finding:
 class CheckReport:
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
-    `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`,
-    `witnessed_turns` of them by generation marks too. `judged` says which rows were verified, `sampled` whether others
+    `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`.
+    `judged` says which rows were verified, `sampled` whether others
     were not. `histogram` maps a power of two to the number of rows that are at most so many tokens long and longer than
     half of it. `unused_columns` are those of each source that nothing read, with an example.
     """
@@ -101,7 +100,6 @@ class CheckReport:
     judged: str = ""
     sampled: bool = False
     proven_turns: int = 0
-    witnessed_turns: int = 0
     unused_columns: dict[str, dict[str, str]] = field(default_factory=dict)
     histogram: dict[int, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

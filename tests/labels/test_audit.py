@@ -12,6 +12,7 @@ import ma_sft
 from ma_sft import LabelError
 from ma_sft.cli import main
 from ma_sft.labels.audit import audit_folder, unpacked
+from ma_sft.labels.verify import runs
 
 CHATS = [
     [
@@ -62,7 +63,7 @@ def test_a_right_trainer_is_proven(model, tmp_path, settings):
     mine = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True, **settings)
     report = ma_sft.audit(mine)
     assert report.errors == [] and report.verdict.startswith("every label is right")
-    assert report.rows == len(CHATS) and report.proven_turns == report.witnessed_turns == 2 * len(CHATS)
+    assert report.rows == len(CHATS) and report.proven_turns == 2 * len(CHATS)
 
 
 UNCLOSED = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}")
@@ -156,6 +157,34 @@ def test_each_fault_of_a_folder_is_found_without_its_rows(tmp_path, change, code
     prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
     report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
     assert code in {finding.code for finding in report.errors} and "wrong" in report.verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda ids, labels: (ids, list(ids)), "user tokens are trained (100% of the row); before message "),
+        (lambda ids, labels: (ids, early(ids, labels, 2)), "labels begin 2 tokens early; before message "),
+        (lambda ids, labels: (ids, early(ids, labels, -1)), "labels begin 1 tokens late; before message "),
+        (lambda ids, labels: (ids, holed(ids, labels)), "tokens inside a turn are not trained; before message "),
+        (lambda ids, labels: (ids, [*labels[:-2], -100, -100]), "the end token is not trained; "),
+    ],
+)
+def test_the_fault_is_said_first_in_the_users_words(tmp_path, change, fault):
+    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
+    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
+    assert any(finding.message.startswith(fault) for finding in report.errors), report.errors
+    assert all("(row 0; " in finding.message for finding in report.errors)
+
+
+def early(ids, labels, tokens):
+    """Labels of which each stretch begins so many tokens earlier."""
+    trained = {at for begin, end in runs(labels) for at in range(begin - tokens, end)}
+    return [index if at in trained else -100 for at, index in enumerate(ids)]
+
+
+def holed(ids, labels):
+    begin, _ = next(runs(labels))
+    return [-100 if at == begin + 1 else label for at, label in enumerate(labels)]
 
 
 def test_what_cannot_be_read_back_is_not_proven(tmp_path):

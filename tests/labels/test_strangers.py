@@ -106,14 +106,12 @@ def test_every_kind_of_row_is_right_or_refused(name):
     assert taken == NAMES[name]
 
 
-def test_two_turns_in_a_row_are_right_where_the_marks_of_both_touch():
-    tokenizer = strange_tokenizer("muse-glimmer")  # TRL's training twin of it marks a turn with its header
+def test_two_turns_in_a_row_are_right():
+    tokenizer = strange_tokenizer("muse-glimmer")
     messages = [*ROWS["one turn"][0], {"role": "assistant", "content": "Or the Po."}, *ROWS["three turns"][0]]
     (examples,) = ChatEncoder(tokenizer).encode([messages])
-    judge = Verifier(tokenizer)
-    trained, _ = judged(judge, messages, None, examples)
-    verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples])
-    assert verdict.confirmed == len(trained) == 5
+    trained, _ = judged(Verifier(tokenizer), messages, None, examples)
+    assert len(trained) == 5
 
 
 @pytest.mark.slow

@@ -134,21 +134,6 @@ def test_real_template():
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
 
 
-def test_own_marks_of_the_template_have_the_clock():
-    """A template with generation marks is a second witness, which must not read another day."""
-    tokenizer = load_tokenizer("qwen3")
-    content = "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}"
-    tokenizer.chat_template = (
-        "{{ '<|im_start|>system\nIt is ' + strftime_now('%Y') + '<|im_end|>\n' }}{% for m in messages %}"
-        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}" + content + "{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    ((example,),) = ChatEncoder(tokenizer, template_now="1987-06-05").encode([chat])
-    verdict = Verifier(tokenizer, template_date="1987-06-05").verify(chat, [(example.input_ids, example.labels)])
-    assert verdict.confirmed == 1 and not verdict.errors
-
-
 class Stop(TrainerCallback):
     """Ends a run after the checkpoint of its second step, as a machine that fails."""
 
