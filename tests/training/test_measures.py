@@ -168,7 +168,7 @@ def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, 
 
 def test_a_second_adapter_is_refused(settings, tiny_bpe):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(RecipeError, match="peft_config: the model has an adapter already"):
+    with pytest.raises(ValueError, match="a `PeftModel` instance together with a `peft_config`"):
         make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
 
 
