@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ma_sft.release.manifest import make_manifest, save, write_manifest
 from ma_sft.release.merge import merge
 from ma_sft.release.publish import check_login, publish
 from ma_sft.tools.memory import peak_memory
-from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, add_callbacks, claimed
+from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, claimed
 from ma_sft.training.distributed import agree, leave_together, once, outside_zero3
 from ma_sft.training.evaluation import EvalCallback
 from ma_sft.training.prepare import prepare_once
@@ -57,7 +57,7 @@ def run(
     settings = recipe.resolve(args)
     check_login(settings)
     with SignalHandler() as signals, claimed(settings) as folder:
-        out = folder.out
+        out, settings = folder.out, folder.settings
         folder.restore_revisions()
         settings = at_commit(settings)
         tokenizer, added_tokens = load_tokenizer(settings)
@@ -66,15 +66,17 @@ def run(
         rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         digests = agree("/".join(part.digest for part in (data, held_out) if part))
-        content = {"data": digests, "stream": data.order and asdict(data.order)}
+        content = {"data": digests, "stream": data.order}
         checkpoint = folder.begin(content, settings)
         manifest = make_manifest(settings, tokenizer, data)
         memory = forecast_memory(settings, data) if settings.training.process_index == 0 else None
         tests = held_out.by_source() if held_out else None
         trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, peft_config=peft)
-        evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json")
+        evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
         checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": folder.recipe()})
-        add_callbacks(trainer, JsonlLogger(out / "log.jsonl"), evaluation, checkpoints)
+        logger = JsonlLogger(out / "log.jsonl")
+        for callback in (logger, evaluation, checkpoints):
+            trainer.add_callback(callback)
         if on_trainer:
             on_trainer(trainer)
         if trainer.is_world_process_zero():
@@ -87,7 +89,7 @@ def run(
             "name": settings.run.name,
             "rows": data.counts.rows or None,  # a stream does not know
             "trained_tokens": data.counts.trained_tokens,
-            **checkpoints.figures(),
+            **logger.figures(),
             "train_loss": mean_loss(trainer.state.log_history),
             "peak_memory": peak_memory(),
             "forecast_peak_memory": memory.peak if memory else None,

@@ -69,14 +69,6 @@ def test_sequence_length_shorter_than_any_response(tmp_path):
     assert "raise max_length" in message
 
 
-def test_output_folder_of_a_finished_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").write_text("{}")
-    path = write(tmp_path / "a.jsonl", [GOOD])
-    assert "holds a finished run; pass --overwrite_output_dir" in fails(recipe(tmp_path, dataset_name=path))
-    assert (tmp_path / "run" / "summary.json").read_text() == "{}"
-
-
 def test_a_failed_start_does_not_block_the_corrected_command(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD])
     for max_length in (5, 6):

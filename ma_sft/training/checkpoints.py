@@ -4,23 +4,29 @@ The checkpoints are transformers' own. `complete.json`, written last and after e
 folder without it was cut off while it was written, and is removed at the next start.
 """
 
+import copy
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.utils.logging import tqdm
 
 from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
@@ -28,9 +34,6 @@ from ma_sft.hub import commits, recall
 from ma_sft.labels.template_date import recall_clock
 from ma_sft.training.distributed import largest, once
 from ma_sft.utils import not_there, say, write_whole
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 REVISIONS = "revisions.json"  # the commits of the run's model and data, for when it is resumed
@@ -55,12 +58,14 @@ _NOT_TRAINED = ("save_steps", "save_strategy", "save_only_model", "eval_steps", 
 def claimed(settings: Settings) -> "Iterator[RunFolder]":
     """Own the output folder while a run lasts; nothing in it changes until the run's `begin`.
 
+    A finished run stays as it is: `runs/x` becomes `runs/x-2` in the folder's `settings`.
+
     Raises:
-        RecipeError: the folder holds a finished run, another recipe's run, or something that no run wrote.
+        RecipeError: the folder holds another recipe's run, or something that no run wrote.
         RunError: another process trains in it.
         Interrupted: a signal stopped the block; the message says how to go on.
     """
-    folder = RunFolder(settings)
+    folder = RunFolder(settings, once(lambda: _free_folder(settings)))
     try:
         folder.checkpoint = once(folder.claim)
         yield folder
@@ -76,20 +81,38 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
         folder.lock.release()
 
 
-class RunFolder:
-    """A run's output folder; `checkpoint` is the one to go on from, None to start with step one."""
+def _free_folder(settings: Settings) -> Path:
+    """The run's folder, or the first beside it (`x-2`, `x-3`, ...) that holds no finished run."""
+    out = chosen = Path(settings.training.output_dir)
+    if settings.run.overwrite_output_dir:
+        return out
+    numbers = count(2)
+    while (out / "summary.json").exists():
+        out = chosen.with_name(f"{chosen.name}-{next(numbers)}")
+    if out != chosen:
+        say(f"{chosen} holds a finished run: this one goes to {out} (--overwrite_output_dir true would replace it)")
+    return out
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.out = Path(settings.training.output_dir)
-        self.lock = FileLock(self.out / ".lock", blocking=False)
+
+class RunFolder:
+    """A run's output folder; `checkpoint` is the one to go on from, None to start with step one.
+
+    `settings` are the run's with this folder in them.
+    """
+
+    def __init__(self, settings: Settings, out: Path) -> None:
+        training, run = copy.copy(settings.training), settings.run
+        if out != Path(training.output_dir):
+            training.output_dir = str(out)
+            run = replace(run, name=out.name)
+        self.settings, self.out = replace(settings, training=training, run=run), out
+        self.lock = FileLock(out / ".lock", blocking=False)
         self.checkpoint: Path | None = None
         self.anew = False
 
     def claim(self) -> Path | None:
         """Lock the folder and decide whether the run goes on, starts anew, or may not; gives the checkpoint."""
         out, run = self.out, self.settings.run
-        way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
         known = (out / "recipe.json").exists() or (out / "summary.json").exists()
         if out.exists() and not known and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
             raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
@@ -100,10 +123,9 @@ class RunFolder:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
         self.anew = known and (run.overwrite_output_dir or run.resume == "never")
         if not run.overwrite_output_dir:
-            if (out / "summary.json").exists():
-                raise RecipeError(f"{out} holds a finished run; {way_out}")
             recall_clock(self.settings)
             if known and newest(out) and (changes := self._changes(_read(out / "recipe.json"))):
+                way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
                 raise RecipeError(f"{out} holds an unfinished run of another recipe ({changes}); {way_out}")
         if self.anew:
             self._check_removable()
@@ -114,7 +136,7 @@ class RunFolder:
 
     def restore_revisions(self) -> None:
         """Let a run that goes on use the very commits of model and data that it began with."""
-        if self.checkpoint and (self.out / REVISIONS).is_file():
+        if self.checkpoint:
             recall(_read(self.out / REVISIONS) or {})
 
     def begin(self, content: dict[str, Any], settings: Settings) -> str | None:
@@ -142,8 +164,18 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-        if self.checkpoint:
-            _check_same(self.checkpoint, content)
+        known = (_read(self.checkpoint / COMPLETE) if self.checkpoint else None) or content
+        for name, value in (content["stream"] or {}).items() if known["stream"] else ():
+            if (before := known["stream"][name]) != value:
+                raise RecipeError(
+                    f"{self.checkpoint} was trained with {name}={before}, on which a stream's order depends, and not "
+                    f"{value}: bring {before} back, or start anew with --resume never"
+                )
+        if known["data"] != content["data"]:
+            raise RecipeError(
+                f"the data is not what {self.checkpoint} was trained on; bring the old rows back, or start anew with "
+                "--resume never"
+            )
         self._write_recipe()  # now with the date of its template
         write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
 
@@ -186,34 +218,13 @@ class RunFolder:
 
     def _check_removable(self) -> None:
         """Refuse to remove what is no run, or what this one is about to read."""
-        out = self.out
+        out, settings = self.out, self.settings
         if not isinstance(recipe := _read(out / "recipe.json"), dict) or "model_name_or_path" not in recipe:
             raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-        model, training = self.settings.model, self.settings.training
-        for key, used in (
-            ("model_name_or_path", model.model_name_or_path),
-            ("adapter_name_or_path", self.settings.adapter.adapter_name_or_path),
-            ("resume_from_checkpoint", training.resume_from_checkpoint),
-        ):
+        for key in ("model_name_or_path", "adapter_name_or_path", "resume_from_checkpoint"):
+            used = settings.chosen.get(key)
             if used and Path(used).resolve().is_relative_to(out.resolve()):
                 raise RecipeError(f"{key}: {used} would be removed with {out}; pass another --name or --output_dir")
-
-
-def _check_same(checkpoint: Path, content: dict[str, Any]) -> None:
-    known = _read(checkpoint / COMPLETE)
-    if not known:
-        return
-    for name, value in (content["stream"] or {}).items() if known.get("stream") else ():
-        if (before := known["stream"][name]) != value:
-            raise RecipeError(
-                f"{checkpoint} was trained with {name}={before}, on which a stream's order depends, and not {value}: "
-                f"bring {before} back, or start anew with --resume never"
-            )
-    if known["data"] != content["data"]:
-        raise RecipeError(
-            f"the data is not what {checkpoint} was trained on; bring the old rows back, or start anew with "
-            "--resume never"
-        )
 
 
 def newest(out: Path) -> Path | None:
@@ -227,9 +238,8 @@ def _is_resumable(checkpoint: Path) -> bool:
 
 
 def _remove_cut_off(out: Path) -> None:
-    for path in out.iterdir():
-        cut_off = re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir() and not (path / COMPLETE).exists()
-        if cut_off and not path.is_symlink():
+    for path in out.glob("checkpoint-*"):
+        if path.is_dir() and not path.is_symlink() and _WRITTEN.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
 
@@ -277,9 +287,13 @@ class SignalHandler:
         if not self.training or (again and number == signal.SIGINT):
             self.stop()
 
+    @property
+    def _exit_code(self) -> int:
+        return 0 if self.signal == signal.SIGTERM else 130  # a stop on request is no failure
+
     def stop(self) -> None:
-        """Raise what ends the run: exit code 0 for SIGTERM, as a stop on request is no failure; 130 for Ctrl-C."""
-        raise Interrupted("stopped", 0 if self.signal == signal.SIGTERM else 130)
+        """Raise what ends the run."""
+        raise Interrupted("stopped", self._exit_code)
 
     def stop_if_asked(self) -> None:
         """End a run whose training was stopped."""
@@ -293,24 +307,29 @@ class SignalHandler:
         self.signal = largest(self.signal)
         return bool(self.signal)
 
+    def check(self) -> None:
+        """Leave an evaluation during training between two of its batches; all processes must call it together."""
+        if self.training and self.asked():
+            raise StopEvaluation("stopped", self._exit_code)
 
-class StopEvaluation(Exception):
-    """Raised between two batches of an evaluation during training: the trainer saves and stops."""
+
+class StopEvaluation(Interrupted):
+    """Raised in an evaluation during training: the trainer saves and stops."""
 
 
 class CheckpointCallback(TrainerCallback):
     """Marks checkpoints as whole, saves before a stop, and ends a run whose loss is no number before it is saved."""
 
     def __init__(self, trainer: Any, signals: SignalHandler, content: dict[str, Any]) -> None:
-        self.trainer, self.signals, self.content = trainer, signals, content
+        self.signals, self.content = signals, content
         # An older checkpoint goes when the newer one is whole, which transformers cannot know.
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-        self.tokens_before, self.started, self.seconds = 0, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.signals.training = True
-        self.started = time.monotonic()
-        self.trainer.tokens_seen = self.tokens_before = int(tokens_before(state))
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.signals.training = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signals.asked():
@@ -323,8 +342,7 @@ class CheckpointCallback(TrainerCallback):
         control.should_log |= control.should_save or control.should_evaluate
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.signals.training and self.signals.asked():
-            raise StopEvaluation
+        self.signals.check()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # a scaler of fp16 skips steps that overflow
@@ -347,75 +365,88 @@ class CheckpointCallback(TrainerCallback):
         write_whole(folder / COMPLETE, json.dumps({"step": state.global_step, **self.content}))
         rotate_checkpoints(str(args.output_dir), self.limit, state.best_model_checkpoint)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.signals.training = False
-        self.seconds = time.monotonic() - self.started
 
-    def figures(self) -> dict[str, Any]:
-        """Steps, tokens and time of a training that has ended; the speed is that since its last start."""
-        tokens = self.trainer.tokens_seen
-        return {
-            "tokens": tokens,
-            "steps": self.trainer.state.global_step,
-            "train_seconds": round(self.seconds, 1),
-            "tokens_per_second": round((tokens - self.tokens_before) / self.seconds, 1),
-        }
+def tokens_before(state: TrainerState) -> int:
+    """The tokens that a run has seen, by its last log."""
+    return int(next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0))
 
 
-def add_callbacks(trainer: "SFTTrainer", *callbacks: TrainerCallback) -> None:
-    """Add callbacks before the bar, which begins when the first step does."""
-    bar = trainer.pop_callback(TrainingBar)
-    for callback in (*callbacks, *([bar] if bar else [])):
-        trainer.add_callback(callback)
+def watched() -> bool:
+    """Whether somebody looks at a terminal, in which a bar can move."""
+    return sys.stderr.isatty()
 
 
-def tokens_before(state: TrainerState) -> float:
-    """The tokens that a resumed run has seen, by its last log."""
-    return next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0.0)
-
-
-class TrainingBar(ProgressCallback):
-    """transformers' own progress bar with the figures of the last log beside it instead of a dict per log."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        self._start, self._tokens = time.monotonic(), tokens_before(state)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is None or not logs or "loss" not in logs:
-            return
-        speed = (float(logs.get("num_tokens", 0)) - self._tokens) / (time.monotonic() - self._start)
-        self.training_bar.set_postfix_str(
-            f"loss {float(logs['loss']):.3f}, token accuracy {float(logs.get('mean_token_accuracy', 0)):.1%}, "
-            f"{speed:,.0f} tokens/s"
-        )
-
-
-class JsonlLogger(TrainerCallback):
-    """Appends each log to a file, one JSON object a line, with the time and the speed since the last one.
+class JsonlLogger(ProgressCallback):
+    """Each log as one JSON object a line of the file `path`, with the time and the speed since the last one; and in the
+    terminal as a bar with the figures beside it, or as a line where there is no terminal or no bar is wanted.
 
     A line `{"start": step, "max_steps": ...}` begins each start of the run: a resumed one trains again what came after
     `step`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
+        self.path, self.bar = path, watched()
 
-    def write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry | {"time": time.time()}) + "\n")
+    def _write(self, state: TrainerState, entry: dict[str, Any]) -> None:
+        if self.path and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | {"time": time.time()}) + "\n")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.tokens = tokens_before(state)
-        self.since = time.monotonic()
-        if state.is_world_process_zero:
-            self.write({"start": state.global_step, "max_steps": state.max_steps})
+        self.bar = self.bar and not args.disable_tqdm
+        self.tokens = self.first_tokens = tokens_before(state)
+        self.steps = self.first_step = self.current_step = state.global_step
+        self.since = self.started = self.ended = time.monotonic()
+        self._write(state, {"start": state.global_step, "max_steps": state.max_steps})
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is None and state.is_world_process_zero:  # not before the held-out rows were measured
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not self.bar
+            )
+            self.since = self.started = time.monotonic()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.bar:
+            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         now, entry = time.monotonic(), {"step": state.global_step, **(logs or {})}
         if "loss" in entry and "num_tokens" in entry:
-            entry["tokens_per_second"] = (entry["num_tokens"] - self.tokens) / (now - self.since)
-            self.tokens = entry["num_tokens"]
+            entry["tokens_per_second"] = (entry["num_tokens"] - self.tokens) / max(now - self.since, 1e-9)
+            self.tokens = int(entry["num_tokens"])
         self.since = now  # an evaluation between two logs is not training
+        self._write(state, entry)
         if state.is_world_process_zero:
-            self.write(entry)
+            self._show(state, entry, now)
+
+    def _show(self, state: TrainerState, entry: dict[str, Any], now: float) -> None:
+        step, last = state.global_step, state.max_steps
+        if "tokens_per_second" in entry:
+            accuracy, speed = float(entry.get("mean_token_accuracy", 0)), entry["tokens_per_second"]
+            line = f"loss {entry['loss']:.3f}, token accuracy {accuracy:.1%}, {speed:,.0f} tokens/s"
+            left = (now - self.started) / max(step - self.first_step, 1) * (last - step)
+            line += "" if self.bar else f", {timedelta(seconds=round(left))} left"
+        else:
+            held_out = {key: value for key, value in entry.items() if key.startswith("eval_") and "_per_" not in key}
+            line = ", ".join(f"{key} {value:.4g}" for key, value in held_out.items())
+        if self.bar and self.training_bar and "loss" in entry:
+            self.training_bar.set_postfix_str(line)
+        elif line and not self.bar:
+            say(f"step {step:,} of {last:,}: {line}", flush=True)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.ended, self.steps = time.monotonic(), state.global_step
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def figures(self) -> dict[str, Any]:
+        """Steps, tokens and time of a training that has ended; the speed is that since its last start."""
+        seconds = max(self.ended - self.started, 1e-9)
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "train_seconds": round(seconds, 1),
+            "tokens_per_second": round((self.tokens - self.first_tokens) / seconds, 1),
+        }

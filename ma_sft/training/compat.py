@@ -12,7 +12,6 @@ from typing import Any
 import trl
 from datasets import Dataset
 
-from ma_sft.errors import RecipeError
 from ma_sft.packing.constant_length import ConstantLengthDataset
 
 # TRL 0.x's name of a setting -> today's, of `SFTConfig` and of the arguments that `SFTTrainer` took itself
@@ -21,12 +20,7 @@ TRAINER = (
     *("dataset_text_field", "max_seq_length", "packing", "dataset_num_proc", "dataset_kwargs", "eval_packing"),
     *("neftune_noise_alpha", "model_init_kwargs"),
 )
-GONE = {
-    "dataset_batch_size": "rows are read in batches of TRL's own size",
-    "num_of_sequences": "rows are packed as a whole; pass a ConstantLengthDataset to keep it",
-    "chars_per_token": "rows are packed as a whole; pass a ConstantLengthDataset to keep it",
-    "infinite": "set max_steps, or pass a ConstantLengthDataset",
-}
+GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
 @cache
@@ -39,7 +33,7 @@ def _today(settings: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in settings.items():
         if key in GONE:
-            _say(key, GONE[key])
+            _say(key, "today it does nothing; set max_steps for a stream without end, or pass a ConstantLengthDataset")
             continue
         if key in CONFIG:
             _say(key, f"today it is {CONFIG[key]}")
@@ -59,9 +53,6 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     Takes `tokenizer`, the settings that moved to `SFTConfig`, a `formatting_func` that gives one text for a row or a
     list of texts for a batch, a collator that finds labels itself, and `ConstantLengthDataset` as a data set.
-
-    Raises:
-        RecipeError: an argument that neither TRL knows.
     """
 
     def __init__(
@@ -90,12 +81,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             elif formatting_func is not None and isinstance(rows, Dataset):
                 rows = _formatted(rows, formatting_func, args.dataset_text_field)
             sets.append(rows)
-        try:
-            super().__init__(model, args, data_collator, *sets, *positional, **kwargs)
-        except TypeError as error:
-            if "unexpected keyword argument" in str(error):
-                raise RecipeError(f"SFTTrainer: {error}; docs/migrating.md lists what TRL 0.x's became") from None
-            raise
+        super().__init__(model, args, data_collator, *sets, *positional, **kwargs)
 
 
 def _config(args: Any, more: dict[str, Any]) -> Any:
@@ -117,17 +103,10 @@ def _config(args: Any, more: dict[str, Any]) -> Any:
 
 def _formatted(rows: Dataset, function: Callable[..., Any], field: str) -> Dataset:
     """The rows as text: `function` of a row gives one text, of a batch a list of texts, as TRL 0.x allowed both."""
-
-    def one_by_one(batch: dict[str, list[Any]]) -> list[Any]:
-        return [function(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-
-    first = rows[:1]
     try:
-        batched = isinstance(function(first), list)
+        batched = isinstance(function(rows[:1]), list)
     except (TypeError, ValueError, AttributeError, KeyError):
         batched = False
-
-    def texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {field: function(batch) if batched else one_by_one(batch)}
-
-    return rows.map(texts, batched=True, remove_columns=rows.column_names, desc="formatting")
+    return rows.map(
+        lambda each: {field: function(each)}, batched=batched, remove_columns=rows.column_names, desc="formatting"
+    )

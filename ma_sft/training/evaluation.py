@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -27,11 +28,12 @@ from ma_sft.hub import stop_ids
 from ma_sft.labels.encoder import ChatEncoder, parsed
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.labels.turns import Message
+from ma_sft.training.checkpoints import SignalHandler, watched
 from ma_sft.training.distributed import gather, once
 from ma_sft.training.prepare import Prepared
 from ma_sft.training.quantized import repacked
 from ma_sft.training.trainer import ResumableTrainer, score_name
-from ma_sft.utils import write_whole
+from ma_sft.utils import read_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,12 @@ class Answer:
     stopped: bool
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """How well a model predicts held-out labels: mean loss in nats and share of first choices, over `tokens` labels."""
-
-    loss: float
-    token_accuracy: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))
-
-
 @dataclass
 class Measured:
-    """Held-out rows at one time: losses of `"all"` rows and of each source, and the answers."""
+    """Held-out rows at one time: their answers, and of `"all"` rows and each source the mean `loss` in nats, the share
+    of labels that are the model's first choice (`token_accuracy`), and the number of labels (`tokens`)."""
 
-    losses: dict[str, HeldOut] = field(default_factory=dict)
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
 
 
@@ -89,9 +79,10 @@ class EvalCallback(TrainerCallback):
         held_out: Prepared | None,
         trainer: ResumableTrainer,
         kept: Path,
+        signals: SignalHandler,
     ) -> None:
         self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.exam
-        self.before, self.after = Measured(), Measured()
+        self.before, self.after, self.signals = Measured(), Measured(), signals
         self.score = score_name(settings)
         self.questions: list[Question] = []
         if held_out and held_out.conversations is not None and settings.exam.generate_eval:
@@ -104,10 +95,8 @@ class EvalCallback(TrainerCallback):
                 self.before = self._measure("answers before training")
             if state.is_world_process_zero and self.held_out:
                 write_whole(self.kept, json.dumps(asdict(self.before), ensure_ascii=False))
-        elif self.kept.is_file():
-            kept = json.loads(self.kept.read_text(encoding="utf-8"))
-            losses = {name: HeldOut(**loss) for name, loss in kept["losses"].items()}
-            self.before = Measured(losses, [Answer(**answer) for answer in kept["answers"]])
+        elif known := read_json(self.kept, None):
+            self.before = Measured(known["losses"], [Answer(**answer) for answer in known["answers"]])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Add the answers' score to an evaluation during training, if the best model is chosen by it."""
@@ -116,7 +105,7 @@ class EvalCallback(TrainerCallback):
             return
         with torch.random.fork_rng([]):
             answers = self._answers(f"answers at step {state.global_step}")
-        grades = once(lambda: grade(answers, self._references(), self.settings.metric))
+        grades = once(lambda: self._grade(answers))
         metrics[f"eval_{self.score}"] = sum(grades) / len(grades)
         self.trainer.log({f"eval_{self.score}": metrics[f"eval_{self.score}"]})
 
@@ -128,10 +117,10 @@ class EvalCallback(TrainerCallback):
         if self.held_out is None:
             return Measured()
         self.trainer.evaluate()
-        losses = {
-            source: HeldOut(sums[0] / sums[3], sums[1] / sums[3], int(sums[3]))
-            for source, sums in self.trainer.held_out_sums(self.held_out.metric_names()).items()
-        }
+        names, losses = {"all": "", **{source: f"_{name}" for name, source in self.held_out.metric_names().items()}}, {}
+        for source, name in names.items():
+            loss, right, _, tokens = self.trainer.totals.get(f"eval{name}", self.trainer.totals["eval"])
+            losses[source] = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
         return Measured(losses, self._answers(desc))
 
     def _answers(self, desc: str) -> list[Answer]:
@@ -142,12 +131,12 @@ class EvalCallback(TrainerCallback):
         world, count = args.world_size, len(self.questions)
         mine = [self.questions[i % count] for i in range(args.process_index, -(-count // world) * world, world)]
         prompts = [self.encoder.encode_prompt(q.messages, q.tools, q.template_kwargs) for q in mine]
-        limit = self.settings.max_new_tokens
-        shares = gather(generate_answers(model, self.encoder, prompts, max_new_tokens=limit, desc=desc))
+        limit, check = self.settings.max_new_tokens, self.signals.check
+        shares = gather(generate_answers(model, self.encoder, prompts, max_new_tokens=limit, desc=desc, check=check))
         return [shares[i % world][i // world] for i in range(count)]
 
-    def _references(self) -> list[str]:
-        return [question.reference for question in self.questions]
+    def _grade(self, answers: list[Answer]) -> list[float]:
+        return grade(answers, [question.reference for question in self.questions], self.settings.metric)
 
     def figures(self) -> dict[str, Any]:
         """What `summary.json` keeps of it: the headlines, and all under `evaluation`.
@@ -157,20 +146,19 @@ class EvalCallback(TrainerCallback):
         """
         if not self.after.losses:
             return {}
-        sides = [self._side(measured) for measured in (self.before, self.after)]
-        before, after = sides[0] or {}, sides[1] or {}
+        before, after = self._side(self.before), self._side(self.after)
         top = {"eval_loss": after["loss"], "eval_mean_token_accuracy": after["token_accuracy"]}
         if after.get("metric") == "exact-match":
             top |= {"exact_match_before": before.get("score"), "exact_match_after": after["score"]}
         top |= {"eos_rate": after["eos_rate"]} if "eos_rate" in after else {}
-        return {**top, "evaluation": {"before": sides[0], "after": after}}
+        return {**top, "evaluation": {"before": before or None, "after": after}}
 
-    def _side(self, measured: Measured) -> dict[str, Any] | None:
-        """The figures of one time over all rows, with the same for each source under `sources`; None without any."""
-        grades = grade(measured.answers, self._references(), self.settings.metric) if measured.answers else []
+    def _side(self, measured: Measured) -> dict[str, Any]:
+        """The figures of one time over all rows, with the same for each source under `sources`; empty without any."""
+        grades = self._grade(measured.answers) if measured.answers else []
         parts: dict[str, dict[str, Any]] = {}
-        for name, loss in measured.losses.items():
-            parts[name] = {**asdict(loss), "perplexity": loss.perplexity}
+        for name, figures in measured.losses.items():
+            parts[name] = {**figures, "perplexity": math.exp(min(figures["loss"], 700))}
             rows = [i for i in range(len(grades)) if name in ("all", self.questions[i].source)]
             if rows:
                 parts[name] |= {
@@ -179,14 +167,15 @@ class EvalCallback(TrainerCallback):
                     "score": sum(grades[i] for i in rows) / len(rows),
                     "eos_rate": sum(measured.answers[i].stopped for i in rows) / len(rows),
                 }
-        return {**parts.pop("all"), "sources": parts} if parts else None
+        return {**parts.pop("all"), "sources": parts} if parts else {}
 
     def table(self) -> list[tuple[str, str, str, str]]:
         """(question, answer before, answer after, reference) of each held-out row that was asked after training."""
-        before = [answer.text for answer in self.before.answers] or [""] * len(self.questions)
-        after = [answer.text for answer in self.after.answers]
-        asked = [str(question.messages[-1]["content"]) for question in self.questions]
-        return list(zip(asked, before, after, self._references(), strict=True)) if after else []
+        before = self.before.answers or [Answer("", False)] * len(self.questions)
+        return [
+            (str(question.messages[-1]["content"]), old.text, new.text, question.reference)
+            for question, old, new in zip(self.questions, before, self.after.answers, strict=False)
+        ]
 
 
 def questions_of(rows: Any, count: int) -> list[Question]:
@@ -244,54 +233,19 @@ def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 class TokenByToken(StoppingCriteria):
-    """Moves a bar on with each token that a batch of answers gets, and counts them; stops none."""
+    """Moves a bar on with each token that a batch of answers gets, and calls `check`; stops no answer by itself."""
 
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.tokens = bar, 0
+    def __init__(self, bar: Any, check: Callable[[], object]) -> None:
+        self.bar, self.check, self.tokens = bar, check, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.bar.update()
         self.tokens += 1
+        self.check()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    ends: list[int],
-    **settings: Any,
-) -> list[list[int]]:
-    """The ids that the model writes behind each of the prompts, padded behind their end; greedy unless `settings` say.
-
-    Args:
-        settings: `generate`'s own, such as `max_new_tokens`, `temperature`, `streamer`.
-
-    Raises:
-        RecipeError: the model's own generation config holds what it cannot generate with.
-    """
-    width = max(map(len, prompts))
-    rows = [[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    try:
-        output = model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            tokenizer=tokenizer,  # for stop strings of the model's own
-            **{"do_sample": False, **settings},
-        )
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"the model's generation_config.json cannot be followed: {one_line(error)}; mend it, or leave "
-            "generate_eval out"
-        ) from error
-    written: list[list[int]] = output[:, width:].tolist()
-    return written
-
-
 def generate_answers(
     model: PreTrainedModel,
     encoder: ChatEncoder,
@@ -300,28 +254,48 @@ def generate_answers(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     desc: str = "generating",
+    check: Callable[[], object] = lambda: None,
 ) -> list[Answer]:
     """Greedy answers to prompts that `encoder` encoded, in their order; made in batches of prompts of like length.
 
+    Args:
+        check: called before each batch, and in a single process after each token; what it raises ends the generation.
+
     Raises:
-        RecipeError: as `generate`.
+        RecipeError: the model's own generation config holds what it cannot generate with.
     """
-    ends = end_ids(model.generation_config, encoder.tokenizer)
+    ends, alone = end_ids(model.generation_config, encoder.tokenizer), PartialState().num_processes == 1
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    starts = range(0, len(order), batch_size)
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()
-    batches = math.ceil(len(prompts) / batch_size)
-    with repacked(model), tqdm(total=batches * max_new_tokens, desc=desc, unit="token") as bar:
-        for start in range(0, len(order), batch_size):
+    bar = tqdm(total=len(starts) * max_new_tokens, desc=desc, unit="token", disable=not watched())
+    with repacked(model), bar:
+        for start in starts:
+            check()
             chunk = order[start : start + batch_size]
-            progress = TokenByToken(bar)
-            limits = {"max_new_tokens": max_new_tokens, "stopping_criteria": StoppingCriteriaList([progress])}
-            output = generate(model, encoder.tokenizer, [prompts[i] for i in chunk], ends, **limits)
-            for i, row in zip(chunk, output, strict=True):
+            width = len(prompts[chunk[0]])
+            rows = [[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in chunk]
+            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
+            progress = TokenByToken(bar, check if alone else lambda: None)
+            try:
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends,
+                    pad_token_id=ends[0],
+                    stopping_criteria=StoppingCriteriaList([progress]),
+                    tokenizer=encoder.tokenizer,  # for stop strings of the model's own
+                )
+            except (TypeError, ValueError) as error:
+                why = f"the model's generation_config.json cannot be followed: {one_line(error)}"
+                raise RecipeError(f"{why}; mend it, or leave generate_eval out") from error
+            for i, row in zip(chunk, output[:, width:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
-                text = str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
-                answers[i] = Answer(text, end is not None)
+                answers[i] = Answer(str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True)), end is not None)
             bar.update(max_new_tokens - progress.tokens)  # all answers may have ended before the limit
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]

@@ -1,13 +1,13 @@
 """A recipe's rows -> the data set that `SFTTrainer` takes as it is: labelled, cut, and packed if asked."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.config import Settings
@@ -16,7 +16,6 @@ from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.report import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.pack import (
-    COLUMNS,
     IGNORED,
     PackingReport,
     check_settings,
@@ -26,8 +25,8 @@ from ma_sft.packing.pack import (
     packs_of,
     tokens_of,
 )
-from ma_sft.packing.truncation import Spans, truncate
-from ma_sft.training.distributed import Order, Share, digest, once, share_out
+from ma_sft.packing.truncation import truncate
+from ma_sft.training.distributed import ROWS_AT_A_TIME, digest, endless_stream, once
 
 SHOWN_ROWS = 4  # in the report
 STREAM_BUFFER = 10_000  # sequences of a stream that are packed together
@@ -35,21 +34,27 @@ STREAM_BUFFER = 10_000  # sequences of a stream that are packed together
 
 @dataclass
 class Prepared:
-    """The data set to train on, the conversations it came from, the counts, what the check and packing said.
+    """The data set to train on or to measure, the counts, and what the check and packing said.
 
-    A stream knows its conversations and counts only when it was read.
+    Attributes:
+        stages: conversion and filters, with what each removed.
+        sample: the first rows before they are cut: `input_ids`, `labels`, `row`.
+        lengths: a histogram of all rows' lengths before they are cut, in tokens.
+        conversations: of held-out rows, what they were made from.
+        sources: the source of each held-out row or pack; empty for training rows.
+        order: of a stream, whose rows are counted only when it is read: what their order depends on.
     """
 
     dataset: Dataset | IterableDataset
-    conversations: Dataset | None
     counts: Counts
     check: CheckReport | None
     packing: PackingReport | None
-    sources: list[str]  # of each held-out row; empty for training rows
-    stages: list[Stage]  # conversion and filters, with what each removed
-    sample: list[dict[str, Any]]  # the first rows before they are cut: input_ids, labels, row
-    lengths: dict[str, Any]  # a histogram of all rows' lengths before they are cut, in tokens
-    order: Order | None = None  # of a stream
+    stages: list[Stage]
+    sample: list[dict[str, Any]]
+    lengths: dict[str, Any]
+    conversations: Dataset | None = None
+    sources: list[str] = field(default_factory=list)
+    order: dict[str, int] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -58,7 +63,7 @@ class Prepared:
 
     def metric_names(self) -> dict[str, str]:
         """Of held-out rows: the name of a source among an evaluation's figures (`eval_NAME_loss`) -> the source."""
-        sources = list(dict.fromkeys(self.sources))
+        sources = dict.fromkeys(self.sources)
         names = {re.sub(r"[^\w-]+", "_", Path(source).stem): source for source in sources}
         if len(names) < len(sources):  # files of one name in several folders
             names = {re.sub(r"[^\w-]+", "_", source): source for source in sources}
@@ -66,14 +71,11 @@ class Prepared:
 
     def by_source(self) -> Dataset | dict[str, Dataset]:
         """The held-out rows as a trainer takes them: of several sources, those of each by its name."""
-        names: Any = self.metric_names()
-        if len(names) < 2:
-            return self.dataset
         rows: Any = self.dataset
-        return {
-            name: rows.select([i for i, of in enumerate(self.sources) if of == source])
-            for name, source in names.items()
-        }
+        names, sources = self.metric_names(), np.array(self.sources)
+        if len(names) < 2:
+            return rows
+        return {name: rows.select(np.flatnonzero(sources == source)) for name, source in names.items()}
 
 
 def prepare(
@@ -87,7 +89,7 @@ def prepare(
 
     Args:
         given: rows of `input_ids` and `labels` by source that take the recipe's place; they are cut and packed, not
-            judged.
+            verified.
 
     Raises:
         MaSftError: a source, row, template or label that is wrong; the message says which.
@@ -99,85 +101,74 @@ def prepare(
         return _prepare_stream(settings, tokenizer)
     else:
         labelled = label(settings, tokenizer, held_out=held_out)
-    report = None
-    if len(labelled.dataset) == 0:
+    rows, counts, training = labelled.dataset, labelled.counts, settings.training
+    if len(rows) == 0:
         raise LabelError("the data set is empty: no rows to train on")
-    if settings.labels.check and not held_out and given is None:
-        report = check_as_trained(settings, tokenizer, labelled)
-        report.raise_errors()
-    dataset, conversations, counts = labelled.dataset, labelled.conversations, labelled.counts
-    given = given or {"held-out": dataset}
-    sources = np.repeat([*given], [len(part) for part in given.values()])
-    if held_out and conversations is not None:
-        sources = np.array(conversations["source"])[dataset["row"]]
-    how = _how_to_pack(settings, held_out)
+    verified = settings.labels.check and not held_out and given is None
+    report = _check(settings, tokenizer, labelled) if verified else None
+    sources = np.repeat([*given], [len(part) for part in given.values()]) if given else np.full(len(rows), "held-out")
+    if held_out and labelled.conversations is not None:
+        sources = np.array(labelled.conversations["source"])[rows["row"]]
+    how = _how_to_pack(settings, rows, held_out)
     packing = how["strategy"] != "none"
-    how["seq_length"] = how["seq_length"] or int(lengths(dataset).max())
     groups = sources if packing and held_out else None  # a source's loss is measured by itself
-    dataset, packed = pack_with_report(dataset, **how, groups=groups)
+    dataset, packed = pack_with_report(rows, **how, groups=groups)
     packs: Any = packs_of(dataset)
     kept = packs.plan.documents
     if not len(kept.row):
-        raise _nothing_left(labelled.dataset, how["seq_length"])
+        raise _nothing_left(rows, how["seq_length"])
     counts.sequences, counts.cut_sequences = len(np.unique(kept.row)), packed.rows_cut
     counts.dropped_sequences = packed.rows - counts.sequences
     counts.tokens, counts.trained_tokens = packed.tokens, int(packs.tokens.trained(kept).sum())
-    if settings.training.dataloader_drop_last and not held_out:
-        batch = settings.training.per_device_train_batch_size * settings.training.world_size
-        counts.left_out_of_each_epoch = len(dataset) % batch
-    first = packs.plan.pieces.row[packs.plan.bounds[:-1]]  # of each pack
-    return Prepared(
-        dataset,
-        conversations,
-        counts,
-        report,
-        packed if packing else None,
-        sources[first].tolist() if held_out else [],
-        labelled.stages,
-        *_look(labelled),
-    )
+    if training.dataloader_drop_last and not held_out:
+        counts.left_out_of_each_epoch = len(dataset) % (training.per_device_train_batch_size * training.world_size)
+    prepared = Prepared(dataset, counts, report, packed if packing else None, labelled.stages, *_look(rows))
+    if held_out:
+        first = packs.plan.pieces.row[packs.plan.bounds[:-1]]  # of each pack
+        prepared.conversations, prepared.sources = labelled.conversations, sources[first].tolist()
+    return prepared
 
 
-def _how_to_pack(settings: Settings, held_out: bool = False) -> dict[str, Any]:
-    """The arguments of `pack_with_report`."""
+def _how_to_pack(settings: Settings, rows: Dataset | None, held_out: bool = False) -> dict[str, Any]:
+    """The arguments of `pack_with_report`; without `max_length`, the longest of the rows sets the limit."""
     training, overflow = settings.training, settings.labels.overflow
     packing = training.eval_packing if held_out else training.packing
-    if packing and training.max_length is None:
-        raise RecipeError("packing needs max_length, the length of a pack in tokens")
-    strategy = training.packing_strategy if packing else "none"
+    strategy, limit = training.packing_strategy if packing else "none", training.max_length
     if overflow is None and training.truncation_mode == "keep_end" and strategy in ("none", "bfd"):
         overflow = "keep_end"
-    return {
-        "seq_length": training.max_length,
-        "strategy": strategy,
-        "overflow": overflow,
-        "drop_unlabelled": True,
-    }
+    if limit is None and rows is not None:
+        limit = max(1, int(lengths(rows).max(initial=1)))
+    return {"seq_length": limit, "strategy": strategy, "overflow": overflow, "drop_unlabelled": True}
 
 
-def _truncated(settings: Settings, rows: Dataset) -> Spans:
-    """What `max_length` and `overflow` leave of labelled rows."""
-    how, tokens = _how_to_pack(settings), tokens_of(rows)
-    limit = how["seq_length"] or max(1, int(tokens.lengths.max(initial=1)))
-    return truncate(tokens.lengths, tokens.label_runs, limit, check_settings(limit, how["strategy"], how["overflow"]))
+def _kept(settings: Settings, rows: Dataset) -> Any:
+    """What `max_length` and `overflow` leave of labelled rows, as `Spans`."""
+    how, tokens = _how_to_pack(settings, rows), tokens_of(rows)
+    overflow = check_settings(how["seq_length"], how["strategy"], how["overflow"])
+    return truncate(tokens.lengths, tokens.label_runs, how["seq_length"], overflow)
 
 
 def check_as_trained(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> CheckReport:
     """Prove the labels of the rows as they are trained; see `ma_sft.labels.tokenize.check`."""
-    kept: Any = _truncated(settings, labelled.dataset)
-    return check(settings, tokenizer, labelled, every_row=every_row, kept=kept)
+    return check(settings, tokenizer, labelled, every_row=every_row, kept=_kept(settings, labelled.dataset))
+
+
+def _check(settings: Settings, tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> CheckReport:
+    report = check_as_trained(settings, tokenizer, labelled)
+    report.raise_errors()
+    return report
 
 
 def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
     """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
-    shown, kept = [], _truncated(settings, rows)
+    kept, shown = _kept(settings, rows), []
     for number, start, length in zip(kept.row.tolist(), kept.start.tolist(), kept.length.tolist(), strict=True):
-        row = rows[number]
-        whole, left = len(row["input_ids"]), slice(start, start + length)
-        cut = f"tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else None
-        shown.append({**row, "input_ids": row["input_ids"][left], "labels": row["labels"][left], "cut": cut})
+        row, end = rows[number], start + length
+        whole = len(row["input_ids"])
+        left = f"tokens {start + 1:,} to {end:,} of {whole:,}" if length < whole else None
+        shown.append({**row, **{name: row[name][start:end] for name in ("input_ids", "labels")}, "cut": left})
     return shown
 
 
@@ -215,14 +206,7 @@ def prepare_once(
         holds_out = test is not None or settings.rows.eval_dataset or (train is None and settings.rows.test_size)
         return data, prepare(settings, tokenizer, held_out=True, given=test) if holds_out else None
 
-    def make_to_send() -> tuple[Prepared, Prepared | None]:
-        data, held_out = make()
-        data.conversations = None  # nobody asks for them
-        return data, held_out
-
-    if settings.training.world_size == 1 or settings.rows.dataset_streaming:
-        return make()
-    return once(make_to_send, per_machine=True)
+    return make() if settings.rows.dataset_streaming else once(make, per_machine=True)
 
 
 def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -231,37 +215,28 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.
     """
     training = settings.training
-    if training.max_steps <= 0:
-        raise RecipeError("dataset_streaming: a stream's length is not known; set max_steps")
-    if settings.labels.formatting_func:
-        raise RecipeError("dataset_streaming does not go with formatting_func; leave one of them out")
+    if settings.labels.formatting_func or training.accelerator_config.split_batches:
+        raise RecipeError("dataset_streaming goes neither with formatting_func nor with split_batches; leave one out")
     sample = label(settings, tokenizer)
-    report = check_as_trained(settings, tokenizer, sample) if settings.labels.check else None
-    if report is not None:
-        report.raise_errors()
-    how = _how_to_pack(settings)
-    order = Order.of(training, STREAM_BUFFER if training.packing else 1)
-    share = Share(
-        _mixture(settings).train,
-        make_encoder(settings, tokenizer).tokenize_batch,
-        partial(pack_table, seed=training.seed, **how),
-        parts=len(order.parts()),
-        block=1 if training.packing else order.per_device_train_batch_size,
-        buffer=order.buffer,
-    )
-    features = Features(dict.fromkeys(COLUMNS, List(Value("int64"))))
-    stream = share_out(share, order, features)
-    return Prepared(stream, None, sample.counts, report, None, [], sample.stages, *_look(sample), order=order)
+    report = _check(settings, tokenizer, sample) if settings.labels.check else None
+    if not tokens_of(sample.dataset).trained(_kept(settings, sample.dataset)).sum():
+        raise LabelError("the stream's first rows have nothing to train on")
+    others = training.parallelism_config.non_data_parallel_size if training.parallelism_config else 1
+    buffer, batch = STREAM_BUFFER if training.packing else ROWS_AT_A_TIME, training.per_device_train_batch_size
+    order = {"processes": training.world_size // others, "per_device_train_batch_size": batch, "buffer": buffer}
+    encode = make_encoder(settings, tokenizer).tokenize_batch
+    pack = partial(pack_table, seed=training.seed, **_how_to_pack(settings, None))
+    stream = endless_stream(_mixture(settings).train, encode, pack, buffer)
+    return Prepared(stream, sample.counts, report, None, sample.stages, *_look(sample.dataset), order=order)
 
 
-def _look(labelled: Labelled) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _look(rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What the report shows of the rows: the first ones, and a histogram of lengths in tokens."""
-    dataset, tokens = labelled.dataset, lengths(labelled.dataset)
+    tokens = lengths(rows)
     edges = np.unique(np.linspace(tokens.min(), tokens.max() + 1, 25).astype(int))
-    rows, _ = np.histogram(tokens, edges)
     median, p99 = (int(np.percentile(tokens, q, method="inverted_cdf")) for q in (50, 99))
-    return [dataset[row] for row in range(min(SHOWN_ROWS, len(dataset)))], {
-        "rows": rows.tolist(),
+    return [rows[row] for row in range(min(SHOWN_ROWS, len(rows)))], {
+        "rows": np.histogram(tokens, edges)[0].tolist(),
         "edges": edges.tolist(),
         "median": median,
         "p99": p99,

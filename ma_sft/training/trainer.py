@@ -18,10 +18,12 @@ import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import RandomSampler
 from transformers import (
     AutoConfig,
     GenerationConfig,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     TrainerControl,
     set_seed,
@@ -39,8 +41,8 @@ from ma_sft.labels.template_date import set_clock
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
-from ma_sft.training.checkpoints import StopEvaluation, TrainingBar
-from ma_sft.training.distributed import available_attention, fill_up, gather, once
+from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_before
+from ma_sft.training.distributed import PaddedSampler, available_attention, fill_up, gather, once
 from ma_sft.training.prepare import prepare_once
 from ma_sft.utils import no_bar_for_weights
 
@@ -61,6 +63,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
 
     Raises:
         MaSftError: anything wrong with settings, data or labels.
+        ValueError: TRL's, of arguments that do not go together.
     """
     given = sft_trainer_arguments
     rows, test, tokenizer = (given.pop(name, None) for name in ("train_dataset", "eval_dataset", "processing_class"))
@@ -76,52 +79,9 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     labelled = parts if all(map(_is_labelled, parts.values())) else None
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
     tests = held_out.by_source() if held_out else None
-    return build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, **given)
-
-
-def check_early(settings: Settings) -> PeftConfig | None:
-    """Find, before any row is read, what would end the run once all are prepared; gives the adapter.
-
-    Raises:
-        RecipeError: an adapter, frozen layers or a quantisation that cannot be; a metric that does not exist.
-    """
-    if get_quantization_config(settings.model) is not None:
-        quantized.check_installed()
-    _check_model(settings)
-    peft = adapters.fitting_adapter(settings)
-    if settings.adapter.freeze:
-        adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
-    if settings.exam.metric != "exact-match":
-        load_function(settings.exam.metric)
-    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    if not best.endswith(MEASURED):  # perhaps of a source, whose name is not known yet
-        check_best_metric(settings, ())
-    return peft
-
-
-def score_name(settings: Settings) -> str:
-    """The name of the score of held-out answers among the figures of an evaluation."""
-    return "exact_match" if settings.exam.metric == "exact-match" else "score"
-
-
-def check_best_metric(settings: Settings, sources: Iterable[str]) -> None:
-    """See that the figure by which the best model is chosen is measured.
-
-    Raises:
-        RecipeError: it is not; the message says what is.
-    """
-    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [*MEASURED, *(f"{source}_{figure}" for source in sources for figure in MEASURED)]
-    known += [score_name(settings)] if settings.exam.generate_eval else []
-    if best not in known:
-        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
-
-
-def with_same_date(settings: Settings) -> Settings:
-    """The settings with the first process' date for the chat template, which others may have read past midnight."""
-    date = once(lambda: settings.labels.template_now)
-    chosen = {**settings.chosen, "template_now": date} if date is not None else settings.chosen
-    return replace(settings, labels=replace(settings.labels, template_now=date), chosen=chosen)
+    trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, **given)
+    trainer.add_callback(JsonlLogger())
+    return trainer
 
 
 def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], rows: Any, test: Any) -> Settings:
@@ -129,10 +89,9 @@ def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], ro
     own = dict(recipe.settings)
     if rows is not None:
         own |= {"dataset_name": None, "datasets": [rows], "dataset_streaming": isinstance(rows, IterableDataset)}
-    if isinstance(test, dict):
-        own |= {"eval_dataset": [Source(name, rows=part) for name, part in test.items()], "test_size": None}
-    elif test is not None:
-        own |= {"eval_dataset": [test], "test_size": None}
+    if test is not None:
+        sources = [Source(name, rows=part) for name, part in test.items()] if isinstance(test, dict) else [test]
+        own |= {"eval_dataset": sources, "test_size": None}
     if isinstance(given.get("model"), str):
         own["model_name_or_path"] = given.pop("model")
     elif given.get("model") is not None:
@@ -145,16 +104,62 @@ def _is_labelled(rows: Any) -> bool:
 
 
 def _adapter(settings: Settings, model: Any, peft: PeftConfig | None) -> PeftConfig | None:
-    """The adapter that TRL is to put on the model: the caller's, else the recipe's; None on a model that has its own.
+    """The adapter that TRL is to put on the model: the caller's, else the recipe's, unless the model has one already.
 
     Raises:
-        RecipeError: one that does not fit the model, or a second one.
+        RecipeError: one that does not fit the model.
     """
-    if hasattr(model, "peft_config"):
-        if peft is not None:
-            raise RecipeError("peft_config: the model has an adapter already; merge_and_unload it, or leave one out")
-        return None
-    return adapters.fitting_adapter(settings, model, peft)
+    return peft if hasattr(model, "peft_config") else adapters.fitting_adapter(settings, model, peft)
+
+
+def with_same_date(settings: Settings) -> Settings:
+    """The settings with the first process' date for the chat template, which others may have read past midnight."""
+    date = once(lambda: settings.labels.template_now)
+    chosen = {**settings.chosen, "template_now": date} if date is not None else settings.chosen
+    return replace(settings, labels=replace(settings.labels, template_now=date), chosen=chosen)
+
+
+def check_early(settings: Settings) -> PeftConfig | None:
+    """Find, before any row is read, what would end the run once all are prepared; gives the adapter.
+
+    Raises:
+        RecipeError: a model that does not write text, an adapter, frozen layers or a quantisation that cannot be, a
+            metric that does not exist.
+    """
+    if get_quantization_config(settings.model) is not None:
+        quantized.check_installed()
+    name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
+    folder = str(model_folder(name, settings.model.model_revision, code=code))
+    generation_config(folder)
+    architecture = next(iter(load_pretrained(AutoConfig, folder, code=code).architectures or []), None)
+    kind = getattr(transformers, str(architecture), None)  # None of code of its own
+    if architecture is None or (kind is not None and not kind.can_generate()):
+        raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
+    peft = adapters.fitting_adapter(settings)
+    if settings.adapter.freeze:
+        adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
+    if settings.exam.metric != "exact-match":
+        load_function(settings.exam.metric)
+    check_best_metric(settings, None)
+    return peft
+
+
+def score_name(settings: Settings) -> str:
+    """The name of the score of held-out answers among the figures of an evaluation."""
+    return "exact_match" if settings.exam.metric == "exact-match" else "score"
+
+
+def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
+    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
+
+    Raises:
+        RecipeError: it is not; the message says what is.
+    """
+    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
+    known += [score_name(settings)] if settings.exam.generate_eval else []
+    if best not in known and not (sources is None and best.endswith(MEASURED)):
+        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
 def build_trainer(
@@ -168,7 +173,8 @@ def build_trainer(
     """TRL's trainer on data that is labelled, cut and packed already: nothing is left for it to prepare.
 
     Packed rows carry `seq_lengths`; TRL's padding-free collator turns them into position ids that restart at each
-    document, from which transformers keeps attention inside the documents.
+    document, from which transformers keeps attention inside the documents. Progress is shown by `JsonlLogger` alone,
+    which is not among its callbacks yet.
 
     Args:
         held_out: rows, or the rows of each source by name.
@@ -178,27 +184,19 @@ def build_trainer(
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
     args = trl_arguments(settings)
-    if given.get("data_collator") is not None and args.padding_free:
-        raise RecipeError("data_collator: packed rows need TRL's own; leave one of packing and data_collator out")
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
-    own = given.pop("model", None)
-    peft = given.pop("peft_config") if "peft_config" in given else _adapter(settings, own, None)
-    model = own if own is not None else load_model(settings, args, peft, frugal=not added_tokens)
+    model = given.pop("model", None)
+    peft = given.pop("peft_config") if "peft_config" in given else _adapter(settings, model, None)
+    if model is None:
+        model = load_model(settings, args, peft, frugal=not added_tokens)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
-    if not args.dataloader_drop_last:
-        train = fill_up(train, args.world_size * args.per_device_train_batch_size, tokenizer.pad_token_id)
-    tests: Any = held_out
-    if isinstance(held_out, dict):
-        tests = {name: as_arrays(part) for name, part in held_out.items()}
-    elif held_out is not None:
-        tests = as_arrays(held_out)
     trainer = ResumableTrainer(
         model,
         args=args,
-        train_dataset=as_arrays(train),
-        eval_dataset=tests,
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=peft,
         **given,
@@ -208,9 +206,8 @@ def build_trainer(
         if trainer.optimizer is not None:
             raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optimizers out")
         adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(TrainingBar)
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
     return trainer
 
 
@@ -243,9 +240,8 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
     model, code = settings.model, settings.training.trust_remote_code
     folder = str(model_folder(str(model.model_name_or_path), model.model_revision, weights=True, code=code))
     own = settings.training.model_init_kwargs or {}
-    attention = available_attention(model.attn_implementation)
-    kwargs = {"use_safetensors": True, "attn_implementation": attention, "dtype": model.dtype, **own}
-    kwargs.setdefault("trust_remote_code", code)
+    kwargs: dict[str, Any] = {"use_safetensors": True, "dtype": model.dtype, "trust_remote_code": code}
+    kwargs |= {"attn_implementation": available_attention(model.attn_implementation), **own}
     if (quantization := get_quantization_config(model)) is not None:
         quantized.check_installed()
         kwargs["quantization_config"] = quantization
@@ -258,31 +254,11 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
         if peft is None:
             validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         if own and not isinstance(error, OSError):
             raise RecipeError(f"model_init_kwargs: {one_line(error)}") from error
         raise RecipeError(explain(error, str(model.model_name_or_path))) from error
     return loaded
-
-
-def _check_model(settings: Settings) -> None:
-    """See that the model writes text, and that its generation config can be read.
-
-    Raises:
-        RecipeError: it does not, or it cannot.
-    """
-    name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
-    folder = str(model_folder(name, settings.model.model_revision, code=code))
-    generation_config(folder)
-    config = load_pretrained(AutoConfig, folder, code=code)
-    architecture = next(iter(config.architectures or []), None)
-    kind = getattr(transformers, str(architecture), None)  # None of code of its own
-    if architecture is None or (kind is not None and not kind.can_generate()):
-        raise RecipeError(
-            f"the model {name!r} is none that writes text: config.json gives {architecture} as its architecture"
-        )
 
 
 def _finish_model(
@@ -314,8 +290,7 @@ def as_it_was(generation: GenerationConfig) -> None:
 def labelled_positions_alone() -> Iterator[None]:
     """Let TRL's head score the labelled positions alone on a CPU and on Apple's GPUs too, as it does where Triton runs.
 
-    There it scores every position, which is a good part of a step of a small model. It asks for the device once a
-    batch, by a name of its module that its kernels do not read. Elsewhere TRL decides.
+    It asks for the device once a batch, by a name of its module that its kernels do not read. Elsewhere TRL decides.
     """
     by_triton = trl_utils._use_triton
     trl_utils._use_triton = lambda device: device.type in ("cpu", "mps") or by_triton(device)
@@ -331,22 +306,19 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     `eval_loss` and its kin weigh every label the same, whatever batch, pack, process or source it is in and whatever
     loss is trained: before, during and after training. The training loss' own kind, if it is another (`loss_type`,
     label smoothing, a loss of the caller's), is `eval_objective`, averaged over batches as transformers does.
+
+    Attributes:
+        totals: `label_sums` over all rows of the last evaluation, by prefix (`eval`, `eval_NAME`).
     """
 
     control: TrainerControl
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sums: dict[str, list[float]] = {}  # of the last evaluation, by prefix
-
-    @property
-    def tokens_seen(self) -> int:
-        """The tokens computed so far, by TRL's own count (`num_tokens` of its logs), which a resume sets back to 0."""
-        return int(self._total_train_tokens)
-
-    @tokens_seen.setter
-    def tokens_seen(self, count: int) -> None:
-        self._total_train_tokens = count
+        self.totals: dict[str, list[float]] = {}
+        if self.padding_free and self.args.neftune_noise_alpha is not None:
+            self.neftune_noise_alpha: float | None = None  # transformers' own would take the batch for one document
+            self.model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     def label_sums(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Of a batch: the summed loss of its labels, how many are the model's first choice, their summed entropy, and
@@ -360,28 +332,44 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         return torch.stack([part.detach().float().cpu().double().sum() for part in parts])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "labels" in inputs:  # rows keep them in 32 bits, and torch's losses take 64 alone
-            inputs["labels"] = inputs["labels"].long()
+        self._positions: Any = inputs.get("position_ids")
         with labelled_positions_alone():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """A loader that reads each row once: the last batch of several processes is filled up with rows of no label."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if self.args.world_size > 1 and self.compute_metrics is None:
-            batch = self.args.world_size * self.args.eval_batch_size
-            rows = as_arrays(fill_up(rows, batch, self.processing_class.pad_token_id))
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def _add_noise(self, embedding: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        """NEFTune in a batch without padding: its noise shrinks with the length of each document."""
+        if not embedding.training:
+            return output
+        document = self._positions.eq(0).cumsum(-1) - 1
+        length = torch.bincount(document.flatten())[document]
+        scale: torch.Tensor = self.args.neftune_noise_alpha / (length * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * scale[..., None].to(output.dtype)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, batch_size: int, is_training: bool = False, **more: Any) -> Any:
+        """Rows without a label fill up the last batch of several processes, which would read some rows twice else.
+
+        Held-out rows are all read, also where `dataloader_drop_last` leaves out some of those that are trained.
+        """
+        drop_last, world = self.args.dataloader_drop_last, self.args.world_size
+        self.args.dataloader_drop_last = drop_last and is_training
+        counted = is_training or self.compute_metrics is None
+        if world > 1 and counted and not self.args.dataloader_drop_last:
+            dataset = fill_up(dataset, world * batch_size, self.processing_class.pad_token_id)
+        more |= {"batch_size": batch_size, "is_training": is_training}
         try:
-            return super().get_eval_dataloader(rows)
+            return super()._get_dataloader(as_arrays(dataset), *args, **more)
         finally:
             self.args.dataloader_drop_last = drop_last
-            getattr(self, "_eval_dataloaders", {}).clear()  # kept under one name, whatever the rows
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset) if isinstance(sampler, RandomSampler) else 0
+        if not rows or len(sampler) == rows:
+            return sampler
+        return PaddedSampler(rows, len(sampler) - rows, self.args.data_seed)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
-        inputs["labels"] = inputs["labels"].long()
         with torch.no_grad(), self.compute_loss_context_manager():
             self._counted += self.label_sums(model, inputs)
         if prediction_loss_only and not self._has_own_objective:
@@ -397,41 +385,36 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self._counted = torch.zeros(4, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._metrics["eval"].clear()  # TRL's means over batches of what is measured here
-        self._sums[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
+        self.totals[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
         objective = output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if objective is not None and self._has_own_objective:
             output.metrics[f"{metric_key_prefix}_objective"] = objective
-        output.metrics.update(_means(metric_key_prefix, self._sums[metric_key_prefix]))
+        output.metrics.update(self._means(metric_key_prefix))
         return output
+
+    def _means(self, prefix: str) -> dict[str, float]:
+        *sums, count = self.totals[prefix]
+        return {f"{prefix}_{name}": value / max(count, 1) for name, value in zip(MEASURED, sums, strict=False)}
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """TRL's `evaluate`; of several data sets, `eval_NAME_loss` of each and `eval_loss` of all, as one log."""
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._sums = {}
+        self.totals = {}
         if not isinstance(parts, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
         only_loss = True if self.compute_metrics is None else None
         for name, rows in parts.items():
-            loader, prefix = self.get_eval_dataloader(rows), f"{metric_key_prefix}_{name}"
-            output = self.evaluation_loop(
-                loader, "Evaluation", prediction_loss_only=only_loss, ignore_keys=ignore_keys, metric_key_prefix=prefix
-            )
-            metrics |= output.metrics
-        self._sums[metric_key_prefix] = [sum(values) for values in zip(*self._sums.values(), strict=True)]
-        metrics |= _means(metric_key_prefix, self._sums[metric_key_prefix])
+            loader = self.get_eval_dataloader(name if eval_dataset is None else rows)
+            prefix = f"{metric_key_prefix}_{name}"
+            metrics |= self.evaluation_loop(
+                loader, "Evaluation", only_loss, ignore_keys, metric_key_prefix=prefix
+            ).metrics
+        self.totals[metric_key_prefix] = [sum(values) for values in zip(*self.totals.values(), strict=True)]
+        metrics |= self._means(metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def held_out_sums(self, names: dict[str, str]) -> dict[str, list[float]]:
-        """`label_sums` of all rows of the last evaluation, under `"all"`, and of each source.
-
-        Args:
-            names: name of a data set -> its source.
-        """
-        whole = self._sums["eval"]
-        return {"all": whole, **{source: self._sums.get(f"eval_{name}", whole) for name, source in names.items()}}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -444,6 +427,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self._total_train_tokens = tokens_before(self.state)  # TRL begins to count at 0
         scheduler = self.lr_scheduler
         if checkpoint and type(scheduler) is LambdaLR:  # the rate of the next step by the schedule of this run
             pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -470,9 +454,3 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 file.write(bytes(1 << 20))
                 file.flush()
             raise
-
-
-def _means(prefix: str, sums: list[float]) -> dict[str, float]:
-    loss, right, entropy, count = sums
-    means = {"loss": loss, "mean_token_accuracy": right, "entropy": entropy}
-    return {f"{prefix}_{name}": value / max(count, 1) for name, value in means.items()}

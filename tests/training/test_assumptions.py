@@ -36,11 +36,23 @@ def trainer(tiny_bpe, tmp_path):
 
 
 def test_trl_counts_tokens_in_total_train_tokens(trainer):
-    assert trainer._total_train_tokens == trainer.tokens_seen == 0
-    trainer.tokens_seen = 100
+    assert trainer._total_train_tokens == 0
+    trainer._total_train_tokens = 100
     trainer.train()
     logged = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
-    assert logged[0] == 100 + 8 and trainer.tokens_seen == trainer._total_train_tokens == 100 + 16
+    assert logged == [100 + 8, 100 + 16]
+
+
+def test_transformers_makes_every_loader_by_get_dataloader_and_get_train_sampler(trainer, monkeypatch):
+    """Else the last batch of several processes would hold rows twice."""
+    made = []
+    for name in ("_get_dataloader", "_get_train_sampler"):
+        real = getattr(SFTTrainer, name)
+        monkeypatch.setattr(SFTTrainer, name, lambda *args, n=name, real=real, **more: (
+            made.append((n, more.get("batch_size"), more.get("is_training"))), real(*args, **more))[1])  # fmt: skip
+    trainer.get_train_dataloader()
+    trainer.get_eval_dataloader(ROWS)
+    assert made == [("_get_dataloader", 2, True), ("_get_train_sampler", None, None), ("_get_dataloader", 8, False)]
 
 
 def test_trl_puts_a_fused_head_into_the_model_which_gives_log_probs_is_top1_and_label_mask(trainer):

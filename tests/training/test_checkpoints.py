@@ -134,7 +134,7 @@ def test_cut_off_checkpoint_is_skipped(settings):
 def test_signal_saves_and_says_how_to_go_on(settings, number, code):
     run = Run({**settings, "save_strategy": "no"}, "--max_steps", "1000")
     run.wait_for("recipe.json")
-    while "'loss'" not in run.text:
+    while ": loss " not in run.text:
         time.sleep(0.01)
     started = time.monotonic()
     run.signal(number)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from datasets import Dataset
 from helpers import ROOT, start
 from patience import PATIENCE
@@ -20,8 +20,9 @@ from torch.utils.data import BatchSampler
 
 from ma_sft import RunError
 from ma_sft.launcher import check_launch
+from ma_sft.packing.pack import pack
 from ma_sft.training.checkpoints import COMPLETE
-from ma_sft.training.distributed import fill_up
+from ma_sft.training.distributed import PaddedSampler, fill_up
 
 STEPS = 10
 ENGINES = {
@@ -232,9 +233,14 @@ def test_machines_with_different_data_refuse_to_train(base, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_no_process_repeats_or_misses_a_row(world, batch):
-    rows = Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)])
+    rows = pack(Dataset.from_list([{"input_ids": [i + 1] * 3, "labels": [i + 1] * 3} for i in range(11)]), 3, "none")
     filled = fill_up(rows, world * batch, pad_token_id=0)
-    order = torch.randperm(len(filled), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = PaddedSampler(len(rows), len(filled) - len(rows), seed=0)
+    order = list(sampler)
+    assert order[:11] == list(SeedableRandomSampler(range(11), data_seed=0))  # as one process without padding
+    assert order[11:] == list(range(11, len(filled))) and len(sampler) == len(filled)
+    sampler.set_epoch(1)
+    assert list(sampler)[:11] != order[:11]
     shards = [
         list(BatchSamplerShard(BatchSampler(order, batch, drop_last=False), world, rank)) for rank in range(world)
     ]

@@ -1,11 +1,12 @@
 """What is seen while held-out questions are answered."""
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.training.evaluation import TokenByToken, generate_answers
+from ma_sft.training.checkpoints import StopEvaluation
+from ma_sft.training.evaluation import generate_answers
 
 QUESTIONS = [[{"role": "user", "content": f"What is {i}?"}] for i in range(3)]
 
@@ -29,7 +30,8 @@ def bars(request):
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["to the limit", "ended at once"])
-def test_bar_counts_tokens_and_comes_to_its_end(model, encoder, bars, ended, capsys):
+def test_bar_counts_tokens_and_comes_to_its_end(model, encoder, bars, ended, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ended else None
     found = generate_answers(
         model, encoder, [encoder.encode_prompt(q) for q in QUESTIONS], max_new_tokens=5, batch_size=2
@@ -39,13 +41,17 @@ def test_bar_counts_tokens_and_comes_to_its_end(model, encoder, bars, ended, cap
     assert ("10/10" in shown and "token" in shown) if bars else shown == ""  # two batches of five
 
 
-def test_bar_moves_with_every_token(model, encoder):
-    with logging.tqdm(total=100) as bar:
-        progress = TokenByToken(bar)
-        model.generation_config.eos_token_id = None
-        ids = model.generate(
-            **encoder.tokenizer("What is it?", return_tensors="pt"),
-            max_new_tokens=7,
-            stopping_criteria=StoppingCriteriaList([progress]),
-        )
-        assert bar.n == progress.tokens == 7 and ids.shape[1] > 7
+def test_without_a_terminal_there_is_no_bar_and_a_check_is_asked_with_every_token(model, encoder, capsys):
+    model.generation_config.eos_token_id = None
+    asked = []
+    prompts = [encoder.encode_prompt(q) for q in QUESTIONS]
+    generate_answers(model, encoder, prompts, max_new_tokens=5, batch_size=2, check=lambda: asked.append(1))
+    assert len(asked) == 2 * (1 + 5) and capsys.readouterr().err == ""
+
+
+def test_what_a_check_raises_ends_the_generation(model, encoder):
+    def check():
+        raise StopEvaluation("stopped", 130)
+
+    with pytest.raises(StopEvaluation):
+        generate_answers(model, encoder, [encoder.encode_prompt(q) for q in QUESTIONS], check=check)

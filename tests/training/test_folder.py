@@ -151,8 +151,9 @@ def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
     assert (out / "adapter" / "adapter_model.safetensors").is_file() and (out / "merged").is_dir()
     assert (out / "report.html").is_file()
     assert "the held-out rows after training failed, what was trained is saved" in capfd.readouterr().err
-    with pytest.raises(RecipeError, match="holds a finished run"):
-        run(recipe)
+    assert run(recipe)["name"] == "run-2" and (tmp_path / "run-2" / "summary.json").is_file()
+    assert "run holds a finished run: this one goes to" in capfd.readouterr().out
+    assert json.loads((out / "summary.json").read_text()) == summary
 
 
 def test_metric_and_merge_that_fail_after_training(finished, tmp_path, tiny_bpe, capfd):

@@ -1,6 +1,9 @@
 """Held-out rows have one measure, and a run that goes on or is handed over does as one that never stopped."""
 
 import json
+import re
+import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -149,8 +152,6 @@ def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, 
     class Press(TrainerCallback):
         def on_prediction_step(self, args, state, control, **kwargs):
             if state.global_step:
-                import signal
-
                 seen.append(state.global_step)
                 signal.raise_signal(signal.SIGINT)
 
@@ -166,9 +167,77 @@ def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, 
     assert run(recipe)["steps"] == 2
 
 
+def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(settings):
+    more = {"metric_for_best_model": "eval_exact_match", "eval_strategy": "steps", "eval_steps": 1, "generate_eval": 2,
+            "save_strategy": "steps", "save_steps": 500, "max_new_tokens": 40, "rehearse": False}  # fmt: skip
+    recipe, seen = Recipe(**{**settings, **more}), []
+
+    def press(trainer):
+        def generate(*args, real=trainer.model.generate, **kwargs):
+            if trainer.state.global_step and not seen:
+                seen.append(trainer.state.global_step)
+                signal.raise_signal(signal.SIGINT)
+            ids = real(*args, **kwargs)
+            assert not seen or trainer.state.global_step == 0, "generated on"
+            return ids
+
+        trainer.model.generate = generate
+
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
+        run(recipe, on_trainer=press)
+    assert seen == [1]
+    assert run(recipe)["steps"] == 2
+
+
+class Watch(TrainerCallback):
+    """The rows of each step, those of padding left out."""
+
+    def __init__(self, trainer):
+        self.steps = []
+        real = trainer.data_collator
+
+        def collate(rows):
+            self.steps.append(sum(any(label != -100 for label in row["labels"]) for row in rows))
+            return real(rows)
+
+        trainer.data_collator = collate
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left(settings):
+    del settings["eval_dataset"], settings["max_steps"]
+    rows = Dataset.from_list([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 33)
+    recipe = Recipe(**{**settings, "per_device_train_batch_size": 32, "num_train_epochs": 1})
+    trainer = make_trainer(recipe, train_dataset=rows)
+    watch = Watch(trainer)
+    trainer.train()
+    assert watch.steps == [32, 1]
+
+
+def test_neftune_scales_the_noise_by_each_documents_length(settings):
+    lengths = [3] * 40 + [48] * 4
+    rows = Dataset.from_list([{"input_ids": [7] * n, "labels": [7] * n} for n in lengths])
+    recipe = Recipe(**settings, packing=True, max_length=64, neftune_noise_alpha=5.0)
+    trainer = make_trainer(recipe, train_dataset=rows)
+    embedding, batch = trainer.model.get_input_embeddings(), trainer.data_collator([trainer.train_dataset[0]])
+    trainer.compute_loss(trainer.model.train(), dict(batch))
+    noise = (embedding(batch["input_ids"]) - embedding.eval()(batch["input_ids"])).abs().amax(-1)[0]
+    starts = [i for i, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+    for start, end in pairwise([*starts, len(noise)]):
+        bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
+        assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
+    assert len({end - start for start, end in pairwise([*starts, len(noise)])}) > 1
+
+
+def test_without_a_terminal_each_log_is_a_line(settings, capsys):
+    run(Recipe(**settings))
+    shown = capsys.readouterr().out
+    assert re.search(r"step 1 of 2: loss \d+\.\d+, token accuracy [\d.]+%, [\d,]+ tokens/s, \d:\d\d:\d\d left", shown)
+    assert "step 0 of 2: eval_near_loss" in shown and "it/s" not in shown
+
+
 def test_a_second_adapter_is_refused(settings, tiny_bpe):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(RecipeError, match="peft_config: the model has an adapter already"):
+    with pytest.raises(ValueError, match="a `PeftModel` instance together with a `peft_config`"):
         make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
 
 
