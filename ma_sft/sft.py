@@ -15,7 +15,7 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
 from ma_sft.release.manifest import make_manifest, save, write_manifest
-from ma_sft.release.publish import check_login, publish
+from ma_sft.release.publish import check_login, publish, write_cards
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, add_callbacks, claimed
 from ma_sft.training.distributed import agree, leave_together, once, outside_zero3
@@ -128,6 +128,7 @@ def finish(
         steps.append(("merging the adapter", merge_adapter))
     answers = out / "answers.json"
     steps += [
+        ("the model card", lambda: write_cards(settings, saved, summary)),
         ("the answers", lambda: write_whole(answers, json.dumps(evaluation.table(), ensure_ascii=False, indent=1))),
         ("the summary", write_summary),  # which the report reads
         ("the report", lambda: write_report([out], out / "report.html")),

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl import ModelConfig, SFTConfig
 
@@ -32,7 +31,7 @@ from ma_sft.errors import RecipeError, first_line
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.release.manifest import save
 from ma_sft.release.merge import load_adapter, merge
-from ma_sft.training.adapters import read_adapter_config
+from ma_sft.training.adapters import lora_config, read_adapter_config
 from ma_sft.training.distributed import once
 from ma_sft.training.trainer import build_trainer
 from ma_sft.training.twin import POSITION_NAMES, POSITIONS, make_twin, small_tokenizer
@@ -206,29 +205,21 @@ class Rehearsal:
             self.rows = [{name: first[name] + second[name] for name in first} | {"seq_lengths": [9, 11]}]
 
     def run(self, config: PreTrainedConfig) -> list[str]:
-        if adapter := self.values["adapter_name_or_path"]:
-            adapter = self.saved_twin(adapter)
-        self.trainer = self.build(adapter_name_or_path=adapter)
+        saved = self.values["adapter_name_or_path"]  # whose configuration a fresh adapter of the twin gets
+        given = {"peft_config": lora_config(_settings(self.values, self.chosen))} if saved else {}
+        self.trainer = self.build(given, adapter_name_or_path=None)
         steps = [self.documents_apart, lambda: self.positions(config), self.loss, self.train, self.save]
         if self.values["use_peft"]:
             steps += [self.go_on, self.merge]
         return [words for step in steps if (words := step())]
 
-    def saved_twin(self, folder: str) -> str:
-        """The folder of a saved adapter of the twin with the configuration of the run's."""
-        model = AutoModelForCausalLM.from_pretrained(self.base)
-        if self.added_tokens:
-            model.resize_token_embeddings(len(self.tokenizer))
-        config = read_adapter_config(saved_folder(Path(folder), adapter=True))
-        get_peft_model(model, config).save_pretrained(self.out / "before")
-        return str(self.out / "before")
-
-    def build(self, **changes: Any) -> Any:
+    def build(self, given: dict[str, Any], **changes: Any) -> Any:
         """The run's trainer for the twin."""
         values = {**self.values, **STEPS, "per_device_train_batch_size": len(self.rows), "output_dir": str(self.out)}
         values |= {"model_name_or_path": str(self.base), **({"dtype": "float32"} if self.exact else {}), **changes}
         settings = _settings({name: value for name, value in values.items() if value is not ...}, self.chosen)
-        trainer = build_trainer(settings, self.tokenizer, self.added_tokens, Dataset.from_list(self.rows), None)
+        rows = Dataset.from_list(self.rows)
+        trainer = build_trainer(settings, self.tokenizer, self.added_tokens, rows, None, **given)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -332,7 +323,7 @@ class Rehearsal:
     def go_on(self) -> str:
         """A saved adapter is trained further from where it was, by its own settings."""
         own: Values = {name: ... for name in self.values if name.startswith(("lora_", "use_dora", "use_rslora"))}
-        logits = self.logits(self.build(**own, adapter_name_or_path=str(self.out / "adapter")).model)
+        logits = self.logits(self.build({}, **own, adapter_name_or_path=str(self.out / "adapter")).model)
         return f"goes on to {self.compare('adapter_name_or_path: it goes on otherwise,', logits, self.trained)}"
 
     def merge(self) -> str:
