@@ -17,7 +17,7 @@ from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
 from ma_sft.release.manifest import make_manifest, save, write_manifest
 from ma_sft.release.merge import merge
-from ma_sft.release.publish import check_login, publish
+from ma_sft.release.publish import check_login, publish, write_cards
 from ma_sft.tools.memory import peak_memory
 from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, claimed
 from ma_sft.training.distributed import agree, leave_together, once, outside_zero3
@@ -140,6 +140,8 @@ def finish(
             merged = merge(out, out / "merged", code=settings.training.trust_remote_code)
             say(f"merged model: {merged}")
             summary["merge_max_logit_difference"] = merged.difference
+    with attempt("the model card", summary):
+        write_cards(settings, saved, summary)
     with attempt("the answers", summary):
         write_whole(out / "answers.json", json.dumps(evaluation.table(), ensure_ascii=False, indent=1))
     with attempt("the report", summary):

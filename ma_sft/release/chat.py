@@ -99,10 +99,10 @@ def chat(
         temperature: 0 takes the likeliest token each time.
         code: whether the model's own Python code may run.
     """
-    if not 0 <= temperature < math.inf:
-        raise RecipeError(f"temperature: 0 or more expected, found {temperature:g}")
-    if max_new_tokens < 1:
-        raise RecipeError(f"max_new_tokens: 1 or more expected, found {max_new_tokens}")
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
+        raise RecipeError(
+            f"temperature: 0 or more expected, found {temperature:g}; max_new_tokens: 1 or more, found {max_new_tokens}"
+        )
     with as_written(folder):
         model, encoder, trained_system = load(folder, base, code=code)
     system = trained_system if system is None else system
@@ -113,24 +113,24 @@ def chat(
         return
     say("Talk to the model. /new begins again, an empty line ends." + (f" System message: {system}" if system else ""))
     messages = [*start]
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            text = ""
-        if not text:
-            return
+    while text := _asked():
         if text == "/new":
             messages = [*start]
             continue
         messages.append({"role": "user", "content": text})
         try:
             answer = reply(model, encoder, messages, stream=True, **settings)
+            messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:  # stops this answer, not the conversation
             say("\n[stopped by Ctrl-C]")
             messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
+
+
+def _asked() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
 
 
 class Streamer(TextStreamer):

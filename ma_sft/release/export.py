@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -52,18 +53,15 @@ def find_converter(given: Path | None = None) -> list[str]:
     Raises:
         RecipeError: it is nowhere; says what to install.
     """
-    folders = [Path(os.environ["LLAMA_CPP"])] if "LLAMA_CPP" in os.environ else []
-    for path in [given] if given else [folder / CONVERTERS[0] for folder in folders]:
-        if path.is_file():
-            return [sys.executable, str(path)]
-        raise RecipeError(f"{path} does not exist; it should be llama.cpp's {CONVERTERS[0]}")
-    for name in CONVERTERS:
-        if found := shutil.which(name):
-            return [sys.executable, found] if found.endswith(".py") else [found]
-    raise RecipeError(
-        f"GGUF needs llama.cpp's {CONVERTERS[0]}: clone github.com/ggml-org/llama.cpp and set LLAMA_CPP to its folder, "
-        "or pass --converter PATH"
-    )
+    if given is None and "LLAMA_CPP" in os.environ:
+        given = Path(os.environ["LLAMA_CPP"]) / CONVERTERS[0]
+    found = given if given else next(filter(None, map(shutil.which, CONVERTERS)), None)
+    if found is None or not Path(found).is_file():
+        raise RecipeError(
+            f"GGUF needs llama.cpp's {CONVERTERS[0]}{f', and {given} does not exist' if given else ''}: clone "
+            "github.com/ggml-org/llama.cpp and set LLAMA_CPP to its folder, or pass --converter PATH"
+        )
+    return [sys.executable, str(found)] if Path(found).suffix == ".py" else [str(found)]
 
 
 def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | None = None) -> list[str]:
@@ -84,22 +82,17 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     if out.suffix != ".gguf":
         raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
     must_be_new(out, "choose another name or remove it")
-    folder = saved_folder(run)
-    command = find_converter(converter)
-    scratch = out.with_name(f".{out.stem}.export")
-    with atomic_dir(scratch) as target:
+    folder, command = saved_folder(run), find_converter(converter)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}.") as scratch:
         if not (folder / "config.json").is_file():
-            export_folder(folder, target / "model")
-            folder = target / "model"
-        file = target / out.name
+            export_folder(folder, Path(scratch, "model"))
+            folder = Path(scratch, "model")
+        file = Path(scratch, out.name)
         arguments = [str(folder), "--outfile", str(file), "--outtype", outtype]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         if done.returncode != 0 or not file.is_file():
-            last = next(
-                (line for line in reversed((done.stderr + done.stdout).splitlines()) if line.strip()), "no word"
-            )
+            last = [line for line in ["no word", *(done.stdout + done.stderr).splitlines()] if line.strip()][-1]
             raise RecipeError(f"{Path(command[-1]).name} failed on {folder}: {last.strip()}")
         file.rename(out)
-        shutil.rmtree(target / "model", ignore_errors=True)
-    scratch.rmdir()
     return [f"llama-cli -m {out} --jinja", f"llama-server -m {out} --jinja"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -22,7 +23,7 @@ from ma_sft.labels.tokenize import make_encoder
 from ma_sft.training.adapters import name_base, read_adapter_config, save_converted
 from ma_sft.training.evaluation import end_ids
 from ma_sft.training.prepare import Prepared
-from ma_sft.utils import write_whole
+from ma_sft.utils import read_json, write_whole
 
 NAME = "sft_manifest.json"
 
@@ -30,11 +31,8 @@ NAME = "sft_manifest.json"
 def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> dict[str, Any]:
     """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
     model, training, labels = settings.model, settings.training, settings.labels
-    quantization = None
-    if model.load_in_4bit:
-        quantization = f"4-bit {model.bnb_4bit_quant_type}" + (", double" if model.use_bnb_nested_quant else "")
-    elif model.load_in_8bit:
-        quantization = "8-bit"
+    nested = ", double" if model.use_bnb_nested_quant else ""
+    bits4 = f"4-bit {model.bnb_4bit_quant_type}{nested}" if model.load_in_4bit else None
     base = model_folder(str(model.model_name_or_path), model.model_revision, weights=True)
     return {
         "format": 1,
@@ -42,7 +40,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
             "name_or_path": model.model_name_or_path,
             "revision": model.model_revision,
             "weights": read_weights(base).digest,
-            "quantization": quantization,
+            "quantization": bits4 or ("8-bit" if model.load_in_8bit else None),
         },
         **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),
         "template_kwargs": labels.template_kwargs,
@@ -76,16 +74,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         RecipeError: a manifest that is broken or of a later format.
     """
-    path = folder / NAME
-    if not path.is_file():
+    manifest = read_json(folder / NAME, None)
+    if manifest is None:
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == 1:
-            return dict(manifest)
-    except (ValueError, KeyError, TypeError):
-        raise RecipeError(f"{path} is broken; train or merge again") from None
-    raise RecipeError(f"{path} has format {manifest['format']}, written by a newer ma_sft; pip install -U ma-sft")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != 1:
+        raise RecipeError(
+            f"{folder / NAME} has format {found}; a newer ma_sft wrote it (pip install -U ma-sft), or it is broken"
+        )
+    return dict(manifest)
 
 
 def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]) -> ChatEncoder:
@@ -111,6 +108,7 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
     (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
     write_manifest(scratch, manifest)
+    set_modes(scratch)
     if folder.exists():  # the run was stopped between saving this and its end
         shutil.rmtree(folder)
     scratch.rename(folder)
@@ -150,26 +148,22 @@ def read_weights(folder: Path) -> Weights:
         RecipeError: no safetensors, a shard that is missing, or a file that is cut off or broken.
     """
     names = weight_files(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         refuse_pickles(str(folder), names, [path.name for path in folder.iterdir()])
-        raise RecipeError(
-            f"{folder} lacks {len(missing)} of {len(names)} files: {', '.join(missing[:3])}; get the whole model"
-        )
+        raise RecipeError(f"{folder} lacks {len(missing)} of {len(names)} files: {missing[0]}; get the whole model")
     files: dict[str, str] = {}
     tensors: dict[str, Any] = {}
     content = hashlib.sha256()
     for name in names:
-        path = folder / name
-        with open(path, "rb") as file:
-            try:
-                header = parse_local_safetensors_file_metadata(path).tensors
-                begin = 8 + int.from_bytes(file.read(8), "little")
-                end = begin + max(tensor.data_offsets[1] for tensor in header.values())
-            except (SafetensorsParsingError, ValueError, TypeError):
-                raise RecipeError(f"{path} is no safetensors file, or a broken one; get it again") from None
-            if path.stat().st_size != end:
-                raise RecipeError(f"{path} is cut off: {path.stat().st_size:,} bytes of {end:,}; get it again")
+        try:
+            with safe_open(folder / name, "pt"):  # which holds the header against the file's length
+                header = parse_local_safetensors_file_metadata(folder / name).tensors
+        except (SafetensorError, SafetensorsParsingError) as error:
+            raise RecipeError(
+                f"{folder / name} is no whole safetensors file: {first_line(error)}; get it again"
+            ) from None
+        with open(folder / name, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
             for key, tensor in sorted(header.items()):
                 start, stop = tensor.data_offsets
                 file.seek(begin + start)
@@ -178,6 +172,13 @@ def read_weights(folder: Path) -> Weights:
         files |= dict.fromkeys(header, name)
         tensors |= header
     return Weights(folder, files, tensors, content.hexdigest()[:32])
+
+
+def set_modes(folder: Path) -> None:
+    """Give weights, which safetensors writes for their owner alone, the mode that all other files have."""
+    mode = next(path for path in folder.iterdir() if path.suffix == ".json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def find_base(
@@ -238,10 +239,29 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
         raise RecipeError(f"{folder} has no {NAME}; models saved by `ma-sft train` and `ma-sft merge` have one")
     try:
         tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
-        findings = _tokenizer(tokenizer, manifest)
+        encoder = trained_encoder(tokenizer, manifest) if tokenizer.chat_template else None
+        described = describe_tokenizer(tokenizer, encoder)
     except ValueError as error:
         return [Finding("tokenizer", False, str(error))]
-    findings += _weights(folder, manifest, len(tokenizer), code)
+    ids = described.pop("probe")
+    findings = [_compare(what.replace("_", " "), found, manifest[what]) for what, found in described.items()]
+    text = f"{len(ids or [])} as when it was trained"
+    if ids != manifest["probe"]:
+        pairs = enumerate(zip(ids, manifest["probe"], strict=False))
+        text = f"not those of training from id {next((i for i, (a, b) in pairs if a != b), 'the end')} on"
+    findings.append(Finding("ids of a test conversation", ids == manifest["probe"], text))
+    try:
+        if manifest["kind"] == "adapter":
+            weights, config, _ = find_base(folder, code=code)
+            findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
+        else:
+            weights, config = read_weights(folder), load_pretrained(AutoConfig, str(folder), code=code)
+            found = f"{len(weights.files)} tensors, {weights.nbytes / 1e9:.2f} GB"
+            findings.append(Finding("weights", True, found))
+        rows = config.get_text_config().vocab_size
+        findings.append(Finding("embedding rows", rows >= len(tokenizer), f"{rows} for {len(tokenizer)} tokens"))
+    except (MaSftError, OSError) as error:
+        findings.append(Finding("weights", False, first_line(error)))
     if manifest["kind"] == "model":
         stops = end_ids(generation_config(str(folder)) or GenerationConfig(), tokenizer)
         findings.append(_compare("end-of-turn ids", sorted(stops), sorted(manifest["end_of_turn_ids"])))
@@ -251,30 +271,3 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
 def _compare(what: str, found: Any, expected: Any) -> Finding:
     ok = found == expected
     return Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}")
-
-
-def _tokenizer(tokenizer: Any, manifest: dict[str, Any]) -> list[Finding]:
-    encoder = trained_encoder(tokenizer, manifest) if tokenizer.chat_template else None
-    described = describe_tokenizer(tokenizer, encoder)
-    ids, expected = described.pop("probe"), manifest["probe"]
-    findings = [_compare(what.replace("_", " "), found, manifest[what]) for what, found in described.items()]
-    text = f"{len(ids or [])} as when it was trained"
-    if ids != expected:
-        at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), "the end")
-        text = f"not those of training from id {at} on"
-    return [*findings, Finding("ids of a test conversation", ids == expected, text)]
-
-
-def _weights(folder: Path, manifest: dict[str, Any], tokens: int, code: bool) -> list[Finding]:
-    try:
-        if manifest["kind"] == "adapter":
-            weights, config, _ = find_base(folder, code=code)
-            found = Finding("base model", True, f"{weights.folder}, {weights.digest}")
-        else:
-            weights = read_weights(folder)
-            found = Finding("weights", True, f"{len(weights.files)} tensors, {weights.nbytes / 1e9:.2f} GB")
-            config = load_pretrained(AutoConfig, str(folder), code=code)
-    except (MaSftError, OSError) as error:
-        return [Finding("weights", False, first_line(error))]
-    rows = config.get_text_config().vocab_size
-    return [found, Finding("embedding rows", rows >= tokens, f"{rows} for {tokens} tokens")]

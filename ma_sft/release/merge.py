@@ -13,7 +13,7 @@ import psutil
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import split_state_dict_into_shards_factory
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ma_sft.errors import RecipeError, RunError, first_line
+from ma_sft.errors import RecipeError, RunError, first_line, one_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
-from ma_sft.release.manifest import Weights, find_base, read_manifest, write_manifest
+from ma_sft.release.manifest import Weights, find_base, read_manifest, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.evaluation import end_ids
 from ma_sft.training.trainer import as_it_was
@@ -80,9 +80,8 @@ class Merged:
         return self.difference is not None and not self.difference <= 8 * self.rounding + 1e-3 * self.largest
 
     def __str__(self) -> str:
-        if self.difference is None:
-            text = f"not compared with the adapter model: {self.how}"
-        else:
+        text = f"not compared with the adapter model: {self.how}"
+        if self.difference is not None:
             text = (
                 f"its logits differ from the adapter model's by at most {self.difference:.2g} of {self.largest:.3g}, "
                 f"with the same first choice at {self.agreement:.1%} of positions, both in {self.how}"
@@ -179,34 +178,21 @@ def _untie(config: PreTrainedConfig) -> None:
 
 
 def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[Any, str, str | None]:
-    """The model with the adapter's weights in float32 and the base's on the meta device, where PEFT would put both;
-    and the names of the embedding's and the head's weight."""
-    other = f"{adapter} was trained on another model"
-    saved = load_peft_weights(str(adapter), device="cpu")
+    """The model with the adapter's weights in float32 and the base's on the meta device, and the names of the
+    embedding's and the head's weight."""
+    other = f"{adapter} was trained on another model, pass the right base with --base"
     bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
     names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
     embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
-    left = {
-        key for key in saved if "lora_" in key
-    }  # PEFT saves copies of a resized embedding, too, and never reads them
+    saved = {name: tensor.float() for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
     try:
         model: Any = PeftModel(bare, read_adapter_config(adapter), low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise RecipeError(f"{other}: {first_line(error)}") from None
-    for name, empty in [*model.named_parameters(remove_duplicate=False)]:
-        key = name.replace(".default", "").replace(".modules_to_save", "")
-        key = key if key in saved else key.removesuffix(".weight")
-        if key not in saved or ".base_layer." in name or ".original_module." in name:
-            continue
-        if saved[key].shape != empty.shape:
-            raise RecipeError(
-                f"{other}: {key} is {list(saved[key].shape)}, this base needs {list(empty.shape)}; "
-                "pass the right base model with --base"
-            )
-        left.discard(key)
-        set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
-    if left:
-        raise RecipeError(f"{other}: {min(left)} has no place in {config.model_type}")
+        result = set_peft_model_state_dict(model, saved, low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"{other}: {one_line(error)}") from None
+    # PEFT saves copies of a resized embedding, too, and never reads them
+    if left := [name for name in [*result.unexpected_keys, *result.missing_keys] if "lora_" in name]:
+        raise RecipeError(f"{other}: {left[0]} has no place in {config.model_type}")
     return model.base_model.model, embedding, head
 
 
@@ -309,6 +295,7 @@ def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTo
     as_it_was(generation)
     generation.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    set_modes(target)
 
 
 def check_space(out: Path, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""`push_to_hub`: what a user would publish of a run, once, at its end."""
+"""The model card of a run, and `push_to_hub`: what a user would publish of it, once, at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ma_sft.config import Settings
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError
 from ma_sft.hub import explain, is_hub_id, unreachable
-from ma_sft.utils import say
+from ma_sft.utils import say, write_whole
 
 
 def check_login(settings: Settings) -> None:
@@ -30,55 +30,51 @@ def publish(settings: Settings, saved: Path, summary: dict[str, Any]) -> str:
     """
     training, out = settings.training, saved.parent
     name = training.hub_model_id or str(settings.run.name)
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(saved.iterdir()) if path.is_file()}
-    files |= {name: out / name for name in ("report.html", "recipe.json") if (out / name).is_file()}
-    files["README.md"] = make_card(settings, saved, summary).encode()
+    files = [*sorted(path for path in saved.iterdir() if path.is_file()), out / "report.html", out / "recipe.json"]
+    additions = [CommitOperationAdd(path.name, path) for path in files if path.is_file()]
     api = HfApi(token=settings.chosen.get("hub_token"))
-    later = f"what was trained is in {saved}; later: hf upload {name} {saved}"
     try:
         if why := unreachable(name):
-            raise RecipeError(f"{why}; {later}")
+            raise RecipeError(why)
         repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
         if training.hub_revision:
             api.create_branch(repo.repo_id, branch=training.hub_revision, exist_ok=True)
-        additions = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
         message = f"{settings.run.name}: {summary['steps']} steps"
         api.create_commit(repo.repo_id, additions, commit_message=message, revision=training.hub_revision)
-    except RecipeError:
-        raise
     except Exception as error:  # whatever a hub does, the run is done
-        raise RecipeError(f"{explain(error, name)}; {later}") from None
+        why = str(error) if isinstance(error, RecipeError) else explain(error, name)
+        raise RecipeError(f"{why}; what was trained is in {saved}; later: hf upload {name} {saved}") from None
     say(f"published: {repo}", *(f"  {a.path_in_repo} ({a.upload_info.size:,} bytes)" for a in additions))
     return str(repo)
 
 
-def make_card(settings: Settings, saved: Path, summary: dict[str, Any]) -> str:
-    """The hub's model card: base and data, what training and evaluation gave, the recipe, how to load it."""
-    model, rows = settings.model, settings.rows
-    given = [rows.dataset_name] if rows.dataset_name else rows.datasets
-    paths = [Source.of(source).path for source in given]
-    sources = [path if is_hub_id(path) else Path(path).name for path in paths]
-    base = str(model.model_name_or_path)
-    base = base if is_hub_id(base) else Path(base).name
+def write_cards(settings: Settings, saved: Path, summary: dict[str, Any]) -> None:
+    """Write the model card of a run and what it saved, in the place of TRL's and PEFT's empty ones."""
+    for folder in (saved.parent, saved, saved.parent / "merged"):
+        if folder.is_dir():
+            write_whole(folder / "README.md", _card(settings, folder, saved.parent / "recipe.json", summary))
+
+
+def _card(settings: Settings, folder: Path, recipe: Path, summary: dict[str, Any]) -> str:
+    """Base and data, what training and evaluation gave, and the recipe; above it no path of this machine."""
+    model = settings.model
+    paths = [Source.of(source).path for source in settings.rows.datasets or [str(settings.rows.dataset_name)]]
+    base, *sources = (path if is_hub_id(path) else Path(path).name for path in [str(model.model_name_or_path), *paths])
     data = ModelCardData(
-        base_model=base,
+        base_model=base if is_hub_id(base) else None,
         datasets=[path for path in paths if is_hub_id(path)] or None,
-        library_name="peft" if saved.name == "adapter" else "transformers",
+        library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
         pipeline_tag="text-generation",
         tags=["sft", "trl", "ma-sft"],
     )
-    figures = {
-        key: value for key, value in summary.items() if key != "name" and isinstance(value, int | float) and value
-    }
-    recipe = (saved.parent / "recipe.json").read_text(encoding="utf-8")
+    figures = {name: value for name, value in summary.items() if isinstance(value, int | float) and value}
+    revision = f" at `{model.model_revision}`" if is_hub_id(base) else ""
     return "\n".join(
         [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {settings.run.name}",
-            f"`{base}` at `{model.model_revision}`, fine-tuned with ma_sft on {', '.join(sources)}. `report.html` "
-            "shows the run, `sft_manifest.json` says what the next stage must agree with.",
-            "\n| | |\n| --- | --- |",
-            *(f"| {key.replace('_', ' ')} | {value:,.6g} |" for key, value in figures.items()),
-            f"\n## Recipe\n\n```json\n{recipe}\n```\n",
+            f"---\n{data.to_yaml()}\n---\n# {settings.run.name}\n",
+            f"`{base}`{revision}, fine-tuned with ma_sft on {', '.join(sources)}. `report.html` shows the run, "
+            "`sft_manifest.json` says what the next stage must agree with.\n\n| | |\n| --- | --- |",
+            *(f"| {name.replace('_', ' ')} | {value:,.6g} |" for name, value in figures.items()),
+            f"\n## Recipe\n\n```json\n{recipe.read_text(encoding='utf-8')}\n```\n",
         ]
     )

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import peft
-import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
@@ -39,31 +38,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "all-linear": {"lora_target_modules": "all-linear"},
 }
-
-
-# Initialisations that PEFT computes from activations or gradients on data, with calls of its own before training.
-NEED_DATA = ("eva", "corda", "lora_ga")
-
-
-# Fields of a `LoraConfig` that say nothing of how to train, with the value that a recipe may give.
-WRITTEN = {
-    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": False},
-    **dict.fromkeys(("auto_mapping", "peft_version", "base_model_name_or_path", "revision")),
-}
-
-
-# Initialisations that take a part of the base's weights into the adapter.
-CHANGE_BASE = ("pissa", "olora")
+NEED_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT wants a pass over data before training
+CHANGE_BASE = ("pissa", "olora")  # those that take a part of the base's weights into the adapter
 
 
 def lora_config(settings: Settings) -> PeftConfig | None:
     """The `peft.LoraConfig` of a recipe, None without `use_peft`; a field of `lora_config` wins, then the recipe's
-    own keys, then the preset's.
+    own keys, then the preset's. Of an adapter that is trained further, its own.
 
     Raises:
         RecipeError: frozen layers with an adapter, an unknown or wrong PEFT field.
     """
-    model, adapter = settings.model, settings.adapter
+    model, adapter, chosen = settings.model, settings.adapter, settings.chosen
     if not model.use_peft:
         return None
     if adapter.freeze:
@@ -72,65 +58,49 @@ def lora_config(settings: Settings) -> PeftConfig | None:
             'lora_target_modules and lora_config={"layers_to_transform": [...]}'
         )
     if adapter.adapter_name_or_path:
-        return _saved_config(settings, adapter.adapter_name_or_path)
-    preset = {key: value for key, value in PRESETS[adapter.lora_preset].items() if settings.chosen.get(key) is None}
+        if own := next((key for key in chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None):
+            raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
+        saved = read_adapter_config(saved_folder(Path(adapter.adapter_name_or_path), adapter=True))
+        saved.inference_mode = False
+        return saved
+    preset = {key: value for key, value in PRESETS[adapter.lora_preset].items() if chosen.get(key) is None}
     config = get_peft_config(replace(model, **preset))
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-    more = _lora_fields(dict(adapter.lora_config or {}))  # type: ignore[arg-type]  # text was parsed with the recipe
+    more = _lora_fields(cast(dict[str, Any], adapter.lora_config or {}))
     try:
-        found = LoraConfig(**{**given, **more})
+        found = LoraConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.init} | more)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lora_config: {one_line(error)}") from None
-    _check_initialisation(settings, found)
+    init = str(found.init_lora_weights)
+    if init in NEED_DATA:
+        raise RecipeError(
+            f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training"
+        )
+    if init.startswith(CHANGE_BASE) and settings.quantised:
+        raise RecipeError(
+            f"lora_config: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
+        )
     return found
 
 
-def _saved_config(settings: Settings, folder: str) -> PeftConfig:
-    """The configuration of an adapter that is trained further."""
-    own = next((key for key in settings.chosen if key.startswith(("lora_", "use_dora", "use_rslora"))), None)
-    if own:
-        raise RecipeError(f"{own}: an adapter that is trained further has its own settings; remove it")
-    saved = read_adapter_config(saved_folder(Path(folder), adapter=True))
-    saved.inference_mode = False
-    return saved
-
-
-def _lora_fields(more: dict[str, Any]) -> dict[str, Any]:
+def _lora_fields(given: dict[str, Any]) -> dict[str, Any]:
     """The recipe's `lora_config` in the types that PEFT wants and does not check, mappings as its dataclasses."""
     hints, known = get_type_hints(LoraConfig), settings_of({"lora": LoraConfig})
-    for key, value in more.items():
+    taken = {}
+    for key, value in given.items():
         if key not in known:
             raise RecipeError(f"lora_config: peft.LoraConfig has no field {key!r}{nearest(key, hints, '')}")
-        if key in WRITTEN and value != WRITTEN[key]:
-            raise RecipeError(f"lora_config: {key} is what PEFT writes of a finished adapter; leave it out")
-        nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        nested: Any = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
         try:
             if nested and isinstance(value, dict):
-                more[key] = nested(**value)  # type: ignore[operator]
-            elif not re.fullmatch(r"pissa_niter_\d+", str(value)):  # named with a blank for the number
-                more[key] = known[key].take(value)
-        except TypeError as error:
-            raise RecipeError(f"lora_config: {key}: {error}") from None
-        except RecipeError as error:
+                taken[key] = nested(**value)
+            else:  # `pissa_niter_4` is named with a blank for its number
+                taken[key] = value if str(value).startswith("pissa_niter_") else known[key].take(value)
+        except (TypeError, RecipeError) as error:
             raise RecipeError(f"lora_config: {error}") from None
-    return more
-
-
-def _check_initialisation(settings: Settings, config: Any) -> None:
-    """Stop at a way to begin an adapter that would do nothing here, or whose base cannot change."""
-    init = config.init_lora_weights
-    if init in NEED_DATA:
-        raise RecipeError(
-            f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training, which a "
-            "recipe cannot describe; use true, gaussian, pissa, pissa_niter_4, olora, orthogonal"
-        )
-    if not str(init).startswith(CHANGE_BASE):
-        return
-    if quantised := next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(settings.model, key)), None):
-        raise RecipeError(f"lora_config: init_lora_weights={init!r} rewrites the base's weights; not with {quantised}")
+    return taken
 
 
 def skeleton(
@@ -153,11 +123,10 @@ def model_skeleton(settings: Settings) -> Any:
     """
     model, code = settings.model, settings.training.trust_remote_code
     config = load_pretrained(AutoConfig, str(model.model_name_or_path), model.model_revision, code=code)
+    # Other attention comes from packages that this machine may lack; without weights it makes no difference
+    attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
     try:
-        dtype = config.dtype if model.dtype == "auto" else model.dtype
-        # Other attention comes from packages that this machine may lack; without weights it makes no difference.
-        attention = model.attn_implementation if model.attn_implementation in ("eager", "sdpa") else None
-        return skeleton(config, dtype, attention, code=code)
+        return skeleton(config, config.dtype if model.dtype == "auto" else model.dtype, attention, code=code)
     except Exception as error:
         raise RecipeError(explain(error, str(model.model_name_or_path))) from None
 
@@ -177,15 +146,14 @@ def fitting_adapter(
     if config is None:
         return None
     model = model if model is not None else model_skeleton(settings)
+    _check_names(model, config)
     trial: Any = copy.deepcopy(config)
     trial.init_lora_weights = False  # there are no weights to begin from
-    if not by_hand:
-        trial.lora_dropout = 0.0
-    _check_names(model, config)
+    trial.lora_dropout = getattr(trial, "lora_dropout", 0.0) if by_hand else 0.0
+    bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     try:
-        with warnings.catch_warnings(), outside_zero3():
-            warnings.simplefilter("ignore")
-            adapted = get_peft_model(_on_meta(model), trial, low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"), outside_zero3():
+            adapted = get_peft_model(copy.deepcopy(model, bare), trial, low_cpu_mem_usage=True)
     except Exception as error:  # a value of a wrong type fails somewhere in PEFT
         raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
     if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
@@ -193,41 +161,36 @@ def fitting_adapter(
     return config
 
 
-def _on_meta(model: PreTrainedModel) -> Any:
-    """A copy of the model without its weights."""
-    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
-def _check_names(model: PreTrainedModel, config: Any) -> None:
+def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
     """Check that each name of a layer is one of the model's: where others match, PEFT leaves it out without a word.
 
     Raises:
         RecipeError: a name that matches nothing, with those that there are.
     """
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for key, kind, there in (
-        ("target_modules", "module", modules),
-        ("target_parameters", "parameter", parameters),
-        ("exclude_modules", "module", modules),
-        ("modules_to_save", "module", modules),
-    ):
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         setting = key if key == "exclude_modules" else f"lora_{key}"
+        kind, there = ("parameter", parameters) if key == "target_parameters" else ("module", modules)
         names = getattr(config, key, None) or []
         if isinstance(names, str):
-            try:
-                re.compile(names)
-            except re.error as error:
-                raise RecipeError(f"{setting}: {names!r} is no regular expression: {error}") from None
+            _compiled(setting, names)
             continue
         for name in sorted(names):
             if not any(found == name or found.endswith(f".{name}") for found in there):
-                layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+                linear = {
+                    n.rpartition(".")[2] for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
+                }
                 raise RecipeError(
                     f"{setting}: {name!r} matches no {kind} of {type(model).__name__}; the linear layers are "
-                    f"{', '.join(sorted(layers))}"
+                    f"{', '.join(sorted(linear))}"
                 )
+
+
+def _compiled(setting: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
 
 
 def adapted_layers(model: nn.Module) -> str:
@@ -235,9 +198,9 @@ def adapted_layers(model: nn.Module) -> str:
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
+            last = name.replace(".base_layer", "").rpartition(".")[2]
             parameter = getattr(module, "parameter_name", None)  # of a block of fused experts
-            path = [part for part in name.split(".") if part != "base_layer"]
-            counts[f"{path[-1]}.{parameter}" if parameter else path[-1]] += 1
+            counts[f"{last}.{parameter}" if parameter else last] += 1
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
@@ -249,10 +212,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
-        try:
-            found = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise RecipeError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+        found = [name for name in names if _compiled("freeze", pattern).search(name)]
         if not found:
             shown = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
             raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
@@ -277,19 +237,16 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
         RecipeError: the adapter does not fit the model, or was trained with another chat template.
     """
     adapter = saved_folder(folder, adapter=True)
-    template = adapter / "chat_template.jinja"
+    template, told = adapter / "chat_template.jinja", f"adapter_name_or_path: {adapter} was"
     if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
-        raise RecipeError(
-            f"adapter_name_or_path: {adapter} was trained with another chat template; set template: {template}"
-        )
-    weights = load_peft_weights(str(adapter), device="cpu")
+        raise RecipeError(f"{told} trained with another chat template; set template: {template}")
     try:
-        result = set_peft_model_state_dict(model, weights)
+        result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"adapter_name_or_path: {adapter} does not fit the model: {first_line(error)}") from None
+        raise RecipeError(f"{told} made for another model: {first_line(error)}") from None
     # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
     if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
-        raise RecipeError(f"adapter_name_or_path: {adapter} was made for another model, which has {unexpected[0]}")
+        raise RecipeError(f"{told} made for another model, which has {unexpected[0]}")
 
 
 def keep_initial(model: Any, folder: Path) -> None:
@@ -302,30 +259,19 @@ def save_converted(model: Any, folder: Path, initial: Path) -> None:
     """Save again what was trained from `initial`, as a plain adapter for the unchanged base; then `initial` goes.
 
     Its rank is twice the trained one's: the trained update less the initial one. Does nothing without `initial`.
-
-    Raises:
-        RecipeError: PEFT cannot convert this configuration.
     """
-    if not initial.is_dir():
-        return
-    try:
+    if initial.is_dir():
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
-    except ValueError as error:
-        raise RecipeError(f"the adapter cannot be saved for the unchanged base: {first_line(error)}") from None
-    shutil.rmtree(initial)
+        shutil.rmtree(initial)
 
 
 def with_new_tokens(
-    model: str | PreTrainedModel,
-    settings: Settings,
-    added: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    peft: PeftConfig | None,
+    model: PreTrainedModel, settings: Settings, added: list[str], tokenizer: PreTrainedTokenizerBase, peft: Any
 ) -> PreTrainedModel:
-    """The model, or the one in the folder `model`, with embedding rows for new tokens, which an adapter then trains.
+    """The model with embedding rows for new tokens, the mean of the old ones, which an adapter then trains.
 
-    New rows are the mean of the old ones. Only these rows are trained, not the whole matrix; a separate `lm_head` has
-    to learn to write the tokens too, and TRL can only train it whole.
+    Only these rows are trained, not the whole matrix; a separate `lm_head` has to learn to write the tokens too, and
+    TRL can only train it whole.
 
     Raises:
         RecipeError: a quantised base model, whose embedding cannot grow.
@@ -335,34 +281,24 @@ def with_new_tokens(
             f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
             "save a model with the tokens first, or use a template that the tokenizer knows"
         )
-    if isinstance(model, str):
-        code, kwargs = settings.training.trust_remote_code, settings.training.model_init_kwargs
-        model = cast(PreTrainedModel, load_pretrained(AutoModelForCausalLM, model, code=code, **kwargs))
-        settings.training.model_init_kwargs = None
     embedding: Any = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     if peft is not None:
-        targets: Any = peft
-        name = next(name for name, module in model.named_modules() if module is embedding)
-        targets.trainable_token_indices = {
-            **(targets.trainable_token_indices or {}),
-            name.rsplit(".", 1)[-1]: tokenizer.convert_tokens_to_ids(added),
-        }
+        name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
+        rows = {name: tokenizer.convert_tokens_to_ids(added)}
+        peft.trainable_token_indices = {**(peft.trainable_token_indices or {}), **rows}
         if not model.config.tie_word_embeddings:
-            targets.modules_to_save = [*(targets.modules_to_save or []), "lm_head"]
+            peft.modules_to_save = [*(peft.modules_to_save or []), "lm_head"]
     return model
 
 
 def name_base(adapter: Path, name: str, revision: str) -> None:
     """Let a saved adapter say where others find its base: id and commit on the hub, not this machine's cache."""
-    path, card = adapter / "adapter_config.json", adapter / "README.md"
+    path = adapter / "adapter_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    if (cached := str(saved["base_model_name_or_path"])) == name:
-        return
-    write_whole(path, json.dumps({**saved, "base_model_name_or_path": name, "revision": revision}, indent=2))
-    if card.is_file():
-        write_whole(card, card.read_text(encoding="utf-8").replace(cached, name))
+    if saved["base_model_name_or_path"] != name:
+        write_whole(path, json.dumps({**saved, "base_model_name_or_path": name, "revision": revision}, indent=2))
 
 
 def read_adapter_config(adapter: Path) -> PeftConfig:
@@ -376,10 +312,10 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
     refuse_pickles(str(adapter), ["adapter_model.safetensors"], [file.name for file in adapter.iterdir()])
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]]
+        known = {field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]])}
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{path} is no adapter's configuration: {error!r}") from None
-    if unknown := sorted(set(saved) - {f.name for f in fields(kind)}):
+    if unknown := sorted(set(saved) - known):
         raise RecipeError(
             f"{adapter} was made by PEFT {saved.get('peft_version') or '(newer)'} and sets {', '.join(unknown)}, which "
             f"the installed PEFT {peft.__version__} does not know; pip install -U peft"

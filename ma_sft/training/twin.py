@@ -9,54 +9,36 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ma_sft.config import Settings
 from ma_sft.training.distributed import available_attention
 
 POSITIONS = 128
-TEMPLATE = (
-    "{% for m in messages %}<bos>{{ m.role + ':' + m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
-)
-HIDDEN, HEADS = 64, 4
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width", "attention_hidden_size"), 64
-    ),
-    **dict.fromkeys(
-        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "ff_dim", "dense_intermediate_size"), 64
-    ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
-    **{"n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "o_lora_rank": 16, "index_topk": 64},
-    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "head_dim": 16, "global_head_dim": 16},
-    **{"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_d_head": 16, "mamba_head_dim": 16},
-    **{"n_mamba_heads": 2, "mamba_n_groups": 2, "n_groups": 2, "mamba_d_state": 16, "ssm_state_size": 16},
-    **{"state_size": 16, "time_step_rank": 8, "mamba_dt_rank": 8, "expand": 2, "mamba_expand": 2, "chunk_size": 16},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    **{"vocab_size_per_layer_input": None, "hidden_size_per_layer_input": 16, "query_pre_attn_scalar": 16},
-    **{
-        "sliding_window": 32,
-        "attention_window_size": 32,
-        "adapter_rank": 8,
-        "rotary_dim": 16,
-        "num_mem_blocks": 1,
-        "emb_dim": 64,
-    },
+POSITION_NAMES = "max_position_embeddings n_positions max_seq_len max_target_positions".split()
+LAYER_NAMES = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers".split()
+HEAD_NAMES = "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads".split()
+KV_NAMES = "num_key_value_heads num_global_key_value_heads num_kv_heads".split()
+# How large a twin is, by the names that configurations give their sizes.
+SIZES: dict[int, str] = {
+    POSITIONS: f"mamba_d_ssm {' '.join(POSITION_NAMES)}",
+    64: "hidden_size n_embd d_model word_embed_proj_dim lru_width attention_hidden_size emb_dim embedding_size "
+    "index_topk intermediate_size n_inner ffn_dim ffn_hidden_size ff_dim dense_intermediate_size",
+    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size sliding_window "
+    "attention_window_size",
+    16: "head_dim global_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank kv_lora_rank o_lora_rank "
+    "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size state_size chunk_size linear_key_head_dim "
+    "linear_value_head_dim hidden_size_per_layer_input query_pre_attn_scalar rotary_dim",
+    8: "mamba_n_heads mamba_num_heads time_step_rank mamba_dt_rank adapter_rank",
+    4: f"num_local_experts num_experts n_routed_experts moe_num_experts linear_num_value_heads {' '.join(HEAD_NAMES)}",
+    2: "num_experts_per_tok moe_k moe_topk top_k_experts n_mamba_heads mamba_n_groups n_groups expand mamba_expand "
+    "linear_num_key_heads",
+    1: "n_group topk_group num_mem_blocks",
 }
-POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-LAYER_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-HEAD_NAMES = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "encoder_attention_heads",
-)
+SPECIAL = "pad_token_id bos_token_id eos_token_id sep_token_id".split()
+TEMPLATE = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -68,114 +50,82 @@ def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def shrink(config: PreTrainedConfig, vocabulary: int, *, all_layers: bool = False) -> PreTrainedConfig:
-    """The configuration with every kind of layer once or twice, narrow, and with a small vocabulary."""
+    """The configuration with every kind of layer once or twice, narrow, and with `vocabulary` tokens."""
     config = copy.deepcopy(config)
+    sizes = {name: size for size, names in SIZES.items() for name in names.split()}
     for part in parts(config):
         known = part.to_dict()
-        values = {name: small for name, small in SMALL.items() if isinstance(known.get(name), int) and small}
-        values |= {name: vocabulary for name in known if re.fullmatch(r"vocab_size\w*", name) and known[name]}
-        values |= {name: POSITIONS for name in POSITION_NAMES if isinstance(known.get(name), int)}
-        values |= _heads(known)
-        if not all_layers:
-            values |= _layers(known)
-        values |= {
-            name: number
-            for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"))
-            if name in known
-        }
-        for name, value in known.items():
-            if re.search(r"_token_(id|index)s?$", name) and name not in values and isinstance(value, int):
+        numbers = {name: value for name, value in known.items() if isinstance(value, int)}
+        values: dict[str, Any] = {name: sizes[name] for name in numbers.keys() & sizes}
+        values |= {name: min(2, numbers[name]) for name in values if values[name] == 2}
+        heads = next((numbers[name] for name in HEAD_NAMES if name in numbers), 0)
+        for name in known.keys() & set(KV_NAMES):  # in groups, as the model has them
+            values[name] = 4 if (numbers.get(name) or heads) == heads else min(2, numbers[name])
+        if "head_dim" in known:  # None in some default configurations
+            values["head_dim"] = 16
+        if {"expand", "num_heads"} <= numbers.keys():  # heads of a state-space model share its expanded width
+            values["num_heads"] = 8
+        if "first_k_dense_replace" in numbers:
+            values["first_k_dense_replace"] = min(1, numbers["first_k_dense_replace"])
+        values |= {} if all_layers else _layers(known, numbers)
+        for name in numbers:
+            if re.fullmatch(r"vocab_size\w*", name) and numbers[name]:
+                values[name] = vocabulary
+            elif re.search(r"_token_(id|index)s?$", name):
                 values[name] = vocabulary - 1
-        for name, value in values.items():
-            if name not in getattr(part, "attribute_map", {}):
-                setattr(part, name, value)
+        values |= {name: index for index, name in enumerate(SPECIAL) if name in known}
+        for name in values.keys() - getattr(part, "attribute_map", {}).keys():
+            setattr(part, name, values[name])
     return config
 
 
-def _heads(known: dict[str, Any]) -> dict[str, int]:
-    """Few heads, in groups as the model has them."""
-    heads = next((known[name] for name in HEAD_NAMES if isinstance(known.get(name), int)), None)
-    kv = known.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or not isinstance(kv, int):
-        return {}
-    small = HEADS if kv == heads else 1 if kv == 1 else 2
-    found = {name: HEADS for name in HEAD_NAMES if isinstance(known.get(name), int)}
-    for name in ("num_key_value_heads", "num_global_key_value_heads", "num_kv_heads"):
-        if isinstance(known.get(name), int):
-            found[name] = small
-    return found
-
-
-def _layers(known: dict[str, Any]) -> dict[str, Any]:
+def _layers(known: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
     """As many layers as it takes for each kind to stand once, two at least."""
-    found: dict[str, Any] = {}
-    total = next((known[name] for name in LAYER_NAMES if isinstance(known.get(name), int)), 0)
+    total = next((numbers[name] for name in LAYER_NAMES if name in numbers), 0)
     lists = {
-        name: value
+        name: [json.dumps(item, default=str) for item in value]
         for name, value in known.items()
-        if isinstance(value, list) and len(value) == total and total > 1 and not name.endswith("token_ids")
+        if isinstance(value, list) and len(value) == total > 1 and not name.endswith("token_ids")
     }
-    keep = 2
-    for value in lists.values():
-        keys = [json.dumps(item, default=str) for item in value]
-        keep = max(keep, *(keys.index(kind) + 1 for kind in set(keys)))
-    for name in ("full_attn_mod", "attn_layer_period", "expert_layer_period", "full_attention_interval"):
-        if isinstance(known.get(name), int):
-            keep = max(keep, known[name])
-    keep = min(keep + (known.get("attn_layer_offset") or 0) % 4, max(total, 2)) if total else keep
-    if isinstance(known.get("first_k_dense_replace"), int):
-        found["first_k_dense_replace"] = min(1, known["first_k_dense_replace"])
-    for name in LAYER_NAMES:
-        if isinstance(known.get(name), int):
-            found[name] = keep
-    return found | {name: value[:keep] for name, value in lists.items()}
+    periods = ("full_attn_mod", "attn_layer_period", "expert_layer_period", "full_attention_interval")
+    firsts = [kinds.index(kind) + 1 for kinds in lists.values() for kind in set(kinds)]
+    keep = max(2, *firsts, *(numbers.get(name, 0) for name in periods)) + numbers.get("attn_layer_offset", 0) % 4
+    keep = min(keep, max(total, 2))
+    return dict.fromkeys(numbers.keys() & set(LAYER_NAMES), keep) | {name: known[name][:keep] for name in lists}
 
 
 def small_tokenizer(added_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, three special ones, and those that were added."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<bos>", "<eos>", "<sep>", *alphabet])}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    """Words that no text has, four special ones, and those that were added."""
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<bos>", "<eos>", "<sep>", *map(chr, range(256))])}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<sep>")),
+        **{"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "chat_template": TEMPLATE},
     )
     tokenizer.add_tokens(added_tokens)
     return tokenizer
 
 
-def make_twin(
-    settings: Settings, config: PreTrainedConfig, tokens: int, added_tokens: list[str], folder: Path
-) -> tuple[Path, int]:
-    """Save the twin of a model with its small tokenizer; the folder, and how many parameters it has.
+def make_twin(settings: Settings, config: PreTrainedConfig, spare: int, folder: Path) -> int:
+    """Save the twin of the model of `config` with its small tokenizer; the number of its parameters.
 
-    The twin's embedding has as many rows more than its tokenizer has tokens as the model's. If layers are named by
-    their number, all are kept.
-
-    Args:
-        settings: of the run, whose attention and whose named layers the twin has.
-        config: the model's configuration.
-        tokens: of the run's tokenizer, with what was added.
-        added_tokens: what the template added to it.
+    Its embedding has `spare` rows more than its tokenizer has tokens. If layers are named by number, all are kept.
     """
-    tokenizer = small_tokenizer([])
-    spare = max(-8, min(16, int(config.get_text_config().vocab_size) - (tokens - len(added_tokens))))
-    named = [settings.adapter.lora_config, settings.adapter.freeze, settings.model.lora_target_modules]
-    all_layers = bool(re.search(r"(layers|h|blocks)\W+\d|layers_to_transform|layer_replication|\.\d+\\?\.", str(named)))
-    small = shrink(config, len(tokenizer) + max(0, spare), all_layers=all_layers)
-    kind = getattr(transformers, next(iter(config.architectures or []), ""), None)
-    attention = available_attention(settings.model.attn_implementation)
-    code = settings.training.trust_remote_code
+    named = str([settings.adapter.lora_config, settings.adapter.freeze, settings.model.lora_target_modules])
+    by_number = re.search(r"(layers|h|blocks)\W+\d|layers_to_transform|layer_replication|\.\d+\\?\.", named)
+    kind: Any = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    # Of a model of text and images, the class may be that of its text alone
+    config = next((part for part in parts(config) if type(part) is getattr(kind, "config_class", None)), config)
+    tokenizer, attention = small_tokenizer([]), available_attention(settings.model.attn_implementation)
+    small = shrink(config, len(tokenizer) + spare, all_layers=bool(by_number))
     torch.manual_seed(0)
-    make = kind._from_config if kind is not None and hasattr(kind, "_from_config") else None
-    model: Any = (
-        make(small, attn_implementation=attention)
-        if make
-        else AutoModelForCausalLM.from_config(small, attn_implementation=attention, trust_remote_code=code)
-    ).float()
+    if hasattr(kind, "_from_config"):
+        model = kind._from_config(small, attn_implementation=attention)
+    else:
+        code = settings.training.trust_remote_code
+        model = AutoModelForCausalLM.from_config(small, attn_implementation=attention, trust_remote_code=code)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.float().parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, sum(p.numel() for p in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -125,6 +125,17 @@ def test_manifest_says_what_the_next_stage_needs(sft):
         assert not [*folder.glob("*.bin")], "no pickles"
 
 
+def test_each_folder_has_a_card_and_files_that_others_may_read(sft):
+    out, _ = sft
+    for folder in (out, out / "adapter", out / "merged"):
+        card = (folder / "README.md").read_text(encoding="utf-8").split("## Recipe")[0]
+        assert "fine-tuned with ma_sft on train.jsonl" in card and "| train loss |" in card and "None" not in card
+        assert str(out.parent) not in card
+        weights = folder.glob("*.safetensors")
+        assert all(path.stat().st_mode == (folder / "README.md").stat().st_mode for path in weights)
+    assert "library_name: peft" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
 def test_handoff_check(sft, tmp_path, capsys):
     out, _ = sft
     for folder in (out, out / "adapter"):

@@ -291,9 +291,9 @@ def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
     shard.rename(tmp_path / "kept")
     assert "many lacks 1 of" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
     shard.write_bytes((tmp_path / "kept").read_bytes()[:-10])
-    assert "is cut off" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
+    assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
     shard.write_bytes(b"not a tensor in sight")
-    assert "is no safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
+    assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
     assert "is no file or folder here, not all cached" in refused(run, tmp_path / "out", base="no/such-model")
 
 

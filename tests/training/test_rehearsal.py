@@ -71,6 +71,16 @@ def test_packing_that_needs_kernels(kind):
     assert "set packing=false" in message
 
 
+def test_packing_that_needs_kernels_on_a_twin_that_fails_otherwise_too(monkeypatch):
+    def run(self, config):
+        what = "can't keep packed sequences apart" if self.values["packing"] else "something else"
+        raise ValueError(what)
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "run", run)
+    assert refused("llama", packing=True).startswith("set packing=false; rehearsed on a twin: ValueError")
+    assert rehearsed("llama") == "not rehearsed on a twin: ValueError: something else"
+
+
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_head_trained_whole_are_merged_right(tied, saved):
@@ -122,6 +132,7 @@ def test_positions():
 def test_losses():
     for more in ({"label_smoothing_factor": 0.1}, {"loss_type": "dft"}):
         assert rehearsed("llama", **more).startswith("rehearsed on")
+    assert rehearsed("modernbert-decoder").startswith("rehearsed on"), "its head transforms before its matrix"
     message = refused("llama", label_smoothing_factor=0.1, loss_type="dft")
     assert "label_smoothing_factor smooths the labels of loss_type=nll" in message
     assert "a step moves" in rehearsed("mixtral", use_peft=True, router_aux_loss_coef=0.1)
