@@ -173,7 +173,8 @@ class Tokens:
         first = np.cumsum([0, *map(len, self.ids)])[:-1]  # token of each batch
         start, rows = np.cumsum(counts) - counts - np.repeat(first, sizes), table_rows(source)
         rows = slice(None) if rows is None else rows
-        self.start, self.lengths, self.batch = start[rows], counts[rows], np.repeat(np.arange(len(sizes)), sizes)[rows]
+        self.lengths: Ints = counts[rows]
+        self.start, self.batch = start[rows], np.repeat(np.arange(len(sizes)), sizes)[rows]
 
     def gather(self, column: list[NDArray[Any]], spans: Spans) -> NDArray[Any]:
         """What `ids` or `labels` have in the spans, one after another: `bytes.join` copies each with one memcpy."""
@@ -187,7 +188,8 @@ class Tokens:
     def has_label(self, spans: Spans, at: Ints) -> NDArray[np.bool_]:
         """Whether the token `at` of each span has a label."""
         tokens = self.gather(self.labels, Spans(spans.row, spans.start + at, np.ones_like(at)))
-        return np.not_equal(tokens, IGNORED)
+        found: NDArray[np.bool_] = tokens != IGNORED
+        return found
 
     def trained(self, spans: Spans) -> Ints:
         """How many tokens of each span have a label; no span may be empty."""
@@ -351,8 +353,9 @@ def lengths(dataset: datasets.Dataset) -> Ints:
     packs = packs_of(dataset)
     if packs is None:
         return Tokens(dataset).lengths
-    tokens: Ints = np.diff(np.cumsum([0, *packs.plan.pieces.length])[packs.plan.bounds])
-    return tokens[dataset.with_format("numpy")["input_ids"][:]]
+    tokens = np.diff(np.cumsum([0, *packs.plan.pieces.length])[packs.plan.bounds])
+    chosen: Ints = tokens[dataset.with_format("numpy")["input_ids"][:]]
+    return chosen
 
 
 def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.Dataset:

@@ -1,15 +1,19 @@
-"""Curves as SVG: numbers of logs scaled to a picture that reads at every width, with axes, units and words for it."""
+"""Curves and histograms as SVG: numbers scaled to a picture that reads at every width, with axes, units and words."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
+
+from markupsafe import Markup
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 205, 46, 36  # of a chart and its axes, in SVG units
 MOST_POINTS = 180  # of one line: more steps are drawn as means, with a band from the lowest to the highest
 COLOURS = 8  # the page has as many, each readable on its ground; further runs have them again, dashed
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Points = list[tuple[int, float]]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -32,85 +36,125 @@ CURVES = (
 )
 
 
-def charts(logs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What the page draws of the logs of one or several runs; a curve without values is left out."""
-    return [drawn for curve in CURVES if (drawn := _chart(curve, logs))]
+def charts(logs: Sequence[list[dict[str, Any]]], titles: Sequence[str] = ("run",)) -> list[dict[str, Any]]:
+    """What the page draws of the logs of one or several runs; a curve without values is left out.
+
+    Returns:
+        Of each chart its `title`, `unit`, `svg`, how many values are no numbers (`missing`), and `lines`: the number of
+        the `run`, whether it is of `held_out` rows, first and last value (`ends`), steps in one mean (`each`).
+    """
+    return [drawn for curve in CURVES if (drawn := _chart(curve, logs, titles))]
 
 
-def _chart(curve: Curve, logs: Sequence[list[dict[str, Any]]]) -> dict[str, Any] | None:
+def _chart(curve: Curve, logs: Sequence[list[dict[str, Any]]], titles: Sequence[str]) -> dict[str, Any] | None:
     lines: list[dict[str, Any]] = []
     missing = 0
     for run, log in enumerate(logs):
         for held_out, key in enumerate(filter(None, (curve.key, curve.held_out))):
-            values = {int(entry["step"]): float(entry[key]) for entry in log if key in entry}
-            points = sorted(values.items())
-            missing += sum(not math.isfinite(value) for _, value in points)
-            if any(math.isfinite(value) for _, value in points):
-                lines.append({"run": run, "held_out": bool(held_out), "points": points})
+            points = sorted({int(entry["step"]): float(entry[key]) for entry in log if key in entry}.items())
+            finite = [point for point in points if math.isfinite(point[1])]
+            missing += len(points) - len(finite)
+            if finite:
+                each = math.ceil(len(points) / MOST_POINTS)
+                line = {"run": run, "held_out": bool(held_out), "points": points, "finite": finite, "each": each}
+                lines.append({**line, "ends": [format(finite[at][1], curve.how) for at in (0, -1)]})
     if not lines:
         return None
-    steps: list[int] = [step for line in lines for step, _ in line["points"]]
-    numbers: list[float] = [value for line in lines for _, value in line["points"] if math.isfinite(value)]
-    first, last = min(steps), max(*steps, min(steps) + 1)
+    steps = [step for line in lines for step, _ in line["points"]]
+    numbers = [value for line in lines for _, value in line["finite"]]
     yticks = ticks(min(numbers), max(numbers))
-    low, high = min(*numbers, yticks[0]), max(*numbers, yticks[-1])
-
-    def x(step: float) -> float:
-        return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 10), 1)
-
-    def y(value: float) -> float:
-        return round(10 + (high - value) / ((high - low) or 1) * (HEIGHT - BOTTOM - 14), 1)
-
-    for line in lines:
-        points = line.pop("points")
-        finite = [point for point in points if math.isfinite(point[1])]
-        line["ends"] = [format(value, curve.how) for _, value in (finite[0], finite[-1])]
-        line["said"] = f"from {line['ends'][0]} at step {finite[0][0]:,} to {line['ends'][1]} at step {finite[-1][0]:,}"
-        each = math.ceil(len(points) / MOST_POINTS)
-        line["each"] = each
-        line["parts"], line["bands"], line["dots"] = [], [], []
-        for part in _unbroken(points):
-            means = [_mean(part[at : at + each]) for at in range(0, len(part), each)]
-            line["parts"].append(" ".join(f"{x(step)},{y(mean)}" for step, mean, _, _ in means))
-            line["dots"] += [
-                (x(step), y(mean), f"step {step:,.0f}: {format(mean, curve.how)}") for step, mean, _, _ in means
-            ]
-            if each > 1:
-                above = [f"{x(step)},{y(top)}" for step, _, _, top in means]
-                below = [f"{x(step)},{y(bottom)}" for step, _, bottom, _ in reversed(means)]
-                line["bands"].append(" ".join(above + below))
-    power = 0 if curve.how.endswith("%") else _power(high)
+    power = 0 if curve.how.endswith("%") else _power(max(*numbers, yticks[-1]))
+    xs, ys = (min(steps), max(*steps, min(steps) + 1)), (min(*numbers, yticks[0]), max(*numbers, yticks[-1]))
+    said = "; ".join(
+        f"{titles[line['run'] % len(titles)]}{', held-out' if line['held_out'] else ''} from {line['ends'][0]} at step "
+        f"{line['finite'][0][0]:,} to {line['ends'][1]} at step {line['finite'][-1][0]:,}"
+        for line in lines
+    )
     return {
         "title": curve.title,
-        "unit": ", ".join(filter(None, (curve.unit, f"times 10^{power}" if power else ""))),
+        "unit": ", ".join(filter(None, (curve.unit, f"× 10{str(power).translate(RAISED)}" if power else ""))),
         "lines": lines,
         "missing": missing,
-        "x": [(x(tick), f"{tick:,.0f}") for tick in ticks(first, last, whole=True)],
-        "y": [(y(tick), _tick_text(tick / 10**power, curve.how)) for tick in yticks],
+        "svg": _picture(
+            f"{curve.title}: {said}",
+            "step",
+            [(_x(tick, xs), f"{tick:,.0f}", "middle") for tick in ticks(*xs, whole=True)],
+            [(_y(tick, ys), _tick_text(tick / 10**power, curve.how)) for tick in yticks],
+            [_line(line, xs, ys, curve.how) for line in lines],
+        ),
     }
 
 
-def _unbroken(points: Points) -> Iterator[Points]:
-    """The points cut where a value is no number: a line bridges no gap."""
-    part: Points = []
-    for step, value in points:
-        if math.isfinite(value):
-            part.append((step, value))
-        elif part:
-            yield part
-            part = []
-    if part:
-        yield part
+def _line(line: dict[str, Any], xs: Range, ys: Range, how: str) -> Markup:
+    """A line with its points; it bridges no gap where a value is no number."""
+    parts = [list(part) for finite, part in groupby(line["points"], lambda point: math.isfinite(point[1])) if finite]
+    each, marks = line["each"], Markup()
+    shown = line["held_out"] or len(line["points"]) < 3 or (len(parts) > 1 and len(line["points"]) < 60)
+    kind = " ".join(filter(None, ("again" * (line["run"] >= COLOURS), "held" * line["held_out"])))
+    for part in parts:
+        groups = [tuple(zip(*part[at : at + each], strict=True)) for at in range(0, len(part), each)]
+        means = [(sum(steps) / len(steps), sum(values) / len(values)) for steps, values in groups]
+        if each > 1:
+            above = [_point(step, max(values), xs, ys) for (step, _), (_, values) in zip(means, groups, strict=True)]
+            below = [_point(step, min(values), xs, ys) for (step, _), (_, values) in zip(means, groups, strict=True)]
+            marks += Markup('<polygon class="band" points="{}"/>').format(" ".join(above + below[::-1]))
+        points = " ".join(_point(*mean, xs, ys) for mean in means)
+        marks += Markup('<polyline class="{}" points="{}"/>\n').format(kind, points)
+        for step, mean in means:
+            look = ("dot", _x(step, xs), _y(mean, ys), 2.5) if shown else ("hover", _x(step, xs), _y(mean, ys), 4)
+            circle = Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>step {:,.0f}: {}</title></circle>\n')
+            marks += circle.format(*look, step, format(mean, how))
+    return Markup('<g class="s{}">{}</g>').format(line["run"] % COLOURS, marks)
 
 
-def _mean(points: Points) -> tuple[float, float, float, float]:
-    """Mean step, mean, lowest and highest value."""
-    values = [value for _, value in points]
-    return sum(step for step, _ in points) / len(points), sum(values) / len(values), min(values), max(values)
+def histogram(lengths: dict[str, Any]) -> Markup:
+    """How many `rows` lie between `edges`, one more than bars; `median` and `longest` are said in words."""
+    counts, edges = lengths["rows"], lengths["edges"]
+    places, heights = (0, len(counts)), (0, max(*counts, 1))
+    bar = Markup('<rect class="bar" x="{}" width="{}" y="{}" height="{}"><title>{}</title></rect>\n')
+    bars = []
+    for at, count in enumerate(counts):
+        x, y = _x(at, places), _y(count, heights)
+        width, height = round(0.9 * (_x(at + 1, places) - x), 1), round(_y(0, heights) - y, 1)
+        bars.append(bar.format(x, width, y, height, f"{count:,} rows of {edges[at]:,} to {edges[at + 1]:,} tokens"))
+    anchors = {len(counts) // 2: "middle", 0: "start", len(counts): "end"}
+    xticks = [(_x(at, places), f"{edges[at]:,}", anchor) for at, anchor in anchors.items()]
+    yticks = [(_y(count, heights), f"{count:,}") for count in heights]
+    said = f"half have up to {lengths['median']:,} tokens, the longest {lengths['longest']:,}"
+    return _picture(f"histogram of row lengths: {said}", "tokens of a row", xticks, yticks, bars)
+
+
+def _picture(
+    label: str,
+    unit: str,
+    xticks: Iterable[tuple[float, str, str]],
+    yticks: Iterable[tuple[float, str]],
+    marks: Iterable[Markup],
+) -> Markup:
+    """The picture around its marks: grid, numbers and unit of the axes."""
+    text = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>\n')
+    grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    axes = [grid.format(LEFT, WIDTH - 4, y, y) + text.format(LEFT - 5, y + 3.5, "end", words) for y, words in yticks]
+    axes += [text.format(x, HEIGHT - 20, anchor, words) for x, words, anchor in xticks]
+    axes.append(text.format((LEFT + WIDTH) / 2, HEIGHT - 5, "middle", unit))
+    picture = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}</svg>')
+    return picture.format(WIDTH, HEIGHT, label, Markup().join([*axes, *marks]))
+
+
+def _x(value: float, within: Range) -> float:
+    return round(LEFT + (value - within[0]) / (within[1] - within[0]) * (WIDTH - LEFT - 10), 1)
+
+
+def _y(value: float, within: Range) -> float:
+    return round(10 + (within[1] - value) / ((within[1] - within[0]) or 1) * (HEIGHT - BOTTOM - 14), 1)
+
+
+def _point(step: float, value: float, xs: Range, ys: Range) -> str:
+    return f"{_x(step, xs)},{_y(value, ys)}"
 
 
 def _power(high: float) -> int:
-    """The power of ten that an axis is read in: small numbers such as learning rates as 2, 4, 6 times 10^-4."""
+    """The power of ten that an axis is read in: small numbers such as learning rates as 2, 4, 6 times 10⁻⁴."""
     power = math.floor(math.log10(abs(high))) if high else 0
     return power if power <= -3 or power >= 6 else 0
 

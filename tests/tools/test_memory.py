@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.tools.memory import LAUNCHERS, _with_training, advice, bytes_of, forecast, plan, start_command, weight_bytes
+from ma_sft.tools.memory import LAUNCHERS, advice, bytes_of, forecast, plan, start_command, weight_bytes
 
 
 def settings(**more):
@@ -156,7 +156,8 @@ def test_a_plan_says_what_is_faster_for_nothing_and_leaves_the_settings_alone():
         found["launchers"]["single_gpu"]["total"],
         forecast(settings(use_peft=True, max_length=64, use_cpu=True)),
     )
-    selective = forecast(_with_training(mine, gradient_checkpointing_kwargs={"selective": True}))
+    options = {"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": False}}
+    selective = forecast(settings(use_peft=True, gradient_checkpointing=True, max_length=64, **options))
     assert found["forecast"]["kept"] < selective.kept < off.kept
     assert any("gradient_checkpointing=false fits too" in line for line in advice(mine, found))
     narrow = {**found, "memory": whole * 1.001}
