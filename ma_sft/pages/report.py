@@ -11,7 +11,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,9 +75,7 @@ FIGURES = (
     Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", "more", ROWS),
     Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", "more", ROWS),
     Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", "less", IDS),
-    Figure(
-        "result", "token accuracy", ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more", IDS
-    ),
+    Figure("result", ACCURACY, ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more", IDS),
     Figure("training", "mean training loss", ".4f", "train_loss"),
     Figure("training", "rows", ",", "rows"),
     Figure("training", "trained tokens in them", ",", "trained_tokens"),
@@ -91,11 +90,8 @@ FIGURES = (
 def write_start(
     settings: "Settings", data: "Prepared", tokenizer: "PreTrainedTokenizerBase", lines: list[tuple[str, str]]
 ) -> None:
-    """Write `run.json` into the output folder: all that the page tells and that is known before the first step.
-
-    Args:
-        lines: what the terminal was told too, as (what, how much).
-    """
+    """Write `run.json` into the output folder: what the page tells and is known before the first step, `lines` as the
+    terminal was told them among it."""
     from ma_sft.labels.preview import heading, pieces
 
     rows = []
@@ -103,9 +99,8 @@ def write_start(
         cut = pieces(row["input_ids"][:SHOWN_TOKENS], row["labels"][:SHOWN_TOKENS], tokenizer)
         more = len(row["input_ids"]) - SHOWN_TOKENS
         rows.append({"heading": heading(row, number), "pieces": [asdict(p) for p in cut], "more": max(0, more)})
-    out, check = Path(settings.training.output_dir), data.check
-    parts: tuple[Any, ...] = (settings.rows, settings.labels, settings.adapter, settings.exam, settings.run)
-    parts += (settings.training, settings.model)
+    out, check, packing = Path(settings.training.output_dir), data.check, data.packing
+    parts = [part for part in vars(settings).values() if is_dataclass(part)]
     facts = {
         "name": settings.run.name or out.name,
         "model": settings.chosen.get("model_name_or_path"),
@@ -116,9 +111,7 @@ def write_start(
         "lengths": data.lengths,
         "rows": rows,
         "stages": [asdict(stage) for stage in data.stages],
-        "packing": {**asdict(data.packing), "density": data.packing.density, "text": str(data.packing)}
-        if data.packing
-        else None,
+        "packing": packing and {**asdict(packing), "density": packing.density, "text": str(packing)},
         "findings": check and [{"level": f.level, "text": str(f)} for f in check.findings],
         "proof": check and {"proven": check.proven, "judged": check.judged, "verdict": check.verdict},
         "hardware": _hardware(settings),
@@ -181,13 +174,7 @@ def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
 
 
 def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None) -> bool:
-    """Write the page of one or several runs.
-
-    Args:
-        refresh: seconds after which a browser shall load the page again, for runs that train.
-
-    Returns:
-        Whether all runs are finished.
+    """Write the page of one or several runs, which a browser loads again after `refresh` seconds; are all finished?
 
     Raises:
         RecipeError: as `read_run`.
@@ -380,15 +367,11 @@ def _command() -> str:
     """The command that started this process; the launcher's where `accelerate launch` or `torchrun` did."""
     import psutil
 
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if Path(sys.argv[0]).suffix == ".py":
-        command = ["python", *sys.argv]
-    for parent in psutil.Process().parents():
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            break
-        at = next((i for i, word in enumerate(words[:3]) if Path(word).name in ("accelerate", "torchrun")), None)
-        if at is not None:
-            return shlex.join(shown_command([Path(words[at]).name, *words[at + 1 :]]))
+    command = ["python", *sys.argv] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    with suppress(psutil.Error):
+        for words in (parent.cmdline() for parent in psutil.Process().parents()):
+            names = [Path(word).name for word in words[:3]]
+            if launcher := next((name for name in names if name in ("accelerate", "torchrun")), None):
+                command = [launcher, *words[names.index(launcher) + 1 :]]
+                break
     return shlex.join(shown_command(command))

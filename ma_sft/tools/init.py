@@ -80,8 +80,7 @@ def init(
     """Write a recipe, asking for what is None; its path and the command that trains it.
 
     Args:
-        model: a hub id, a folder, or `"demo"`.
-        data: a hub id, a file, a glob, or a folder.
+        model, data: a hub id, or a folder; `"demo"`; of data a file or a glob, too.
         hardware: `"cpu"`, or GPUs as `"1x24GB"`.
         task: one of `TASKS`.
         out: the recipe; by default it is named after the data, here.
@@ -98,11 +97,11 @@ def init(
     data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet, .txt), a folder or a hub id")
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
-    sources, total = _sources(data, split, columns)  # before the next question
+    sources, form, total = _sources(data, split, columns)  # before the next question
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     extra: dict[str, Any] = {"dataset_train_split": split} if split != "train" else {}
     extra |= {"trust_remote_code": True} if code else {}
-    rows = look(model, sources, total, extra)
+    rows = look(model, sources, form, total, extra)
     say(f"{data}: {rows}")
     if not hardware:
         hardware = _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
@@ -117,24 +116,22 @@ def init(
     return out, command
 
 
-def look(model: str, sources: list[dict[str, Any]], total: int, extra: dict[str, Any]) -> Rows:
-    """Convert and tokenise rows of sources with `total` rows as training with these extra settings would.
+def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra: dict[str, Any]) -> Rows:
+    """Label rows of sources with `total` rows of a format as training with these extra settings would.
 
     Raises:
         MaSftError: the model cannot be had, no row is a conversation, or its template knows no tools.
     """
     from transformers import AutoConfig
 
-    from ma_sft.data.mixture import load_mixture
     from ma_sft.hub import load_pretrained
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import make_encoder, tokenize
+    from ma_sft.labels.tokenize import label
+    from ma_sft.packing.pack import Tokens
+    from ma_sft.packing.truncation import whole_rows
 
-    split = {"split": extra.get("dataset_train_split", "train")}
-    mixture = load_mixture([{**source, "limit": LOOKED_AT, **split} for source in sources], on_error="skip")
-    conversations: Any = mixture.train
-    template = None
-    recipe = Recipe(model_name_or_path=model, dataset_name=sources[0]["path"], report_to="none", **extra)
+    drawn = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
+    recipe, template = Recipe(model_name_or_path=model, report_to="none", **drawn, **extra), None
     settings = recipe.resolve()
     try:
         tokenizer, _ = load_tokenizer(settings)
@@ -143,46 +140,45 @@ def look(model: str, sources: list[dict[str, Any]], total: int, extra: dict[str,
         settings = Recipe(**recipe.settings, template=template).resolve()
         tokenizer, _ = load_tokenizer(settings)
     try:
-        labelled = tokenize(conversations, make_encoder(settings, tokenizer)).with_format("numpy")
+        labelled = label(settings, tokenizer)
     except TemplateError as error:
-        if not any(conversations["tools"]):
+        if "tools" not in str(error):
             raise
         raise TemplateError(f"{error}: choose another model, or train with chat_template_path: {TOOLS}") from None
-    lengths, answers = [], []
-    for batch in labelled.iter(batch_size=1000):
-        lengths += [len(labels) for labels in batch["labels"]]
-        answers += [int((labels != -100).sum()) for labels in batch["labels"]]
-    form = str(mixture.report.sources[0]["format"])
+    tokens = Tokens(labelled.dataset)
+    answers = tokens.trained(whole_rows(np.arange(len(tokens.lengths)), tokens.lengths))
     name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
     config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code).get_text_config()
     return Rows(
         total=total,
         format=form,
         sources=sources,
-        broken=sum(stage.removed.get("broken rows", 0) for stage in mixture.report.stages),
-        example=next((t for stage in mixture.report.stages for t in stage.examples.get("broken rows", [])), ""),
-        lengths=np.array(lengths),
-        answers=np.array(answers),
-        task=_task(form, conversations, np.array(answers)),
+        broken=sum(stage.removed.get("broken rows", 0) for stage in labelled.stages),
+        example=next((t for stage in labelled.stages for t in stage.examples.get("broken rows", [])), ""),
+        lengths=tokens.lengths,
+        answers=answers,
+        task=_task(form, labelled.conversations, answers),
         template=None if form == "text" else template,
         context=getattr(config, "max_position_embeddings", 1 << 30),
     )
 
 
-def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str, Any]], int]:
-    """The entries of `datasets`, with what columns mean where their names do not tell; and how many rows there are."""
+def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str, Any]], str, int]:
+    """The entries of `datasets`, with what columns mean where their names do not tell; their format; how many rows."""
+    from ma_sft.data.formats import detect_format
     from ma_sft.data.load import Source, load_rows, rows_of
 
     found = _files(Path(data)) if Path(data).is_dir() else [{"path": data}]
     loaded = [(source := Source.of(entry, split=split), load_rows(source)[0]) for entry in found]
     source, rows = loaded[0]
-    first: Any = next((row for _, _, row in rows_of(rows[:1], [0], source) if isinstance(row, dict)), {})
+    some = range(min(len(rows), 20))
+    first: Any = next((row for _, _, row in rows_of(rows[: len(some)], some, source) if isinstance(row, dict)), {})
     meaning = dict(pair.split("=", 1) for pair in columns.split(",")) if columns else _meaning(first)
     if wrong := [name for name in meaning if name not in first]:
         raise RecipeError(f"--columns: there is no column {wrong[0]!r}, there are {', '.join(first)}")
-    return [{**entry, "columns": meaning} if meaning else entry for entry in found], sum(
-        len(each) for _, each in loaded
-    )
+    form = detect_format({meaning.get(name, name): value for name, value in first.items()}) if first else "?"
+    more = {"columns": meaning} if meaning else {}
+    return [{**entry, **more} for entry in found], form, sum(len(each) for _, each in loaded)
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:
@@ -205,10 +201,10 @@ def _meaning(row: dict[str, Any]) -> dict[str, str]:
     if not row:  # it is broken, which is said with the rows
         return {}
     lower = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in row}
-    for names in (row, lower.values()):
+    for meaning in ({}, {old: new for old, new in lower.items() if old != new}):
         try:
-            detect_format(names)
-            return {} if names is row else {old: new for old, new in lower.items() if old != new}
+            detect_format({meaning.get(name, name): value for name, value in row.items()})
+            return meaning
         except FormatError as error:
             problem = error
     if not sys.stdin.isatty():

@@ -180,25 +180,19 @@ def _skeleton(settings: Settings) -> tuple[Any, set[int]]:
 def _stored(settings: Settings, model: nn.Module, linear: set[int]) -> tuple[dict[str, tuple[int, float]], int]:
     """Parameters and bytes by how they are stored, and the largest quantised layer's bytes in 16 bits."""
     by_kind: dict[str, tuple[int, float]] = {}
-    largest = 0
+    largest, of = 0, settings.model
+    scales, each = ("8 bits", 1 + 4 / 256) if of.use_bnb_nested_quant else ("float32", 4)  # of a block of 64
     for parameter in model.parameters():
-        stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
+        count, kind, nbytes = parameter.numel(), str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
         if settings.quantised and id(parameter) in linear and not parameter.requires_grad:
-            stored, nbytes = _quantised(settings, parameter)
-            largest = max(largest, parameter.numel() * 2)
-        stored = f"{stored}, trained" if parameter.requires_grad else stored
-        count, size = by_kind.get(stored, (0, 0.0))
-        by_kind[stored] = count + parameter.numel(), size + nbytes
+            largest = max(largest, count * 2)
+            kind, nbytes = f"4-bit {of.bnb_4bit_quant_type}, scales in {scales}", count / 2 + count / 64 * each
+            if of.load_in_8bit:
+                kind, nbytes = "8-bit, scales in float32", count + 4 * parameter.shape[0]
+        kind = f"{kind}, trained" if parameter.requires_grad else kind
+        known, size = by_kind.get(kind, (0, 0.0))
+        by_kind[kind] = known + count, size + nbytes
     return by_kind, largest
-
-
-def _quantised(settings: Settings, parameter: nn.Parameter) -> tuple[str, float]:
-    """How bitsandbytes stores a linear layer's weight: its name, and its bytes with the scales."""
-    count = parameter.numel()
-    if settings.model.load_in_8bit:
-        return "8-bit, scales in float32", count + 4 * parameter.shape[0]
-    scales, each = ("8 bits", 1 + 4 / 256) if settings.model.use_bnb_nested_quant else ("float32", 4)
-    return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in {scales}", count / 2 + count / 64 * each
 
 
 def _optimizer_bytes(name: str, parameter: nn.Parameter) -> float:
@@ -307,38 +301,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a loaded model's weights, bitsandbytes' scales among them."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        scales = [getattr(state, "absmax", None), getattr(nested, "absmax", None), getattr(parameter, "SCB", None)]
-        total += parameter.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
-    return total
-
-
 def memory_table(settings: Settings, model: nn.Module, found: Forecast | None) -> list[tuple[str, str]]:
     """What a run prints of its memory before the first step, as (what, how much) lines."""
-    training, weights = settings.training, weight_bytes(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    training = settings.training
     count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
     total = found.total if found else get_model_param_count(model)
-    states = sum(_optimizer_bytes(str(training.optim), p) for p in trained)
-    before = f"{_gb(2 * total)} in 16 bits before, " if settings.quantised else ""
-    lines = [
-        ("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})"),
-        ("weights", f"{before}{_gb(weights)}{' quantised' if before else ''}"),
-        ("gradients", _gb(sum(p.nbytes for p in trained))),
-        (f"states of {training.optim.value}", _gb(states)),
-    ]
+    lines = [("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})")]
     if settings.model.use_peft:
         lines.insert(0, ("the adapter is on", adapted_layers(model)))
     if found:
+        before = f"{_gb(2 * total)} in 16 bits before, " if settings.quantised else ""
         shorter = training.max_length and found.length < training.max_length
         basis = f"{found.length:,} tokens, the longest row" if shorter else f"rows of {found.length:,} tokens"
         differs = f" (`ma-sft plan` takes max_length, {training.max_length:,})" if shorter else ""
-        lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process at {basis}{differs}"))
+        lines += [
+            ("weights", f"{before}{_gb(found.weights)}{' quantised' if before else ''}"),
+            ("gradients", _gb(found.gradients)),
+            (f"states of {training.optim.value}", _gb(found.optimizer)),
+            ("peak of memory", f"{_gb(found.peak)} forecast for one process at {basis}{differs}"),
+        ]
     if settings.quantised and training.use_cpu:
         how = "nothing is paged, optimiser states stay in memory; each product unpacks its weights first"
         lines.append(("bitsandbytes on the CPU", how))
@@ -353,21 +334,19 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     """
     trainable, deepspeed = found.trainable, launcher.deepspeed
     frozen = found.weights - found.gradients  # the trainable weights have their gradients' dtype
-    terms = {  # bytes of all GPUs, and whether each has its share of them alone
-        "weights": (frozen + 2 * trainable if deepspeed else found.weights, launcher.weights),
-        "gradients": (2 * trainable if deepspeed else found.gradients, launcher.states),
-        "optimizer": (max(found.optimizer, 8 * trainable) + 4 * trainable, launcher.states)
-        if deepspeed
-        else (found.optimizer, launcher.states),
-    }
-    parts = {name: 0.0 if launcher.offload else size / (gpus if own else 1) for name, (size, own) in terms.items()}
+    terms = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    if deepspeed:
+        states = max(found.optimizer, 8 * trainable) + 4 * trainable
+        terms = {"weights": frozen + 2 * trainable, "gradients": 2 * trainable, "optimizer": states}
+    shares = {"weights": launcher.weights, "gradients": launcher.states, "optimizer": launcher.states}
+    parts = {name: 0.0 if launcher.offload else size / (gpus if shares[name] else 1) for name, size in terms.items()}
     parts["gradients"] *= 2 if launcher.name == "ddp" else 1
     parts["weights"] += 2 * found.layer if launcher.weights else 0
     overlap = 0 if launcher.many else found.overlap
     parts["activations"] = float(found.activations16 if launcher.states else found.activations - overlap)
     used = sum(parts.values())
     reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
-    host = float(sum(size for size, _ in terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
+    host = float(sum(terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
     return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
 
 
@@ -394,9 +373,9 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
         gpu_memory: of each, e.g. `"80GB"`; None takes this machine's.
 
     Returns:
-        `forecast` (fields of `Forecast`, with `peak`), `memory` of a device in bytes, `launchers` (name -> bytes by
-        part with `total` and `fits`), `choice`: a launcher's name or None, `changes`: the settings that it needs,
-        `total`: its bytes on a device with them, `gpus`.
+        `forecast` (fields of `Forecast`, with `peak`), `gpus`, `memory` of each in bytes, `launchers` (name -> bytes by
+        part with `total` and `fits`), and the `choice` (None if nothing fits) with the `changes` of settings that it
+        needs and the `total` that it then takes.
     """
     here = torch.cuda.device_count()
     gpus = here if gpus is None else gpus
@@ -413,18 +392,15 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
             continue  # smaller activations would not do
         changed = _changed(settings, gpus, **changes)
         found = forecast(changed)
-        launchers: dict[str, dict[str, Any]] = {
-            one.name: on_device(found, one, max(gpus, 1)) for one in _candidates(changed, gpus)
-        }
-        for parts in launchers.values():
-            parts["fits"] = parts["total"] <= memory
-        tried.append((changes, found, launchers))
-        choice = next((name for name, parts in launchers.items() if parts["fits"] and not parts["host"]), None)
+        table = {one.name: on_device(found, one, max(gpus, 1)) for one in _candidates(changed, gpus)}
+        tried.append((changes, found, {name: {**a, "fits": a["total"] <= memory} for name, a in table.items()}))
+        fitting = [name for name, parts in tried[-1][2].items() if parts["fits"]]
+        choice = next((name for name in fitting if not table[name]["host"]), None)
         if choice:
             break
-    changes, _, fitting = tried[-1] if choice else tried[0]
-    choice = choice or next((name for name, parts in fitting.items() if parts["fits"]), None)  # with offload
     _, found, launchers = tried[0]
+    changes, _, fits = tried[-1] if choice else tried[0]
+    choice = choice or next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
     return {
         "forecast": {**asdict(found), "peak": found.peak},
         "gpus": gpus,
@@ -432,7 +408,7 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
         "launchers": launchers,
         "choice": choice,
         "changes": changes,
-        "total": fitting[choice]["total"] if choice else None,
+        "total": fits[choice]["total"] if choice else None,
     }
 
 
@@ -501,20 +477,15 @@ def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()
 
 
 def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:
-    """Print a plan: the arithmetic, a table of launchers, and the command to run.
-
-    Args:
-        recipe: the recipe's file.
-        flags: settings that were given beside it, as words of a command line.
-    """
+    """Print a plan: the arithmetic, a table of launchers, and the command that runs the recipe with its flags."""
     screen = console()
     training, gpus, choice = settings.training, found["gpus"], found["choice"]
     for line in found["forecast"]["lines"]:
         screen.print(line, soft_wrap=True)
     where = f"on each GPU, which has {_gb(found['memory'])}" if gpus else f"of this machine's {_gb(found['memory'])}"
     table = Table("", *found["launchers"], title=f"GB {where}")
-    names = {"optimizer": "optimiser", "reserve": "CUDA, allocator" if gpus else "process", "host": "in host memory"}
-    for part in ("weights", "gradients", "optimizer", "activations", "reserve", "total", "host"):
+    names = {"reserve": "CUDA, allocator" if gpus else "process", "total": "total", "host": "in host memory"}
+    for part in ("weights", "gradients", "optimizer", "activations", *names):
         cells = [f"{parts[part] / 1e9:.2f}" for parts in found["launchers"].values()]
         table.add_row(names.get(part, part), *cells, end_section=part in ("reserve", "total"))
     table.add_row("fits", *("yes" if parts["fits"] else "no" for parts in found["launchers"].values()))
