@@ -57,8 +57,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         self.current_size = self.epoch = 0
         self._length: int | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+    def set_epoch(self, epoch: int) -> None:  # of the next iteration, whose order depends on it
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -71,14 +70,13 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         return self._length
 
     def to_iterable_dataset(self) -> datasets.IterableDataset:
-        """This stream as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for; it has a length if this has.
+        """This stream, its length and epochs as a data set of `datasets`, which TRL 1.x's `SFTTrainer` asks for.
 
-        Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`; its `set_epoch` is the stream's.
+        Give it to the trainer with `dataset_kwargs={"skip_prepare_dataset": True}`.
         """
         items = _Items(self)
         items.around = datasets.IterableDataset.from_generator(items)
-        items.around.__class__ = _SizedIterableDataset
-        items.around.stream = self
+        items.around.__class__, items.around.stream = _SizedIterableDataset, self
         return items.around
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -132,9 +130,8 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         documents = []
         for value, labels in read:
             ids = list(next(encoded) if isinstance(value, str) else value)
-            end = [self.concat_token_id] if self.append_concat_token else []
-            if not isinstance(value, str) and (not ids or ids[-1] == self.concat_token_id):
-                end = []
+            ends = not isinstance(value, str) and (not ids or ids[-1] == self.concat_token_id)
+            end = [self.concat_token_id] if self.append_concat_token and not ends else []
             documents.append((ids + end, ids + end if labels is None else [*labels, *[IGNORED] * len(end)]))
         return documents
 
@@ -147,8 +144,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
                 raise FormatError("formatting_func gave several texts for a row; one text, or its ids, are needed")
             return value, None
         if field not in row:
-            hint = "set dataset_text_field or formatting_func"
-            raise FormatError(f"a row with the fields {list(row)} has no '{field}'; {hint}")
+            raise FormatError(f"{list(row)} has no '{field}'; set dataset_text_field or formatting_func")
         labels = row.get("labels") if field == "input_ids" else None
         if labels is not None and len(labels) != len(row[field]):
             raise LabelError(f"a row has {len(row[field])} input_ids but {len(labels)} labels; each needs one label")

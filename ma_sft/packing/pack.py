@@ -47,8 +47,8 @@ def pack(
     at each document, by which every attention backend keeps documents apart. Other columns do not survive packing.
 
     Args:
-        dataset: rows with `input_ids` and `labels`, lists of whole numbers of the same length. Without `labels` every
-            token is trained. A streaming data set is packed buffer by buffer.
+        dataset: rows with `input_ids` and `labels` of the same length; without `labels` every token is trained. A
+            streaming data set is packed `buffer_size` rows at a time.
         seq_length: room of one pack, in tokens.
         strategy: "bfd" (best-fit decreasing over the whole data set), "bfd_split", "wrapped" (documents are joined,
             cut every `seq_length` tokens, and see each other), "none" (one document in each row).
@@ -56,7 +56,6 @@ def pack(
             loses its oldest turns with "keep_answer". By default "bfd_split" and "wrapped" split, the others cut.
         seed: decides which documents of one length meet, and the order of the packs; None keeps the source's order.
         end_token_ids: tokens that end an answer, by which the report knows one that ends right at the cut.
-        buffer_size: rows that a streaming data set packs at a time.
         keep_in_memory, cache_file_name: those of `flatten`; where one is given, the packs are written.
 
     Returns:
@@ -130,11 +129,7 @@ def pack_table(table: pa.Table, seq_length: int, strategy: str, **settings: Any)
 
 
 def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
-    """What happens to rows that are too long.
-
-    Raises:
-        RecipeError: a setting that is unknown, or contradicts another.
-    """
+    """What happens to rows that are too long; a setting that is unknown or contradicts another is a `RecipeError`."""
     if seq_length < 1:
         raise RecipeError(f"seq_length is {seq_length}; a pack needs room for at least one token")
     for what, value, known in (("packing strategy", strategy, STRATEGIES), ("overflow", overflow or "cut", POLICIES)):
@@ -146,12 +141,7 @@ def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
 
 
 class Tokens:
-    """Ids and labels (as in TRL the ids, where there are none) of a data set's rows: nothing is copied until asked for.
-
-    Raises:
-        FormatError: rows that are not tokenised.
-        LabelError: labels that do not fit the tokens, or a mask instead of labels.
-    """
+    """Ids and labels (as in TRL the ids, where there are none) of a data set's rows, where they lie."""
 
     def __init__(self, source: datasets.Dataset) -> None:
         names = [name for name in COLUMNS[:2] if name in source.column_names]
@@ -187,9 +177,7 @@ class Tokens:
 
     def has_label(self, spans: Spans, at: Ints) -> NDArray[np.bool_]:
         """Whether the token `at` of each span has a label."""
-        tokens = self.gather(self.labels, Spans(spans.row, spans.start + at, np.ones_like(at)))
-        found: NDArray[np.bool_] = tokens != IGNORED
-        return found
+        return np.asarray(self.gather(self.labels, Spans(spans.row, spans.start + at, np.ones_like(at))) != IGNORED)
 
     def trained(self, spans: Spans) -> Ints:
         """How many tokens of each span have a label; no span may be empty."""
@@ -293,11 +281,8 @@ class Packs:
         ids = _parts(self.tokens.gather(self.tokens.ids, pieces), token, self.pad_token_id)
         labels = _parts(self.tokens.gather(self.tokens.labels, pieces), token, IGNORED)
         give = (lambda array: array.astype(np.int64)) if self.arrays else np.ndarray.tolist  # a loss takes int64
-        return {
-            "input_ids": [give(array) for array in ids],
-            "labels": [give(array) for array in labels],
-            "seq_lengths": [array.tolist() for array in lengths],
-        }
+        columns = (list(map(give, ids)), list(map(give, labels)), [array.tolist() for array in lengths])
+        return dict(zip(COLUMNS, columns, strict=True))
 
     @property
     def features(self) -> datasets.Features:
@@ -338,10 +323,7 @@ def packs_of(dataset: datasets.Dataset) -> Packs | None:
 
 
 def as_arrays(dataset: Any) -> Any:
-    """The same rows as NumPy arrays of int64, of which a collator makes tensors several times as fast as of lists.
-
-    A stream is given back as it is.
-    """
+    """The same rows as int64 arrays, several times as fast to collate as lists; a stream is given back as it is."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
     packs = packs_of(dataset)
@@ -354,8 +336,7 @@ def lengths(dataset: datasets.Dataset) -> Ints:
     if packs is None:
         return Tokens(dataset).lengths
     tokens = np.diff(np.cumsum([0, *packs.plan.pieces.length])[packs.plan.bounds])
-    chosen: Ints = tokens[dataset.with_format("numpy")["input_ids"][:]]
-    return chosen
+    return np.asarray(tokens[dataset.with_format("numpy")["input_ids"][:]])
 
 
 def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.Dataset:

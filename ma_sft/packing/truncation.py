@@ -27,17 +27,11 @@ def whole_rows(rows: Ints, lengths: Ints) -> Spans:
 
 
 def truncate(lengths: Ints, runs: Runs, max_length: int, policy: str) -> Spans:
-    """What truncation leaves of each row.
+    """What truncation leaves of each row, by one of `POLICIES`.
 
-    Args:
-        lengths: tokens of each row.
-        runs: where the runs of labels of a row begin and end (see `label_runs`); asked for rows that are too long, and
-            only by "keep_answer".
-        max_length: the most tokens of a span.
-        policy: one of `POLICIES`.
-
-    Returns:
-        Spans in the order of the rows; none is empty or longer than `max_length`. A row may have none, or several.
+    `lengths` are the tokens of each row, `runs` says where a row's runs of labels begin and end ("keep_answer" asks it
+    of rows that are too long). The spans are in the order of the rows, none is empty or longer than `max_length`; a row
+    may have none, or several.
     """
     kept = POLICIES[policy](lengths, runs, max_length)
     return kept if kept.length.all() else kept.take(np.flatnonzero(kept.length))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -12,8 +12,6 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 360, 205, 46, 36  # of a chart and its axes, in SV
 MOST_POINTS = 180  # of one line: more steps are drawn as means, with a band from the lowest to the highest
 COLOURS = 8  # the page has as many, each readable on its ground; further runs have them again, dashed
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -55,83 +53,90 @@ def _chart(curve: Curve, logs: Sequence[list[dict[str, Any]]], titles: Sequence[
             finite = [point for point in points if math.isfinite(point[1])]
             missing += len(points) - len(finite)
             if finite:
-                each = math.ceil(len(points) / MOST_POINTS)
-                line = {"run": run, "held_out": bool(held_out), "points": points, "finite": finite, "each": each}
-                lines.append({**line, "ends": [format(finite[at][1], curve.how) for at in (0, -1)]})
+                line = {"run": run, "held_out": bool(held_out), "points": points, "finite": finite}
+                ends = [format(finite[at][1], curve.how) for at in (0, -1)]
+                said = f"from {ends[0]} at step {finite[0][0]:,} to {ends[1]} at step {finite[-1][0]:,}"
+                said = f"{titles[run % len(titles)]}{', held-out' if held_out else ''} {said}"
+                lines.append({**line, "each": math.ceil(len(points) / MOST_POINTS), "ends": ends, "said": said})
     if not lines:
         return None
     steps = [step for line in lines for step, _ in line["points"]]
     numbers = [value for line in lines for _, value in line["finite"]]
     yticks = ticks(min(numbers), max(numbers))
-    power = 0 if curve.how.endswith("%") else _power(max(*numbers, yticks[-1]))
-    xs, ys = (min(steps), max(*steps, min(steps) + 1)), (min(*numbers, yticks[0]), max(*numbers, yticks[-1]))
-    said = "; ".join(
-        f"{titles[line['run'] % len(titles)]}{', held-out' if line['held_out'] else ''} from {line['ends'][0]} at step "
-        f"{line['finite'][0][0]:,} to {line['ends'][1]} at step {line['finite'][-1][0]:,}"
-        for line in lines
-    )
+    plane = _Plane(min(steps), max(*steps, min(steps) + 1), min(*numbers, yticks[0]), max(*numbers, yticks[-1]))
+    power = 0 if curve.how.endswith("%") else _power(plane.top)
     return {
         "title": curve.title,
         "unit": ", ".join(filter(None, (curve.unit, f"× 10{str(power).translate(RAISED)}" if power else ""))),
         "lines": lines,
         "missing": missing,
         "svg": _picture(
-            f"{curve.title}: {said}",
+            f"{curve.title}: {'; '.join(line['said'] for line in lines)}",
             "step",
-            [(_x(tick, xs), f"{tick:,.0f}", "middle") for tick in ticks(*xs, whole=True)],
-            [(_y(tick, ys), _tick_text(tick / 10**power, curve.how)) for tick in yticks],
-            [_line(line, xs, ys, curve.how) for line in lines],
+            [(plane.x(tick), f"{tick:,.0f}", "middle") for tick in ticks(plane.left, plane.right, whole=True)],
+            [(plane.y(tick), _tick_text(tick / 10**power, curve.how)) for tick in yticks],
+            [_line(line, plane, curve.how) for line in lines],
         ),
     }
 
 
-def _line(line: dict[str, Any], xs: Range, ys: Range, how: str) -> Markup:
+class _Plane(NamedTuple):
+    """The values at the edges of a picture: where others lie in it."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    def x(self, value: float) -> float:
+        return round(LEFT + (value - self.left) / (self.right - self.left) * (WIDTH - LEFT - 10), 1)
+
+    def y(self, value: float) -> float:
+        return round(10 + (self.top - value) / ((self.top - self.bottom) or 1) * (HEIGHT - BOTTOM - 14), 1)
+
+    def points(self, places: Iterable[tuple[float, float]]) -> str:
+        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in places)
+
+
+def _line(line: dict[str, Any], plane: _Plane, how: str) -> Markup:
     """A line with its points; it bridges no gap where a value is no number."""
     parts = [list(part) for finite, part in groupby(line["points"], lambda point: math.isfinite(point[1])) if finite]
-    each, marks = line["each"], Markup()
-    shown = line["held_out"] or len(line["points"]) < 3 or (len(parts) > 1 and len(line["points"]) < 60)
+    each, count, marks = line["each"], len(line["points"]), Markup()
     kind = " ".join(filter(None, ("again" * (line["run"] >= COLOURS), "held" * line["held_out"])))
+    look, size = ("dot", 2.5) if line["held_out"] or count < 3 or (len(parts) > 1 and count < 60) else ("hover", 4)
+    circle = Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>step {:,.0f}: {}</title></circle>\n')
     for part in parts:
-        groups = [tuple(zip(*part[at : at + each], strict=True)) for at in range(0, len(part), each)]
-        means = [(sum(steps) / len(steps), sum(values) / len(values)) for steps, values in groups]
+        groups = [part[at : at + each] for at in range(0, len(part), each)]
+        values = [[value for _, value in group] for group in groups]
+        steps = [sum(step for step, _ in group) / len(group) for group in groups]
+        means = [(step, sum(some) / len(some)) for step, some in zip(steps, values, strict=True)]
         if each > 1:
-            above = [_point(step, max(values), xs, ys) for (step, _), (_, values) in zip(means, groups, strict=True)]
-            below = [_point(step, min(values), xs, ys) for (step, _), (_, values) in zip(means, groups, strict=True)]
-            marks += Markup('<polygon class="band" points="{}"/>').format(" ".join(above + below[::-1]))
-        points = " ".join(_point(*mean, xs, ys) for mean in means)
-        marks += Markup('<polyline class="{}" points="{}"/>\n').format(kind, points)
+            edge = [*zip(steps, map(max, values), strict=True), *[*zip(steps, map(min, values), strict=True)][::-1]]
+            marks += Markup('<polygon class="band" points="{}"/>').format(plane.points(edge))
+        marks += Markup('<polyline class="{}" points="{}"/>\n').format(kind, plane.points(means))
         for step, mean in means:
-            look = ("dot", _x(step, xs), _y(mean, ys), 2.5) if shown else ("hover", _x(step, xs), _y(mean, ys), 4)
-            circle = Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>step {:,.0f}: {}</title></circle>\n')
-            marks += circle.format(*look, step, format(mean, how))
+            marks += circle.format(look, plane.x(step), plane.y(mean), size, step, format(mean, how))
     return Markup('<g class="s{}">{}</g>').format(line["run"] % COLOURS, marks)
 
 
 def histogram(lengths: dict[str, Any]) -> Markup:
     """How many `rows` lie between `edges`, one more than bars; `median` and `longest` are said in words."""
     counts, edges = lengths["rows"], lengths["edges"]
-    places, heights = (0, len(counts)), (0, max(*counts, 1))
-    bar = Markup('<rect class="bar" x="{}" width="{}" y="{}" height="{}"><title>{}</title></rect>\n')
+    plane = _Plane(0, len(counts), 0, max(*counts, 1))
+    bar = Markup('<rect class="bar" x="{}" width="{:.1f}" y="{}" height="{:.1f}"><title>{}</title></rect>\n')
     bars = []
     for at, count in enumerate(counts):
-        x, y = _x(at, places), _y(count, heights)
-        width, height = round(0.9 * (_x(at + 1, places) - x), 1), round(_y(0, heights) - y, 1)
-        bars.append(bar.format(x, width, y, height, f"{count:,} rows of {edges[at]:,} to {edges[at + 1]:,} tokens"))
+        x, y, title = plane.x(at), plane.y(count), f"{count:,} rows of {edges[at]:,} to {edges[at + 1]:,} tokens"
+        bars.append(bar.format(x, 0.9 * (plane.x(at + 1) - x), y, plane.y(0) - y, title))
     anchors = {len(counts) // 2: "middle", 0: "start", len(counts): "end"}
-    xticks = [(_x(at, places), f"{edges[at]:,}", anchor) for at, anchor in anchors.items()]
-    yticks = [(_y(count, heights), f"{count:,}") for count in heights]
+    xticks = [(plane.x(at), f"{edges[at]:,}", anchor) for at, anchor in anchors.items()]
+    yticks = [(plane.y(count), f"{count:,}") for count in (0, int(plane.top))]
     said = f"half have up to {lengths['median']:,} tokens, the longest {lengths['longest']:,}"
     return _picture(f"histogram of row lengths: {said}", "tokens of a row", xticks, yticks, bars)
 
 
-def _picture(
-    label: str,
-    unit: str,
-    xticks: Iterable[tuple[float, str, str]],
-    yticks: Iterable[tuple[float, str]],
-    marks: Iterable[Markup],
-) -> Markup:
-    """The picture around its marks: grid, numbers and unit of the axes."""
+def _picture(label: str, unit: str, xticks: Iterable[Any], yticks: Iterable[Any], marks: Iterable[Markup]) -> Markup:
+    """The picture around its marks: grid, numbers and unit of the axes; ticks are (place, text, anchor of x)."""
     text = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>\n')
     grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
     axes = [grid.format(LEFT, WIDTH - 4, y, y) + text.format(LEFT - 5, y + 3.5, "end", words) for y, words in yticks]
@@ -139,18 +144,6 @@ def _picture(
     axes.append(text.format((LEFT + WIDTH) / 2, HEIGHT - 5, "middle", unit))
     picture = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}</svg>')
     return picture.format(WIDTH, HEIGHT, label, Markup().join([*axes, *marks]))
-
-
-def _x(value: float, within: Range) -> float:
-    return round(LEFT + (value - within[0]) / (within[1] - within[0]) * (WIDTH - LEFT - 10), 1)
-
-
-def _y(value: float, within: Range) -> float:
-    return round(10 + (within[1] - value) / ((within[1] - within[0]) or 1) * (HEIGHT - BOTTOM - 14), 1)
-
-
-def _point(step: float, value: float, xs: Range, ys: Range) -> str:
-    return f"{_x(step, xs)},{_y(value, ys)}"
 
 
 def _power(high: float) -> int:

@@ -8,13 +8,11 @@ import runpy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from ma_sft.errors import RecipeError
 from ma_sft.utils import must_be_new
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DEMO_DATA = Path("data/demo")
 
@@ -39,10 +37,8 @@ def shipped() -> dict[str, Shipped]:
     return {item.name: item for item in sorted(found, key=lambda item: "recipe script launcher".index(item.kind))}
 
 
-def shipped_table() -> "Table":
+def shipped_table() -> Table:
     """What ships, for a terminal of any width."""
-    from rich.table import Table
-
     table = Table("name", "kind", "model", "about", box=None, padding=(0, 1, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[2].overflow = "fold"
@@ -52,11 +48,7 @@ def shipped_table() -> "Table":
 
 
 def copy(name: str, out: Path | None = None) -> Path:
-    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo.
-
-    Raises:
-        RecipeError: no such name, or `out` exists.
-    """
+    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo."""
     known = shipped()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} ships with ma_sft; there are {', '.join(known)}")

@@ -59,7 +59,7 @@ def test_a_folder_of_texts_is_a_row_each(here, tiny_bpe):
     settings = made(tiny_bpe, "texts", task="text")
     assert settings["datasets"] == [{"path": "texts/*.txt", "sample_by": "document"}]
     (here / "empty").mkdir()
-    with pytest.raises(MaSftError, match="empty holds no files that end in .jsonl"):
+    with pytest.raises(MaSftError, match=r"empty holds no files that end in \.jsonl"):
         init(str(tiny_bpe), "empty", "cpu", "text", None)
 
 
