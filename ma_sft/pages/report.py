@@ -334,10 +334,9 @@ def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The settings in which runs differ: key -> value in each run, also of one that left it at its default."""
 
     def text(run: dict[str, Any], key: str) -> str:
-        if key in run["settings"]:
-            return json.dumps(run["settings"][key], ensure_ascii=False)
-        values = run.get("values", {})
-        return f"{json.dumps(values[key], ensure_ascii=False)} (default)" if key in values else "not set"
+        value = run["settings"].get(key, run.get("values", {}).get(key))
+        how = "" if key in run["settings"] else " (default)"
+        return "not set" if value is None else json.dumps(value, ensure_ascii=False) + how
 
     keys = dict.fromkeys(key for run in runs for key in run["settings"])
     texts = {key: [text(run, key) for run in runs] for key in keys}

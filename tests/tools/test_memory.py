@@ -19,6 +19,7 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.tools.gallery import shipped, shipped_table
 from ma_sft.tools.memory import (
     LAUNCHERS,
+    _smaller,
     advice,
     bytes_of,
     forecast,
@@ -204,17 +205,21 @@ def test_smaller_batches_checkpointing_and_4_bits_come_before_offload(three_laye
     less = plan(mine, 1, f"{whole['total'] * 0.98 / 1e6}MB")
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert (less["choice"], less["changes"]) == ("single_gpu", halves) and less["total"] < whole["total"]
-    ones = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    ones = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     parts = whole["launchers"]["single_gpu"]
-    least = plan(mine, 1, f"{(parts['total'] - parts['activations'] * 0.9) / 1e6}MB")
-    assert least["choice"] == "single_gpu" and least["changes"].items() >= ones.items()
+    least = plan(mine, 1, f"{(parts['total'] - parts['activations'] * 0.6) / 1e6}MB")
+    assert least["choice"] == "single_gpu" and least["changes"] == ones
+    assert [*_smaller(mine)] == [
+        halves,
+        ones,
+        {**ones, "gradient_checkpointing": True},
+        {**ones, "gradient_checkpointing": True, "load_in_4bit": True},
+    ]
     show_plan(mine, less, "mine.yaml", ["--seed", "1"])
     said = capsys.readouterr().out
     assert "single_gpu fits with per_device_train_batch_size=2 gradient_accumulation_steps=2" in said
     command = "ma-sft train mine.yaml --seed 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
     assert said.splitlines()[-1] == command
-    four = plan(mine, 1, f"{(parts['reserve'] + forecast(mine).static * 0.9) / 1e6}MB")
-    assert four["choice"] in ("single_gpu", "zero3_offload") and four["changes"].get("load_in_4bit", True)
 
 
 def test_a_plan_reads_at_80_columns(three_layers, monkeypatch, capsys):
@@ -230,7 +235,7 @@ def test_a_plan_reads_at_80_columns(three_layers, monkeypatch, capsys):
     assert names == terms
 
 
-@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("width", [80, 120])
 def test_the_list_of_recipes_folds(width):
     screen = console(file=io.StringIO(), width=width)
     screen.print(shipped_table())
