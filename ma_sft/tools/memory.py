@@ -444,22 +444,21 @@ def _changed(settings: Settings, gpus: int, **changes: Any) -> Settings:
 
 def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
     """Settings that make the plan's choice faster and change nothing of what is learned, a line each."""
-    gpus = found["gpus"]
+    gpus, training, lines = found["gpus"], settings.training, []
     launcher = next((one for one in LAUNCHERS if one.name == found["choice"]), CPU)
-    lines = []
-    training, attention = settings.training, settings.model.attn_implementation
     options = training.gradient_checkpointing_kwargs or {}
     cheaper: dict[str, dict[str, Any]] = {"gradient_checkpointing=false": {"gradient_checkpointing": False}}
     if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
         selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
         cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
-    if training.gradient_checkpointing and not options.get("selective"):
-        for words, changes in cheaper.items():
-            total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
-            if total <= found["memory"]:
-                lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
-                break
-    if gpus and attention in (None, "sdpa", "eager"):
+    if not training.gradient_checkpointing or options.get("selective"):
+        cheaper = {}
+    for words, changes in cheaper.items():
+        total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
+        if total <= found["memory"]:
+            lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
+            break
+    if gpus and settings.model.attn_implementation in (None, "sdpa", "eager"):
         installed = [n for n in (3, 2) if getattr(transformers.utils, f"is_flash_attn_{n}_available")()]
         lines += [f"attn_implementation=flash_attention_{n} is installed: faster in long packs" for n in installed[:1]]
     return lines

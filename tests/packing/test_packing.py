@@ -1,6 +1,5 @@
 """Packing: tokens, labels and borders survive, no document sees another, and every loss is counted."""
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from datasets.utils import _dill
 from helpers import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_rows import Recorder, flat, make_rows, tiny_model
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
 from ma_sft.packing.best_fit import best_fit_decreasing
@@ -24,18 +23,6 @@ from ma_sft.packing.truncation import POLICIES, label_runs, truncate
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
-
-
-def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Dataset:
-    """Rows of distinct tokens, so that a token says where it comes from; the first `prompt` have no label."""
-    ids, labels, next_id = [], [], 10
-    for length in lengths:
-        row = list(range(next_id, next_id + length))
-        next_id += length
-        ids.append(row)
-        labels.append([IGNORED if i < prompt else token for i, token in enumerate(row)])
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
 
 
 def documents(packed: Any) -> list[tuple[list[int], list[int]]]:
@@ -47,10 +34,6 @@ def documents(packed: Any) -> list[tuple[list[int], list[int]]]:
             found.append((row["input_ids"][at : at + length], row["labels"][at : at + length]))
             at += length
     return sorted(found)
-
-
-def flat(lists: Any) -> list[int]:
-    return list(chain.from_iterable(lists))
 
 
 def pairs(dataset: datasets.Dataset) -> list[tuple[list[int], list[int]]]:
@@ -201,23 +184,6 @@ def test_a_stream_packs_in_a_bounded_buffer() -> None:
     assert set(first) == {"input_ids", "labels", "seq_lengths"}
     assert read <= 60, "the stream was read far beyond its buffer"
     assert documents(packed) == pairs(rows)
-
-
-def tiny_model(attention: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=400, **sizes, attn_implementation=attention)
-    return LlamaForCausalLM(config).float()
-
-
-class Recorder(SFTTrainer):
-    """SFTTrainer that keeps the gradients and the loss of its one step."""
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self.seen = inputs
-        self.loss = super().training_step(model, inputs, num_items_in_batch)
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        return self.loss
 
 
 def one_step(rows: datasets.Dataset, attention: str, batch_size: int, folder: Path) -> Recorder:
