@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -110,9 +110,8 @@ def pack_with_report(
     report = _report(tokens, kept, plan, (strategy, overflow, seq_length), end_token_ids)
     name = Hasher.hash((fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups))
     rows = dataset.select_columns([name for name in COLUMNS[:2] if name in dataset.column_names])
-    return _numbers_of_packs(np.arange(len(plan.bounds) - 1), name).with_transform(
-        Packs(rows, tokens, plan, name)
-    ), report
+    numbers = _numbers_of_packs(np.arange(report.packs), name)
+    return numbers.with_transform(Packs(rows, tokens, plan, name)), report
 
 
 def pack_table(table: pa.Table, seq_length: int, strategy: str, **settings: Any) -> pa.Table:
@@ -140,6 +139,13 @@ def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
     return overflow or STRATEGIES[strategy]
 
 
+class Column(NamedTuple):
+    """A column's type, and the bytes of each part of the table."""
+
+    type: pa.DataType
+    buffers: list[memoryview]
+
+
 class Tokens:
     """Ids and labels (as in TRL the ids, where there are none) of a data set's rows, where they lie."""
 
@@ -157,23 +163,25 @@ class Tokens:
             raise LabelError(f"row {row}: {counts[row]} input_ids but {labels[row]} labels; each token needs one label")
         # Both columns cut alike, where either of them lies in another piece of memory
         batches = [batch for batch in pa.table(columns, names).to_batches() if len(batch)]
-        self.types = [columns[at].type.value_type for at in (0, -1)]
-        self.ids, self.labels = ([batch.column(at).flatten().to_numpy() for batch in batches] for at in (0, -1))
+        values = [[batch.column(at).flatten().to_numpy() for batch in batches] for at in (0, -1)]
+        kinds = [columns[at].type.value_type for at in (0, -1)]
+        self.ids, self.labels = (
+            Column(kind, [part.data.cast("B") for part in parts]) for kind, parts in zip(kinds, values, strict=True)
+        )
         sizes = [len(batch) for batch in batches]
-        first = np.cumsum([0, *map(len, self.ids)])[:-1]  # token of each batch
-        start, rows = np.cumsum(counts) - counts - np.repeat(first, sizes), table_rows(source)
+        first = _offsets(np.array([len(part) for part in values[0]], dtype=np.int64))[:-1]  # token of each batch
+        start, rows = _offsets(counts)[:-1] - np.repeat(first, sizes), table_rows(source)
         rows = slice(None) if rows is None else rows
         self.lengths: Ints = counts[rows]
         self.start, self.batch = start[rows], np.repeat(np.arange(len(sizes)), sizes)[rows]
 
-    def gather(self, column: list[NDArray[Any]], spans: Spans) -> NDArray[Any]:
+    def gather(self, column: "Column", spans: Spans) -> NDArray[Any]:
         """What `ids` or `labels` have in the spans, one after another: `bytes.join` copies each with one memcpy."""
-        dtype = column[0].dtype if column else np.dtype(np.int64)
+        dtype = np.dtype(column.type.to_pandas_dtype())
         begin = (self.start[spans.row] + spans.start) * dtype.itemsize
         end = begin + spans.length * dtype.itemsize
-        buffers = [values.data.cast("B") for values in column]
         places = zip(self.batch[spans.row].tolist(), begin.tolist(), end.tolist(), strict=True)
-        return np.frombuffer(bytearray().join([buffers[batch][b:e] for batch, b, e in places]), dtype)
+        return np.frombuffer(bytearray().join([column.buffers[batch][b:e] for batch, b, e in places]), dtype)
 
     def has_label(self, spans: Spans, at: Ints) -> NDArray[np.bool_]:
         """Whether the token `at` of each span has a label."""
@@ -191,6 +199,10 @@ class Tokens:
     def label_runs(self, row: int) -> tuple[Ints, Ints]:
         """Where the runs of labels of a row begin and end."""
         return label_runs(self.gather(self.labels, whole_rows(np.array([row]), self.lengths)), IGNORED)
+
+
+def _offsets(counts: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _checked(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
@@ -221,7 +233,7 @@ def make_plan(
     place = {"none": _one_each, "wrapped": _wrap}.get(strategy, _best_fit)
     placed = [place(part, seq_length, seed) for part in parts]
     pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
-    return Plan(kept, pieces, np.cumsum(np.concatenate([[0], *(count for _, count in placed)])), strategy != "wrapped")
+    return Plan(kept, pieces, _offsets(np.concatenate([count for _, count in placed])), strategy != "wrapped")
 
 
 def _one_each(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
@@ -274,9 +286,9 @@ class Packs:
     def read(self, packs: Ints) -> dict[str, list[Any]]:
         """What these packs hold, by column."""
         first, last = self.plan.bounds[packs], self.plan.bounds[packs + 1]
-        piece = np.cumsum([0, *(last - first)])
+        piece = _offsets(last - first)
         pieces = self.plan.pieces.take(np.arange(piece[-1]) + np.repeat(first - piece[:-1], last - first))
-        token = np.cumsum([0, *pieces.length])[piece]
+        token = _offsets(pieces.length)[piece]
         lengths = _parts(pieces.length, piece, 1) if self.plan.apart else np.maximum(np.diff(token), 1).reshape(-1, 1)
         ids = _parts(self.tokens.gather(self.tokens.ids, pieces), token, self.pad_token_id)
         labels = _parts(self.tokens.gather(self.tokens.labels, pieces), token, IGNORED)
@@ -287,7 +299,7 @@ class Packs:
     @property
     def features(self) -> datasets.Features:
         """Of the packs as they are read."""
-        types = map(str, (*self.tokens.types, pa.int32()))
+        types = map(str, (self.tokens.ids.type, self.tokens.labels.type, pa.int32()))
         columns = zip(COLUMNS, types, strict=True)
         return datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns})
 
@@ -335,7 +347,7 @@ def lengths(dataset: datasets.Dataset) -> Ints:
     packs = packs_of(dataset)
     if packs is None:
         return Tokens(dataset).lengths
-    tokens = np.diff(np.cumsum([0, *packs.plan.pieces.length])[packs.plan.bounds])
+    tokens = np.diff(_offsets(packs.plan.pieces.length)[packs.plan.bounds])
     return np.asarray(tokens[dataset.with_format("numpy")["input_ids"][:]])
 
 
