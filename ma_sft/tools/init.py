@@ -330,12 +330,10 @@ def _here() -> str:
 
 
 def _parse_hardware(text: str) -> tuple[int, str]:
-    from ma_sft.tools.memory import bytes_of
-
+    """How many GPUs, and the memory of each."""
     if text.lower() == "cpu":
         return 0, ""
-    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\S+)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]?i?b?)\s*", text.lower())
     if match is None or int(match[1]) < 1:
         raise RecipeError(f"--hardware: cpu, or GPUs as 1x24GB expected, found {text!r}")
-    bytes_of(match[2])
     return int(match[1]), match[2]

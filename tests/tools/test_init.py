@@ -82,3 +82,9 @@ def test_tools_and_a_template_without_them(here, tiny_bpe):
 def test_a_wrong_flag_is_refused_before_anything_is_read(here):
     with pytest.raises(MaSftError, match="cpu, or GPUs as 1x24GB"):
         init("demo", "nothing.jsonl", "a GPU", None, None)
+
+
+@pytest.mark.parametrize("hardware", ["0x24GB", "24GB", "1xlarge", "2x"])
+def test_hardware_that_is_none(hardware, here):
+    with pytest.raises(MaSftError, match="cpu, or GPUs as 1x24GB expected"):
+        init("demo", "nothing.jsonl", hardware, None, None)
