@@ -116,25 +116,27 @@ def _init(
     trust_remote_code: Trust = "false",
     hardware: Annotated[str | None, Option(help="cpu, or GPUs as 1x24GB")] = None,
     task: Annotated[str | None, Option(help="chat, exact, reasoning, tools or text")] = None,
+    columns: Annotated[str | None, Option(help="what columns mean: THEIRS=question,THEIRS=answer")] = None,
     out: OutOrDefault = None,
 ) -> None:
     """look at your data and write a recipe for it; asks for what no flag says"""
     from ma_sft.tools.init import init
 
-    recipe, start = init(model, data, hardware, task, out, split=split, code=trust_remote_code == "true")
+    recipe, start = init(
+        model, data, hardware, task, out, split=split, code=trust_remote_code == "true", columns=columns
+    )
     say(f"recipe: {recipe}; next:", f"  ma-sft check {recipe}", f"  {start}", f"  ma-sft chat runs/{recipe.stem}")
 
 
 @recipes.callback()
 def _recipes(ctx: typer.Context, as_json: Json = False) -> None:
-    from ma_sft.tools.gallery import shipped
+    from ma_sft.tools.gallery import shipped, shipped_table
 
     if ctx.invoked_subcommand:
         return
     if as_json:
         return _print_json([asdict(item) | {"path": str(item.path)} for item in shipped().values()])
-    for item in shipped().values():
-        say(f"{item.name:<17} {item.kind:<9} {item.model:<37} {item.about}".rstrip())
+    console().print(shipped_table())
     say("copy one to edit: ma-sft recipes copy NAME")
 
 

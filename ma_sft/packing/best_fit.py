@@ -11,16 +11,9 @@ from ma_sft.packing.truncation import Ints
 def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
     """The bin of each item when the longest go first, each into the bin with the least space that holds it.
 
-    Works on the histogram of lengths (Krell et al. 2021, arXiv:2107.02027). Bins with the same space are
-    alike, so the items of one length fill them in runs: a run of n bins takes k items each in one step. The
-    result is the same as that of placing item by item.
-
-    Args:
-        lengths: int array of shape (items,), each from 1 to `capacity`.
-        capacity: room of one bin.
-
-    Returns:
-        int64 array of shape (items,): bin numbers from 0, without gaps.
+    Works on the histogram of lengths (Krell et al. 2021, arXiv:2107.02027), with the same result as item by item: bins
+    with the same space are alike, so a run of n bins takes k items of one length each in one step. `lengths` is int64
+    of shape (items,), each from 1 to `capacity`; so is the result, bin numbers from 0 without gaps.
     """
     histogram = np.bincount(lengths, minlength=1)
     runs: dict[int, deque[tuple[int, int]]] = {}  # space -> runs of bins (first bin, number of bins)

@@ -1,23 +1,24 @@
 """Labelled rows -> packs: lengths become a plan, and a data set gathers by it what a pack holds when it is read."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
 from ma_sft.data.load import fingerprint_of, pklregister, table_rows
 from ma_sft.errors import FormatError, LabelError, RecipeError
 from ma_sft.packing.best_fit import argsort, best_fit_decreasing
-from ma_sft.packing.truncation import POLICIES, Ints, Spans, label_runs, truncate
+from ma_sft.packing.truncation import POLICIES, Ints, Spans, label_runs, truncate, whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def pack(
     at each document, by which every attention backend keeps documents apart. Other columns do not survive packing.
 
     Args:
-        dataset: rows with `input_ids` and `labels`, lists of whole numbers of the same length. Without `labels` every
-            token is trained. A streaming data set is packed buffer by buffer.
+        dataset: rows with `input_ids` and `labels` of the same length; without `labels` every token is trained. A
+            streaming data set is packed `buffer_size` rows at a time.
         seq_length: room of one pack, in tokens.
         strategy: "bfd" (best-fit decreasing over the whole data set), "bfd_split", "wrapped" (documents are joined,
             cut every `seq_length` tokens, and see each other), "none" (one document in each row).
@@ -55,7 +56,6 @@ def pack(
             loses its oldest turns with "keep_answer". By default "bfd_split" and "wrapped" split, the others cut.
         seed: decides which documents of one length meet, and the order of the packs; None keeps the source's order.
         end_token_ids: tokens that end an answer, by which the report knows one that ends right at the cut.
-        buffer_size: rows that a streaming data set packs at a time.
         keep_in_memory, cache_file_name: those of `flatten`; where one is given, the packs are written.
 
     Returns:
@@ -100,8 +100,7 @@ def pack_with_report(
 
     The other arguments, the result and the errors are those of `pack`.
     """
-    names = [name for name in COLUMNS[:2] if name in dataset.column_names]
-    tokens = tokens_of(dataset)
+    tokens = Tokens(dataset)
     overflow = check_settings(seq_length, strategy, overflow)
     kept = labelled = truncate(tokens.lengths, tokens.label_runs, seq_length, overflow)
     if drop_unlabelled:
@@ -109,34 +108,27 @@ def pack_with_report(
         labelled = kept.take(np.flatnonzero(labels[kept.row]))
     plan = make_plan(labelled, seq_length, strategy, seed, groups)
     report = _report(tokens, kept, plan, (strategy, overflow, seq_length), end_token_ids)
-    settings = (fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups)
-    name = Hasher.hash(settings)
-    packs = _numbers_of_packs(np.arange(len(plan.bounds) - 1), name)
-    return packs.with_transform(Packs(dataset.select_columns(names), tokens, plan, name)), report
+    name = Hasher.hash((fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups))
+    rows = dataset.select_columns([name for name in COLUMNS[:2] if name in dataset.column_names])
+    numbers = _numbers_of_packs(np.arange(report.packs), name)
+    return numbers.with_transform(Packs(rows, tokens, plan, name)), report
 
 
-def pack_table(
-    table: pa.Table, seq_length: int, strategy: str, drop_unlabelled: bool = False, **settings: Any
-) -> pa.Table:
+def pack_table(table: pa.Table, seq_length: int, strategy: str, **settings: Any) -> pa.Table:
     """A buffer of a stream's rows, as a table of packs; what is cut or left out is logged."""
     rows = datasets.Dataset(pa.table(table), fingerprint="buffer")
-    packs, report = pack_with_report(rows, seq_length, strategy, drop_unlabelled=drop_unlabelled, **settings)
+    packed, report = pack_with_report(rows, seq_length, strategy, **settings)
     if report.rows_cut or report.rows_dropped:
         logger.warning(
-            "packing %d rows: %d cut (%d without a label, %d unfinished), %d dropped, %d empty",
-            *(report.rows, report.rows_cut, report.rows_unlabelled),
-            *(report.rows_unfinished, report.rows_dropped, report.rows_empty),
+            "packing %d rows: %d cut (%d without a label, %d unfinished), %d dropped",
+            *(report.rows, report.rows_cut, report.rows_unlabelled, report.rows_unfinished, report.rows_dropped),
         )
-    transform = replace(cast(Packs, packs_of(packs)), arrays=True)
-    return pa.table(transform.read(np.arange(len(packs))), schema=transform.features.arrow_schema)
+    packs = replace(cast(Packs, packs_of(packed)), arrays=True)
+    return pa.table(packs.read(np.arange(len(packed))), schema=packs.features.arrow_schema)
 
 
 def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
-    """What happens to rows that are too long.
-
-    Raises:
-        RecipeError: a setting that is unknown, or contradicts another.
-    """
+    """What happens to rows that are too long; a setting that is unknown or contradicts another is a `RecipeError`."""
     if seq_length < 1:
         raise RecipeError(f"seq_length is {seq_length}; a pack needs room for at least one token")
     for what, value, known in (("packing strategy", strategy, STRATEGIES), ("overflow", overflow or "cut", POLICIES)):
@@ -147,135 +139,109 @@ def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
     return overflow or STRATEGIES[strategy]
 
 
-class Column:
-    """A list column as the buffers of its chunks, and each row's place in them; nothing is copied until asked for.
+class Column(NamedTuple):
+    """A column's type, and the bytes of each part of the table."""
 
-    Raises:
-        FormatError: the column holds anything but lists of whole numbers.
-    """
-
-    def __init__(self, column: pa.ChunkedArray, name: str, rows: Ints | slice) -> None:
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise FormatError(f"column '{name}' is {column.type}; packing needs a list of integers in each row")
-        if not pa.types.is_integer(column.type.value_type):
-            raise FormatError(f"column '{name}' is {column.type}; packing needs integers: tokenise the rows first")
-        if column.null_count:
-            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise FormatError(f"row {row}: '{name}' is null; remove the row or give it tokens")
-        self.type = column.type.value_type
-        self.dtype = np.dtype(self.type.to_pandas_dtype())
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.buffers = [chunk.values.to_numpy().data.cast("B") for chunk in chunks]
-        offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
-        none = [np.zeros(0, dtype=np.int64)]
-        self.start: Ints = np.concatenate([each[:-1] for each in offsets] or none)[rows]
-        self.length: Ints = np.concatenate([np.diff(each) for each in offsets] or none)[rows]
-        self.chunk: Ints = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks] or none[0])[rows]
-
-    def gather(self, spans: Spans) -> NDArray[Any]:
-        """The tokens of the spans one after another: `bytes.join` copies each span with one memcpy."""
-        begin = (self.start[spans.row] + spans.start) * self.dtype.itemsize
-        end = begin + spans.length * self.dtype.itemsize
-        places = zip(self.chunk[spans.row].tolist(), begin.tolist(), end.tolist(), strict=True)
-        return np.frombuffer(bytearray().join([self.buffers[c][b:e] for c, b, e in places]), self.dtype)
-
-    def one(self, row: Ints, token: Ints) -> Ints:
-        """One token of each row, int64."""
-        return cast(Ints, self.gather(Spans(row, token, np.ones_like(row))).astype(np.int64))
+    type: pa.DataType
+    buffers: list[memoryview]
 
 
 class Tokens:
-    """The columns `input_ids` and `labels` (as in TRL the ids, where there are none) of rows of a table.
+    """Ids and labels (as in TRL the ids, where there are none) of a data set's rows, where they lie."""
 
-    Raises:
-        FormatError: rows that are not tokenised.
-        LabelError: labels that do not fit the tokens, or a mask instead of labels.
-    """
-
-    def __init__(self, table: Any, rows: Ints | slice = slice(None)) -> None:
-        if "input_ids" not in table.column_names:
-            raise FormatError(f"no column 'input_ids' among {table.column_names}; tokenise the rows before packing")
-        masks = [name for name in ("assistant_masks", "completion_mask") if name in table.column_names]
-        if masks and "labels" not in table.column_names:
+    def __init__(self, source: datasets.Dataset) -> None:
+        names = [name for name in COLUMNS[:2] if name in source.column_names]
+        if "input_ids" not in names:
+            raise FormatError(f"no column 'input_ids' among {source.column_names}; tokenise the rows before packing")
+        masks = [name for name in ("assistant_masks", "completion_mask") if name in source.column_names]
+        if masks and "labels" not in names:
             raise LabelError(f"column '{masks[0]}' but no 'labels'; make labels from the mask before packing")
-        self.ids = self.labels = Column(table.column("input_ids"), "input_ids", rows)
-        if "labels" in table.column_names:
-            self.labels = Column(table.column("labels"), "labels", rows)
-        self.lengths = self.ids.length
-        if len(wrong := np.flatnonzero(self.lengths != self.labels.length)):
+        columns = [_checked(source.data.column(name), name) for name in names]
+        counts, labels = (pc.list_value_length(columns[at]).to_numpy().astype(np.int64) for at in (0, -1))
+        if len(wrong := np.flatnonzero(counts != labels)):
             row = int(wrong[0])
-            raise LabelError(
-                f"row {row}: {self.lengths[row]} input_ids but {self.labels.length[row]} labels; "
-                "each token needs one label"
-            )
+            raise LabelError(f"row {row}: {counts[row]} input_ids but {labels[row]} labels; each token needs one label")
+        # Both columns cut alike, where either of them lies in another piece of memory
+        batches = [batch for batch in pa.table(columns, names).to_batches() if len(batch)]
+        values = [[batch.column(at).flatten().to_numpy() for batch in batches] for at in (0, -1)]
+        kinds = [columns[at].type.value_type for at in (0, -1)]
+        self.ids, self.labels = (
+            Column(kind, [part.data.cast("B") for part in parts]) for kind, parts in zip(kinds, values, strict=True)
+        )
+        sizes = [len(batch) for batch in batches]
+        first = _offsets(np.array([len(part) for part in values[0]], dtype=np.int64))[:-1]  # token of each batch
+        start, rows = _offsets(counts)[:-1] - np.repeat(first, sizes), table_rows(source)
+        rows = slice(None) if rows is None else rows
+        self.lengths: Ints = counts[rows]
+        self.start, self.batch = start[rows], np.repeat(np.arange(len(sizes)), sizes)[rows]
+
+    def gather(self, column: "Column", spans: Spans) -> NDArray[Any]:
+        """What `ids` or `labels` have in the spans, one after another: `bytes.join` copies each with one memcpy."""
+        dtype = np.dtype(column.type.to_pandas_dtype())
+        begin = (self.start[spans.row] + spans.start) * dtype.itemsize
+        end = begin + spans.length * dtype.itemsize
+        places = zip(self.batch[spans.row].tolist(), begin.tolist(), end.tolist(), strict=True)
+        return np.frombuffer(bytearray().join([column.buffers[batch][b:e] for batch, b, e in places]), dtype)
+
+    def has_label(self, spans: Spans, at: Ints) -> NDArray[np.bool_]:
+        """Whether the token `at` of each span has a label."""
+        return np.asarray(self.gather(self.labels, Spans(spans.row, spans.start + at, np.ones_like(at))) != IGNORED)
 
     def trained(self, spans: Spans) -> Ints:
-        """How many tokens of each span have a label."""
+        """How many tokens of each span have a label; no span may be empty."""
         counts = [np.zeros(0, dtype=np.int64)]
-        for part in _at_a_time(spans):
-            before = np.concatenate([[0], np.cumsum(self.labels.gather(part) != IGNORED)])
-            ends = np.cumsum(part.length)
-            counts.append(before[ends] - before[ends - part.length])
+        for some in np.array_split(np.arange(len(spans.row)), spans.length.sum() // TOKENS_AT_A_TIME + 1):
+            part = spans.take(some)
+            begins = np.cumsum(part.length) - part.length
+            counts.append(np.add.reduceat(self.gather(self.labels, part) != IGNORED, begins, dtype=np.int64))
         return np.concatenate(counts)
 
     def label_runs(self, row: int) -> tuple[Ints, Ints]:
         """Where the runs of labels of a row begin and end."""
-        whole = Spans(np.array([row]), np.array([0]), self.lengths[[row]])
-        return label_runs(self.labels.gather(whole), IGNORED)
+        return label_runs(self.gather(self.labels, whole_rows(np.array([row]), self.lengths)), IGNORED)
 
 
-def _at_a_time(spans: Spans) -> Iterator[Spans]:
-    """The spans in runs of about `TOKENS_AT_A_TIME` tokens."""
-    ends = np.cumsum(spans.length)
-    total = int(ends[-1]) if len(ends) else 0
-    cuts = np.unique([0, *np.searchsorted(ends, np.arange(TOKENS_AT_A_TIME, total, TOKENS_AT_A_TIME)), len(ends)])
-    for begin, end in pairwise(cuts.tolist()):
-        yield spans.take(slice(begin, end))
+def _offsets(counts: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
-def tokens_of(source: datasets.Dataset) -> Tokens:
-    """The tokens of a data set's rows, where they lie."""
-    rows = table_rows(source)
-    return Tokens(source.data, slice(None) if rows is None else rows)
+def _checked(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
+        raise FormatError(f"column '{name}' is {kind}; packing needs integers in each row: tokenise the rows first")
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise FormatError(f"row {row}: '{name}' is null; remove the row or give it tokens")
+    return column
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each pack holds.
+    """What each pack holds: pack n the pieces from `bounds[n]` up to `bounds[n + 1]`."""
 
-    Attributes:
-        documents: what is kept of the rows, before packing.
-        pieces: the same in the order of the packs; where documents run on over the end of a pack, in more pieces.
-        bounds: int64 array of shape (packs + 1,): pack n holds the pieces from `bounds[n]` up to `bounds[n + 1]`.
-        apart: whether the pieces of a pack stay documents of their own, or become one.
-    """
-
-    documents: Spans
-    pieces: Spans
-    bounds: Ints
-    apart: bool
+    documents: Spans  # what is kept of the rows, before packing
+    pieces: Spans  # the same in the order of the packs; a document that runs on over the end of a pack in more pieces
+    bounds: Ints  # int64, shape (packs + 1,)
+    apart: bool  # whether the pieces of a pack stay documents of their own, or become one
 
 
 def make_plan(
     kept: Spans, seq_length: int, strategy: str, seed: int | None, groups: NDArray[Any] | None = None
 ) -> Plan:
     """The packs that a strategy makes of documents; rows of different groups share no pack."""
-    pieces, counts = [], [np.zeros(1, dtype=np.int64)]
-    for documents in (
-        [kept] if groups is None else [kept.take(groups[kept.row] == group) for group in np.unique(groups)]
-    ):
-        if strategy == "none":
-            placed, count = documents, np.ones(len(documents.row), dtype=np.int64)
-        else:
-            placed, count = (_wrap if strategy == "wrapped" else _best_fit)(documents, seq_length, seed)
-        pieces.append(placed)
-        counts.append(count)
-    joined = (np.concatenate([getattr(part, name) for part in pieces]) for name in ("row", "start", "length"))
-    return Plan(kept, Spans(*joined), np.cumsum(np.concatenate(counts)), strategy != "wrapped")
+    parts = [kept] if groups is None else [kept.take(groups[kept.row] == group) for group in np.unique(groups)]
+    place = {"none": _one_each, "wrapped": _wrap}.get(strategy, _best_fit)
+    placed = [place(part, seq_length, seed) for part in parts]
+    pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
+    return Plan(kept, pieces, _offsets(np.concatenate([count for _, count in placed])), strategy != "wrapped")
+
+
+def _one_each(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
+    """Pieces in the order of the packs, and how many each pack holds; as all that place documents."""
+    return documents, np.ones_like(documents.row)
 
 
 def _best_fit(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
-    """Pieces in the order of the packs, and how many each pack holds."""
     rng, count = np.random.default_rng(seed), len(documents.row)
     # Equal lengths are taken in random order: neighbours in the source would otherwise always share a pack.
     order = np.arange(count) if seed is None else rng.permutation(count)
@@ -301,20 +267,14 @@ def _wrap(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, I
 class Packs:
     """The transform of a data set whose columns hold numbers of packs: it puts what a pack holds in the number's place.
 
-    Attributes:
-        source: the rows.
-        tokens: theirs.
-        plan: what each pack holds. A pack without a piece is one padding token without a label.
-        fingerprint: of rows and plan.
-        arrays: give tokens and labels as NumPy arrays, not as lists.
-        pad_token_id: the padding token.
+    A pack without a piece is one padding token without a label.
     """
 
     source: datasets.Dataset
     tokens: Tokens
     plan: Plan
-    fingerprint: str
-    arrays: bool = False
+    fingerprint: str  # of rows and plan
+    arrays: bool = False  # tokens and labels as NumPy arrays (int64), not as lists
     pad_token_id: int = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -325,31 +285,29 @@ class Packs:
 
     def read(self, packs: Ints) -> dict[str, list[Any]]:
         """What these packs hold, by column."""
-        bounds = self.plan.bounds
-        each = list(zip(bounds[packs].tolist(), bounds[packs + 1].tolist(), strict=True))
-        pieces = self.plan.pieces.take(np.concatenate([np.arange(0), *(np.arange(*ends) for ends in each)]))
-        piece = np.cumsum([0, *(end - begin for begin, end in each)])
-        token = np.concatenate([[0], np.cumsum(pieces.length)])[piece]
+        first, last = self.plan.bounds[packs], self.plan.bounds[packs + 1]
+        piece = _offsets(last - first)
+        pieces = self.plan.pieces.take(np.arange(piece[-1]) + np.repeat(first - piece[:-1], last - first))
+        token = _offsets(pieces.length)[piece]
         lengths = _parts(pieces.length, piece, 1) if self.plan.apart else np.maximum(np.diff(token), 1).reshape(-1, 1)
-        found = {"input_ids": (self.tokens.ids, self.pad_token_id), "labels": (self.tokens.labels, IGNORED)}
-        columns = {name: _parts(column.gather(pieces), token, pad) for name, (column, pad) in found.items()}
-        how = (lambda array: array.astype(np.int64)) if self.arrays else np.ndarray.tolist  # int64: a loss needs it
-        read = {name: [how(array) for array in arrays] for name, arrays in columns.items()}
-        return {**read, "seq_lengths": [array.tolist() for array in lengths]}
+        ids = _parts(self.tokens.gather(self.tokens.ids, pieces), token, self.pad_token_id)
+        labels = _parts(self.tokens.gather(self.tokens.labels, pieces), token, IGNORED)
+        give = (lambda array: array.astype(np.int64)) if self.arrays else np.ndarray.tolist  # a loss takes int64
+        columns = (list(map(give, ids)), list(map(give, labels)), [array.tolist() for array in lengths])
+        return dict(zip(COLUMNS, columns, strict=True))
 
     @property
     def features(self) -> datasets.Features:
         """Of the packs as they are read."""
-        types = (self.tokens.ids.type, self.tokens.labels.type, pa.int32())
-        return datasets.Features(
-            {name: datasets.List(datasets.Value(str(type))) for name, type in zip(COLUMNS, types, strict=True)}
-        )
+        types = map(str, (self.tokens.ids.type, self.tokens.labels.type, pa.int32()))
+        columns = zip(COLUMNS, types, strict=True)
+        return datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tokens": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, tokens=tokens_of(state["source"]))
+        self.__dict__.update(state, tokens=Tokens(state["source"]))
 
     def __deepcopy__(self, memo: Any) -> "Packs":
         return self  # `datasets` copies a format with each data set, and nothing here is ever changed
@@ -377,10 +335,7 @@ def packs_of(dataset: datasets.Dataset) -> Packs | None:
 
 
 def as_arrays(dataset: Any) -> Any:
-    """The same rows as NumPy arrays of int64, of which a collator makes tensors several times as fast as of lists.
-
-    A stream is given back as it is.
-    """
+    """The same rows as int64 arrays, several times as fast to collate as lists; a stream is given back as it is."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
     packs = packs_of(dataset)
@@ -391,9 +346,9 @@ def lengths(dataset: datasets.Dataset) -> Ints:
     """The number of tokens in each pack, or in each row of a data set without packs; int64, shape (rows,)."""
     packs = packs_of(dataset)
     if packs is None:
-        return tokens_of(dataset).lengths
-    tokens = np.concatenate([[0], np.cumsum(packs.plan.pieces.length)])[packs.plan.bounds]
-    return cast(Ints, np.diff(tokens)[dataset.with_format("numpy")["input_ids"][:]])
+        return Tokens(dataset).lengths
+    tokens = np.diff(_offsets(packs.plan.pieces.length)[packs.plan.bounds])
+    return np.asarray(tokens[dataset.with_format("numpy")["input_ids"][:]])
 
 
 def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.Dataset:
@@ -412,66 +367,34 @@ def flatten(
 ) -> datasets.Dataset:
     """Real packs: the tokens of `pack`'s result once more, in one Arrow file, in the order of the packs.
 
-    Args:
-        packed: the result of `pack`.
-        keep_in_memory: hold them in memory; a data set in memory stays there anyway.
-        cache_file_name: the file to write; by default beside the rows, where the same call finds it again.
-
-    Returns:
-        `input_ids`, `labels` (dtypes of the rows) and `seq_lengths` (int32).
+    They keep the dtypes of the rows; `seq_lengths` is int32. The file is `cache_file_name`, by default one beside the
+    rows, where the same call finds it again; with `keep_in_memory`, or of rows in memory, there is none.
     """
     packs = cast(Packs, packs_of(packed))
     name = Hasher.hash((fingerprint_of(packed), "flatten"))
     if not keep_in_memory and cache_file_name is None and (files := packs.source.cache_files):
         cache_file_name = str(Path(files[0]["filename"]).with_name(f"packs-{name}.arrow"))
-    written = as_arrays(packed).map(
-        dict,
-        batched=True,
-        features=packs.features,
-        keep_in_memory=keep_in_memory,
-        cache_file_name=cache_file_name,
-        new_fingerprint=name,
-        desc="writing packs",
-    )
-    return written.with_format(None)
+    how: dict[str, Any] = {"features": packs.features, "new_fingerprint": name, "desc": "writing packs"}
+    how |= {"keep_in_memory": keep_in_memory, "cache_file_name": cache_file_name}
+    return as_arrays(packed).map(dict, batched=True, **how).with_format(None)
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing did to a data set; `str(report)` is the text that a run prints.
-
-    Attributes:
-        strategy, overflow, seq_length: the settings.
-        rows: documents that came in.
-        rows_empty: documents without a token, left out.
-        rows_cut: documents that lost their end or their beginning.
-        rows_split: documents that lie in more than one piece.
-        rows_dropped: documents left out because they, or their last answer, were too long.
-        rows_unlabelled: cut documents that have no label left: they train nothing, and a run leaves them out.
-        rows_unfinished: documents cut inside a trained turn, whose end token is gone: they do not teach to stop.
-        cut_tokens: tokens removed by cutting and dropping.
-        labels_lost: labels among them, and the first label of each later piece of a split document, which has
-            nothing before it to be predicted from.
-        documents: documents and pieces in the packs.
-        packs: rows that came out.
-        tokens: tokens in the packs.
-    """
+    """What packing did to a data set; `str(report)` is the text that a run prints."""
 
     strategy: str
     overflow: str
     seq_length: int
-    rows: int
-    rows_empty: int
-    rows_cut: int
-    rows_split: int
-    rows_dropped: int
-    rows_unlabelled: int
-    rows_unfinished: int
-    cut_tokens: int
-    labels_lost: int
-    documents: int
+    rows: int  # that came in
+    rows_cut: int  # lost their end or their beginning
+    rows_dropped: int  # left out because they, or their last answer, were too long
+    rows_unlabelled: int  # cut, and without a label now: they train nothing, and a run leaves them out
+    rows_unfinished: int  # cut inside a trained turn, whose end token is gone: they do not teach to stop
+    labels_lost: int  # by cutting, dropping, and as the first label of a later piece, which nothing predicts
+    documents: int  # and pieces of them in the packs
     packs: int
-    tokens: int
+    tokens: int  # in the packs
 
     @property
     def density(self) -> float:
@@ -481,62 +404,56 @@ class PackingReport:
     @property
     def warnings(self) -> list[str]:
         """One line for each thing that a user should look at before training."""
-        wrapped = self.documents - self.packs if self.strategy == "wrapped" else 0
+        shared = self.strategy == "wrapped" and self.documents > self.packs
         lines = {
             "{:,} cut rows have no label left and train nothing": self.rows_unlabelled,
             "{:,} rows are cut inside an answer and lost its end token": self.rows_unfinished,
             f"{{:,}} rows longer than {self.seq_length:,} tokens were dropped": self.rows_dropped,
-            "'wrapped' packs cross document borders: documents in one pack see each other": max(wrapped, 0),
+            "'wrapped' packs cross document borders: documents in one pack see each other": shared,
         }
         return [line.format(count) for line, count in lines.items() if count]
 
     def __str__(self) -> str:
         lines = [
             f"packing        {self.strategy}, {self.seq_length:,} tokens, too long: {self.overflow}",
-            f"rows in        {self.rows:,} ({self.rows_empty:,} empty, {self.rows_cut:,} cut, "
-            f"{self.rows_split:,} split, {self.rows_dropped:,} dropped)",
+            f"rows in        {self.rows:,} ({self.rows_cut:,} cut, {self.rows_dropped:,} dropped)",
             f"packs out      {self.packs:,} of {self.documents:,} documents",
             f"density        {self.density:.2%}",
-            f"tokens         {self.tokens:,} ({self.cut_tokens:,} cut, {self.labels_lost:,} labels lost)",
+            f"tokens         {self.tokens:,} ({self.labels_lost:,} labels lost)",
         ]
         return "\n".join(lines + [f"warning        {line}" for line in self.warnings])
 
 
 def _report(
-    tokens: Tokens,
-    kept: Spans,
-    plan: Plan,
-    settings: tuple[str, str, int],
-    end_token_ids: Collection[int] | None,
+    tokens: Tokens, kept: Spans, plan: Plan, settings: tuple[str, str, int], end_token_ids: Collection[int] | None
 ) -> PackingReport:
     """The report of a plan, which may be without the rows of `kept` that have no label; without `end_token_ids`, an
     answer is cut where labels stand on both sides."""
-    rows, pieces = len(tokens.lengths), plan.pieces
-    left = np.bincount(kept.row, weights=kept.length, minlength=rows)
-    lost = np.flatnonzero(left < tokens.lengths)
-    cut = kept.take(np.flatnonzero(np.isin(kept.row, lost))) if len(lost) else kept.take(slice(0))
-    labels_left, ends = tokens.trained(cut), cut.start + cut.length
-    early = np.flatnonzero(ends < tokens.lengths[cut.row])
-    last, following = (tokens.labels.one(cut.row[early], ends[early] + where) for where in (-1, 0))
-    inside = following != IGNORED if end_token_ids is None else ~np.isin(last, list(end_token_ids))
+    left = np.bincount(kept.row, weights=kept.length, minlength=len(tokens.lengths))
+    shortened = left < tokens.lengths
+    cut = kept.take(np.flatnonzero(shortened[kept.row]))
+    labels_left = tokens.trained(cut)
+    early = cut.take(np.flatnonzero(cut.start + cut.length < tokens.lengths[cut.row]))
+    unfinished = tokens.has_label(early, early.length - 1)
+    if end_token_ids is None:
+        unfinished &= tokens.has_label(early, early.length)
+    else:
+        last = tokens.gather(tokens.ids, Spans(early.row, early.start + early.length - 1, np.ones_like(early.row)))
+        unfinished &= ~np.isin(last, list(end_token_ids))
     # The first label of a later piece has nothing before it, but where the piece before it is in the same document.
-    later = pieces.take(slice(None) if plan.apart else plan.bounds[:-1])
+    later = plan.pieces.take(slice(None) if plan.apart else plan.bounds[:-1])
     later = later.take(np.flatnonzero(later.start))
-    alone = tokens.labels.one(later.row, later.start) != IGNORED
-    whole = Spans(lost, np.zeros_like(lost), tokens.lengths[lost])
-    count = int(plan.documents.length.sum())
+    labels_before = tokens.trained(whole_rows(np.flatnonzero(shortened), tokens.lengths))
+    alone = tokens.has_label(later, np.zeros_like(later.row))
     return PackingReport(
         *settings,
-        rows=rows,
-        rows_empty=int((tokens.lengths == 0).sum()),
+        rows=len(tokens.lengths),
         rows_cut=len(cut.row),
-        rows_split=int((np.bincount(pieces.row) > 1).sum()),
-        rows_dropped=int(((left == 0) & (tokens.lengths > 0)).sum()),
+        rows_dropped=int(((left == 0) & shortened).sum()),
         rows_unlabelled=int((labels_left == 0).sum()),
-        rows_unfinished=int(((last != IGNORED) & inside).sum()),
-        cut_tokens=int(tokens.lengths.sum()) - count,
-        labels_lost=int(tokens.trained(whole).sum() - labels_left.sum() + alone.sum()),
+        rows_unfinished=int(unfinished.sum()),
+        labels_lost=int(labels_before.sum() - labels_left.sum() + alone.sum()),
         documents=len(plan.documents.row),
         packs=len(plan.bounds) - 1,
-        tokens=count,
+        tokens=int(plan.documents.length.sum()),
     )

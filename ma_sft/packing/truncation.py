@@ -1,8 +1,7 @@
 """What is left of rows that are longer than `max_length`: a policy is one function in `POLICIES`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +10,7 @@ Ints = NDArray[np.int64]
 Runs = Callable[[int], tuple[Ints, Ints]]  # the number of a row -> where its runs of labels begin and end
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(NamedTuple):
     """Stretches of rows: `length` tokens of row `row` from token `start` on; int64 arrays of shape (spans,)."""
 
     row: Ints
@@ -20,21 +18,20 @@ class Spans:
     length: Ints
 
     def take(self, which: NDArray[Any] | slice) -> "Spans":
-        return Spans(self.row[which], self.start[which], self.length[which])
+        return Spans(*(column[which] for column in self))
+
+
+def whole_rows(rows: Ints, lengths: Ints) -> Spans:
+    """All of these rows."""
+    return Spans(rows, np.zeros_like(rows), lengths[rows])
 
 
 def truncate(lengths: Ints, runs: Runs, max_length: int, policy: str) -> Spans:
-    """What truncation leaves of each row.
+    """What truncation leaves of each row, by one of `POLICIES`.
 
-    Args:
-        lengths: tokens of each row.
-        runs: where the runs of labels of a row begin and end (see `label_runs`); asked for rows that are too long, and
-            only by "keep_answer".
-        max_length: the most tokens of a span.
-        policy: one of `POLICIES`.
-
-    Returns:
-        Spans in the order of the rows; none is empty or longer than `max_length`. A row may have none, or several.
+    `lengths` are the tokens of each row, `runs` says where a row's runs of labels begin and end ("keep_answer" asks it
+    of rows that are too long). The spans are in the order of the rows, none is empty or longer than `max_length`; a row
+    may have none, or several.
     """
     kept = POLICIES[policy](lengths, runs, max_length)
     return kept if kept.length.all() else kept.take(np.flatnonzero(kept.length))
@@ -48,8 +45,7 @@ def label_runs(labels: NDArray[Any], ignored: int = -100) -> tuple[Ints, Ints]:
 
 def _cut(lengths: Ints, runs: Runs, max_length: int) -> Spans:
     """The beginning of each row."""
-    rows = np.arange(len(lengths))
-    return Spans(rows, np.zeros_like(rows), np.minimum(lengths, max_length))
+    return whole_rows(np.arange(len(lengths)), np.minimum(lengths, max_length))
 
 
 def _keep_end(lengths: Ints, runs: Runs, max_length: int) -> Spans:
@@ -83,8 +79,7 @@ def _split(lengths: Ints, runs: Runs, max_length: int) -> Spans:
 
 def _drop(lengths: Ints, runs: Runs, max_length: int) -> Spans:
     """The rows that are not too long."""
-    rows = np.flatnonzero(lengths <= max_length)
-    return Spans(rows, np.zeros_like(rows), lengths[rows])
+    return whole_rows(np.flatnonzero(lengths <= max_length), lengths)
 
 
 POLICIES: dict[str, Callable[[Ints, Runs, int], Spans]] = {

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import MaSftError
 from ma_sft.labels.preview import heading, pieces, preview_text
+from ma_sft.pages.report import environment
 from ma_sft.utils import console
 
 
@@ -16,8 +17,6 @@ def preview_html(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, title: str = "What is trained"
 ) -> str:
     """The rows as one page that needs nothing else: no script, no network; the ids show under the pointer."""
-    from ma_sft.pages.report import environment
-
     shown = [
         {"heading": heading(row, number), "pieces": pieces(row["input_ids"], row["labels"], tokenizer)}
         for number, row in enumerate(rows)

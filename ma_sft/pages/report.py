@@ -10,16 +10,18 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ma_sft.config import shown_command
+from ma_sft.config import shown, shown_command
 from ma_sft.errors import RecipeError
-from ma_sft.pages.charts import BOTTOM, COLOURS, HEIGHT, LEFT, WIDTH, charts
+from ma_sft.pages.charts import COLOURS, charts, histogram
+from ma_sft.pages.screen import evaluation_rows
 from ma_sft.utils import as_written, read_json, say, visible, write_whole
 from ma_sft.version import versions
 
@@ -28,27 +30,36 @@ if TYPE_CHECKING:
 
     from ma_sft.config import Settings
     from ma_sft.training.prepare import Prepared
-from ma_sft.pages.screen import evaluation_rows
 
 SHOWN_TOKENS = 600  # of a row in the mask preview
 SHOWN_ANSWERS = 200
-# What decides which rows are held out: figures of runs that differ in one of them do not compare
+SHORT = 200  # characters of a reference that is the one right answer
+# What decides which rows are trained and held out: results of runs that differ in one of them do not compare
 DATA = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-    "datasets",
-    "eval_dataset",
-    "test_size",
-    "seed",
-    "filters",
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_format", "datasets"),
+    *("eval_dataset", "test_size", "test_near_duplicates", "seed", "filters"),
 )
+
+
+def _data(run: dict[str, Any]) -> Any:
+    """Which rows a run trained and held out."""
+    asked = sorted((answer["question"], answer["reference"]) for answer in run["answers"])
+    return [run["settings"].get(key) for key in DATA], asked
+
+
+def _tokens(run: dict[str, Any]) -> Any:
+    """Which ids and labels the first of them became."""
+    return [(piece["ids"], piece["trained"]) for row in run["rows"] for piece in row["pieces"]]
+
+
+def _same(runs: Sequence[dict[str, Any]], facts: Callable[[dict[str, Any]], Any]) -> bool:
+    return len({json.dumps(facts(run)) for run in runs}) == 1
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a finished run: its group and label, its format, where `summary.json` has it, now and before
-    training (keys joined by dots), and what is better."""
+    """A figure of a finished run: its group and label, its format, where `summary.json` has it, now and before training
+    (keys joined by dots), what is better, and what must be the same in runs to compare it."""
 
     group: str
     label: str
@@ -56,52 +67,51 @@ class Figure:
     key: str
     before: str = ""
     better: Literal["", "more", "less"] = ""
+    needs: tuple[Callable[[dict[str, Any]], Any], ...] = ()
 
 
+ROWS, IDS, ACCURACY = (_data,), (_data, _tokens), "token accuracy"
 FIGURES = (
-    Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", "more"),
-    Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", "more"),
-    Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", "less"),
-    Figure("result", "token accuracy", ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more"),
+    Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", "more", ROWS),
+    Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", "more", ROWS),
+    Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", "less", IDS),
+    Figure("result", ACCURACY, ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more", IDS),
     Figure("training", "mean training loss", ".4f", "train_loss"),
     Figure("training", "rows", ",", "rows"),
     Figure("training", "trained tokens in them", ",", "trained_tokens"),
     Figure("training", "steps", ",", "steps"),
     Figure("training", "tokens computed", ",", "tokens"),
-    Figure("cost", "time", "duration", "train_seconds", better="less"),
-    Figure("cost", "tokens per second", ",.0f", "tokens_per_second", better="more"),
-    Figure("cost", "peak memory", "bytes", "peak_memory", better="less"),
+    Figure("cost", "time", "duration", "train_seconds", "", "less", ROWS),
+    Figure("cost", "tokens per second", ",.0f", "tokens_per_second", "", "more"),
+    Figure("cost", "peak memory", "bytes", "peak_memory", "", "less"),
 )
 
 
 def write_start(
     settings: "Settings", data: "Prepared", tokenizer: "PreTrainedTokenizerBase", lines: list[tuple[str, str]]
 ) -> None:
-    """Write `run.json` into the output folder: all that the page tells and that is known before the first step.
-
-    Args:
-        lines: what the terminal was told too, as (what, how much).
-    """
+    """Write `run.json` into the output folder: what the page tells and is known before the first step, `lines` as the
+    terminal was told them among it."""
     from ma_sft.labels.preview import heading, pieces
 
     rows = []
     for number, row in enumerate(data.sample):
-        shown = pieces(row["input_ids"][:SHOWN_TOKENS], row["labels"][:SHOWN_TOKENS], tokenizer)
+        cut = pieces(row["input_ids"][:SHOWN_TOKENS], row["labels"][:SHOWN_TOKENS], tokenizer)
         more = len(row["input_ids"]) - SHOWN_TOKENS
-        rows.append({"heading": heading(row, number), "pieces": [asdict(p) for p in shown], "more": max(0, more)})
-    out, check = Path(settings.training.output_dir), data.check
+        rows.append({"heading": heading(row, number), "pieces": [asdict(p) for p in cut], "more": max(0, more)})
+    out, check, packing = Path(settings.training.output_dir), data.check, data.packing
+    parts = [part for part in vars(settings).values() if is_dataclass(part)]
     facts = {
         "name": settings.run.name or out.name,
         "model": settings.chosen.get("model_name_or_path"),
         "started": time.time(),
         "command": _command(),
+        "values": shown({field.name: getattr(part, field.name) for part in parts for field in fields(part)}),
         "lines": lines,
         "lengths": data.lengths,
         "rows": rows,
         "stages": [asdict(stage) for stage in data.stages],
-        "packing": {**asdict(data.packing), "density": data.packing.density, "text": str(data.packing)}
-        if data.packing
-        else None,
+        "packing": packing and {**asdict(packing), "density": packing.density, "text": str(packing)},
         "findings": check and [{"level": f.level, "text": str(f)} for f in check.findings],
         "proof": check and {"proven": check.proven, "judged": check.judged, "verdict": check.verdict},
         "hardware": _hardware(settings),
@@ -164,13 +174,7 @@ def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
 
 
 def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None) -> bool:
-    """Write the page of one or several runs.
-
-    Args:
-        refresh: seconds after which a browser shall load the page again, for runs that train.
-
-    Returns:
-        Whether all runs are finished.
+    """Write the page of one or several runs, which a browser loads again after `refresh` seconds; are all finished?
 
     Raises:
         RecipeError: as `read_run`.
@@ -183,12 +187,12 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
             _tell(run)
         page = environment().get_template("report.html.jinja").render(
             runs=runs,
-            charts=charts([run["log"] for run in runs]),
-            differences=_differences([run["settings"] for run in runs]),
-            compared=_compared([run["summary"] or {} for run in runs], [run["settings"] for run in runs]),
+            charts=charts([run["log"] for run in runs], [run["title"] for run in runs]),
+            differences=_differences(runs),
+            compared=_compared(runs),
+            note="" if _same(runs, _data) else "Different data or held-out rows: no result and no time is the best.",
             refresh=refresh,
             shown_answers=SHOWN_ANSWERS,
-            size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
             colours=COLOURS,
         )  # fmt: skip
     write_whole(path, page)
@@ -202,9 +206,10 @@ def _tell(run: dict[str, Any]) -> None:
     run |= {
         "state": _state(run),
         "groups": _groups(summary),
-        "verdict": _verdict(evaluation) if evaluation else "",
+        "verdict": _verdict(evaluation, [reference for *_, reference in run["answers"]]) if evaluation else "",
         "evaluation": evaluation_rows(evaluation) if evaluation else [],
         "yaml": yaml.safe_dump(run["settings"], allow_unicode=True, sort_keys=False),
+        "histogram": histogram(run["lengths"]) if run["lengths"] else "",
         "again": shlex.join(["ma-sft", "train", f"{run['folder']}/recipe.json", "--name", f"{run['name']}-again"]),
     }
     answers = [
@@ -214,14 +219,18 @@ def _tell(run: dict[str, Any]) -> None:
     run["answers"] = sorted(answers, key=lambda answer: answer["same"])
 
 
-def _verdict(evaluation: dict[str, Any]) -> str:
-    """Whether it worked, in a line: by the answers' score where there is one that moved, else by the held-out loss."""
+def _verdict(evaluation: dict[str, Any], references: Sequence[str]) -> str:
+    """Whether it worked, in a line: by the held-out loss, or by the answers' score where one answer is the right one.
+
+    That is so where the metric is the user's, or all references are short; a chat has many right answers.
+    """
     before, after = evaluation["before"], evaluation["after"]
     if not before:
         return "How the model did on the held-out rows before training was not measured."
-    key, sign, name, how = ("score", 1, "the held-out answers' score", ".1%")
-    if key not in before or before[key] == after.get(key, before[key]):  # a chat's answers have no one right text
-        key, sign, name, how = ("loss", -1, "the held-out loss", ".3f")
+    one_right = after.get("metric") != "exact-match" or all(len(reference) <= SHORT for reference in references)
+    key, sign, name, how = ("loss", -1, "the held-out loss", ".3f")
+    if "score" in before and one_right and before["score"] != after.get("score", before["score"]):
+        key, sign, name, how = ("score", 1, "the held-out answers' score", ".1%")
     gain = sign * (after[key] - before[key])
     word = "It worked" if gain > 0 else "No change" if gain == 0 else "It got worse"
     return f"{word}: {name} went from {before[key]:{how}} to {after[key]:{how}}."
@@ -275,23 +284,26 @@ def _groups(summary: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
     return groups
 
 
-def _compared(summaries: list[dict[str, Any]], settings: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
+def _compared(runs: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
     """The figures of several runs: label -> (three digits, whether it is the best) of each.
 
-    There is a best where all runs have the figure, and, of results, where all held out the same rows.
+    There is a best where all runs have the figure; of results and of times, where all had the same rows; of figures per
+    token, where these were the same tokens.
     """
+    summaries = [run["summary"] or {} for run in runs]
     rows = {}
-    alike = len({json.dumps([one.get(key) for key in DATA]) for one in settings}) == 1
     for figure in FIGURES:
         values = [_value(summary, figure.key) for summary in summaries]
         known = [value for value in values if value is not None]
+        compares = figure.better and len(known) == len(values) and len(set(known)) > 1
+        for facts in figure.needs:
+            compares = compares and _same(runs, facts)
         if known:
-            compares = len(known) == len(values) and len(set(known)) > 1 and (alike or figure.group != "result")
-            best = {"more": max, "less": min}[figure.better](known) if figure.better and compares else None
+            best = {"more": max, "less": min}[figure.better](known) if compares else None
             how = ".3g" if figure.how.endswith("f") else figure.how
             texts = ["" if value is None else _text(value, how) for value in values]
             rows[_label(figure, next(filter(None, summaries), {}))] = [
-                (text, value == best) for text, value in zip(texts, values, strict=True)
+                (text, best is not None and value == best) for text, value in zip(texts, values, strict=True)
             ]
     return rows
 
@@ -309,7 +321,7 @@ def _value(summary: dict[str, Any], key: str) -> float | None:
 
 def _text(value: float, how: str) -> str:
     if how == "bytes":
-        return f"{value / 2**30:.2f} GiB"
+        return f"{value / 1e9:.2f} GB"
     if how == "duration":
         minutes, seconds = divmod(round(value), 60)
         if minutes < 60:
@@ -318,25 +330,30 @@ def _text(value: float, how: str) -> str:
     return format(value, how) if abs(value) < 1000 or "," in how else format(value, ",.0f")
 
 
-def _differences(settings: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The settings in which runs differ: key -> value in each run."""
-    keys = dict.fromkeys(key for one in settings for key in one)
-    texts = {key: [json.dumps(one.get(key), ensure_ascii=False) for one in settings] for key in keys}
-    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The settings in which runs differ: key -> value in each run, also of one that left it at its default."""
+
+    def text(run: dict[str, Any], key: str) -> str:
+        value = run["settings"].get(key, run.get("values", {}).get(key))
+        how = "" if key in run["settings"] else " (default)"
+        return "not set" if value is None else json.dumps(value, ensure_ascii=False) + how
+
+    keys = dict.fromkeys(key for run in runs for key in run["settings"])
+    texts = {key: [text(run, key) for run in runs] for key in keys}
+    return {key: each for key, each in texts.items() if len({one.removesuffix(" (default)") for one in each}) > 1}
 
 
 def _hardware(settings: "Settings") -> dict[str, str]:
     import psutil
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    found = {"CPU": f"{cpu}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"}
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file() and "model name" in (text := info.read_text()):
+        cpu = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
+    found = {"CPU": f"{cpu}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB"}
     if torch.cuda.is_available() and not settings.training.use_cpu:
         gpu = torch.cuda.get_device_properties(0)
-        found["GPU"] = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        found["GPU"] = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.0f} GB"
     state: Any = settings.training.distributed_state
     return found | {
         "processes": f"{settings.training.world_size} ({state.distributed_type.value if state else 'NO'})",
@@ -349,15 +366,11 @@ def _command() -> str:
     """The command that started this process; the launcher's where `accelerate launch` or `torchrun` did."""
     import psutil
 
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if Path(sys.argv[0]).suffix == ".py":
-        command = ["python", *sys.argv]
-    for parent in psutil.Process().parents():
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            break
-        at = next((i for i, word in enumerate(words[:3]) if Path(word).name in ("accelerate", "torchrun")), None)
-        if at is not None:
-            return shlex.join(shown_command([Path(words[at]).name, *words[at + 1 :]]))
+    command = ["python", *sys.argv] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    with suppress(psutil.Error):
+        for words in (parent.cmdline() for parent in psutil.Process().parents()):
+            names = [Path(word).name for word in words[:3]]
+            if launcher := next((name for name in names if name in ("accelerate", "torchrun")), None):
+                command = [launcher, *words[names.index(launcher) + 1 :]]
+                break
     return shlex.join(shown_command(command))

@@ -106,14 +106,8 @@ def evaluation_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         parts |= {name: (before["sources"].get(name, {}), part) for name, part in after["sources"].items()}
     shown = {"loss": ".3f", "perplexity": ".2f", "token_accuracy": ".1%", "score": ".1%", "eos_rate": ".1%"}
     titles = {"token_accuracy": "token accuracy", "score": after.get("metric"), "eos_rate": "stopped by itself"}
-    columns = {str(titles.get(key, key)): key for key in shown if key in after}
-    return [
-        {
-            "name": name,
-            "cells": {
-                title: tuple(format(side[key], shown[key]) if key in side else "" for side in sides)
-                for title, key in columns.items()
-            },
-        }
-        for name, sides in parts.items()
-    ]
+    rows = []
+    for name, sides in parts.items():
+        texts = {k: tuple(format(side[k], how) if k in side else "" for side in sides) for k, how in shown.items()}
+        rows.append({"name": name, "cells": {str(titles.get(k, k)): texts[k] for k in shown if k in after}})
+    return rows

@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+
 from ma_sft.errors import RecipeError
 from ma_sft.utils import must_be_new
 
@@ -35,12 +37,18 @@ def shipped() -> dict[str, Shipped]:
     return {item.name: item for item in sorted(found, key=lambda item: "recipe script launcher".index(item.kind))}
 
 
-def copy(name: str, out: Path | None = None) -> Path:
-    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo.
+def shipped_table() -> Table:
+    """What ships, for a terminal of any width."""
+    table = Table("name", "kind", "model", "about", box=None, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[2].overflow = "fold"
+    for item in shipped().values():
+        table.add_row(item.name, item.kind, item.model, item.about)
+    return table
 
-    Raises:
-        RecipeError: no such name, or `out` exists.
-    """
+
+def copy(name: str, out: Path | None = None) -> Path:
+    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo."""
     known = shipped()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} ships with ma_sft; there are {', '.join(known)}")
@@ -60,14 +68,10 @@ def _folder(name: str) -> Path:
 
 def _read(path: Path) -> Shipped:
     module = ast.parse(path.read_text(encoding="utf-8"))
-    about = (ast.get_docstring(module) or "").splitlines()[0]
-    settings = [
-        keyword
-        for node in module.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Call)
-        and ast.unparse(node.targets[0]) == "recipe"
-        for keyword in node.value.keywords
+    calls = [
+        node.value for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "recipe"
     ]
+    settings = [keyword for call in calls if isinstance(call, ast.Call) for keyword in call.keywords]
     models = [ast.literal_eval(keyword.value) for keyword in settings if keyword.arg == "model_name_or_path"]
+    about = (ast.get_docstring(module) or "").splitlines()[0]
     return Shipped(path.stem, "recipe" if settings else "script", "".join(models), about, path)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,9 @@ from ma_sft.config import Recipe
 from ma_sft.errors import FormatError, RecipeError, TemplateError
 from ma_sft.utils import must_be_new, say, visible
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
 LOOKED_AT = 5000  # rows, drawn at random
-
-
+TOOLS = "Qwen/Qwen3-0.6B"  # a small tokenizer whose template knows tools
+PREFERENCES = ("preference", "hh-rlhf", "pku-saferlhf")
 TASKS = {
     "chat": "answers in conversations",
     "exact": "short answers that are right or wrong: JSON, labels, numbers",
@@ -28,8 +24,6 @@ TASKS = {
     "tools": "calls of functions",
     "text": "plain text, no conversation",
 }
-
-
 COMMENTS = {
     "model_name_or_path": "a hub id, a folder, or 'demo'",
     "template": "the model has no chat template; its two tokens are added and trained",
@@ -49,29 +43,26 @@ COMMENTS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows look like, from up to `LOOKED_AT` of them.
+    """What the rows look like, from up to `LOOKED_AT` of them."""
 
-    `total` counts all, `lengths` and `answers` are tokens of each row and of what is trained in it, `source` is the
-    entry of `datasets`, `broken` counts rows that are no conversation, `example` is what is wrong with the first,
-    `context` is the model's in tokens.
-    """
-
-    total: int
+    total: int  # rows in all
     format: str
-    source: dict[str, Any]
-    broken: int
-    example: str
-    lengths: "np.ndarray[Any, Any]"
-    answers: "np.ndarray[Any, Any]"
+    sources: list[dict[str, Any]]  # entries of `datasets`
+    broken: int  # rows that are no conversation
+    example: str  # what is wrong with the first of them
+    lengths: "np.ndarray[Any, Any]"  # tokens of each row
+    answers: "np.ndarray[Any, Any]"  # and of what is trained in it
     task: str
     template: str | None
-    context: int
+    context: int  # of the model, in tokens
 
     def __str__(self) -> str:
         half, most = np.percentile(self.lengths, [50, 99]).astype(int)
         return (
             f"{self.total:,} rows in the format {self.format}: half have up to {half:,} tokens, 99% up to {most:,}, "
-            f"the longest {self.lengths.max():,}" + (f"; {self.broken:,} broken rows" if self.broken else "")
+            f"the longest {self.lengths.max():,}"
+            + (f"; {self.broken:,} broken rows" if self.broken else "")
+            + ("; of each pair the better answer is trained, `rejected` is not used" * (self.format in PREFERENCES))
         )
 
 
@@ -84,39 +75,40 @@ def init(
     *,
     split: str = "train",
     code: bool = False,
+    columns: str | None = None,
 ) -> tuple[Path, str]:
     """Write a recipe, asking for what is None; its path and the command that trains it.
 
     Args:
-        model: a hub id, a folder, or `"demo"`.
-        data: a hub id, a file, a glob, or a folder.
+        model, data: a hub id, or a folder; `"demo"`; of data a file or a glob, too.
         hardware: `"cpu"`, or GPUs as `"1x24GB"`.
         task: one of `TASKS`.
         out: the recipe; by default it is named after the data, here.
         split: of a hub data set.
         code: whether the model's own Python code may run.
+        columns: what columns mean, as `"theirs=question,other=answer"`; None asks where their names do not tell.
 
     Raises:
         MaSftError: `out` exists, nobody can be asked, or model or data cannot be had or used.
     """
     if task is not None and task not in TASKS:
         raise RecipeError(f"--task: one of {', '.join(TASKS)} expected, found {task!r}")
-    data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet), a folder or a hub id")
+    gpus, memory = _parse_hardware(hardware) if hardware else (0, "")
+    data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet, .txt), a folder or a hub id")
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
-    source, total = _source(data, split)  # before the next question
+    sources, form, total = _sources(data, split, columns)  # before the next question
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
-    extra = {
-        **({"dataset_train_split": split} if split != "train" else {}),
-        **({"trust_remote_code": True} if code else {}),
-    }
-    rows = look(model, source, total, extra)
+    extra: dict[str, Any] = {"dataset_train_split": split} if split != "train" else {}
+    extra |= {"trust_remote_code": True} if code else {}
+    rows = look(model, sources, form, total, extra)
     say(f"{data}: {rows}")
-    hardware = hardware or _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
-    gpus, memory = _parse_hardware(hardware)
+    if not hardware:
+        hardware = _ask("hardware", "Hardware: cpu, or GPUs as 1x24GB", _here())
+        gpus, memory = _parse_hardware(hardware)
     while task not in TASKS:
         task = _ask("task", "\n".join(f"  {name}: {text}" for name, text in TASKS.items()) + "\nTask", rows.task)
-    settings, comments = _choose(model, data, task, rows, gpus)
+    settings, comments = _choose(model, task, rows, gpus)
     settings |= extra
     command = _fit(settings, gpus, memory, out) if gpus else f"ma-sft train {out}"
     head = f"{TASKS[task].capitalize()}, on {hardware}.\n\n{str(rows).capitalize()}.\n\n    {command}"
@@ -124,23 +116,22 @@ def init(
     return out, command
 
 
-def look(model: str, source: dict[str, Any], total: int, extra: dict[str, Any]) -> Rows:
-    """Convert and tokenise rows of a source of `total` rows as training with these extra settings would.
+def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra: dict[str, Any]) -> Rows:
+    """Label rows of sources with `total` rows of a format as training with these extra settings would.
 
     Raises:
-        MaSftError: the model cannot be had, or no row is a conversation.
+        MaSftError: the model cannot be had, no row is a conversation, or its template knows no tools.
     """
     from transformers import AutoConfig
 
-    from ma_sft.data.mixture import load_mixture
     from ma_sft.hub import load_pretrained
     from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import make_encoder, tokenize
+    from ma_sft.labels.tokenize import label
+    from ma_sft.packing.pack import Tokens
+    from ma_sft.packing.truncation import whole_rows
 
-    split = extra.get("dataset_train_split", "train")
-    mixture = load_mixture([{**source, "limit": LOOKED_AT, "split": split}], on_error="skip")
-    template = None
-    recipe = Recipe(model_name_or_path=model, dataset_name=source["path"], report_to="none", **extra)
+    drawn = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
+    recipe, template = Recipe(model_name_or_path=model, report_to="none", **drawn, **extra), None
     settings = recipe.resolve()
     try:
         tokenizer, _ = load_tokenizer(settings)
@@ -148,51 +139,86 @@ def look(model: str, source: dict[str, Any], total: int, extra: dict[str, Any]) 
         template = "chatml"
         settings = Recipe(**recipe.settings, template=template).resolve()
         tokenizer, _ = load_tokenizer(settings)
-    conversations: Dataset = mixture.train
-    labelled = tokenize(conversations, make_encoder(settings, tokenizer)).with_format("numpy")
-    lengths, answers = [], []
-    for batch in labelled.iter(batch_size=1000):
-        lengths += [len(labels) for labels in batch["labels"]]
-        answers += [int((labels != -100).sum()) for labels in batch["labels"]]
-    form = str(mixture.report.sources[0]["format"])
+    try:
+        labelled = label(settings, tokenizer)
+    except TemplateError as error:
+        if "tools" not in str(error):
+            raise
+        raise TemplateError(f"{error}: choose another model, or train with chat_template_path: {TOOLS}") from None
+    tokens = Tokens(labelled.dataset)
+    answers = tokens.trained(whole_rows(np.arange(len(tokens.lengths)), tokens.lengths))
     name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
     config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code).get_text_config()
     return Rows(
         total=total,
         format=form,
-        source=source,
-        broken=sum(stage.removed.get("broken rows", 0) for stage in mixture.report.stages),
-        example=next((t for stage in mixture.report.stages for t in stage.examples.get("broken rows", [])), ""),
-        lengths=np.array(lengths),
-        answers=np.array(answers),
-        task=_task(form, conversations, np.array(answers)),
+        sources=sources,
+        broken=sum(stage.removed.get("broken rows", 0) for stage in labelled.stages),
+        example=next((t for stage in labelled.stages for t in stage.examples.get("broken rows", [])), ""),
+        lengths=tokens.lengths,
+        answers=answers,
+        task=_task(form, labelled.conversations, answers),
         template=None if form == "text" else template,
         context=getattr(config, "max_position_embeddings", 1 << 30),
     )
 
 
-def _source(data: str, split: str) -> tuple[dict[str, Any], int]:
-    """The entry of `datasets`, with names of columns where another case hides a format; and how many rows there are."""
+def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str, Any]], str, int]:
+    """The entries of `datasets`, with what columns mean where their names do not tell; their format; how many rows."""
     from ma_sft.data.formats import detect_format
     from ma_sft.data.load import Source, load_rows, rows_of
 
-    found: dict[str, Any] = {"path": data}
-    source = Source.of(found, split=split)
-    rows, _ = load_rows(source)
-    first = rows[:1]
-    names = next((list(row) for _, _, row in rows_of(first, [0], source) if isinstance(row, dict)), [])
-    renamed = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in names}
-    for form in (names, renamed.values()):
+    found = _files(Path(data)) if Path(data).is_dir() else [{"path": data}]
+    loaded = [(source := Source.of(entry, split=split), load_rows(source)[0]) for entry in found]
+    source, rows = loaded[0]
+    some = range(min(len(rows), 20))
+    first: Any = next((row for _, _, row in rows_of(rows[: len(some)], some, source) if isinstance(row, dict)), {})
+    meaning = dict(pair.split("=", 1) for pair in columns.split(",")) if columns else _meaning(first)
+    if wrong := [name for name in meaning if name not in first]:
+        raise RecipeError(f"--columns: there is no column {wrong[0]!r}, there are {', '.join(first)}")
+    form = detect_format({meaning.get(name, name): value for name, value in first.items()}) if first else "?"
+    more = {"columns": meaning} if meaning else {}
+    return [{**entry, **more} for entry in found], form, sum(len(each) for _, each in loaded)
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a folder: a saved data set, or its files by suffix; of texts, each is a row."""
+    from ma_sft.data.load import KINDS
+
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return [{"path": str(folder)}]
+    suffixes = [suffix for suffix in KINDS if any(folder.glob(f"*{suffix}"))]
+    if not suffixes:
+        raise RecipeError(f"{folder} holds no files that end in {', '.join(KINDS)}")
+    texts = {suffix: {"sample_by": "document"} for suffix in (".txt", ".md")}
+    return [{"path": f"{folder}/*{suffix}", **texts.get(suffix, {})} for suffix in suffixes]
+
+
+def _meaning(row: dict[str, Any]) -> dict[str, str]:
+    """`{name in the data: name that a format has}`, asked for where the names are those of no format."""
+    from ma_sft.data.formats import detect_format
+
+    if not row:  # it is broken, which is said with the rows
+        return {}
+    lower = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in row}
+    for meaning in ({}, {old: new for old, new in lower.items() if old != new}):
         try:
-            detect_format(form)
-        except FormatError:
-            continue
-        columns = {} if form is names else {old: new for old, new in renamed.items() if old != new}
-        return found | ({"columns": columns} if columns else {}), len(rows)
-    return found, len(rows)
+            detect_format({meaning.get(name, name): value for name, value in row.items()})
+            return meaning
+        except FormatError as error:
+            problem = error
+    if not sys.stdin.isatty():
+        raise FormatError(f"{problem}; or say what columns mean: --columns THEIRS=question,THEIRS=answer")
+    say(*(f"  {name}: {str(value)[:60]}" for name, value in row.items()))
+    found: dict[str, str] = {}
+    for what in ("question", "answer"):
+        while (name := _ask("columns", f"Which column is the {what}?")) not in row:
+            say(f"one of {', '.join(row)}")
+        found[name] = what
+    return found
 
 
-def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") -> str:
+def _task(form: str, conversations: Any, answers: "np.ndarray[Any, Any]") -> str:
     if form == "text":
         return "text"
     first = conversations[: min(50, len(conversations))]
@@ -204,7 +230,7 @@ def _task(form: str, conversations: "Dataset", answers: "np.ndarray[Any, Any]") 
     return "exact" if len(turns) == len(first["messages"]) and np.percentile(answers, 90) <= 48 else "chat"
 
 
-def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _choose(model: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings that fit rows, task and hardware, and a comment on some of them."""
     good = round(rows.total * len(rows.lengths) / (len(rows.lengths) + rows.broken))
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
@@ -220,10 +246,10 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[di
     steps = -(-units // batch) * epochs
     answer = {"exact": int(rows.answers.max() * 1.5) // 16 * 16 + 16, "reasoning": 2048}.get(task, 256)
     shown = {"exact": min(50, held_out), "chat": min(10, held_out), "reasoning": min(5, held_out)}.get(task, 0)
-    source = {"datasets": [rows.source]} if len(rows.source) > 1 else {"dataset_name": data}
+    simple = len(rows.sources) == len(rows.sources[0]) == 1
     settings = {
         "model_name_or_path": model,
-        **source,
+        **({"dataset_name": rows.sources[0]["path"]} if simple else {"datasets": rows.sources}),
         **({"on_error": "skip"} if rows.broken else {}),
         **({"template": rows.template} if rows.template else {}),
         **({"history": "split"} if task == "reasoning" else {}),
@@ -252,20 +278,19 @@ def _choose(model: str, data: str, task: str, rows: Rows, gpus: int) -> tuple[di
 
 
 def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
-    """The command of the first launcher that fits the GPUs; takes a 4-bit base if nothing else does."""
+    """The command of the first launcher that fits the GPUs; settings that it needs are set."""
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, start_command
 
-    for quantised in ({}, {"load_in_4bit": True}):
-        settings |= quantised
-        resolved = Recipe(**settings).resolve()
-        load_tokenizer(resolved)
-        choice = plan(resolved, gpus, memory)["choice"]
-        if choice:
-            return start_command(choice, gpus, str(out))
-    raise RecipeError(
-        f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
-    )
+    resolved = Recipe(**settings).resolve()
+    load_tokenizer(resolved)
+    found = plan(resolved, gpus, memory)
+    if not found["choice"]:
+        raise RecipeError(
+            f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
+        )
+    settings |= found["changes"]
+    return start_command(found["choice"], gpus, str(out))
 
 
 def _write(settings: dict[str, Any], comments: dict[str, str], head: str) -> str:
@@ -305,12 +330,10 @@ def _here() -> str:
 
 
 def _parse_hardware(text: str) -> tuple[int, str]:
-    from ma_sft.tools.memory import bytes_of
-
+    """How many GPUs, and the memory of each."""
     if text.lower() == "cpu":
         return 0, ""
-    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\S+)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]?i?b?)\s*", text.lower())
     if match is None or int(match[1]) < 1:
         raise RecipeError(f"--hardware: cpu, or GPUs as 1x24GB expected, found {text!r}")
-    bytes_of(match[2])
     return int(match[1]), match[2]

@@ -7,70 +7,71 @@ and death is counted. So any architecture, attention implementation, checkpointi
 
 import os
 import re
+import resource
 import shlex
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
+import torch
+import transformers.utils
+from peft import get_peft_model
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.trainer_pt_utils import get_model_param_count
+from trl.models import enable_selective_activation_checkpointing
+from trl.trainer.utils import add_fused_lm_head
+
+from ma_sft.config import Recipe, Settings
 from ma_sft.errors import RecipeError
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.tools.gallery import shipped
+from ma_sft.training.adapters import adapted_layers, fitting_adapter, freeze, model_skeleton
 from ma_sft.utils import console
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ma_sft.config import Settings
-
 
 # What is no tensor. On a GPU: the context with its libraries, and the share of the rest that the caching allocator
 # cannot use. On the CPU: what the trainer still imports, and the share of activations that the C allocator keeps when
 # they are freed; benchmarks/memory.py measures both.
 CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
-
-
 CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
-
-
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of one process that trains the whole model, and how they come about.
+    """Bytes of one process that trains the whole model, and how they come about."""
 
-    Args:
-        total, trainable: numbers of parameters.
-        weights, gradients, optimizer: bytes of each.
-        kept: what the forward pass keeps for the backward pass.
-        activations: highest sum of all other tensors at any moment of the step, gradients not among them.
-        overlap: how much less than `gradients + activations` is needed, as the one grows while the other shrinks.
-        activations16: `activations` where the launcher trains in 16 bits: no 16-bit copies of float32 weights.
-        layer: bytes of the largest block of layers in 16 bits: what a sharded model has to gather at a time.
-        reserve: on the CPU, what the process holds before there is a model and what its allocator keeps.
-        lines: the arithmetic in words.
-    """
-
-    total: int
-    trainable: int
+    total: int  # parameters
+    trainable: int  # of them
     weights: int
     gradients: int
     optimizer: int
-    kept: int
-    activations: int
-    activations16: int
-    overlap: int
-    layer: int
-    reserve: int
-    lines: list[str]
+    kept: int  # by the forward pass for the backward pass
+    activations: int  # highest sum of all other tensors at any moment of the step, gradients not among them
+    activations16: int  # the same where the launcher trains in 16 bits: no 16-bit copies of float32 weights
+    overlap: int  # less than `gradients + activations` is needed, as the one grows while the other shrinks
+    layer: int  # the largest block of layers in 16 bits: what a sharded model has to gather at a time
+    reserve: int  # on the CPU, what the process holds before there is a model and what its allocator keeps
+    length: int  # tokens of the longest row
+    lines: list[str]  # the arithmetic in words
 
     @property
     def peak(self) -> int:
         """Bytes at the highest moment of training in one process on one device."""
-        return self.reserve + self.weights + self.gradients + self.optimizer + self.activations - self.overlap
+        return self.reserve + self.static + self.activations - self.overlap
+
+    @property
+    def static(self) -> int:
+        """Bytes that are there whatever the batch."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ LAUNCHERS = (
     Launcher("zero3", weights=True, states=True, deepspeed=True),
     Launcher("zero3_offload", weights=True, states=True, offload=True, deepspeed=True),
 )
+CPU = Launcher("cpu", many=False)
 
 
-def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
+def forecast(settings: Settings, longest: int | None = None) -> Forecast:
     """Forecast the peak memory of a recipe's training step.
 
     Args:
@@ -106,10 +108,7 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     Raises:
         RecipeError: the model is not there, a target that it has not, or neither `longest` nor `max_length`.
     """
-    import torch
-    from torch import nn
-
-    training = settings.training
+    training, rows = settings.training, settings.training.per_device_train_batch_size
     length = min(filter(None, (longest, training.max_length)), default=None)
     if length is None:
         raise RecipeError("the plan needs max_length, the longest row in tokens")
@@ -117,19 +116,13 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
     by_kind, largest = _stored(settings, model, linear)
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
-    layer = max((2 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-    weights, gradients = round(sum(size for _, size in by_kind.values())), sum(p.nbytes for p in trained)
+    trainable, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     optimizer = round(sum(_optimizer_bytes(str(training.optim), p) for p in trained))
-    trainable = sum(p.numel() for p in trained)
-    rows = training.per_device_train_batch_size
-    kept, activations, both = simulate(model, settings, rows, length)
-    activations, both = activations + largest, both + largest
+    kept, *peaks = simulate(model, settings, rows, length)
+    activations, both = (peak + largest for peak in peaks)
     in16 = (training.bf16 or training.fp16) and not settings.model.use_peft
     mixed = in16 and any(p.dtype == torch.float32 for p in trained)
-    activations16 = simulate(model, settings, rows, length, half=True)[1] if mixed else activations
-    accumulated = training.gradient_accumulation_steps > 1
-    overlap = 0 if accumulated else gradients + activations - max(both, gradients)
-    reserve, process = _reserve(activations - overlap) if training.use_cpu else (0, [])
+    overlap = gradients + activations - max(both, gradients) if training.gradient_accumulation_steps == 1 else 0
     lines = [
         *(f"weights: {count:,} parameters ({kind}) = {_gb(size)}" for kind, (count, size) in by_kind.items()),
         f"gradients: {trainable:,} trained parameters = {_gb(gradients)}",
@@ -139,32 +132,34 @@ def forecast(settings: "Settings", longest: int | None = None) -> Forecast:
         + (f", {_gb(largest)} for the largest layer in 16 bits too" if largest else "")
         + ("; layers are computed again (gradient_checkpointing)" if training.gradient_checkpointing else ""),
         *([f"not at the same time: activations go as gradients come = -{_gb(overlap)}"] if overlap else []),
-        *process,
     ]
+    reserve = 0
+    if training.use_cpu:
+        resident = psutil.Process().memory_info().rss
+        reserve = resident + round(CPU_BYTES) + round(CPU_SHARE * (activations - overlap))
+        lines.append(
+            f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
+            f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
+        )
     return Forecast(
-        sum(count for count, _ in by_kind.values()),
-        trainable,
-        weights,
-        gradients,
-        optimizer,
-        kept,
-        activations,
-        activations16,
-        overlap,
-        layer,
-        reserve,
-        lines,
+        total=sum(count for count, _ in by_kind.values()),
+        trainable=trainable,
+        weights=round(sum(size for _, size in by_kind.values())),
+        gradients=gradients,
+        optimizer=optimizer,
+        kept=kept,
+        activations=activations,
+        activations16=simulate(model, settings, rows, length, half=True)[1] if mixed else activations,
+        overlap=overlap,
+        layer=max((2 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
+        reserve=reserve,
+        length=length,
+        lines=lines,
     )
 
 
-def _skeleton(settings: "Settings") -> tuple[Any, set[int]]:
+def _skeleton(settings: Settings) -> tuple[Any, set[int]]:
     """The model as it is trained, without memory, and its linear layers' weights, by id."""
-    import torch
-    from peft import get_peft_model
-    from torch import nn
-
-    from ma_sft.training.adapters import fitting_adapter, freeze, model_skeleton
-
     model = model_skeleton(settings)
     head = model.get_output_embeddings()
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
@@ -182,44 +177,43 @@ def _skeleton(settings: "Settings") -> tuple[Any, set[int]]:
     return model, linear
 
 
-def _stored(settings: "Settings", model: "nn.Module", linear: set[int]) -> tuple[dict[str, tuple[int, float]], int]:
+def _stored(settings: Settings, model: nn.Module, linear: set[int]) -> tuple[dict[str, tuple[int, float]], int]:
     """Parameters and bytes by how they are stored, and the largest quantised layer's bytes in 16 bits."""
     by_kind: dict[str, tuple[int, float]] = {}
-    largest = 0
+    largest, of = 0, settings.model
+    scales, each = ("8 bits", 1 + 4 / 256) if of.use_bnb_nested_quant else ("float32", 4)  # of a block of 64
     for parameter in model.parameters():
-        stored, nbytes = str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
+        count, kind, nbytes = parameter.numel(), str(parameter.dtype).removeprefix("torch."), float(parameter.nbytes)
         if settings.quantised and id(parameter) in linear and not parameter.requires_grad:
-            stored, nbytes = _quantised(settings, parameter)
-            largest = max(largest, parameter.numel() * 2)
-        stored = f"{stored}, trained" if parameter.requires_grad else stored
-        count, size = by_kind.get(stored, (0, 0.0))
-        by_kind[stored] = count + parameter.numel(), size + nbytes
+            largest = max(largest, count * 2)
+            kind, nbytes = f"4-bit {of.bnb_4bit_quant_type}, scales in {scales}", count / 2 + count / 64 * each
+            if of.load_in_8bit:
+                kind, nbytes = "8-bit, scales in float32", count + 4 * parameter.shape[0]
+        kind = f"{kind}, trained" if parameter.requires_grad else kind
+        known, size = by_kind.get(kind, (0, 0.0))
+        by_kind[kind] = known + count, size + nbytes
     return by_kind, largest
 
 
-def _reserve(activations: int) -> tuple[int, list[str]]:
-    """What a process on the CPU holds beside its tensors, and that in words."""
-    import psutil
+def _optimizer_bytes(name: str, parameter: nn.Parameter) -> float:
+    """Bytes of an optimiser's states for one parameter."""
+    name = name.rsplit(".", 1)[-1].lower()
+    if "8bit" in name and parameter.numel() < 4096:  # bitsandbytes keeps small tensors in 32 bits
+        return 8 * parameter.numel()
+    if "sgd" in name:
+        return 0
+    if "adafactor" in name:
+        return 4 * sum(parameter.shape)
+    one = parameter.numel() * (1 + 4 / 256) if "8bit" in name else parameter.nbytes
+    return (1 if "lion" in name else 2) * one
 
-    resident = psutil.Process().memory_info().rss
-    reserve = resident + round(CPU_BYTES) + round(CPU_SHARE * activations)
-    return reserve, [
-        f"the process: {_gb(resident)} now, {_gb(CPU_BYTES)} for the trainer, and of the activations the "
-        f"{CPU_SHARE:.0%} that the C allocator keeps when they are freed = {_gb(reserve)}"
-    ]
 
-
-def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
+def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
     """Run one training step of a skeleton on fake tensors, with float32 weights in 16 bits if `half`.
 
     Returns:
         Bytes alive after the forward pass, at the highest moment without gradients, and with them.
     """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from trl.models import enable_selective_activation_checkpointing
-    from trl.trainer.utils import add_fused_lm_head
-
     training: Any = settings.training
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     with warnings.catch_warnings():
@@ -235,66 +229,55 @@ def simulate(model: Any, settings: "Settings", rows: int, length: int, *, half: 
                 causal.enable_input_require_grads()
     dtype = torch.bfloat16 if training.bf16 else torch.float16
     with FakeTensorMode(allow_non_fake_inputs=True):
-        own = _fake(model, dtype if half else None)
+        tracked = _Tracked(_fake(model, dtype if half else None))
         shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
         ids = torch.zeros(shape, dtype=torch.long)
         positions, mask = torch.arange(ids.numel())[None], torch.ones_like(ids)
         more = {"position_ids": positions} if shape[0] == 1 else {"attention_mask": mask}
-        with _tracked(own) as events:
+        with tracked:
             with torch.autocast("cpu", dtype, enabled=training.bf16 or training.fp16):
                 out = causal(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **more)
                 loss = -out.log_probs.sum()
-            at_forward = len(events)
+            after_forward = len(tracked.events)
             loss.backward()
-        grads = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
+        gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
     # A storage's number may be used again; the last one with a gradient's number is the gradient.
-    last = {number: at for at, (number, size) in enumerate(events) if number in grads and size > 0}
+    last = {number: at for at, (number, size) in enumerate(tracked.events) if number in gradients and size > 0}
     alive = without = 0
     kept = peak = peak_without = 0
-    for at, (number, size) in enumerate(events):
+    for at, (number, size) in enumerate(tracked.events):
         alive += size
         without += 0 if last.get(number) == at else size
         peak, peak_without = max(peak, alive), max(peak_without, without)
-        if at < at_forward:
+        if at < after_forward:
             kept = alive
     return kept, peak_without, peak
 
 
-@contextmanager
-def _tracked(own: set[int]) -> Iterator[list[tuple[int, int]]]:
-    """Record (storage, +bytes or -bytes) of each tensor made and freed inside; `own` storages do not count."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+class _Tracked(TorchDispatchMode):
+    """Records (storage, +bytes or -bytes) of each tensor made and freed inside; `own` storages do not count."""
 
-    events: list[tuple[int, int]] = []
-    known = set(own)
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = own
+        self.events: list[tuple[int, int]] = []
 
-    def forget(number: int, size: int) -> None:
-        known.discard(number)
-        events.append((number, -size))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.events.append((storage._cdata, storage.nbytes()))
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
 
-    class Track(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in known:
-                        known.add(storage._cdata)
-                        events.append((storage._cdata, storage.nbytes()))
-                        weakref.finalize(storage, forget, storage._cdata, storage.nbytes())
-            return out
-
-    with Track():  # type: ignore[no-untyped-call]
-        yield events
+    def _freed(self, number: int, size: int) -> None:
+        self.known.discard(number)
+        self.events.append((number, -size))
 
 
-def _fake(model: "nn.Module", dtype: Any) -> set[int]:
+def _fake(model: nn.Module, dtype: Any) -> set[int]:
     """Put fake CPU tensors, of `dtype` if given, in place of all weights and buffers; their storages' numbers."""
-    import torch
-    from torch import nn
-
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -309,38 +292,8 @@ def _fake(model: "nn.Module", dtype: Any) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
 
-def _quantised(settings: "Settings", parameter: "nn.Parameter") -> tuple[str, float]:
-    """How bitsandbytes stores a linear layer's weight: its name, and its bytes with the scales."""
-    count = parameter.numel()
-    if settings.model.load_in_8bit:
-        return "8-bit, scales in float32", count + 4 * parameter.shape[0]
-    blocks = count / 64
-    if settings.model.use_bnb_nested_quant:
-        return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in 8 bits", count / 2 + blocks * (1 + 4 / 256)
-    return f"4-bit {settings.model.bnb_4bit_quant_type}, scales in float32", count / 2 + 4 * blocks
-
-
-def _optimizer_bytes(name: str, parameter: "nn.Parameter") -> float:
-    """Bytes of an optimiser's states for one parameter."""
-    name = name.rsplit(".", 1)[-1].lower()
-    if "8bit" in name and parameter.numel() >= 4096:  # bitsandbytes keeps small tensors in 32 bits
-        return (1 if "lion" in name else 2) * parameter.numel() * (1 + 4 / 256)
-    if "8bit" in name:
-        return 8 * parameter.numel()
-    if "sgd" in name:
-        return 0
-    if "adafactor" in name:
-        return 4 * sum(parameter.shape)
-    return (1 if "lion" in name else 2) * parameter.nbytes
-
-
 def peak_memory() -> int:
     """Bytes at the highest moment so far: of the GPU's tensors, without a GPU of the process (resident set size)."""
-    import resource
-    import sys
-
-    import torch
-
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
@@ -348,42 +301,26 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def weight_bytes(model: "nn.Module") -> int:
-    """Bytes of a loaded model's weights, bitsandbytes' scales among them."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        scales = [getattr(state, "absmax", None), getattr(nested, "absmax", None), getattr(parameter, "SCB", None)]
-        total += parameter.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
-    return total
-
-
-def memory_table(settings: "Settings", model: "nn.Module", found: Forecast | None) -> list[tuple[str, str]]:
+def memory_table(settings: Settings, model: nn.Module, found: Forecast | None) -> list[tuple[str, str]]:
     """What a run prints of its memory before the first step, as (what, how much) lines."""
-    from transformers.trainer_pt_utils import get_model_param_count
-
-    from ma_sft.training.adapters import adapted_layers
-
-    weights = weight_bytes(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    training = settings.training
     count = get_model_param_count(model, trainable_only=True)  # knows of ZeRO-3's empty ones
     total = found.total if found else get_model_param_count(model)
-    states = sum(_optimizer_bytes(str(settings.training.optim), p) for p in trained)
-    lines = [
-        ("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})"),
-        (
-            "weights",
-            f"{_gb(2 * total)} in 16 bits before, {_gb(weights)} quantised" if settings.quantised else _gb(weights),
-        ),
-        ("gradients", _gb(sum(p.nbytes for p in trained))),
-        (f"states of {settings.training.optim.value}", _gb(states)),
-    ]
+    lines = [("trained parameters", f"{count:,} of {total:,} ({count / total:.2%})")]
     if settings.model.use_peft:
         lines.insert(0, ("the adapter is on", adapted_layers(model)))
     if found:
-        lines.append(("peak of memory", f"{_gb(found.peak)} forecast for one process; `ma-sft plan` shows how"))
-    if settings.quantised and settings.training.use_cpu:
+        before = f"{_gb(2 * total)} in 16 bits before, " if settings.quantised else ""
+        shorter = training.max_length and found.length < training.max_length
+        basis = f"{found.length:,} tokens, the longest row" if shorter else f"rows of {found.length:,} tokens"
+        differs = f" (`ma-sft plan` takes max_length, {training.max_length:,})" if shorter else ""
+        lines += [
+            ("weights", f"{before}{_gb(found.weights)}{' quantised' if before else ''}"),
+            ("gradients", _gb(found.gradients)),
+            (f"states of {training.optim.value}", _gb(found.optimizer)),
+            ("peak of memory", f"{_gb(found.peak)} forecast for one process at {basis}{differs}"),
+        ]
+    if settings.quantised and training.use_cpu:
         how = "nothing is paged, optimiser states stay in memory; each product unpacks its weights first"
         lines.append(("bitsandbytes on the CPU", how))
     return lines
@@ -395,28 +332,21 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     DDP adds a bucket copy of the gradients. DeepSpeed trains in 16 bits with a float32 copy beside the optimiser's
     states. A sharded model gathers two blocks of layers at a time, the current and the next.
     """
-    share = gpus if launcher.states else 1
-    weights, gradients, optimizer = float(found.weights), float(found.gradients), float(found.optimizer)
-    overlap = found.overlap if not launcher.many else 0
-    if launcher.deepspeed:
-        frozen = found.weights - found.gradients  # the trainable weights have their gradients' dtype
-        weights, gradients = frozen + 2 * found.trainable, 2.0 * found.trainable
-        optimizer = max(optimizer, 8.0 * found.trainable) + 4 * found.trainable
-    elif launcher.name == "ddp":
-        gradients *= 2
-    gathered = 2 * found.layer if launcher.weights else 0
-    parts = {
-        "weights": weights / (gpus if launcher.weights else 1) + gathered,
-        "gradients": gradients / share,
-        "optimizer": optimizer / share,
-        "activations": float(found.activations16 if launcher.states else found.activations - overlap),
-    }
-    host = 0.0
-    if launcher.offload:
-        host = weights + gradients + optimizer  # of all GPUs of the machine
-        parts |= {"weights": gathered, "gradients": 0.0, "optimizer": 0.0}
+    trainable, deepspeed = found.trainable, launcher.deepspeed
+    frozen = found.weights - found.gradients  # the trainable weights have their gradients' dtype
+    terms = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    if deepspeed:
+        states = max(found.optimizer, 8 * trainable) + 4 * trainable
+        terms = {"weights": frozen + 2 * trainable, "gradients": 2 * trainable, "optimizer": states}
+    shares = {"weights": launcher.weights, "gradients": launcher.states, "optimizer": launcher.states}
+    parts = {name: 0.0 if launcher.offload else size / (gpus if shares[name] else 1) for name, size in terms.items()}
+    parts["gradients"] *= 2 if launcher.name == "ddp" else 1
+    parts["weights"] += 2 * found.layer if launcher.weights else 0
+    overlap = 0 if launcher.many else found.overlap
+    parts["activations"] = float(found.activations16 if launcher.states else found.activations - overlap)
     used = sum(parts.values())
     reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
+    host = float(sum(terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
     return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
 
 
@@ -432,8 +362,10 @@ def bytes_of(text: str) -> float:
     return float(match[1]) * UNITS[match[2] or ""]
 
 
-def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
+def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
     """The forecast for each launcher, and the first that fits.
+
+    Before the launcher that offloads, smaller batches with accumulation, checkpointing and a 4-bit base are tried.
 
     Args:
         settings: the resolved recipe.
@@ -441,81 +373,99 @@ def plan(settings: "Settings", gpus: int | None = None, gpu_memory: str | None =
         gpu_memory: of each, e.g. `"80GB"`; None takes this machine's.
 
     Returns:
-        `forecast` (fields of `Forecast`, with `peak`), `memory` of a device in bytes, `launchers` (name -> bytes by
-        part with `total` and `fits`), `choice`: a launcher's name or None, `gpus`.
+        `forecast` (fields of `Forecast`, with `peak`), `gpus`, `memory` of each in bytes, `launchers` (name -> bytes by
+        part with `total` and `fits`), and the `choice` (None if nothing fits) with the `changes` of settings that it
+        needs and the `total` that it then takes.
     """
-    import psutil
-    import torch
-
     here = torch.cuda.device_count()
     gpus = here if gpus is None else gpus
     if gpus < 0:
         raise RecipeError(f"--gpus: 0 or more expected, found {gpus}")
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
-    found = forecast(_with_training(settings, use_cpu=gpus == 0))
-    if gpu_memory:
-        memory = bytes_of(gpu_memory)
-    else:
-        memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().total
-    if gpus:
-        candidates = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
-    else:
-        candidates = [Launcher("cpu", many=False)]
-    if settings.quantised:
-        # ZeRO-3 cannot share out bitsandbytes' weights, FSDP can with a storage dtype
-        stored = settings.model.bnb_4bit_quant_storage is not None
-        candidates = [one for one in candidates if not one.weights or (one.name == "fsdp2" and stored)]
-    launchers = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
-    choice = next((name for name, parts in launchers.items() if parts["total"] <= memory), None)
+    memory = psutil.virtual_memory().total if not gpus else 0
+    memory = bytes_of(gpu_memory) if gpu_memory else memory or torch.cuda.get_device_properties(0).total_memory
+    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, Any]]]] = []
+    choice = None
+    for changes in ({}, *_smaller(settings)):
+        if tried and "load_in_4bit" not in changes and tried[0][1].static > memory * max(gpus, 1):
+            continue  # smaller activations would not do
+        changed = _changed(settings, gpus, **changes)
+        found = forecast(changed)
+        table = {one.name: on_device(found, one, max(gpus, 1)) for one in _candidates(changed, gpus)}
+        tried.append((changes, found, {name: {**a, "fits": a["total"] <= memory} for name, a in table.items()}))
+        fitting = [name for name, parts in tried[-1][2].items() if parts["fits"]]
+        choice = next((name for name in fitting if not table[name]["host"]), None)
+        if choice:
+            break
+    _, found, launchers = tried[0]
+    changes, _, fits = tried[-1] if choice else tried[0]
+    choice = choice or next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
     return {
         "forecast": {**asdict(found), "peak": found.peak},
         "gpus": gpus,
         "memory": memory,
-        "launchers": {name: {**parts, "fits": parts["total"] <= memory} for name, parts in launchers.items()},
+        "launchers": launchers,
         "choice": choice,
+        "changes": changes,
+        "total": fits[choice]["total"] if choice else None,
     }
 
 
-def _with_training(settings: "Settings", **values: Any) -> "Settings":
-    """Settings with other values of the trainer's; the resolved ones stay as they are."""
-    training = copy(settings.training)
-    for name, value in values.items():
-        setattr(training, name, value)
-    return replace(settings, training=training)
+def _candidates(settings: Settings, gpus: int) -> list[Launcher]:
+    """The launchers for so many GPUs; of them, ZeRO-3 cannot share out bitsandbytes' weights, FSDP can if stored so."""
+    names = {"fsdp2"} if settings.model.bnb_4bit_quant_storage is not None else set()
+    fitting = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
+    shared = [one for one in fitting if not (settings.quantised and one.weights) or one.name in names]
+    return shared if gpus else [CPU]
 
 
-def advice(settings: "Settings", found: dict[str, Any]) -> list[str]:
+def _smaller(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Changes of the settings, each with those before it, that need less memory and learn the same, or nearly."""
+    training, changes = settings.training, {}
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    for fewer in (fewer for fewer in range(rows - 1, 0, -1) if rows % fewer == 0):
+        changes = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": steps * rows // fewer}
+        yield changes
+    if not training.gradient_checkpointing:
+        changes = {**changes, "gradient_checkpointing": True}
+        yield changes
+    if settings.model.use_peft and not settings.quantised:
+        yield {**changes, "load_in_4bit": True}
+
+
+def _changed(settings: Settings, gpus: int, **changes: Any) -> Settings:
+    """The recipe with other settings, for so many GPUs; what is given stays as it is."""
+    changed = Recipe(**{**settings.chosen, **changes}).resolve()
+    load_tokenizer(changed)
+    changed.training.use_cpu = gpus == 0
+    return changed
+
+
+def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
     """Settings that make the plan's choice faster and change nothing of what is learned, a line each."""
-    from transformers import utils
-
-    name, gpus = found["choice"], found["gpus"]
-    launcher = next((one for one in LAUNCHERS if one.name == name), Launcher("cpu", many=False))
-    lines = []
-    training, attention = settings.training, settings.model.attn_implementation
-    selective = {**(training.gradient_checkpointing_kwargs or {}), "selective": True, "use_reentrant": False}
-    cheaper: list[tuple[str, dict[str, Any]]] = [("gradient_checkpointing=false", {"gradient_checkpointing": False})]
+    gpus, training, lines = found["gpus"], settings.training, []
+    launcher = next((one for one in LAUNCHERS if one.name == found["choice"]), CPU)
+    options = training.gradient_checkpointing_kwargs or {}
+    cheaper: dict[str, dict[str, Any]] = {"gradient_checkpointing=false": {"gradient_checkpointing": False}}
     if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
-        cheaper.append(
-            ("gradient_checkpointing_kwargs='{\"selective\": true}'", {"gradient_checkpointing_kwargs": selective})
-        )
-    if training.gradient_checkpointing and not (training.gradient_checkpointing_kwargs or {}).get("selective"):
-        for words, values in cheaper:
-            less = forecast(_with_training(settings, use_cpu=gpus == 0, **values))
-            total = on_device(less, launcher, max(gpus, 1))["total"]
-            if total <= found["memory"]:
-                lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
-                break
-    if gpus and attention in (None, "sdpa", "eager"):
-        installed = [n for n in (3, 2) if getattr(utils, f"is_flash_attn_{n}_available")()]
+        selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
+        cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
+    if not training.gradient_checkpointing or options.get("selective"):
+        cheaper = {}
+    for words, changes in cheaper.items():
+        total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
+        if total <= found["memory"]:
+            lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
+            break
+    if gpus and settings.model.attn_implementation in (None, "sdpa", "eager"):
+        installed = [n for n in (3, 2) if getattr(transformers.utils, f"is_flash_attn_{n}_available")()]
         lines += [f"attn_implementation=flash_attention_{n} is installed: faster in long packs" for n in installed[:1]]
     return lines
 
 
 def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()) -> str:
     """The command that trains a recipe with a launcher; it runs as it stands, with the flags that were given."""
-    from ma_sft.tools.gallery import shipped
-
     words = ["train", recipe, *flags]
     if choice in ("cpu", "single_gpu"):
         return shlex.join(["ma-sft", *words])
@@ -525,42 +475,35 @@ def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()
     return shlex.join(["accelerate", "launch", "--config_file", path, *many, "-m", "ma_sft.cli", *words])
 
 
-def show_plan(settings: "Settings", found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:
-    """Print a plan: the arithmetic, a table of launchers, and the command to run.
-
-    Args:
-        recipe: the recipe's file.
-        flags: settings that were given beside it, as words of a command line.
-    """
-    from rich.table import Table
-
+def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:
+    """Print a plan: the arithmetic, a table of launchers, and the command that runs the recipe with its flags."""
     screen = console()
-    training, gpus = settings.training, found["gpus"]
+    training, gpus, choice = settings.training, found["gpus"], found["choice"]
     for line in found["forecast"]["lines"]:
         screen.print(line, soft_wrap=True)
-    where = f"each of {gpus} GPUs with {_gb(found['memory'])}" if gpus else f"this machine's {_gb(found['memory'])}"
-    columns = {
-        "weights": "weights",
-        "gradients": "grads",
-        "optimizer": "optim",
-        "activations": "activ",
-        "reserve": "rest",
-    }
-    columns |= {"total": "total", "host": "host"}
-    table = Table("launcher", *columns.values(), "fits", title=f"GB of {where}", padding=(0, 0))
-    for name, parts in found["launchers"].items():
-        table.add_row(name, *(f"{parts[c] / 1e9:.1f}" for c in columns), "yes" if parts["fits"] else "no")
+    where = f"on each GPU, which has {_gb(found['memory'])}" if gpus else f"of this machine's {_gb(found['memory'])}"
+    table = Table("", *found["launchers"], title=f"GB {where}")
+    names = {"reserve": "CUDA, allocator" if gpus else "process", "total": "total", "host": "in host memory"}
+    for part in ("weights", "gradients", "optimizer", "activations", *names):
+        cells = [f"{parts[part] / 1e9:.2f}" for parts in found["launchers"].values()]
+        table.add_row(names.get(part, part), *cells, end_section=part in ("reserve", "total"))
+    table.add_row("fits", *("yes" if parts["fits"] else "no" for parts in found["launchers"].values()))
     screen.print(table)
-    if found["choice"] is None:
+    if choice is None:
         smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]
         smaller += [] if training.gradient_checkpointing else ["gradient_checkpointing=true"]
         smaller += [] if settings.model.use_peft else ["use_peft=true"]
         smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
         screen.print(f"nothing fits; try {', '.join(reversed(smaller))}")
         return
-    for line in advice(settings, found):
+    changes = {key: str(value).lower() for key, value in found["changes"].items()}
+    if changes:
+        words = " ".join(f"{key}={value}" for key, value in changes.items())
+        screen.print(f"too large as it is; {choice} fits with {words}: {_gb(found['total'])}", soft_wrap=True)
+    for line in advice(settings, found) if not changes else ():
         screen.print(f"for nothing: {line}", soft_wrap=True)
-    screen.print(start_command(found["choice"], gpus, recipe, flags), soft_wrap=True)
+    more = [word for key, value in changes.items() for word in (f"--{key}", value)]
+    screen.print(start_command(choice, gpus, recipe, [*flags, *more]), soft_wrap=True)
 
 
 def _gb(size: float) -> str:

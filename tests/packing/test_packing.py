@@ -1,6 +1,5 @@
 """Packing: tokens, labels and borders survive, no document sees another, and every loss is counted."""
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from datasets.utils import _dill
 from helpers import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_rows import Recorder, flat, make_rows, tiny_model
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
 from ma_sft.packing.best_fit import best_fit_decreasing
@@ -24,18 +23,6 @@ from ma_sft.packing.truncation import POLICIES, label_runs, truncate
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
-
-
-def make_rows(lengths: list[int], seed: int = 0, prompt: int = 1) -> datasets.Dataset:
-    """Rows of distinct tokens, so that a token says where it comes from; the first `prompt` have no label."""
-    ids, labels, next_id = [], [], 10
-    for length in lengths:
-        row = list(range(next_id, next_id + length))
-        next_id += length
-        ids.append(row)
-        labels.append([IGNORED if i < prompt else token for i, token in enumerate(row)])
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
 
 
 def documents(packed: Any) -> list[tuple[list[int], list[int]]]:
@@ -47,10 +34,6 @@ def documents(packed: Any) -> list[tuple[list[int], list[int]]]:
             found.append((row["input_ids"][at : at + length], row["labels"][at : at + length]))
             at += length
     return sorted(found)
-
-
-def flat(lists: Any) -> list[int]:
-    return list(chain.from_iterable(lists))
 
 
 def pairs(dataset: datasets.Dataset) -> list[tuple[list[int], list[int]]]:
@@ -80,7 +63,7 @@ def test_every_document_comes_back_with_its_labels(lengths: list[int], strategy:
     rows = make_rows([*lengths, 0])
     packed, report = pack_with_report(rows, 40, strategy, seed=seed)
     assert documents(packed) == pairs(rows)
-    assert report.rows_empty == 1 and report.cut_tokens == 0 and report.tokens == sum(lengths)
+    assert report.rows_cut == report.labels_lost == 0 and report.tokens == sum(lengths)
     assert all(len(row["input_ids"]) <= 40 for row in packed)
 
 
@@ -122,7 +105,7 @@ def test_cut_is_counted_with_what_it_takes_away() -> None:
     rows = make_rows([4, 8, 12], prompt=2)
     rows = rows.add_item({"input_ids": list(range(900, 910)), "labels": [IGNORED] * 9 + [909]})
     packed, report = pack_with_report(rows, 8)
-    assert (report.rows_cut, report.cut_tokens, report.labels_lost) == (2, 6, 5)
+    assert (report.rows_cut, report.tokens, report.labels_lost) == (2, 28, 5)
     assert (report.rows_unlabelled, report.rows_unfinished) == (1, 1)
     assert "1 cut rows have no label left" in str(report)
     assert (rows[2]["input_ids"][:8], rows[2]["labels"][:8]) in documents(packed)
@@ -139,14 +122,14 @@ def test_split_keeps_every_token_and_counts_labels_without_context() -> None:
     rows = make_rows([4, 20])
     packed, report = pack_with_report(rows, 8, "bfd_split")
     assert sorted(flat(packed["input_ids"])) == sorted(flat(rows["input_ids"]))
-    assert (report.rows_split, report.documents, report.cut_tokens, report.labels_lost) == (1, 4, 0, 2)
+    assert (report.documents, report.tokens, report.labels_lost) == (4, 24, 2)
 
 
 def test_drop_leaves_long_rows_out_and_counts_them() -> None:
     rows = make_rows([4, 20, 8])
     packed, report = pack_with_report(rows, 8, overflow="drop")
     assert documents(packed) == pairs(rows.select([0, 2]))
-    assert (report.rows_dropped, report.cut_tokens, report.labels_lost) == (1, 20, 19)
+    assert (report.rows_dropped, report.tokens, report.labels_lost) == (1, 12, 19)
     assert "1 rows longer than 8 tokens were dropped" in str(report)
 
 
@@ -201,23 +184,6 @@ def test_a_stream_packs_in_a_bounded_buffer() -> None:
     assert set(first) == {"input_ids", "labels", "seq_lengths"}
     assert read <= 60, "the stream was read far beyond its buffer"
     assert documents(packed) == pairs(rows)
-
-
-def tiny_model(attention: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=400, **sizes, attn_implementation=attention)
-    return LlamaForCausalLM(config).float()
-
-
-class Recorder(SFTTrainer):
-    """SFTTrainer that keeps the gradients and the loss of its one step."""
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self.seen = inputs
-        self.loss = super().training_step(model, inputs, num_items_in_batch)
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        return self.loss
 
 
 def one_step(rows: datasets.Dataset, attention: str, batch_size: int, folder: Path) -> Recorder:
@@ -303,21 +269,21 @@ def test_keep_answer_lets_the_oldest_turns_go(row: dict[str, list[int]], start: 
     assert packed[0]["input_ids"] == row["input_ids"][start:end]
     assert packed[0]["labels"] == row["labels"][start:end]
     assert (report.rows_cut, report.rows_unfinished, report.rows_dropped) == (1, 0, 0)
-    assert report.cut_tokens == len(row["input_ids"]) - end + start
+    assert report.tokens == end - start
 
 
 def test_keep_answer_drops_and_counts_a_row_whose_answer_does_not_fit() -> None:
     rows = datasets.Dataset.from_list([turns((2, 10)), turns((2, 3))])
     packed, report = pack_with_report(rows, 10, overflow="keep_answer")
     assert documents(packed) == pairs(rows.select([1]))
-    assert (report.rows_dropped, report.cut_tokens, report.labels_lost) == (1, 12, 10)
+    assert (report.rows_dropped, report.tokens, report.labels_lost) == (1, 5, 10)
 
 
 def test_keep_end_cuts_the_beginning() -> None:
     rows = datasets.Dataset.from_list([turns((4, 8)), turns((2, 3))])
     packed, report = pack_with_report(rows, 10, overflow="keep_end")
     assert (rows[0]["input_ids"][2:], rows[0]["labels"][2:]) in documents(packed)
-    assert (report.rows_cut, report.cut_tokens, report.rows_unfinished, report.rows_split) == (1, 2, 0, 0)
+    assert (report.rows_cut, report.tokens, report.rows_unfinished) == (1, 15, 0)
 
 
 def test_rows_without_a_label_are_left_out_if_asked() -> None:

@@ -214,10 +214,19 @@ def evaluated(before, after):
     ],
 )
 def test_first_thing_seen_is_whether_it_worked(before, after, says, copy):
+    (copy / "answers.json").write_text(json.dumps([["q", "b", "a", "short"]]))
     both = [side and {"perplexity": 2.0, "token_accuracy": 0.5, **side} for side in (before, after)]
     write_report([changed(copy, **evaluated(*both))], copy / "report.html")
     text = " ".join(Page(copy / "report.html").text.split("first <b>")[2].split())
     assert says in text[:200]
+
+
+def test_of_a_chat_the_loss_leads_even_if_an_answer_matches(copy):
+    (copy / "answers.json").write_text(json.dumps([["q", "b", "a", "A long answer. " * 20]]))
+    before = {"loss": 4.42, "score": 0.01, "sources": {}, "perplexity": 2.0, "token_accuracy": 0.5}
+    after = {**before, "loss": 2.81, "score": 0.0, "metric": "exact-match"}
+    write_report([changed(copy, **evaluated(before, after))], copy / "report.html")
+    assert "It worked: the held-out loss went from 4.420 to 2.810." in Page(copy / "report.html").text
 
 
 def test_comparison_marks_the_better_value_and_tells_namesakes_apart(copy, tmp_path):
@@ -232,7 +241,36 @@ def test_comparison_marks_the_better_value_and_tells_namesakes_apart(copy, tmp_p
     (other / "recipe.json").write_text(json.dumps({**recipe, "test_size": 5}))
     write_report([copy, other], tmp_path / "two.html")
     text = " ".join(Page(tmp_path / "two.html").text.split())
-    assert "held-out loss 0.123 0.235" in text and "time 1 min 40 s 50 s ✓ best" in text
+    assert "held-out loss 0.123 0.235" in text and "time 1 min 40 s 50 s" in text and "50 s ✓" not in text
+    assert "test_size 6.0 5" in text and "Different data or held-out rows" in text
+
+
+def test_comparison_of_other_tokens_or_missing_figures_has_no_best(copy, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "runs" / "other")
+    changed(copy, eval_loss=0.1, train_seconds=100, eos_rate=0.5)
+    changed(other, eval_loss=0.2, train_seconds=50, eos_rate=None)
+    facts = json.loads((other / "run.json").read_text())
+    facts["rows"][0]["pieces"][0]["ids"] = [1, 2]  # of another tokenizer
+    (other / "run.json").write_text(json.dumps(facts))
+    write_report([copy, other], tmp_path / "two.html")
+    text = " ".join(Page(tmp_path / "two.html").text.split())
+    assert "answers stopped by themselves 50.0% held-out loss 0.1 0.2 token" in text
+    assert "time 1 min 40 s 50 s ✓ best" in text
+
+
+def test_comparison_shows_the_default_of_a_run_that_left_a_setting_out(copy, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "runs" / "other")
+    recipe = json.loads((copy / "recipe.json").read_text())
+    left_out = {key: value for key, value in recipe.items() if key not in ("learning_rate", "packing")}
+    (other / "recipe.json").write_text(json.dumps({**left_out, "warmup_steps": 0.25}))
+    facts = json.loads((other / "run.json").read_text())
+    facts["values"] |= {"learning_rate": 2e-4, "packing": True}
+    (other / "run.json").write_text(json.dumps(facts))
+    write_report([copy, other], tmp_path / "two.html")
+    text = " ".join(Page(tmp_path / "two.html").text.split())
+    assert "learning_rate 0.001 0.0002 (default)" in text and "packing" not in text.split("Curves")[0]
+    assert "warmup_steps 0 (default) 0.25" in text or "warmup_steps 0.0 (default) 0.25" in text
+    assert "null" not in text.split("Curves")[0]
 
 
 def test_answers_that_differ_come_first(copy):

@@ -1,5 +1,6 @@
 """The forecast of memory: its arithmetic, its agreement with a real run, and the choice of a launcher."""
 
+import io
 import json
 import shlex
 import subprocess
@@ -15,7 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.tools.memory import LAUNCHERS, _with_training, advice, bytes_of, forecast, plan, start_command, weight_bytes
+from ma_sft.tools.gallery import shipped, shipped_table
+from ma_sft.tools.memory import (
+    LAUNCHERS,
+    _smaller,
+    advice,
+    bytes_of,
+    forecast,
+    memory_table,
+    plan,
+    show_plan,
+    start_command,
+)
+from ma_sft.utils import console
 
 
 def settings(**more):
@@ -23,6 +36,17 @@ def settings(**more):
     found = Recipe(**{**common, "gradient_checkpointing": False, **more}).resolve()
     load_tokenizer(found)
     return found
+
+
+def weight_bytes(model):
+    """Bytes of a loaded model's weights, bitsandbytes' scales among them."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        scales = [getattr(state, "absmax", None), getattr(nested, "absmax", None), getattr(parameter, "SCB", None)]
+        total += parameter.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
+    return total
 
 
 def without_weights(folder, config, tokenizer):
@@ -156,12 +180,77 @@ def test_a_plan_says_what_is_faster_for_nothing_and_leaves_the_settings_alone():
         found["launchers"]["single_gpu"]["total"],
         forecast(settings(use_peft=True, max_length=64, use_cpu=True)),
     )
-    selective = forecast(_with_training(mine, gradient_checkpointing_kwargs={"selective": True}))
+    options = {"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": False}}
+    selective = forecast(settings(use_peft=True, gradient_checkpointing=True, max_length=64, **options))
     assert found["forecast"]["kept"] < selective.kept < off.kept
     assert any("gradient_checkpointing=false fits too" in line for line in advice(mine, found))
     narrow = {**found, "memory": whole * 1.001}
     assert not any("=false" in line for line in advice(mine, narrow))
     assert mine.training.to_dict() == before
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory, smollm2):
+    return without_weights(
+        tmp_path_factory.mktemp("three"), AutoConfig.from_pretrained(smollm2, num_hidden_layers=3), smollm2
+    )
+
+
+def test_smaller_batches_checkpointing_and_4_bits_come_before_offload(three_layers, monkeypatch, capsys):
+    """With the memory of a GPU taken away little by little."""
+    monkeypatch.setenv("COLUMNS", "80")
+    mine = settings(model_name_or_path=three_layers, use_peft=True, per_device_train_batch_size=4, max_length=128)
+    whole = plan(mine, 1, "80GB")
+    assert (whole["choice"], whole["changes"]) == ("single_gpu", {})
+    less = plan(mine, 1, f"{whole['total'] * 0.98 / 1e6}MB")
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert (less["choice"], less["changes"]) == ("single_gpu", halves) and less["total"] < whole["total"]
+    ones = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    parts = whole["launchers"]["single_gpu"]
+    least = plan(mine, 1, f"{(parts['total'] - parts['activations'] * 0.6) / 1e6}MB")
+    assert least["choice"] == "single_gpu" and least["changes"] == ones
+    assert [*_smaller(mine)] == [
+        halves,
+        ones,
+        {**ones, "gradient_checkpointing": True},
+        {**ones, "gradient_checkpointing": True, "load_in_4bit": True},
+    ]
+    show_plan(mine, less, "mine.yaml", ["--seed", "1"])
+    said = capsys.readouterr().out
+    assert "single_gpu fits with per_device_train_batch_size=2 gradient_accumulation_steps=2" in said
+    command = "ma-sft train mine.yaml --seed 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    assert said.splitlines()[-1] == command
+
+
+def test_a_plan_reads_at_80_columns(three_layers, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    mine = settings(model_name_or_path=three_layers, use_peft=True, max_length=64)
+    show_plan(mine, plan(mine, 8, "80GB"), "mine.yaml")
+    table = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│├┡┏└"]
+    assert max(map(len, table)) <= 80
+    heads = table[1].replace("┃", " ").split()
+    assert heads == ["ddp", "zero2", "fsdp2", "zero3", "zero3_offload"]
+    names = [line.split("│")[1].strip() for line in table if line.startswith("│")]
+    terms = ["weights", "gradients", "optimizer", "activations", "CUDA, allocator", "total", "in host memory", "fits"]
+    assert names == terms
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_of_recipes_folds(width):
+    screen = console(file=io.StringIO(), width=width)
+    screen.print(shipped_table())
+    said = screen.file.getvalue()
+    assert max(map(len, said.splitlines())) <= width and "…" not in said
+    assert all(name in said for name in shipped())
+
+
+def test_a_run_says_of_which_rows_its_forecast_is(three_layers):
+    mine = settings(model_name_or_path=three_layers, use_peft=True, max_length=64)
+    found = {longest: forecast(mine, longest) for longest in (32, 64)}
+    (short,) = [text for what, text in memory_table(mine, torch.nn.Linear(1, 1), found[32]) if what == "peak of memory"]
+    (whole,) = [text for what, text in memory_table(mine, torch.nn.Linear(1, 1), found[64]) if what == "peak of memory"]
+    assert short.endswith("at 32 tokens, the longest row (`ma-sft plan` takes max_length, 64)") and " GB " in short
+    assert whole.endswith("at rows of 64 tokens")
 
 
 def test_launchers_are_what_their_files_say():
