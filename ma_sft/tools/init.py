@@ -183,13 +183,13 @@ def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str,
 
 def _files(folder: Path) -> list[dict[str, Any]]:
     """The entries of a folder: a saved data set, or its files by suffix; of texts, each is a row."""
-    from ma_sft.data.load import KINDS
+    from ma_sft.data.load import OF_A_FILE
 
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return [{"path": str(folder)}]
-    suffixes = [suffix for suffix in KINDS if any(folder.glob(f"*{suffix}"))]
+    suffixes = [suffix for suffix in OF_A_FILE if any(folder.glob(f"*{suffix}"))]
     if not suffixes:
-        raise RecipeError(f"{folder} holds no files that end in {', '.join(KINDS)}")
+        raise RecipeError(f"{folder} holds no files that end in {', '.join(OF_A_FILE)}")
     texts = {suffix: {"sample_by": "document"} for suffix in (".txt", ".md")}
     return [{"path": f"{folder}/*{suffix}", **texts.get(suffix, {})} for suffix in suffixes]
 

@@ -18,12 +18,12 @@ from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, mak
 from ma_sft.packing.pack import (
     IGNORED,
     PackingReport,
+    Tokens,
     check_settings,
     lengths,
     pack_table,
     pack_with_report,
     packs_of,
-    tokens_of,
 )
 from ma_sft.packing.truncation import truncate
 from ma_sft.training.distributed import ROWS_AT_A_TIME, digest, endless_stream, once
@@ -143,7 +143,7 @@ def _how_to_pack(settings: Settings, rows: Dataset | None, held_out: bool = Fals
 
 def _kept(settings: Settings, rows: Dataset) -> Any:
     """What `max_length` and `overflow` leave of labelled rows, as `Spans`."""
-    how, tokens = _how_to_pack(settings, rows), tokens_of(rows)
+    how, tokens = _how_to_pack(settings, rows), Tokens(rows)
     overflow = check_settings(how["seq_length"], how["strategy"], how["overflow"])
     return truncate(tokens.lengths, tokens.label_runs, how["seq_length"], overflow)
 
@@ -219,7 +219,7 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
         raise RecipeError("dataset_streaming goes neither with formatting_func nor with split_batches; leave one out")
     sample = label(settings, tokenizer)
     report = _check(settings, tokenizer, sample) if settings.labels.check else None
-    if not tokens_of(sample.dataset).trained(_kept(settings, sample.dataset)).sum():
+    if not Tokens(sample.dataset).trained(_kept(settings, sample.dataset)).sum():
         raise LabelError("the stream's first rows have nothing to train on")
     others = training.parallelism_config.non_data_parallel_size if training.parallelism_config else 1
     buffer, batch = STREAM_BUFFER if training.packing else ROWS_AT_A_TIME, training.per_device_train_batch_size
