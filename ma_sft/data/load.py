@@ -51,7 +51,7 @@ OF_A_FILE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), ("field", "encoding")),
     **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
     **dict.fromkeys((".parquet", ".arrow"), ()),
-    ".txt": ("encoding", "sample_by"),
+    **dict.fromkeys((".txt", ".md"), ("encoding", "sample_by")),
 }
 OF_ANY_FILE = ("field", "encoding", "delimiter", "sample_by")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -387,7 +387,7 @@ def _text(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 READERS: dict[str, Callable[[Any, str, dict[str, Any]], Rows]] = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), _json),
     **dict.fromkeys((".csv", ".tsv"), _csv),
-    ".txt": _text,
+    **dict.fromkeys((".txt", ".md"), _text),
 }
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -270,7 +270,9 @@ def _compare(
         model = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)
         theirs = model(ids).logits.float()
         saved = load_pretrained(AutoConfig, str(merged), code=code).dtype or torch.float32
-        eps = max(torch.finfo(saved).eps, torch.finfo(kind).eps)
+        # An adapter may keep whole layers, as rounded as they were trained
+        kinds = {saved, kind, *(tensor.dtype for tensor in load_file(adapter / "adapter_model.safetensors").values())}
+        eps = max(torch.finfo(each).eps for each in kinds if each.is_floating_point)
         for parameter in model.parameters():
             parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * eps)
         rounded = model(ids).logits.float()

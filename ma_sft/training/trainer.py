@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import validate_quantization_for_training
 from trl import SFTConfig, SFTTrainer, get_quantization_config
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
 from ma_sft.config import Recipe, Settings
@@ -194,6 +195,9 @@ def build_trainer(
         model = load_model(settings, args, peft, frugal=not added_tokens)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        # TRL does so to the adapter's model, whose base alone transformers then asks to checkpoint
+        enable_selective_activation_checkpointing(model)
     trainer = ResumableTrainer(
         model,
         args=args,
