@@ -21,7 +21,7 @@ from ma_sft.utils import as_written, console, guard, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
-    from ma_sft.config import Recipe
+    from ma_sft.config import Recipe, Settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 app = typer.Typer(
@@ -187,6 +187,17 @@ def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe",
     return recipe, flags
 
 
+def _resolve(recipe: "Recipe", flags: list[str], *, quiet: bool = False) -> tuple["Settings", Any, str]:
+    """The settings, their tokenizer, and what the rehearsal says; with `quiet` stdout stays empty of progress bars."""
+    from ma_sft.labels.templates import load_tokenizer
+    from ma_sft.training.rehearsal import rehearse
+
+    _silence(quiet)
+    settings = recipe.resolve(flags)
+    tokenizer, added_tokens = load_tokenizer(settings)
+    return settings, tokenizer, rehearse(settings, tokenizer, added_tokens)
+
+
 def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
     from ma_sft.sft import exit_code, run
 
@@ -207,15 +218,10 @@ def _check(
 ) -> int:
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
-    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
     from ma_sft.training.prepare import check_as_trained
-    from ma_sft.training.rehearsal import rehearse
 
-    _silence(as_json)
-    settings = recipe.resolve(flags)
-    tokenizer, added_tokens = load_tokenizer(settings)
-    rehearsed = rehearse(settings, tokenizer, added_tokens)
+    settings, tokenizer, rehearsed = _resolve(recipe, flags, quiet=as_json)
     if not as_json:
         say(rehearsed)
     return _show(check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
@@ -347,14 +353,11 @@ def _plan(
     """forecast a recipe's peak memory and pick the first launcher that fits"""
     name = str(Path(args[0])) if args else "RECIPE"
     recipe, flags = _load(args, reads_rows=False)
-    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
-    from ma_sft.training.rehearsal import rehearse
 
     if gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
-    settings = recipe.resolve(flags)
-    rehearsed = rehearse(settings, *load_tokenizer(settings))
+    settings, _, rehearsed = _resolve(recipe, flags)
     found = plan(settings, gpus, gpu_memory)
     if as_json:
         return _print_json(found)

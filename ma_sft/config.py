@@ -2,7 +2,8 @@
 
 The settings are those of TRL's `SFTConfig` and `ModelConfig` plus our dataclasses below, one a stage: who knows
 `trl sft` knows our flags. Later wins: TRL's default, ours, the recipe, `--config file.yaml`, flags. `PRESETS`,
-`EXCLUSIVE` and `NEEDS` say what goes together; a field that a new TRL brings is passed on by itself.
+`EXCLUSIVE` and `NEEDS` say what goes together; a field that a new TRL brings is passed on by itself. Whatever is wrong
+is a `RecipeError` of one line that names the setting, and its file and line.
 """
 
 import argparse
@@ -337,11 +338,7 @@ class Setting:
         return "ours" if self.stage not in ("training", "model") or self.name in OURS else "trainer"
 
     def take(self, value: Any) -> Any:
-        """A value from Python, YAML or the command line as this setting's own type.
-
-        Raises:
-            RecipeError: null where none is meant, another type, no choice, out of range, broken JSON.
-        """
+        """A value from Python, YAML or the command line as this setting's own type."""
         value = _plain(value)
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and "str" not in self.kinds):
             if not self.nullable:
@@ -524,11 +521,7 @@ class Overrides:
         self.last_layer = 0
 
     def add(self, layer: int, settings: Values, file: Path | None = None) -> None:
-        """Put a layer on top; errors name the line of `file`, where it comes from one.
-
-        Raises:
-            RecipeError: an unknown name (with the nearest right one), a wrong value, one thing said in two ways.
-        """
+        """Put a layer on top; errors name the line of `file`, where it comes from one."""
         self.last_layer = layer
         for name, value in settings.items():
             if name == "dataset_name" and not isinstance(value, str | PathLike | None):
@@ -553,11 +546,7 @@ class Overrides:
             self.values[name], self.layer[name] = taken, layer
 
     def check_rules(self, values: Values) -> None:
-        """Hold what was set, and all settings' values, against `EXCLUSIVE` and `NEEDS`.
-
-        Raises:
-            RecipeError: a setting that would do nothing, or two that say one thing.
-        """
+        """Hold what was set, and all settings' values, against `EXCLUSIVE` and `NEEDS`."""
         for pair in EXCLUSIVE:
             if all(is_on(self.values.get(name)) for name in pair):
                 raise RecipeError(f"{' and '.join(pair)} {TWO_WAYS}")
@@ -752,12 +741,7 @@ class Recipe:
 
 
 def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, Any]:
-    """Split a command line into settings: name -> text, or a list of texts. Dashes do for underscores; the last wins.
-
-    Raises:
-        RecipeError: an unknown flag (with the nearest right one), or one without its value.
-    """
-
+    """Split a command line into name -> text, or a list of texts. Dashes do for underscores; the last wins."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, exit_on_error=False
     )
@@ -786,11 +770,7 @@ def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, A
 
 
 def refuse_code(said: Any, file: str | Path, name: str = "") -> None:
-    """Stop where the settings of a file, which may be a stranger's, name a Python file that would run.
-
-    Raises:
-        RecipeError: the first such setting.
-    """
+    """Stop where the settings of a file, which may be a stranger's, name a Python file that would run."""
     if isinstance(said, dict | list):
         for key, value in said.items() if isinstance(said, dict) else enumerate(said):
             refuse_code(value, file, f"{name}.{key}" if name else str(key))
@@ -799,12 +779,7 @@ def refuse_code(said: Any, file: str | Path, name: str = "") -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML or JSON file; what YAML would quietly drop or blow up is refused.
-
-    Raises:
-        RecipeError: no such file, not valid, no mapping, a key that is no text or stands twice, or anchors that expand
-            to more than `MOST_VALUES` values.
-    """
+    """The mapping of a YAML or JSON file; what YAML would quietly drop or blow up is refused."""
     import yaml
 
     class Loader(yaml.SafeLoader):

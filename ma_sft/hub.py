@@ -1,6 +1,7 @@
 """What every download shares: a revision is resolved once, only what is needed comes, and an error is one line.
 
-huggingface_hub caches, retries and goes on after a cut; no code and no pickle of a stranger is loaded.
+huggingface_hub caches, retries and goes on after a cut; no code and no pickle of a stranger is loaded. Whatever cannot
+be had, read or trusted is a `RecipeError` of one line that says what to do.
 """
 
 import json
@@ -16,7 +17,7 @@ from ma_sft.utils import no_bar_for_weights, not_there, say
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-FIRST_ANSWER = 8.0  # seconds that the hub has for its first answer
+FIRST_ANSWER = 8.0  # seconds that the hub has for its first answer; a busy one is asked four times
 PLAIN_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a model, beside weights and code
 _commits: dict[str, str] = {}  # what each revision was when it was first asked for
 OFFLINE = "HF_HUB_OFFLINE=1 forbids asking the hub"
@@ -34,11 +35,7 @@ def recall(known: Mapping[str, str]) -> None:
 
 
 def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
-    """The commit that a branch, a tag or None (the main branch) of a repository stands for in this whole run.
-
-    Raises:
-        RecipeError: no such repository or revision, no access, or a hub that cannot be reached and nothing cached.
-    """
+    """The commit that a branch, a tag or None (the main branch) of a repository stands for in this whole run."""
     from huggingface_hub import HfApi
 
     key = f"{kind}/{name}@{revision or 'main'}"
@@ -59,21 +56,23 @@ def unreachable(name: str, revision: str | None = None, kind: str = "model") -> 
     """
     import datasets
     import httpx2
-    from huggingface_hub import HfApi, constants, is_offline_mode
+    from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, http_backoff  # type: ignore[attr-defined]  # documented names
 
     if is_offline_mode():
         return (_unreachable or [OFFLINE])[0]
+    url = f"{constants.ENDPOINT}/api/{kind}s/{name}/revision/{(revision or 'main').replace('/', '%2F')}"
     try:
-        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=FIRST_ANSWER)
-        return None
+        http_backoff(
+            "GET", url, headers=build_hf_headers(), timeout=FIRST_ANSWER, max_retries=3, retry_on_exceptions=()
+        )
+        return None  # it answers, and whoever asks for more explains it
     except httpx2.TimeoutException:
         why = f"no answer within {FIRST_ANSWER:.0f} s"
     except httpx2.TransportError as error:
         why = str(error)
     except HfHubHTTPError as error:
-        if error.response.status_code < 500:
-            return None  # it answers, and whoever asks for more explains it
         why = f"it answers {error.response.status_code}"
     _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({why})"]
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
@@ -89,9 +88,6 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
     Args:
         weights: with the safetensors that the index names, or `model.safetensors`.
         code: with the repository's Python files.
-
-    Raises:
-        RecipeError: as `pin`; a download that fails, no space, or no safetensors.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -114,11 +110,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
 
 
 def saved_folder(folder: Path, *, adapter: bool = False) -> Path:
-    """The saved model or adapter that a run's folder, its own folder, or a hub id stands for; an adapter if it must be.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """The saved model or adapter that a run's folder, its own, or a hub id stands for; an adapter if it must be."""
     if is_hub_id(str(folder)):
         folder = model_folder(str(folder), weights=True)
     if not folder.is_dir():
@@ -137,11 +129,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a folder's safetensors: an adapter's, those of the index, or `model.safetensors`, there or not.
-
-    Raises:
-        RecipeError: an index that is broken.
-    """
+    """The names of a folder's safetensors: an adapter's, those of the index, or `model.safetensors`, there or not."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return ["adapter_model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -154,11 +142,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
-    """Pickles can carry code, have no header to prove, and a merge goes through safetensors: none are loaded.
-
-    Raises:
-        RecipeError: no file that is wanted is there.
-    """
+    """Pickles can carry code, have no header to prove, and a merge goes through safetensors: none are loaded."""
     if not set(wanted) & set(there):
         pickles = sorted(file for file in there if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
         raise RecipeError(
@@ -168,11 +152,7 @@ def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
 
 
 def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: bool = False, **kwargs: Any) -> Any:
-    """What one of transformers' auto classes makes of a model's folder or hub id; code of its own only with `code`.
-
-    Raises:
-        RecipeError: as `model_folder`; code without `code`, or files that are missing or broken.
-    """
+    """What one of transformers' auto classes makes of a model's folder or hub id; code of its own only with `code`."""
     weights, tokenizer = "CausalLM" in auto.__name__, "Tokenizer" in auto.__name__
     folder = model_folder(name, revision, weights=weights, code=code)
     if tokenizer and not code:
@@ -203,11 +183,7 @@ def _refuse_tokenizer_code(name: str, folder: Path) -> None:
 
 
 def generation_config(name: str) -> "GenerationConfig | None":
-    """What a model's folder, or its hub id in the cache, says of how it generates; None if it says nothing.
-
-    Raises:
-        RecipeError: a file that transformers does not take.
-    """
+    """What a model's folder, or its hub id in the cache, says of how it generates; None if it says nothing."""
     from transformers import GenerationConfig
 
     if not name:  # of a tokenizer that was made in memory; transformers would look into the working folder
@@ -238,9 +214,6 @@ def load_dataset(
     Args:
         name: its configuration.
         files: `data_files` and `data_dir` of `datasets.load_dataset`.
-
-    Raises:
-        RecipeError: as `pin`; no such configuration or split (the message lists them), a script, or broken files.
     """
     import datasets
     from huggingface_hub import is_offline_mode
