@@ -301,13 +301,14 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 
 def _has_a_row_a_line(lines: list[str]) -> bool:
     """Whether the first lines of a file with anything on them begin JSON Lines, rather than one JSON document."""
-    first = lines[0] if lines else ""
+    first = lines[0].rstrip() if lines else ""
     try:
         json.loads(first)
     except RecursionError:
         return True
-    except ValueError as error:  # broken inside the line, or the value goes on in the next one
-        return getattr(error, "pos", 0) < len(first.rstrip())
+    except ValueError as error:  # broken inside the line, or cut off among others; or the value goes on in the next one
+        cut_off = len(lines) > 1 and first[0] == lines[1][0] == "{"
+        return cut_off or getattr(error, "pos", 0) < len(first)
     return len(lines) > 1
 
 
