@@ -13,7 +13,7 @@ import psutil
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import split_state_dict_into_shards_factory
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ma_sft.errors import RecipeError, RunError, first_line, one_line
+from ma_sft.errors import RecipeError, RunError, first_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
 from ma_sft.release.manifest import Weights, find_base, read_manifest, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
@@ -178,21 +178,34 @@ def _untie(config: PreTrainedConfig) -> None:
 
 
 def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[Any, str, str | None]:
-    """The model with the adapter's weights in float32 and the base's on the meta device, and the names of the
-    embedding's and the head's weight."""
-    other = f"{adapter} was trained on another model, pass the right base with --base"
+    """The model with the adapter's weights in float32 and the base's on the meta device, where PEFT would put both;
+    and the names of the embedding's and the head's weight."""
+    other = f"{adapter} was trained on another model"
+    saved = load_peft_weights(str(adapter), device="cpu")
     bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
     names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
     embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
-    saved = {name: tensor.float() for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+    # PEFT saves copies of a resized embedding, too, and never reads them
+    left = {key for key in saved if "lora_" in key}
     try:
         model: Any = PeftModel(bare, read_adapter_config(adapter), low_cpu_mem_usage=True)
-        result = set_peft_model_state_dict(model, saved, low_cpu_mem_usage=True)
-    except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"{other}: {one_line(error)}") from None
-    # PEFT saves copies of a resized embedding, too, and never reads them
-    if left := [name for name in [*result.unexpected_keys, *result.missing_keys] if "lora_" in name]:
-        raise RecipeError(f"{other}: {left[0]} has no place in {config.model_type}")
+    except ValueError as error:
+        raise RecipeError(f"{other}: {first_line(error)}") from None
+    # PEFT's own loader would move them to where their layers are
+    for name, empty in [*model.named_parameters(remove_duplicate=False)]:
+        key = name.replace(".default", "").replace(".modules_to_save", "")
+        key = key if key in saved else key.removesuffix(".weight")
+        if key not in saved or ".base_layer." in name or ".original_module." in name:
+            continue
+        if saved[key].shape != empty.shape:
+            raise RecipeError(
+                f"{other}: {key} is {list(saved[key].shape)}, this base needs {list(empty.shape)}; "
+                "pass the right base model with --base"
+            )
+        left.discard(key)
+        set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
+    if left:
+        raise RecipeError(f"{other}: {min(left)} has no place in {config.model_type}")
     return model.base_model.model, embedding, head
 
 
