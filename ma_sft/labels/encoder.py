@@ -283,7 +283,7 @@ class ChatEncoder:
     def _label(self, sequence: _Sequence) -> list[Example]:
         """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
         marker, text = sequence.chat.marker, sequence.text
-        parts = [self._ids_of(stretch, marker) for stretch in sequence.stretches]
+        parts = self._ids_of_all(sequence.stretches, marker)
         offsets = [*accumulate(map(len, parts), initial=0)]
         ids, turns, apart = np.concatenate(parts), [], []
         for turn in sequence.turns:
@@ -291,7 +291,7 @@ class ChatEncoder:
                 turns.append(turn)
                 continue
             n, stretch = sequence.heads[turn.message]
-            head = self._ids_of(stretch, marker)
+            (head,) = self._ids_of_all([stretch], marker)
             start = offsets[n] + len(head)
             end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
             if parts[n][: len(head)].tobytes() != head.tobytes():
@@ -321,18 +321,19 @@ class ChatEncoder:
         starts = [*accumulate(map(len, parts))]
         return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts[:-1:2]
 
-    def _ids_of(self, stretch: Stretch, marker: str) -> Ids:
-        """The ids of a stretch that was learnt, with the control token before it."""
+    def _ids_of_all(self, stretches: list[Stretch], marker: str) -> list[Ids]:
+        """The ids of stretches that were learnt, each with the control token before it."""
+        known = self._known
         if not marker:
-            return self._known[stretch]
-        return np.concatenate([self._known[piece] for piece in _pieces(stretch, marker)])
+            return [known[stretch] for stretch in stretches]
+        return [np.concatenate([known[piece] for piece in _pieces(stretch, marker)]) for stretch in stretches]
 
     def _continue(self, text: str, marker: str) -> Ids:
         """The ids of a text that continues another."""
         (_, first, after), *rest = self._cut(text)[0]
         stretches = [(None, first, after), *rest]
         self._learn(dict.fromkeys(piece for stretch in stretches for piece in _pieces(stretch, marker)))
-        return np.concatenate([self._ids_of(stretch, marker) for stretch in stretches])
+        return np.concatenate(self._ids_of_all(stretches, marker))
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
@@ -358,9 +359,10 @@ class ChatEncoder:
             new = [piece for piece in new if piece not in self._known]
         texts = [f"{before or ''}{text}{after}" for before, text, after in new]
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
+        control = self.control
         for piece, ids in zip(new, found, strict=True):
             before, text, after = piece
-            if (before and ids[:1] != self.control[before]) or (after and ids[-1:] != self.control[after]):
+            if (before and ids.item(0) != control[before]) or (after and ids.item(-1) != control[after]):
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
             self._known[piece] = ids[:-1] if after else ids
 
@@ -403,7 +405,7 @@ def check_messages(messages: list[Message]) -> None:
             raise TemplateError(f"message {i} must be a dict with a 'role', found {str(message)[:60]!r}")
         if message.get("content") is None and not message.get("tool_calls") and not message.get("reasoning_content"):
             raise TemplateError(f"message {i} (role {message['role']!r}) has no content")
-    if not any(m["role"] == "assistant" for m in messages):
+    if "assistant" not in [message["role"] for message in messages]:
         raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
 
 
