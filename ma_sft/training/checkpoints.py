@@ -287,13 +287,9 @@ class SignalHandler:
         if not self.training or (again and number == signal.SIGINT):
             self.stop()
 
-    @property
-    def _exit_code(self) -> int:
-        return 0 if self.signal == signal.SIGTERM else 130  # a stop on request is no failure
-
-    def stop(self) -> None:
-        """Raise what ends the run."""
-        raise Interrupted("stopped", self._exit_code)
+    def stop(self, kind: type[Interrupted] = Interrupted) -> None:
+        """Raise what ends the run: exit code 0 for SIGTERM, as a stop on request is no failure; 130 for Ctrl-C."""
+        raise kind("stopped", 0 if self.signal == signal.SIGTERM else 130)
 
     def stop_if_asked(self) -> None:
         """End a run whose training was stopped."""
@@ -310,7 +306,7 @@ class SignalHandler:
     def check(self) -> None:
         """Leave an evaluation during training between two of its batches; all processes must call it together."""
         if self.training and self.asked():
-            raise StopEvaluation("stopped", self._exit_code)
+            self.stop(StopEvaluation)
 
 
 class StopEvaluation(Interrupted):

@@ -77,7 +77,10 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     else:
         set_clock(settings, tokenizer)
     settings = with_same_date(settings)
-    given["peft_config"] = _adapter(settings, given.get("model"), given.get("peft_config"))
+    model, peft = given.get("model"), given.get("peft_config")
+    if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
+        peft = adapters.fitting_adapter(settings, model, peft)
+    given["peft_config"] = peft
     parts = test if isinstance(test, dict) else {"held-out": test}
     labelled = parts if all(map(_is_labelled, parts.values())) else None
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
@@ -104,15 +107,6 @@ def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], ro
 
 def _is_labelled(rows: Any) -> bool:
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
-
-
-def _adapter(settings: Settings, model: Any, peft: PeftConfig | None) -> PeftConfig | None:
-    """The adapter that TRL is to put on the model: the caller's, else the recipe's, unless the model has one already.
-
-    Raises:
-        RecipeError: one that does not fit the model.
-    """
-    return peft if hasattr(model, "peft_config") else adapters.fitting_adapter(settings, model, peft)
 
 
 def with_same_date(settings: Settings) -> Settings:
@@ -190,7 +184,7 @@ def build_trainer(
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
     model = given.pop("model", None)
-    peft = given.pop("peft_config") if "peft_config" in given else _adapter(settings, model, None)
+    peft = given.pop("peft_config") if "peft_config" in given else adapters.fitting_adapter(settings)
     if model is None:
         model = load_model(settings, args, peft, frugal=not added_tokens)
     if added_tokens:
