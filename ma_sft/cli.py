@@ -130,13 +130,13 @@ def _init(
 
 @recipes.callback()
 def _recipes(ctx: typer.Context, as_json: Json = False) -> None:
-    from ma_sft.tools.gallery import shipped, shipped_table
+    from ma_sft.tools.gallery import shipped, show_shipped
 
     if ctx.invoked_subcommand:
         return
     if as_json:
         return _print_json([asdict(item) | {"path": str(item.path)} for item in shipped().values()])
-    console().print(shipped_table())
+    show_shipped()
     say("copy one to edit: ma-sft recipes copy NAME")
 
 

@@ -262,7 +262,7 @@ def test_recipes_are_listed_and_copied(here, capsys):
     assert listed["tools"]["model"] == "Qwen/Qwen3-1.7B" and listed["fsdp2"]["kind"] == "launcher"
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(listed) + 1 and "copy one to edit" in lines[-1]
+    assert len(lines) == len(listed) + 2 and "copy one to edit" in lines[-1]
     assert main(["recipes", "copy", "csv_qa"]) == 0
     assert (here / "csv_qa.py").read_text() == (ROOT / "recipes" / "csv_qa.py").read_text()
     assert main(["recipes", "copy", "csv_qa"]) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ma_sft.errors import RecipeError
-from ma_sft.utils import must_be_new
+from ma_sft.utils import console, must_be_new
 
 DEMO_DATA = Path("data/demo")
 
@@ -37,14 +37,16 @@ def shipped() -> dict[str, Shipped]:
     return {item.name: item for item in sorted(found, key=lambda item: "recipe script launcher".index(item.kind))}
 
 
-def shipped_table() -> Table:
-    """What ships, for a terminal of any width."""
+def show_shipped() -> None:
+    """Print what ships: folded on a terminal, elsewhere a line each."""
+    screen = console()
+    screen.width = screen.width if screen.is_terminal else 300
     table = Table("name", "kind", "model", "about", box=None, padding=(0, 1, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[2].overflow = "fold"
     for item in shipped().values():
         table.add_row(item.name, item.kind, item.model, item.about)
-    return table
+    screen.print(table)
 
 
 def copy(name: str, out: Path | None = None) -> Path:

@@ -1,7 +1,7 @@
 """The forecast of memory: its arithmetic, its agreement with a real run, and the choice of a launcher."""
 
-import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.tools.gallery import shipped, shipped_table
+from ma_sft.tools.gallery import shipped, show_shipped
 from ma_sft.tools.memory import (
     LAUNCHERS,
     _smaller,
@@ -28,7 +28,6 @@ from ma_sft.tools.memory import (
     show_plan,
     start_command,
 )
-from ma_sft.utils import console
 
 
 def settings(**more):
@@ -236,10 +235,11 @@ def test_a_plan_reads_at_80_columns(three_layers, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_list_of_recipes_folds(width):
-    screen = console(file=io.StringIO(), width=width)
-    screen.print(shipped_table())
-    said = screen.file.getvalue()
+def test_the_list_of_recipes_folds(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    show_shipped()
+    said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(map(len, said.splitlines())) <= width and "…" not in said
     assert all(name in said for name in shipped())
 
