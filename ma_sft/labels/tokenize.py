@@ -320,12 +320,10 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
-        origins: list[str] = []
-        for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+        for where, _, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
             if not isinstance(row, dict):
                 raise FormatError(f"{where}: {row}")
             found.append(row)
-            origins.append(origin)
         try:
             texts = to_texts(found)
         except (FormatError, TypeError) as error:
@@ -346,7 +344,7 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
             if collator is None
             else [collator.labels_for(row, index=index) for row, index in zip(ids, indices, strict=True)]
         )
-        return {"input_ids": ids, "labels": labels, "origin": origins}
+        return {"input_ids": ids, "labels": labels}
 
     how = (
         code_of(labels.formatting_func),
