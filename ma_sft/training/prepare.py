@@ -24,9 +24,7 @@ from ma_sft.packing.pack import (
     pack_table,
     pack_with_report,
     packs_of,
-    tokens_of,
 )
-from ma_sft.packing.truncation import Spans, truncate
 from ma_sft.training.distributed import Order, Share, digest, once, share_out
 
 SHOWN_ROWS = 4  # in the report
@@ -155,29 +153,30 @@ def _how_to_pack(settings: Settings, held_out: bool = False) -> dict[str, Any]:
     }
 
 
-def _truncated(settings: Settings, rows: Dataset) -> Spans:
-    """What `max_length` and `overflow` leave of labelled rows."""
-    how, tokens = _how_to_pack(settings), tokens_of(rows)
-    limit = how["seq_length"] or max(1, int(tokens.lengths.max(initial=1)))
-    return truncate(tokens.lengths, tokens.label_runs, limit, check_settings(limit, how["strategy"], how["overflow"]))
+def _truncated(settings: Settings, rows: Dataset) -> Dataset:
+    """What `max_length` and `overflow` leave of labelled rows, one piece a row."""
+    how = _how_to_pack(settings)
+    limit = how["seq_length"] or max(1, int(lengths(rows).max(initial=1)))
+    overflow = check_settings(limit, how["strategy"], how["overflow"])
+    return pack_with_report(rows, limit, "none", overflow=overflow)[0]
 
 
 def check_as_trained(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, labelled: Labelled, *, every_row: bool = False
 ) -> CheckReport:
     """Prove the labels of the rows as they are trained; see `ma_sft.labels.tokenize.check`."""
-    kept: Any = _truncated(settings, labelled.dataset)
-    return check(settings, tokenizer, labelled, every_row=every_row, kept=kept)
+    packs: Any = packs_of(_truncated(settings, labelled.dataset))
+    return check(settings, tokenizer, labelled, every_row=every_row, kept=packs.plan.documents)
 
 
 def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
     """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
-    shown, kept = [], _truncated(settings, rows)
-    for number, start, length in zip(kept.row.tolist(), kept.start.tolist(), kept.length.tolist(), strict=True):
-        row = rows[number]
-        whole, left = len(row["input_ids"]), slice(start, start + length)
-        cut = f"tokens {start + 1:,} to {start + length:,} of {whole:,}" if length < whole else None
-        shown.append({**row, "input_ids": row["input_ids"][left], "labels": row["labels"][left], "cut": cut})
+    packs = _truncated(settings, rows)
+    plan: Any = packs_of(packs)
+    shown, whole, pieces = [], lengths(rows), plan.plan.pieces
+    for number, (row, start, length) in enumerate(zip(pieces.row, pieces.start, pieces.length, strict=True)):
+        left = f"tokens {start + 1:,} to {start + length:,} of {whole[row]:,}" if length < whole[row] else None
+        shown.append({**rows[int(row)], **{name: packs[number][name] for name in ("input_ids", "labels")}, "cut": left})
     return shown
 
 
