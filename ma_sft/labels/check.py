@@ -216,7 +216,7 @@ def _facts(
         for begin, length in zip(at.tolist(), kept.length[spans].tolist(), strict=True):
             left[begin : begin + length] = True
     # Turns are runs of labels; one of which nothing is left is not counted
-    edge = np.isin(np.arange(len(ids) + 1), starts)
+    edge = np.bincount(starts, minlength=1) > 0
     begins = np.flatnonzero(trained & (edge[:-1] | ~np.roll(trained, 1)))
     lasts = np.flatnonzero(trained & (edge[1:] | ~np.roll(trained, -1)))
     controls = [*control_tokens(tokenizer).values()]

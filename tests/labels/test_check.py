@@ -171,16 +171,6 @@ def test_a_finding_names_lines_of_the_file_though_rows_are_shuffled(tmp_path, sm
     assert json.loads(report.to_json())["findings"][-1]["places"] == finding.places
 
 
-@pytest.mark.filterwarnings("ignore:row")
-def test_a_text_without_its_response_template_is_named_by_its_line(tmp_path, smollm2):
-    (tmp_path / "form.py").write_text("def text(rows):\n    return rows['text']\n")
-    rows = [{"text": f"### Question: {n}\n###{'' if n == 4 else ' '}Answer: {n}"} for n in range(9)]
-    how = {"formatting_func": f"{tmp_path / 'form.py'}:text", "response_template": "### Answer:"}
-    report = check_recipe(tmp_path, rows, model_name_or_path=str(smollm2), **how)
-    (finding,) = [finding for finding in report.errors if finding.code == "response template missing"]
-    assert finding.places == [f"{tmp_path}/rows.jsonl:5"] and "rows.jsonl:5: response_template" in finding.message
-
-
 def shown(report) -> str:
     console = Console(force_terminal=True, width=200, color_system="standard", legacy_windows=False)
     with console.capture() as capture:
@@ -245,15 +235,17 @@ def test_duplicates_special_text_and_turns_without_label_are_warnings():
 
 
 def test_the_collators_report_becomes_findings():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, on_missing="mask")
     texts = ["###Question: a\n###Answer: b", "###Question: a\n### Answer: b"]
     ids = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
     with pytest.warns(UserWarning):
         rows = Dataset.from_dict({"input_ids": ids, "labels": [collator.labels_for(row) for row in ids]})
-    report = check_dataset(rows, tokenizer, template_report=collator.check(rows))
-    (finding,) = [f for f in report.errors if f.code == "response template missing"]
-    assert finding.rows == [1] and "### Answer:" in finding.message
+    for place, columns in (("row 1", rows), ("texts.csv:7", rows.add_column("origin", ["texts.csv:3", "texts.csv:7"]))):
+        report = check_dataset(columns, tokenizer, template_report=collator.check(rows))
+        (finding,) = [f for f in report.errors if f.code == "response template missing"]
+        assert (finding.rows, finding.places) == ([1], [place]) and f"{place}: response_template" in finding.message
+        assert "did you mean response_template='### Answer:'" in finding.message
 
 
 def test_a_text_without_end_token_never_learns_to_stop():
