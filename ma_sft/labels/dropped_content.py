@@ -132,7 +132,7 @@ def _find_dropped(messages: list[Message], render: Render, prompts: bool) -> lis
         asked = [k for k, m in enumerate(marked) if m["role"] == "assistant" and k]
         seen = "".join(render(marked[:k], True) for k in asked)
         dropped = {word: path for word, path in dropped.items() if word not in seen}
-    paths = [*dropped.values()]
+    paths = sorted(dropped.values(), key=lambda path: path[1] == "tool_calls")  # texts are named first
     for path in [] if prompts else scalars[:_SCALARS]:
         if render(_walk(marked, partial(_without, path)), False) == text:
             paths.append(path)
