@@ -125,7 +125,7 @@ class Renderer:
             lstrip_blocks=True,
             fuel=_FUEL,
             filters={"tojson": _to_json},
-            tests={"sequence": lambda value: isinstance(value, str | list | tuple | dict)},
+            tests=dict.fromkeys(("sequence", "iterable"), lambda value: isinstance(value, str | list | tuple | dict)),
             globals={**self._special, "raise_exception": _refuse, "strftime_now": now.strftime},
             auto_escape_callback=lambda _: False,
         )
