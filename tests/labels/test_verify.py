@@ -5,6 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 from helpers import load_tokenizer
+from jinja2 import UndefinedError
 from trl_templates import NAMES, SHELF, trl_tokenizer
 
 from ma_sft.labels.check import check_dataset
@@ -246,9 +247,12 @@ def test_what_is_proven_ends_where_the_training_twins_generation_marks_end(name)
     ((_, begin, end),) = verdict.proven
     assert verdict.errors == []
     twin = (SHELF / f"{name}_training.jinja").read_text(encoding="utf-8")
-    marked = tokenizer.apply_chat_template(
-        chat, chat_template=twin, return_dict=True, return_assistant_tokens_mask=True
-    )
+    how = {"chat_template": twin, "return_dict": True, "return_assistant_tokens_mask": True}
+    try:
+        marked = tokenizer.apply_chat_template(chat, **how)
+    except UndefinedError:  # it takes parts alone
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        marked = tokenizer.apply_chat_template(parts, **how)
     at = [n for n, mark in enumerate(marked["assistant_masks"]) if mark]
     if example.input_ids[:end] == marked["input_ids"][:end] and at:
         beyond = [*range(begin, end), *at][-1] + 1
