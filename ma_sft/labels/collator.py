@@ -94,6 +94,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         on_missing: Literal["raise", "mask"] = "raise",
         **kwargs: Any,
     ) -> None:
+        if on_missing not in ("raise", "mask"):
+            raise ResponseTemplateError(f"on_missing must be 'raise' or 'mask', not {on_missing!r}")
         if args:
             kwargs["tokenizer"] = args[0]
         super().__init__(mlm=mlm, **kwargs)

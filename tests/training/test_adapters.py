@@ -106,7 +106,6 @@ def test_any_field_of_peft():
         ({"lora_config": {"rank_pattern": 3}}, "lora_config: rank_pattern: a JSON object expected"),
         ({"lora_config": {"bias": "some"}}, "lora_config: bias: invalid choice: 'some'"),
         ({"lora_config": {"init_lora_weights": "pisa"}}, "did you mean 'pissa'?"),
-        ({"lora_config": {"inference_mode": True}}, "inference_mode is what PEFT writes of a finished adapter"),
         ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),

@@ -81,6 +81,10 @@ def test_packing_that_needs_kernels_on_a_twin_that_fails_otherwise_too(monkeypat
     assert rehearsed("llama") == "not rehearsed on a twin: ValueError: something else"
 
 
+def test_fields_of_a_finished_adapter_train_nothing():
+    assert "inference_mode" in refused("llama", use_peft=True, lora_config={"inference_mode": True})
+
+
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_and_head_trained_whole_are_merged_right(tied, saved):
