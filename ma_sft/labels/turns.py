@@ -220,10 +220,14 @@ class Turns:
         except TemplateError:
             before = ""
         asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, whole)
-        asked = prompt[asked_at:]
-        at = whole.rfind(asked)
-        if at >= 0 and asked_at:
-            return whole[at + len(asked) :]
+        asked = [prompt[asked_at:]] if asked_at else []
+        # What stands before that message may be, too: Mistral writes the system prompt into the last question alone
+        said = chat.formed[k - 1].get("content")
+        if isinstance(said, str) and said.strip() and (at := prompt.rfind(said.strip())) >= 0:
+            asked += [prompt[at:]] if self.control_pattern.search(prompt, at + len(said.strip())) else []
+        for question in asked:
+            if (at := whole.rfind(question)) >= 0:
+                return whole[at + len(question) :]
         # Even that message may be (Hermes closes a result otherwise once an answer follows): then the prompt shows it.
         written = self.render(chat, k)
         opening = prompt[len(written) :] if prompt.startswith(written) else ""

@@ -428,7 +428,9 @@ class _Conversation:
             before = re.sub(rf"(?:\s*</?think>)*{thought}\Z", "", before)
         if not found or not (certain or prompt.endswith(rest) or self._is_blank(rest, stops)):
             return False  # the next answer may be opened always
-        header = prompt[len(shared(prompt, history)) :] or rest or prompt[-12:]
+        said = str(self.messages[k - 1].get("content") or "").strip()
+        behind = prompt.rpartition(said)[2] if said else ""  # a template without a generation prompt of its own
+        header = prompt[len(shared(prompt, history)) :] or rest or behind or prompt[-12:]
         headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
         return any(before.rstrip().endswith(each) for each in headers - {""})
 

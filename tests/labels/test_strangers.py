@@ -31,13 +31,12 @@ TAKEN = {
         *("deepseek-ai-DeepSeek-V4-Flash-0731", "google-gemma-4-31B-it", "google-gemma-4-31B-it-interleaved"),
         *("ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "meetkai-functionary-medium-v3.1", "tencent-Hy3"),
         *("moonshotai-Kimi-K2", "poolside-Laguna-XS-2.1", "poolside-Laguna-XS.2", "unsloth-Apriel-1.5"),
-        *("unsloth-mistral-Devstral-Small-2507", "upstage-Solar-Open-100B"),
+        *("unsloth-mistral-Devstral-Small-2507", "upstage-Solar-Open-100B", "mistralai-Mistral-Nemo-Instruct-2407"),
     ),
     frozenset(PLAIN | CALLS) - {"empty"}: (
         "meetkai-functionary-medium-v3.2",
         "mistralai-Ministral-3-14B-Reasoning-2512",
     ),
-    frozenset(PLAIN | CALLS) - {"system"}: ("mistralai-Mistral-Nemo-Instruct-2407",),
     frozenset(PLAIN | {"a call"}): (
         *("GigaChat3.1-10B-A1.8B", "meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct"),
         "meta-llama-Llama-3.3-70B-Instruct",
