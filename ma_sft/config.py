@@ -256,7 +256,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
 
 def is_on(value: Any) -> bool:
     """Whether a value sets something: neither null, false, 0, nor empty."""
-    return value is not None and value is not False and not (isinstance(value, int | list | dict) and not value)
+    return value is not None and value is not False and not (isinstance(value, int | float | list | dict) and not value)
 
 
 def _is_true(word: str, values: Values) -> bool:

@@ -77,7 +77,7 @@ def check_installed(training: Any, model: Any) -> None:
     for name in set(training.report_to) - {*integration_utils.get_available_reporting_integrations()}:
         trackers = "'ma-sft[trackers]' brings tensorboard, trackio and wandb"
         raise RecipeError(f"report_to: {name} is not installed; pip install it ({trackers}), or --report_to none")
-    if is_offline_mode():
+    if is_offline_mode() and "wandb" in training.report_to:
         os.environ.setdefault("WANDB_MODE", "offline")
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")

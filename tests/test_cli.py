@@ -36,7 +36,7 @@ def test_check_finds_a_response_template_that_is_not_there(recipe, capsys):
     assert "response template" in " ".join(capsys.readouterr().out.split())
     assert main(["train", str(recipe), *flags, "--output_dir", str(recipe.parent / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: the labels are wrong") and "row 0" in error
+    assert error.startswith("error: the labels are wrong") and "rows.jsonl:1, rows.jsonl:2" in error
 
 
 def test_preview_writes_a_page(recipe, tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_five_commands_to_a_chat(here, capsys):
             "chat",
             {"packing": True, "generate_eval": 10},
         ),
-        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n" * 1, "exact", {"dataset_name": None}),
+        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n" * 1, "exact", {"dataset_name": "mine.csv"}),
     ],
     ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv"],
 )
@@ -108,7 +108,7 @@ CHINESE = (
 WRITTEN = {
     "bom.csv": (CHINESE.encode("utf-8-sig"), {}),
     "comma.csv": (b"question,answer\nWhy; me?,So; there.\n", {}),
-    "Case.csv": (b"Question,Answer\nWhy?,So.\n", {"columns": {"Question": "question", "Answer": "answer"}}),
+    "Case.csv": (b"Question,Answer\nWhy?,So.\n", {}),
 }
 
 

@@ -268,8 +268,8 @@ def of_json(name, **changed):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.json", of_json("config.json", architectures=None), "is none that writes text: config.json gives None"),
-        ("config.json", of_json("config.json", architectures=["BertModel"]), "config.json gives BertModel"),
+        ("config.json", of_json("config.json", architectures=None), "the architecture None"),
+        ("config.json", of_json("config.json", architectures=["BertModel"]), "the architecture BertModel"),
         ("config.json", of_json("config.json", architectures=["OfNobody"]), "cannot be loaded: AttributeError"),
         ("config.json", of_json("config.json", pad_token_id=99_999), "Padding_idx must be within num_embeddings"),
         ("config.json", of_json("config.json", vocab_size=100), "cannot be loaded: RuntimeError"),

@@ -254,6 +254,8 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
 
     Times and sizes of `files` tell `datasets`' cache that they changed; `how` has the fields of `OF_ANY_FILE`.
     """
+    if not any(size for _, _, size in files):
+        raise FormatError(f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty")
     for file, _, _ in files:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")

@@ -37,7 +37,7 @@ def test_learns_and_says_so(demo):
     assert summary["rows"] == 2300 and summary["trained_tokens"] > 50_000
     assert summary["train_seconds"] > 0 and summary["tokens_per_second"] > 0
     assert "held-out exact match" in done.stdout and f"ma-sft chat {out}" in done.stdout
-    assert "token accuracy" in done.stderr and "tokens/s" in done.stderr
+    assert "token accuracy" in done.stdout and "tokens/s" in done.stdout
 
 
 @pytest.mark.slow

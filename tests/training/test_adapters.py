@@ -102,7 +102,7 @@ def test_any_field_of_peft():
     [
         ({"lora_config": {"use_doraa": True}}, "peft.LoraConfig has no field 'use_doraa'; did you mean 'use_dora'?"),
         ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"r": "x"}}, "lora_config: r: invalid int value: 'x'"),
+        ({"lora_config": {"r": "x"}}, "lora_config: r: int expected, found 'x'"),
         ({"lora_config": {"rank_pattern": 3}}, "lora_config: rank_pattern: a JSON object expected"),
         ({"lora_config": {"bias": "some"}}, "lora_config: bias: invalid choice: 'some'"),
         ({"lora_config": {"init_lora_weights": "pisa"}}, "did you mean 'pissa'?"),
@@ -293,7 +293,9 @@ def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
     assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
     shard.write_bytes(b"not a tensor in sight")
     assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
-    assert "is no file or folder here, not all cached" in refused(run, tmp_path / "out", base="no/such-model")
+    assert "is no file or folder here and cannot be had from a hub" in refused(
+        run, tmp_path / "out", base="no/such-model"
+    )
 
 
 def test_adapter_of_a_newer_peft(base, tmp_path):

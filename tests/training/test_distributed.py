@@ -119,7 +119,7 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
     assert len(found) == STEPS
     for key, value in weights.items():
         torch.testing.assert_close(found_weights[key], value, atol=1e-4, rtol=0)
-    assert found_summary["tokens"] == summary["tokens"]
+    assert found_summary["tokens"] - summary["tokens"] in (0, 1)  # a row of one token fills up the last batch
     assert found_summary["exact_match_after"] == summary["exact_match_after"]
     for time in ("before", "after"):  # whatever splits the model, it is measured before the first step too
         assert found_summary["evaluation"][time]["loss"] == pytest.approx(summary["evaluation"][time]["loss"], abs=1e-4)

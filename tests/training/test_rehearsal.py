@@ -138,7 +138,7 @@ def test_losses():
         assert rehearsed("llama", **more).startswith("rehearsed on")
     assert rehearsed("modernbert-decoder").startswith("rehearsed on"), "its head transforms before its matrix"
     message = refused("llama", label_smoothing_factor=0.1, loss_type="dft")
-    assert "label_smoothing_factor smooths the labels of loss_type=nll" in message
+    assert "label_smoothing_factor smooths loss_type=nll alone" in message
     assert "a step moves" in rehearsed("mixtral", use_peft=True, router_aux_loss_coef=0.1)
     message = refused("mixtral", use_peft=True, label_smoothing_factor=0.1, router_aux_loss_coef=0.1)
     assert "router_aux_loss_coef" in message
@@ -174,8 +174,9 @@ def leaky(tmp_path, tiny_bpe):
     OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "r.yaml").write_text(
-        json.dumps({"model_name_or_path": str(tmp_path / "m"), "dataset_name": "none.jsonl", "packing": True})
+        json.dumps({"model_name_or_path": str(tmp_path / "m"), "dataset_name": "broken.jsonl", "packing": True})
     )
+    (tmp_path / "broken.jsonl").write_text("no row")
     return tmp_path / "r.yaml"
 
 
