@@ -113,7 +113,7 @@ class AdapterConfig:
 
 
 @dataclass
-class ExamConfig:
+class EvaluationConfig:
     """What held-out rows are asked before and after training."""
 
     generate_eval: int = setting(0, "Held-out answers to generate before and after training (-1: all).")
@@ -133,7 +133,13 @@ class RunConfig:
     rehearse: bool = setting(True, "Try the whole run on a tiny twin of the model before a row is read.")
 
 
-STAGES = {"rows": RowsConfig, "labels": LabelsConfig, "adapter": AdapterConfig, "exam": ExamConfig, "run": RunConfig}
+STAGES = {
+    "rows": RowsConfig,
+    "labels": LabelsConfig,
+    "adapter": AdapterConfig,
+    "evaluation": EvaluationConfig,
+    "run": RunConfig,
+}
 
 # Fields of TRL's that ma_sft does something of its own with, and what
 OURS = {
@@ -626,7 +632,7 @@ class Settings:
     rows: RowsConfig
     labels: LabelsConfig
     adapter: AdapterConfig
-    exam: ExamConfig
+    evaluation: EvaluationConfig
     run: RunConfig
     training: "SFTConfig"
     model: "ModelConfig"

@@ -585,7 +585,7 @@ FULL = {
     "dataloader_drop_last": lambda run: len(run.trainer.train_dataset) == 3,
     "generate_eval": lambda run: len(json.loads((run.out / "answers.json").read_text())) == 1,
     "metric": lambda run: run.summary["evaluation"]["after"]["score"] == 0.25,
-    "max_new_tokens": lambda run: run.settings.exam.max_new_tokens == 3,
+    "max_new_tokens": lambda run: run.settings.evaluation.max_new_tokens == 3,
     "freeze": lambda run: not run.trainer.model.get_input_embeddings().weight.requires_grad,
     "model_init_kwargs": lambda run: run.trainer.model.config._attn_implementation == "eager",
     "padding_free": lambda run: run.trainer.data_collator.padding_free,

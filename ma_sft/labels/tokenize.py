@@ -122,7 +122,7 @@ def check(
     from ma_sft.labels.report import CheckReport
     from ma_sft.labels.verify import Verifier
 
-    if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to be judged
+    if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to verify
         labelled = replace(labelled, conversations=None)
     kwargs = labelled.encoder.template_kwargs if labelled.encoder else None
     now, train_on = settings.labels.template_now, settings.labels.train_on

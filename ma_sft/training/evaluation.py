@@ -81,13 +81,13 @@ class EvalCallback(TrainerCallback):
         kept: Path,
         signals: SignalHandler,
     ) -> None:
-        self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.exam
+        self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.evaluation
         self.before, self.after, self.signals = Measured(), Measured(), signals
         self.score = score_name(settings)
         self.questions: list[Question] = []
-        if held_out and held_out.conversations is not None and settings.exam.generate_eval:
+        if held_out and held_out.conversations is not None and settings.evaluation.generate_eval:
             self.encoder = make_encoder(settings, tokenizer)
-            self.questions = questions_of(held_out.conversations, settings.exam.generate_eval)
+            self.questions = questions_of(held_out.conversations, settings.evaluation.generate_eval)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:

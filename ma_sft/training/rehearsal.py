@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl import ModelConfig, SFTConfig
 
-from ma_sft.config import AdapterConfig, ExamConfig, LabelsConfig, RowsConfig, RunConfig, Settings
+from ma_sft.config import AdapterConfig, EvaluationConfig, LabelsConfig, RowsConfig, RunConfig, Settings
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.release.manifest import save
@@ -117,7 +117,7 @@ def _settings(values: Values, chosen: list[str]) -> Settings:
         kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values}) for kind in KINDS
     )
     by_hand = {name: values[name] for name in chosen if name in values}
-    return Settings(RowsConfig(), LabelsConfig(), adapter, ExamConfig(), RunConfig(), training, model, by_hand)
+    return Settings(RowsConfig(), LabelsConfig(), adapter, EvaluationConfig(), RunConfig(), training, model, by_hand)
 
 
 def rehearse_here(settings: Settings, config: PreTrainedConfig, tokens: int, added_tokens: list[str]) -> str:

@@ -135,15 +135,15 @@ def check_early(settings: Settings) -> PeftConfig | None:
     peft = adapters.fitting_adapter(settings)
     if settings.adapter.freeze:
         adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
-    if settings.exam.metric != "exact-match":
-        load_function(settings.exam.metric)
+    if settings.evaluation.metric != "exact-match":
+        load_function(settings.evaluation.metric)
     check_best_metric(settings, None)
     return peft
 
 
 def score_name(settings: Settings) -> str:
     """The name of the score of held-out answers among the figures of an evaluation."""
-    return "exact_match" if settings.exam.metric == "exact-match" else "score"
+    return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
 
 
 def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
@@ -154,7 +154,7 @@ def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None
     """
     best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
     known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
-    known += [score_name(settings)] if settings.exam.generate_eval else []
+    known += [score_name(settings)] if settings.evaluation.generate_eval else []
     if best not in known and not (sources is None and best.endswith(MEASURED)):
         raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
