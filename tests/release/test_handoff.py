@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from gguf import GGUFReader
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -298,12 +299,16 @@ def test_reward_model(sft, tmp_path):
     assert trainer.processing_class.chat_template == tokenizer.chat_template
 
 
-def test_dpo(sft, tmp_path):
+@pytest.mark.parametrize("folder", ["merged", "adapter"])
+def test_dpo(sft, tmp_path, folder):
+    """On the merged model, or on the adapter, of which TRL keeps a copy as the reference."""
     from trl import DPOConfig, DPOTrainer
 
     out, _ = sft
+    of_adapter = {"is_trainable": True} if folder == "adapter" else {}
+    kind = AutoPeftModelForCausalLM if of_adapter else AutoModelForCausalLM
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32),
+        model=kind.from_pretrained(out / folder, dtype=torch.float32, **of_adapter),
         args=DPOConfig(output_dir=str(tmp_path), max_length=128, **COMMON),
         processing_class=AutoTokenizer.from_pretrained(out / "merged"),
         train_dataset=Dataset.from_list(PAIRS),
@@ -313,6 +318,8 @@ def test_dpo(sft, tmp_path):
     assert changed(trainer.model, before)
     first = next(log for log in trainer.state.log_history if "loss" in log)
     assert first["loss"] == pytest.approx(0.6931, abs=0.02)  # at first policy and reference are the same model
+    with pytest.raises(ValueError, match="model_type"):
+        DPOTrainer(model=str(out / "adapter"), args=trainer.args, train_dataset=Dataset.from_list(PAIRS))
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
