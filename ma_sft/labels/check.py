@@ -172,12 +172,16 @@ class _Check:
         """Of each conversation, how many turns are `proven`, and `codes` with their `words`."""
         columns, own_prompt = self.columns("input_ids", "labels", "untrained"), _own_prompt(verifier)
 
-        def verify_row(conversation: dict[str, Any], number: int) -> dict[str, Any]:
-            return _verify_row(conversation, columns[sequences[number]], verifier, own_prompt)
+        def verify_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            own = [columns[sequences[number]] for number in numbers]
+            results = _verify_rows(batch, own, verifier, own_prompt)
+            return {name: [result[name] for result in results] for name in ("proven", "codes", "words")}
 
         texts, count = List(Value("string")), Value("int64")
         verified = conversations.map(
-            inherited := Inherited(verify_row),  # kept by its name: workers look it up
+            inherited := Inherited(verify_rows),  # kept by its name: workers look it up
+            batched=True,
+            batch_size=FEW,
             with_indices=True,
             remove_columns=conversations.column_names,
             num_proc=processes(num_proc, len(sequences) * LIKE_ROWS) if len(sequences) > FEW else None,
@@ -261,29 +265,34 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
     return np.union1d(by_rank, order[:at_random])
 
 
-def _verify_row(
-    conversation: dict[str, Any], sequences: dict[str, list[Any]], verifier: Verifier, own_prompt: str
-) -> dict[str, Any]:
-    tools, kwargs, messages = (
-        _parsed(conversation.get(name)) for name in ("tools", "chat_template_kwargs", "messages")
+def _verify_rows(
+    batch: dict[str, list[Any]], sequences: list[dict[str, list[Any]]], verifier: Verifier, own_prompt: str
+) -> list[dict[str, Any]]:
+    names = ("messages", "tools", "chat_template_kwargs")
+    rows = zip(*(map(_parsed, batch.get(name, [None] * len(sequences))) for name in names), strict=True)
+    conversations = [([_without_nulls(m) for m in messages], *more) for messages, *more in rows]
+    results = verifier.verify_batch(
+        (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
+        for (messages, tools, kwargs), own in zip(conversations, sequences, strict=True)
     )
-    messages = [_without_nulls(message) for message in messages]
-    pairs = list(zip(sequences["input_ids"], sequences["labels"], strict=True))
-    result = verifier.verify(messages, pairs, tools=tools, kwargs=kwargs)
-    found = list(result.errors)
-    if len(result.untrained) > sum(map(len, sequences.get("untrained", []))):
-        named = ", ".join(map(str, result.untrained))
-        found.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
-    for code, words in (
-        ("said but not shown", result.losses),
-        ("not proven", result.unproven),
-        ("harmless", result.remarks),
-        ("default system prompt", [own_prompt for m in messages[:1] if own_prompt and m["role"] == "user"]),
-        ("unanswered question", [f"the {m['role']}'s" for m in messages[-1:] if m["role"] != "assistant"]),
-    ):
-        found += [(code, what) for what in words]
-    columns = {"codes": [code for code, _ in dict.fromkeys(found)], "words": [what for _, what in dict.fromkeys(found)]}
-    return {"proven": len(result.proven), **columns}
+    made = []
+    for (messages, *_), own, result in zip(conversations, sequences, results, strict=True):
+        found = list(result.errors)
+        if len(result.untrained) > sum(map(len, own.get("untrained", []))):
+            named = ", ".join(map(str, result.untrained))
+            found.append(("turns left out", f"messages {named} are not trained, and no reason is given"))
+        for code, words in (
+            ("said but not shown", result.losses),
+            ("not proven", result.unproven),
+            ("harmless", result.remarks),
+            ("default system prompt", [own_prompt for m in messages[:1] if own_prompt and m["role"] == "user"]),
+            ("unanswered question", [f"the {m['role']}'s" for m in messages[-1:] if m["role"] != "assistant"]),
+        ):
+            found += [(code, each) for each in words]
+        found = list(dict.fromkeys(found))
+        codes, what = [code for code, _ in found], [what for _, what in found]
+        made.append({"proven": len(result.proven), "codes": codes, "words": what})
+    return made
 
 
 def _own_prompt(verifier: Verifier) -> str:
