@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH ?= cpu
-ACCELERATE = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(LAUNCH).yaml $(if $(GPUS),--num_processes $(GPUS))
+# accelerate says at length what it took for the threads of a CPU, where nobody says how many
+THREADS = $(if $(filter cpu,$(LAUNCH)),--num_cpu_threads_per_process $(shell $(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False))' || echo 1))
+ACCELERATE = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(LAUNCH).yaml $(THREADS) $(if $(GPUS),--num_processes $(GPUS))
 ifeq ($(LAUNCH),cpu)
 ifneq ($(GPUS),)  # accelerate starts several processes on CPUs by MPI alone
 ACCELERATE = ACCELERATE_USE_CPU=true $(BIN)/torchrun --standalone --nproc_per_node $(GPUS)
