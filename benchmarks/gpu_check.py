@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
@@ -189,15 +189,23 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, d
                 **case,
             }
             warm_up = max(1, options.steps // 3)
-            try:
-                yield name, {"ours": ours(settings, warm_up), "trl": theirs(settings, warm_up)}
-            except Exception as error:  # one kernel that this GPU lacks must not cost the other cases
-                yield name, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            yield name, {"ours": attempt(ours, settings, warm_up), "trl": attempt(theirs, settings, warm_up)}
+
+
+def attempt(side: Callable[..., dict[str, float]], settings: dict[str, Any], warm_up: int) -> dict[str, float] | str:
+    """What a side measured, or why not: one kernel that this GPU lacks must not cost the other cases."""
+    try:
+        return side(settings, warm_up)
+    except Exception as error:
+        return f"not measured: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
 def cells(found: dict[str, Any] | str) -> list[str]:
     if isinstance(found, str):
         return [f"not measured: {found}", *[""] * (len(HEADS) - 2)]
+    if any(isinstance(side, str) for side in found.values()):
+        shown = [side if isinstance(side, str) else f"{side['tokens_per_second']:,.0f}" for side in found.values()]
+        return [*shown, *[""] * (len(HEADS) - 3)]
     speeds = [found[side]["tokens_per_second"] for side in ("ours", "trl")]
     peaks = [found[side]["peak_bytes"] for side in ("ours", "trl")]
     memory = [peaks[0] / peaks[1], found["ours"]["forecast_peak_bytes"] / peaks[0]] if all(peaks) else []
