@@ -119,22 +119,28 @@ def test_template_variables(rows, tiny):
     assert texts(rows / "m", template_kwargs={"mood": "?"})[0] == "a0?<|im_end|>"
 
 
-def test_report_without_errors_is_kept_with_what_was_judged(rows, tiny, monkeypatch):
-    """The judge is asked again where rows, stop tokens, the sample or a byte of the cache is another."""
+def test_report_without_errors_is_kept_with_what_was_verified(rows, tiny, monkeypatch):
+    """All is verified again where rows, stop tokens, the sample or a byte of the cache is another."""
     from ma_sft.labels.tokenize import check
     from ma_sft.labels.verify import Verifier
 
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
     shutil.copytree(tiny, rows / "m")
-    judged = []
-    real = Verifier.verify
-    monkeypatch.setattr(Verifier, "verify", lambda self, *given, **how: judged.append(1) or real(self, *given, **how))
+    verified = []
+    real = Verifier.verify_batch
+
+    def counted(self, conversations):
+        conversations = list(conversations)
+        verified.extend(conversations)
+        return real(self, conversations)
+
+    monkeypatch.setattr(Verifier, "verify_batch", counted)
 
     def report(every_row=False):
-        judged.clear()
+        verified.clear()
         found = Recipe(model_name_or_path="m", dataset_name="rows.jsonl", use_cpu=True).resolve()
         tokenizer, _ = load(found)
-        return check(found, tokenizer, label(found, tokenizer), every_row=every_row), len(judged)
+        return check(found, tokenizer, label(found, tokenizer), every_row=every_row), len(verified)
 
     first, count = report()
     assert count == len(ROWS) and first.proven
