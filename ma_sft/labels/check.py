@@ -3,7 +3,6 @@
 The facts need `input_ids` and `labels` alone, so they serve every way in which labels are made.
 """
 
-import json
 import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, processes
 from ma_sft.errors import LabelError
+from ma_sft.labels.encoder import parsed
 from ma_sft.labels.placeholders import Refused
 from ma_sft.labels.report import CODES, SHOWN, CheckReport, Findings
 from ma_sft.labels.templates import control_tokens
@@ -269,7 +269,7 @@ def _verify_rows(
     batch: dict[str, list[Any]], sequences: list[dict[str, list[Any]]], verifier: Verifier, own_prompt: str
 ) -> list[dict[str, Any]]:
     names = ("messages", "tools", "chat_template_kwargs")
-    rows = zip(*(map(_parsed, batch.get(name, [None] * len(sequences))) for name in names), strict=True)
+    rows = zip(*(parsed(batch.get(name), len(sequences)) for name in names), strict=True)
     conversations = [([_without_nulls(m) for m in messages], *more) for messages, *more in rows]
     results = verifier.verify_batch(
         (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
@@ -304,10 +304,6 @@ def _own_prompt(verifier: Verifier) -> str:
     controls = "|".join(map(re.escape, control_tokens(verifier.tokenizer))) or r"(?!)"
     parts = [" ".join(part.split()).removeprefix("system ") for part in re.split(controls, text.partition("Qux")[0])]
     return next((repr(part) for part in parts if part.count(" ") > 2), "")
-
-
-def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,7 +17,7 @@ from peft import PeftModel, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -284,7 +284,8 @@ def _compare(
         theirs = model(ids).logits.float()
         saved = load_pretrained(AutoConfig, str(merged), code=code).dtype or torch.float32
         # An adapter may keep whole layers, as rounded as they were trained
-        kinds = {saved, kind, *(tensor.dtype for tensor in load_file(adapter / "adapter_model.safetensors").values())}
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            kinds = {saved, kind, *(file.get_tensor(name).dtype for name in file.offset_keys())}
         eps = max(torch.finfo(each).eps for each in kinds if each.is_floating_point)
         for parameter in model.parameters():
             parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * eps)
