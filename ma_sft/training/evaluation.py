@@ -84,6 +84,7 @@ class EvalCallback(TrainerCallback):
         self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.evaluation
         self.before, self.after, self.signals = Measured(), Measured(), signals
         self.score = score_name(settings)
+        self.evaluated_step: int | None = None
         self.questions: list[Question] = []
         if held_out and held_out.conversations is not None and settings.evaluation.generate_eval:
             self.encoder = make_encoder(settings, tokenizer)
@@ -100,6 +101,7 @@ class EvalCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Add the answers' score to an evaluation during training, if the best model is chosen by it."""
+        self.evaluated_step = None if args.load_best_model_at_end else state.global_step
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         if not (self.questions and best == self.score and self.trainer.is_in_train and state.global_step):
             return
@@ -116,7 +118,8 @@ class EvalCallback(TrainerCallback):
     def _measure(self, desc: str) -> Measured:
         if self.held_out is None:
             return Measured()
-        self.trainer.evaluate()
+        if self.evaluated_step != self.trainer.state.global_step:  # `eval_strategy` may have done it at the last step
+            self.trainer.evaluate()
         names, losses = {"all": "", **{source: f"_{name}" for name, source in self.held_out.metric_names().items()}}, {}
         for source, name in names.items():
             loss, right, _, tokens = self.trainer.totals.get(f"eval{name}", self.trainer.totals["eval"])
