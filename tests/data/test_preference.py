@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, assistant
 
 from ma_sft import FormatError, to_preference
 from ma_sft.data.mixture import load_mixture
@@ -46,7 +46,7 @@ def test_safety_rule(safe, better, chosen):
     if chosen is None:
         assert found is None
     else:
-        assert found["chosen"] == [{"role": "assistant", "content": chosen}]
+        assert found["chosen"] == [assistant(chosen)]
         assert found["rejected"][0]["content"] == {"zero": "one", "one": "zero"}[chosen]
 
 
