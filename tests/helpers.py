@@ -15,12 +15,24 @@ from transformers import (
     set_seed,
 )
 
-__all__ = ["FUZZ", "ROOT", "TOKENIZERS", "load_tokenizer", "save_tiny", "start"]
+__all__ = ["FUZZ", "ROOT", "TOKENIZERS", "assistant", "load_tokenizer", "save_tiny", "start", "system", "user"]
 
 ROOT = Path(__file__).parents[1]
 
 # `make fuzz` asks for many more examples, and other ones each time.
 FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
+
+
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: object, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content: object) -> dict[str, object]:
+    return {"role": "system", "content": content}
 
 
 def save_tiny(

@@ -8,10 +8,12 @@ there is: configuration, script, settings, target.
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -30,6 +32,7 @@ PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glo
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 # What a page takes from a hub lies in a folder here.
 HUB = {"Qwen/Qwen3-0.6B": "qwen3", "google/gemma-3-1b-it": "gemma3"}
+CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]  # whose blocks are those of the English page
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -39,7 +42,7 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
 
 
 LONG = (Path("docs/templates-and-masks.md"),)  # TRL's preparation, once for each trap
-SHOWN = [p for p in PAGES if any(output for _, _, output in blocks(p))]
+SHOWN = [p for p in PAGES if p not in CHINESE and any(output for _, _, output in blocks(p))]
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG), id=str(p)) for p in SHOWN])
@@ -138,6 +141,11 @@ class Shell:
         done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, done.stderr
 
+    def docker(self, words: list[str]) -> None:
+        """The image's name, port and volume are the reader's; an argument of the build is one of the Dockerfile."""
+        given = [words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "--build-arg"]
+        assert set(given) <= set(re.findall(r"(?m)^ARG (\w+)", (ROOT / "Dockerfile").read_text()))
+
     def source(self, words: list[str]) -> None:
         assert words == [".venv/bin/activate"]  # where `make env` puts it
 
@@ -197,7 +205,7 @@ def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
     return Shell(tmp_path, {"/models/x": str(tiny_bpe)})
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p) and p.name != "README.zh.md"], ids=str)
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in CHINESE and commands(p)], ids=str)
 def test_commands_on_the_page_run(page, shell):
     if page.name not in ("README.md", "commands.md"):  # which train `runs/mine` themselves
         shutil.copytree(shell.folder / "runs" / "demo", shell.folder / "runs" / "mine")
@@ -208,22 +216,72 @@ def test_commands_on_the_page_run(page, shell):
             raise AssertionError(f"{page}, line {line}: {command}") from error
 
 
-def test_chinese_readme_shows_the_same():
-    def shown(page):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        code = [[part.strip() for part in re.sub(r"(?m)\s*#.*$", "", code).splitlines()] for _, code, _ in blocks(page)]
-        links = re.findall(r"\]\(((?!README)[^)]+)\)", text)
-        return [shlex.split(command, comments=True) for _, command in commands(page)], code[0], sorted(set(links))
+def english(page: Path) -> Path:
+    return page.with_name(page.name.replace(".zh.", "."))
 
-    english, chinese = shown(Path("README.md")), shown(Path("README.zh.md"))
-    assert chinese == english
+
+@pytest.mark.parametrize("page", CHINESE, ids=str)
+def test_chinese_page_is_in_step_with_the_english_one(page):
+    """The same headings, tables, blocks (but for comments), names between backticks, and pages that it leads to."""
+
+    def shape(page):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fence = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
+        shown = [re.sub(r"(?m)(^|\s+)# .*$", "", block) for block in fence.findall(text)]
+        prose = fence.sub("", text)
+        lines = re.findall(r"(?m)^(?:#+|\||- |\d\. )", prose)
+        names = {code for code in re.findall(r"`([^`]+)`", prose) if not re.search(r"\s", code)}
+        links = set(re.findall(r"\]\(([^)#]+?)(?:\.zh)?(?:\.md)?(?:#[^)]*)?\)", prose))
+        return lines, shown, names, links - {english(page).stem}
+
+    assert shape(page) == shape(english(page))
 
 
 def test_links_between_pages_lead_somewhere():
+    def headings(page):
+        titles = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", text):
-            assert not target or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+        for target, heading in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", text):
+            file = ROOT / page if not target else (ROOT / page).parent / target
+            assert file.exists() and (not heading or heading in headings(file)), f"{page}: {target}#{heading}"
+    assert all(f"]({page.name})" in (ROOT / english(page)).read_text(encoding="utf-8") for page in CHINESE)
+
+
+@pytest.mark.slow
+def test_notebook_prints_what_it_shows(smollm2, tmp_path, monkeypatch):
+    """The code cells of `docs/tour.ipynb`, in order, on the demo model; training's own lines are not kept in it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names: dict = {}
+    for cell in json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            code, printed = "".join(cell["source"]), io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, cell["id"], "exec"), names)
+            shown = "".join(line for output in cell["outputs"] for line in output["text"])
+            assert printed.getvalue() == shown or code.endswith("run(recipe)"), cell["id"]
+    assert (tmp_path / names["recipe"].settings["output_dir"] / "report.html").is_file()
+
+
+def test_container_holds_what_the_demo_needs(tmp_path):
+    """What the Dockerfile copies is enough to install and for each command of `make sft-demo`, on a CPU and a GPU."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines()]
+    for *sources, target in (words[1:] for words in lines if words[:1] == ["COPY"]):
+        for source in sources:
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, tmp_path / source)
+            assert target in (source, "./")
+    metadata = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable('.')"
+    subprocess.run([sys.executable, "-c", metadata], cwd=tmp_path, check=True, capture_output=True)
+    assert ["RUN", "make", "env"] in lines and lines[-1] == ["CMD", '["make",', '"sft-demo"]']
+    for launch in ("cpu", "single_gpu"):
+        environment = {**os.environ, "LAUNCH": launch}
+        command = ["make", "-n", "sft-demo"]
+        steps = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert steps.returncode == 0 and f"accelerate_configs/{launch}.yaml" in steps.stdout
+        used = set(re.findall(r"(?:recipes|accelerate_configs)/[\w.]+|constraints\.txt", steps.stdout))
+        assert len(used) == 4 and all((tmp_path / path).is_file() for path in used), used
 
 
 def test_commands_targets_and_files_named_in_the_text_exist():

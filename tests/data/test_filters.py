@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
+from helpers import assistant, user
 
 from ma_sft.data.filters import hashes_of, near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
@@ -19,7 +20,7 @@ def write(path, pairs):
 
 
 def rows_of(pairs):
-    columns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    columns = [[user(q), assistant(a)] for q, a in pairs]
     return Dataset.from_list([{"messages": messages, **hashes_of({"messages": messages})} for messages in columns])
 
 

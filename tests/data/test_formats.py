@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from helpers import ROOT
+from helpers import ROOT, assistant, system, user
 
 from ma_sft import FormatError, to_messages, to_messages_batch
 from ma_sft.data.formats import FORMATS, detect_format, message_features
@@ -15,9 +15,9 @@ from ma_sft.data.mixture import load_mixture
 
 FIXTURES = ROOT / "tests/files/formats"
 
-USER = {"role": "user", "content": "What is 2+2?"}
-ASSISTANT = {"role": "assistant", "content": "4"}
-SYSTEM = {"role": "system", "content": "Be brief."}
+USER = user("What is 2+2?")
+ASSISTANT = assistant("4")
+SYSTEM = system("Be brief.")
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 
 
@@ -36,55 +36,26 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}
             [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
         (
-            {"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
-            "sharegpt",
-            [USER, ASSISTANT],
-        ),
-        (
             {
                 "system": "Be brief.",
                 "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}],
             },
             "sharegpt",
-            [SYSTEM, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            [SYSTEM, user("x"), assistant("y")],
         ),
         ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
         ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
-        (
-            {"instruction": "Add", "input": "2+2", "output": "4"},
-            "alpaca",
-            [{"role": "user", "content": "Add\n\n2+2"}, ASSISTANT],
-        ),
-        (
-            {"instruction": "And 3+3?", "output": "6", "history": [["What is 2+2?", "4"]]},
-            "alpaca",
-            [USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6"}],
-        ),
-        (
-            {"instruction_zh": "二加二？", "input_zh": "", "output_zh": "四"},
-            "alpaca-zh",
-            [{"role": "user", "content": "二加二？"}, {"role": "assistant", "content": "四"}],
-        ),
-        ({"prompt": "What is 2+2?", "completion": "4"}, "prompt-completion", [USER, ASSISTANT]),
         ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
         (
             {"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
             "hh-rlhf",
-            [USER, ASSISTANT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}],
+            [USER, ASSISTANT, user("Sure?"), assistant("Yes")],
         ),
         (
             {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
             "multiple-choice",
-            [{"role": "user", "content": "Sky?\n1. red\n2. blue"}, {"role": "assistant", "content": "2. blue"}],
+            [user("Sky?\n1. red\n2. blue"), assistant("2. blue")],
         ),
-        (
-            {"question": "Sky?", "choices": ["red", "blue"], "answer": 1},
-            "mmlu",
-            [{"role": "user", "content": "Sky?\nA. red\nB. blue"}, {"role": "assistant", "content": "B. blue"}],
-        ),
-        ({"question": "What is 2+2?", "answer": "4"}, "question-answer", [USER, ASSISTANT]),
-        ({"query": "What is 2+2?", "response": "4"}, "query-response", [USER, ASSISTANT]),
-        ({"problem": "What is 2+2?", "solution": "4"}, "problem-solution", [USER, ASSISTANT]),
     ],
 )
 def test_to_messages(row, format, messages):
@@ -104,7 +75,7 @@ def test_to_messages(row, format, messages):
         ({"messages": []}, "field 'messages': a list of turns expected"),
         ({"messages": [USER]}, "no response to train on: roles are ['user']"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "field 'messages[0].role'"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "field 'messages[1].content': text expected"),
+        ({"messages": [USER, assistant(None)]}, "field 'messages[1].content': text expected"),
         ({"conversations": [{"from": "human", "value": 3}]}, "field 'conversations[0].value'"),
         ({"chosen": "no turns here", "rejected": "x"}, "field 'chosen'"),
         (
@@ -119,10 +90,7 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is 'system', which cannot come after 'user'"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 is 'user', which cannot come after 'user'"),
         ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),
-        (
-            {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
-            "field 'messages[1].weight': a turn is",
-        ),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "field 'messages[1].weight': a turn is"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every answer is marked not to be trained"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': a list of calls"),
         (
@@ -143,6 +111,21 @@ def test_to_messages(row, format, messages):
         ({"question": "q", "choices": ["a", "b"], "answerKey": "Z"}, "field 'answerKey': one of ['A', 'B'] expected"),
         ({"instruction": "a\0b", "output": "y"}, "field 'instruction' holds a NUL character"),
         ({"instruction": "a\ud800", "output": "y"}, "lone surrogate at character 1"),
+        ({"system": "S", "messages": [system("T"), user("q"), assistant("a")]}, "two different system messages"),
+        ({"system": "S", "system_prompt": "T", "question": "q", "answer": "a"}, "two different system messages"),
+        (
+            {"context": "c", "messages": [user("q"), assistant("a"), user("r"), assistant("b")]},
+            "field 'context': a text",
+        ),
+        ({"question": "q", "options": ["1", "2"], "answer": "1 or 2"}, "field 'answer': one of ['A', 'B'] expected"),
+        ({"question": "q", "A": "x", "B": "y", "answer": "x y"}, "field 'answer': one of ['A', 'B'] expected"),
+        ({"messages": [user("q"), {**assistant("a"), "masked": True}]}, "field 'messages[1].masked': only whole turns"),
+        ({"messages": [{**user("q"), "tool_calls": [CALL]}, assistant("a")]}, "only an assistant calls tools"),
+        ({"messages": [user("q"), user("r"), assistant("a")]}, "merge_turns: true joins neighbours of one role"),
+        ({"conversation": [{"input": "a", "question": "b", "output": "c"}]}, "one question and one answer expected"),
+        ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
+        ({"question": "q", "answer": "a", "chat_template_kwargs": "on"}, "'chat_template_kwargs': not valid JSON"),
+        ({"x" * i: "y" for i in range(1, 60)}, "and 39 more"),
     ],
 )
 def test_refused(row, message):
@@ -231,6 +214,7 @@ def test_the_table_of_the_documentation():
         turns = (f"{m['role']}: {m['content']}" for m in to_messages(json.loads(row[2])))
         assert "<br>".join(turns).replace("\n", "\\n") == row[3]
         assert detect_format(json.loads(row[2])) == row[1]
+        assert to_messages(json.loads(row[2]), row[1]) == to_messages(json.loads(row[2]))
 
 
 def test_every_format_has_a_fixture():

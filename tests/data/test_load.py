@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.fingerprint import Hasher
+from helpers import assistant, user
 
 from ma_sft import FormatError, RecipeError
 from ma_sft.data.functions import TextFunction
@@ -19,10 +20,10 @@ from ma_sft.data.mixture import load_mixture
 CALLS = [
     {
         "messages": [
-            {"role": "user", "content": "4"},
+            user("4"),
             {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
             {"role": "tool", "content": '{"n": 1.0}'},
-            {"role": "assistant", "content": "2024-01-02"},
+            assistant("2024-01-02"),
         ],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}],
     }
@@ -103,7 +104,7 @@ def test_a_table_of_pandas_and_a_function_as_format():
 
     def chat(row):
         answer = {"role": "assistant", "content": row["A"] or "?"}
-        return [{"role": "user", "content": f"{row['n']}: {row['Q']}"}, answer]
+        return [user(f"{row['n']}: {row['Q']}"), answer]
 
     for streaming in (False, True):
         rows = load_mixture([{"path": frame, "format": chat}], streaming=streaming).train

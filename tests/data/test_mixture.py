@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import zstandard
 from datasets import Dataset, DatasetDict, IterableDataset
-from helpers import ROOT
+from helpers import ROOT, assistant, system, user
 from rich.console import Console
 
 from ma_sft import FormatError, MaSftError, RecipeError
@@ -105,57 +105,43 @@ def test_csv_cells_stay_text(tmp_path):
     assert sorted(m[-1]["content"] for m in rows["messages"]) == ["007", "NA", "None"]
 
 
+LINE = b'{"instruction": "x", "output": "y"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            b'{"instruction": "x", "output": "y"}\n{"instruction": "x", "outp',
-            "a.jsonl, line 2: not valid JSON",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "x", "output": "y"}\n\n7\n',
-            "a.jsonl, line 3: a JSON object expected, found int",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "x", "output": "y"}\n{"messages": []}\n',
-            "line 2: field 'instruction' is missing",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n',
-            "line 2: field 'output' is missing",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "x", "output": ["y"]}\n',
-            "a.jsonl, line 1: field 'output': text expected, found list",
-        ),
-        ("a.jsonl", b'{"instruction": "x", "output": "\\ud800"}\n', "line 1: field 'output' holds a lone surrogate"),
-        ("a.jsonl", b'{"instruction": "\\u0000", "output": "y"}\n', "line 1: field 'instruction' holds a NUL"),
+        ("a.jsonl", LINE + b'{"instruction": "x", "outp', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", LINE + b"\n7\n", "a.jsonl, line 3: a JSON object expected, found int"),
+        ("a.jsonl", LINE + b'{"messages": []}\n', "line 2: field 'instruction' is missing"),
+        ("a.jsonl", LINE + b'{"instruction": "x"}\n', "line 2: field 'output' is missing"),
+        ("a.jsonl", LINE.replace(b'"y"', b'["y"]'), "a.jsonl, line 1: field 'output': text expected, found list"),
+        ("a.jsonl", LINE.replace(b"y", b"\\ud800"), "line 1: field 'output' holds a lone surrogate"),
+        ("a.jsonl", LINE.replace(b'"x"', b'"\\u0000"'), "line 1: field 'instruction' holds a NUL"),
+        ("a.jsonl", LINE * 2 + LINE.replace(b"}", b', "output": "b"}'),
+         "a.jsonl, line 3: not valid JSON: the key 'output' stands twice"),
+        ("a.jsonl", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "not valid JSON: maximum recursion depth"),
         ("a.jsonl", b"PK\x03\x04 no text at all", "a.jsonl, line 1: not valid JSON"),
         ("a.jsonl", "ä".encode("latin-1"), "a.jsonl, line 1: not UTF-8 text"),
-        ("a.json", b'[{"instruction": "x", "output": "y"},\n {"instr', "a.json, line 2: not valid JSON"),
-        ("a.json", b'[{"instruction": "x", "output": "y"}] 7', "line 1: not valid JSON: Extra data"),
+        ("a.json", b"[" + LINE.strip() + b',\n {"instr', "a.json, line 2: not valid JSON"),
+        ("a.json", b"[" + LINE.strip() + b"] 7", "line 1: not valid JSON: Extra data"),
         ("a.json", b'{"data": [\n1}', "a.json, line 2: not valid JSON"),
-        (
-            "a.jsonl.gz",
-            b'{"instruction": "x", "output": "y"}\n',
-            "a.jsonl.gz: cannot be read as jsonl: Not a gzipped file",
-        ),
-        ("a.parquet", b'{"instruction": "x", "output": "y"}\n', "a.parquet: cannot be read as parquet"),
+        ("a.json", b'{\n "a": 1,\n "b" 2}', "a.json, line 3: not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.json", b'{"data": [' + LINE.replace(b"}", b', "output": "b"}') + b"]}", "the key 'output' stands twice"),
+        ("a.json", b'{"x": [{"a": 1}], "y": [{"b": 1}]}', "rows may be in ['x', 'y']; say which: field"),
+        ("a.jsonl.gz", LINE, "a.jsonl.gz: cannot be read as jsonl: Not a gzipped file"),
+        ("a.parquet", LINE, "a.parquet: cannot be read as parquet"),
+        ("a.xlsx", b"PK\x03\x04", "exists, but it is none of .jsonl"),
         ("a.csv", b"instruction,output\nx,y,z\n", "a.csv, line 2: more cells than the 2 columns"),
         ("a.csv", b'instruction,output\nx,"y', "a.csv, line 2: not valid CSV"),
-        (
-            "a.csv",
-            b"instruction,output\nx\n",
-            "a.csv, line 2: unknown format: columns ['instruction']; nearest: alpaca",
-        ),
+        ("a.csv", b"instruction,output\nx\n", "line 2: unknown format: columns ['instruction']; nearest: alpaca"),
         ("a.csv", b"instruction,reply\nx,y\n", "line 2: unknown format: columns ['instruction', 'reply']"),
+        ("a.csv", b"instruction;output\na;b\n", "one column 'instruction;output'; if ';' parts its cells, set delim"),
+        ("a.csv", b"q,a,q\n1,2,3\n", "line 1: column 'q' stands twice"),
+        ("a.csv", b"question,answer\nq,a\nquestion,answer\n", "a.csv, line 3: the names of the columns once more"),
     ],
-)
+)  # fmt: skip
 def test_broken_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     for streaming in (False, True):
@@ -205,7 +191,7 @@ def test_columns_limit_system_prompt_and_group(tmp_path):
     }
     mixture = load_mixture([source], test_size=0.2)
     assert len(mixture.train) + len(mixture.test) == 20
-    assert mixture.train[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert mixture.train[0]["messages"][0] == system("Be brief.")
     assert not set(mixture.train["group"]) & set(mixture.test["group"])
     with pytest.raises(
         FormatError, match=r"line 1: field 'query' of the column map is missing; found \['a', 'chat', 'q'\]"
@@ -254,10 +240,10 @@ def test_rows_held_out_are_never_repeated_in_training(tmp_path):
 def test_sources_of_different_shape_go_together(tmp_path):
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
-        {"role": "user", "content": "Add."},
+        user("Add."),
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
-        {"role": "assistant", "content": "Two."},
+        assistant("Two."),
     ]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     rich = write(tmp_path / "1.jsonl", [{"messages": messages, "tools": tools}])

@@ -1,11 +1,9 @@
-"""Preference rows of every common source become what TRL's reward and DPO trainers take as it is."""
+"""Preference rows of every common source become what TRL's trainers take as it is: `release/test_handoff.py` trains."""
 
 import json
 
 import pytest
-from datasets import Dataset
-from helpers import ROOT
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from helpers import ROOT, assistant
 
 from ma_sft import FormatError, to_preference
 from ma_sft.data.mixture import load_mixture
@@ -48,7 +46,7 @@ def test_safety_rule(safe, better, chosen):
     if chosen is None:
         assert found is None
     else:
-        assert found["chosen"] == [{"role": "assistant", "content": chosen}]
+        assert found["chosen"] == [assistant(chosen)]
         assert found["rejected"][0]["content"] == {"zero": "one", "one": "zero"}[chosen]
 
 
@@ -85,52 +83,10 @@ def test_own_function(tmp_path):
     assert to_preference({"a": 1, "b": 1}, f"{path}:sides") is None
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_mixture([str(path) for path in FIXTURES], kind="preference", system_prompt="Be kind.")
-
-
-def test_mixture_counts_what_has_no_better_side(mixture):
+def test_mixture_counts_what_has_no_better_side():
+    mixture = load_mixture([str(path) for path in FIXTURES], kind="preference", system_prompt="Be kind.")
     assert len(mixture.train) == sum(len(read(path)) for path in FIXTURES) - 1
     assert mixture.report.skipped == 1
     (stage,) = [s for s in mixture.report.stages if s.removed]
     assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"no better side": 1}
     assert all(row["prompt"][0]["role"] == "system" for row in mixture.train)
-
-
-def test_trl_trains_a_reward_model_and_dpo_on_them(mixture, smollm2, tmp_path):
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 1,
-        "max_length": 256,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-    }
-    by_hand = Dataset.from_list([s for path in FIXTURES for row in read(path) if (s := to_preference(row))])
-    model = AutoModelForSequenceClassification.from_pretrained(smollm2, num_labels=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    config = RewardConfig(**settings)
-    trainer = RewardTrainer(model, args=config, train_dataset=by_hand, processing_class=tokenizer)
-    assert len(trainer.train_dataset) == len(by_hand)
-    assert trainer.train().training_loss > 0
-    row = trainer.train_dataset[0]
-    assert tokenizer.decode(row["chosen_ids"]) == tokenizer.apply_chat_template(
-        by_hand[0]["prompt"] + by_hand[0]["chosen"], tokenize=False
-    )
-
-    model = AutoModelForCausalLM.from_pretrained(smollm2)
-    config = DPOConfig(**settings)
-    trainer = DPOTrainer(model, args=config, train_dataset=mixture.train, processing_class=tokenizer)
-    assert trainer.train().training_loss > 0
-    row, trained = mixture.train[0], trainer.train_dataset[0]
-    for column in ("prompt", "chosen", "rejected"):
-        text = tokenizer.decode(trained[f"{column}_ids"])
-        assert all(message["content"] in text for message in row[column])

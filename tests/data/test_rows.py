@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from helpers import ROOT
+from helpers import ROOT, assistant, system, user
 from rich.console import Console
 
-from ma_sft import FormatError, MaSftError, RecipeError, to_messages, to_preference
+from ma_sft import FormatError, RecipeError, to_messages, to_preference
 from ma_sft.data.formats import BadAnswer, detect_format, read_row
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.load import Source
@@ -20,18 +20,6 @@ from ma_sft.data.messages import to_tools
 from ma_sft.data.mixture import load_mixture
 
 CASES = ROOT / "tests/files/rows"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def call(name, arguments="{}", **more):
@@ -64,10 +52,7 @@ def write(path, *rows):
         ("history.jsonl", [[user("2+2?"), assistant("4"), user("And 3+3?"), assistant("6")]]),
         ("context.jsonl", [[user("In 1998 France beat Brazil.\n\nWho won?"), assistant("France")]]),
         ("system_column.jsonl", [[system("Answer only in French."), user("Hello"), assistant("Bonjour")]]),
-        (
-            "system_prompt_column.jsonl",
-            [[system("S"), user("q"), assistant("r")], [user("q2"), assistant("r2")]],
-        ),
+        ("system_prompt_column.jsonl", [[system("S"), user("q"), assistant("r")], [user("q2"), assistant("r2")]]),
         ("loss_false.jsonl", [[user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]]),
         ("train_false.jsonl", [[user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]]),
         ("text_parts_loss_weight.jsonl", [[user("hi"), assistant("yo")]]),
@@ -332,38 +317,6 @@ def test_what_a_row_says(row, messages):
     assert read_row(row).unused == {}
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"system": "S", "messages": [system("T"), user("q"), assistant("a")]}, "two different system messages"),
-        ({"system": "S", "system_prompt": "T", "question": "q", "answer": "a"}, "two different system messages"),
-        (
-            {"context": "c", "messages": [user("q"), assistant("a"), user("r"), assistant("b")]},
-            "field 'context': a text",
-        ),
-        ({"question": "q", "options": ["1", "2"], "answer": "1 or 2"}, "field 'answer': one of ['A', 'B'] expected"),
-        ({"question": "q", "A": "x", "B": "y", "answer": "x y"}, "field 'answer': one of ['A', 'B'] expected"),
-        (
-            {"messages": [user("q"), {**assistant("a"), "masked": True}]},
-            "field 'messages[1].masked': only whole turns",
-        ),
-        ({"messages": [{**user("q"), "tool_calls": [call("f")]}, assistant("a")]}, "only an assistant calls tools"),
-        ({"messages": [user("q"), user("r"), assistant("a")]}, "merge_turns: true joins neighbours of one role"),
-        ({"conversation": [{"input": "a", "question": "b", "output": "c"}]}, "one question and one answer expected"),
-        ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
-        (
-            {"question": "q", "answer": "a", "chat_template_kwargs": "on"},
-            "'chat_template_kwargs': not valid JSON",
-        ),
-        ({"x" * i: "y" for i in range(1, 60)}, "and 39 more"),
-    ],
-)
-def test_refused(row, message):
-    with pytest.raises(FormatError) as error:
-        to_messages(row)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
 def test_an_ambiguous_format_names_only_formats_that_work():
     both = {"messages": [user("q"), assistant("a")], "question": "q", "answer": "a"}
     with pytest.raises(FormatError, match="fit messages and question-answer; say which"):
@@ -440,10 +393,7 @@ def test_columns_that_are_not_used_are_told(tmp_path, caplog):
     messages = {"messages": [{**user("q"), "citations": ["c"]}, assistant("a")], "split": "train"}
     sources = [str(write(tmp_path / "a.jsonl", *rows)), str(write(tmp_path / "b.jsonl", messages))]
     report = load_mixture(sources).report
-    expected = {
-        sources[0]: {"rationale": 'str "because"'},
-        sources[1]: {"messages[].citations": 'list ["c"]'},
-    }
+    expected = {sources[0]: {"rationale": 'str "because"'}, sources[1]: {"messages[].citations": 'list ["c"]'}}
     assert report.unused == expected
     assert [record.getMessage() for record in caplog.records if "not used" in record.getMessage()] == [
         f'{sources[0]}: columns that are not used: rationale (str "because")',
@@ -538,29 +488,6 @@ def test_delimiter_as_the_message_gives_it(tmp_path, mark):
     advice = re.search(r"set (delimiter: \S+) in its entry", str(error.value))[1]
     rows, _ = load(tmp_path / "a.csv", **yaml.safe_load(advice))
     assert rows[0]["messages"] == [user("a"), assistant("b")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.csv",
-            "instruction;output\na;b\n",
-            "one column 'instruction;output'; if ';' parts its cells, set delim",
-        ),
-        ("a.csv", "q,a,q\n1,2,3\n", "line 1: column 'q' stands twice"),
-        ("a.xlsx", "PK\x03\x04", "exists, but it is none of .jsonl"),
-        ("a.json", '{"x": [{"a": 1}], "y": [{"b": 1}]}', "rows may be in ['x', 'y']; say which: field"),
-        ("a.json", '{\n "a": 1,\n "b" 2}', "a.json, line 3: not valid JSON"),
-        ("a.json", "[" * 100_000, "not valid JSON"),
-        ("a.jsonl", '{"a":' * 100_000 + "1" + "}" * 100_000, "not valid JSON: maximum recursion depth"),
-    ],
-)
-def test_broken_containers(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(MaSftError) as error:
-        load(tmp_path / name)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_column_maps(tmp_path):
@@ -716,22 +643,6 @@ def test_lists_of_messages_in_cells_of_text():
     assert to_preference(sides) == {key: json.loads(text) for key, text in sides.items()}
     for text in ("[1, 2]", "[{", '[{"name": "f"}]'):  # which are texts
         assert to_messages({"prompt": text, "completion": text}) == [user(text), assistant(text)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"question": "q", "answer": "a"}\n' * 2 + '{"question": "q", "answer": "a", "answer": "b"}\n',
-         "a.jsonl, line 3: not valid JSON: the key 'answer' stands twice"),
-        ("a.json", '{"data": [{"question": "q", "answer": "a", "answer": "b"}]}', "the key 'answer' stands twice"),
-        ("a.csv", "question,answer\nq,a\nquestion,answer\n", "a.csv, line 3: the names of the columns once more"),
-    ],
-)  # fmt: skip
-def test_what_would_be_lost_or_learned_by_accident(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(FormatError) as error:
-        load(tmp_path / name)
-    assert message in str(error.value)
 
 
 def test_columns_of_one_name_or_none(tmp_path):

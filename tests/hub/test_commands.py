@@ -157,12 +157,8 @@ def test_private_and_gated(hub, data, model, ma_sft, recipe, where, tiny_bpe):
     repo.access = "private"
     error = ma_sft("check", recipe(), token="hf_wrong").error
     assert "token" in error and "hf auth login" in error
-
-
-def test_private_without_a_token(hub, data, model, ma_sft, recipe):
-    hub.repos["models", "tiny/model"].access = "private"
     error = ma_sft("check", recipe()).error
-    assert "tiny/model" in error and "private" in error and "hf auth login" in error
+    assert name in error and "private" in error and "hf auth login" in error
     assert ma_sft("check", recipe(), token=TOKEN).code == 0
 
 
@@ -197,17 +193,17 @@ def test_an_adapter_on_the_hub(hub, data, model, ma_sft, recipe, tmp_path):
     assert done.code == 0, done.err
 
 
-def test_a_filter_counts_with_the_tokenizer_of_the_revision(hub, data, ma_sft, recipe, tiny_bpe):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_revision": "v1", "filters": {"max_tokens": 1000}},  # which counts with the revision's tokenizer
+        {"model_init_kwargs": {"revision": "v1"}},
+    ],
+)
+def test_the_tokenizer_is_the_revisions(hub, data, ma_sft, recipe, tiny_bpe, settings):
     hub.add("models", "tiny/model", tiny_bpe, branch="v1")
     hub.add("models", "tiny/model", {"README.md": b"moved away"})
-    done = ma_sft("check", recipe(model_revision="v1", filters={"max_tokens": 1000}))
-    assert done.code == 0, done.err
-
-
-def test_a_revision_in_model_init_kwargs(hub, data, ma_sft, recipe, tiny_bpe):
-    hub.add("models", "tiny/model", tiny_bpe, branch="v1")
-    hub.add("models", "tiny/model", {"README.md": b"moved away"})
-    done = ma_sft("check", recipe(model_init_kwargs={"revision": "v1"}))
+    done = ma_sft("check", recipe(**settings))
     assert done.code == 0, done.err
 
 

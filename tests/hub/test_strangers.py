@@ -62,6 +62,8 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(hub, data, ma_sft, recipe
     trusting = recipe(model_name_or_path="tiny/custom", trust_remote_code=True, overwrite_output_dir=True)
     done = ma_sft("train", trusting, **modules)
     assert done.code == 0, done.err
+    assert "same first choice at 100.0%" in done.out, "the skeleton on which PEFT merges is the custom model's"
+    assert set(load_file(tmp_path / "run/merged/model.safetensors")) == set(load_file(tiny_bpe / "model.safetensors"))
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
     for command in (["merge", "run/adapter", "-o", "again"], ["chat", "run/merged", "--prompt", "Hi"],
@@ -207,13 +209,3 @@ def test_recipes_of_strangers_in_other_files(hub, data, model, ma_sft, recipe, t
     assert not (tmp_path / "ran").exists()
     ma_sft("check", recipe(), "--dataset_format", "evil.py:function")  # a flag is the user's own word
     assert (tmp_path / "ran").exists()
-
-
-def test_merged_weights_of_a_model_with_code_are_its_own(hub, data, ma_sft, recipe, tiny_bpe, tmp_path):
-    """The skeleton on which PEFT merges is the custom model's."""
-    hub.add("models", "tiny/custom", with_code(tiny_bpe, tmp_path / "custom"))
-    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = ma_sft("train", recipe(model_name_or_path="tiny/custom", trust_remote_code=True), **modules)
-    assert done.code == 0, done.err
-    assert "same first choice at 100.0%" in done.out
-    assert set(load_file(tmp_path / "run/merged/model.safetensors")) == set(load_file(tiny_bpe / "model.safetensors"))

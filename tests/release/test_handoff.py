@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from gguf import GGUFReader
+from helpers import ROOT
 from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
@@ -19,8 +20,9 @@ from transformers import (
     set_seed,
 )
 
-from ma_sft import Recipe, RecipeError, run
+from ma_sft import Recipe, RecipeError, run, to_preference
 from ma_sft.cli import main
+from ma_sft.data.mixture import load_mixture
 from ma_sft.release.manifest import read_manifest
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}."} for i in range(24)]
@@ -257,13 +259,12 @@ def test_gguf(smollm2, tmp_path, capsys, monkeypatch):
 
 # -- the next stages, offline -----------------------------------------------------------------------------------------
 
+FILES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
 PAIRS = [
-    {
-        "prompt": [{"role": "user", "content": f"What is {i} plus {i}?"}],
-        "chosen": [{"role": "assistant", "content": f"It is {2 * i}."}],
-        "rejected": [{"role": "assistant", "content": "No idea."}],
-    }
-    for i in range(8)
+    pair
+    for path in FILES
+    for line in path.read_text(encoding="utf-8").splitlines()
+    if (pair := to_preference(json.loads(line)))
 ]
 COMMON = {
     **{"per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True},
@@ -297,6 +298,9 @@ def test_reward_model(sft, tmp_path):
     assert changed(model, before)
     assert model.config.pad_token_id == manifest["special_ids"]["pad"]
     assert trainer.processing_class.chat_template == tokenizer.chat_template
+    assert len(trainer.train_dataset) == len(PAIRS)
+    text = tokenizer.apply_chat_template(PAIRS[0]["prompt"] + PAIRS[0]["chosen"], tokenize=False)
+    assert tokenizer.decode(trainer.train_dataset[0]["chosen_ids"]) == text
 
 
 @pytest.mark.parametrize("folder", ["merged", "adapter"])
@@ -307,12 +311,16 @@ def test_dpo(sft, tmp_path, folder):
     out, _ = sft
     of_adapter = {"is_trainable": True} if folder == "adapter" else {}
     kind = AutoPeftModelForCausalLM if of_adapter else AutoModelForCausalLM
+    rows = load_mixture([str(path) for path in FILES], kind="preference", system_prompt="Be kind.").train
     trainer = DPOTrainer(
         model=kind.from_pretrained(out / folder, dtype=torch.float32, **of_adapter),
         args=DPOConfig(output_dir=str(tmp_path), max_length=128, **COMMON),
         processing_class=AutoTokenizer.from_pretrained(out / "merged"),
-        train_dataset=Dataset.from_list(PAIRS),
+        train_dataset=rows,
     )
+    for column in ("prompt", "chosen", "rejected"):
+        text = trainer.processing_class.decode(trainer.train_dataset[0][f"{column}_ids"])
+        assert all(message["content"] in text for message in rows[0][column])
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert changed(trainer.model, before)
