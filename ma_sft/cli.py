@@ -205,9 +205,27 @@ def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
 
 
 @app.command("train", **ON_RECIPE)
-def _train(args: RecipeArgs = None) -> int:
+def _train(
+    args: RecipeArgs = None,
+    launcher: Annotated[
+        str | None, Option(show_default=False, help="start by a configuration of accelerate: its name or file")
+    ] = None,
+    gpus: Annotated[int | None, Option(min=1, show_default=False, help="of the launcher; with cpu: processes")] = None,
+) -> int:
     """fine-tune as a recipe says; any setting of the recipe is a flag"""
-    return _run(*_load(args))
+    words = ["train", *(args or [])]
+    recipe, flags = _load(args)
+    if launcher is None:
+        if gpus:
+            raise RecipeError("--gpus is of a launcher: say which, e.g. --launcher ddp")
+        return _run(recipe, flags)
+    from ma_sft.tools.gallery import launcher_file
+
+    config = launcher_file(launcher)
+    say(f"starting {' '.join(words)} by {config}", flush=True)
+    from ma_sft.launcher import start
+
+    return start(config, gpus, words)
 
 
 @app.command("check", **ON_RECIPE)

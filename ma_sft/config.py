@@ -727,15 +727,15 @@ class Recipe:
             RunError: the launcher asks for what this machine has not.
         """
         overrides, values = self.merge(args)
-        from trl import TrlParser
-
         from ma_sft.demo import demo_model
         from ma_sft.launcher import check_installed, check_launch
 
-        if values["model_name_or_path"] == "demo":
-            values["model_name_or_path"] = str(demo_model())
         _set_machine_defaults(values, overrides.values.get("dtype") is not None)
         check_launch(values["use_cpu"])
+        if values["model_name_or_path"] == "demo":
+            values["model_name_or_path"] = str(demo_model())
+        from trl import TrlParser  # what can be told without it comes before
+
         try:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:

@@ -113,8 +113,19 @@ def _quiet_libraries() -> None:
     """What libraries say of themselves, by name: nothing that a user can do something about."""
     # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Bars of what takes long, and in a terminal alone; `timed` tells of each stage
+    os.environ.setdefault(*("TQDM_DELAY", "2") if sys.stderr.isatty() else ("TQDM_DISABLE", "1"))
     # TRL sets, and PEFT asks for, what transformers is about to rename
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    """Say on stderr how long the block took, once it is done."""
+    start = time.monotonic()
+    yield
+    if _first_here():
+        say(f"{stage}: {time.monotonic() - start:.1f} s", error=True)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, ca
 def test_init_chooses_what_fits_the_gpus(here, tiny_bpe, capsys):
     flags = ["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "--task", "chat"]
     assert main([*flags, "--hardware", "4x80GB", "-o", "big.py"]) == 0
-    assert "accelerate_configs/ddp.yaml --num_processes 4 -m ma_sft.cli train big.py" in capsys.readouterr().out
+    assert "ma-sft train big.py --launcher ddp --gpus 4" in capsys.readouterr().out
     assert main([*flags, "--hardware", "1x0.1GB", "-o", "small.py"]) == 2
     assert "nothing fits 1 GPU(s) of 0.1gb, not even 4-bit QLoRA" in capsys.readouterr().err
 
@@ -245,14 +245,21 @@ def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, cap
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
-def test_gpu_launcher_without_a_gpu_says_which_to_take(here):
+@pytest.mark.parametrize("launcher", ["single_gpu", "ddp", "zero2"])
+def test_a_launcher_that_does_not_fit_ends_in_one_line_and_our_exit_code(here, launcher):
+    (here / "mine.yaml").write_text(json.dumps({**BASE, "dataset_name": str(here / "rows.jsonl")}))
+    done = start("ma-sft", "train", here / "mine.yaml", "--launcher", launcher, "--output_dir", here / "run")
+    assert done.returncode == 2 and done.stdout.startswith(f"starting train {here}/mine.yaml --output_dir ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the launcher asks for a GPU and PyTorch finds none; take cpu.yaml (--launcher cpu")
+
+
+def test_a_launcher_is_a_name_or_a_file(here, capsys):
     (here / "mine.yaml").write_text(json.dumps(BASE))
-    flags = ["--model_name_or_path", "demo", "--dataset_name", here / "rows.jsonl", "--output_dir", here / "run"]
-    config = "accelerate_configs/single_gpu.yaml"
-    done = start("accelerate", "launch", "--quiet", "--config_file", config, "recipes/qwen3.py", *flags)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "finds none; take accelerate_configs/cpu.yaml" in line
+    assert main(["train", "mine.yaml", "--launcher", "zero9"]) == 2
+    assert "--launcher: a file or one of cpu, ddp, fsdp2, " in capsys.readouterr().err
+    assert main(["train", "mine.yaml", "--gpus", "2"]) == 2
+    assert "say which, e.g. --launcher ddp" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_copied(here, capsys):

@@ -63,6 +63,20 @@ def copy(name: str, out: Path | None = None) -> Path:
     return target
 
 
+def launcher_file(name: str) -> Path:
+    """The configuration of accelerate that ships under this name, or the file of one's own.
+
+    Raises:
+        RecipeError: neither is there.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    known = {item.name: item.path for item in shipped().values() if item.kind == "launcher"}
+    if name not in known:
+        raise RecipeError(f"--launcher: a file or one of {', '.join(known)} expected, found {name!r}")
+    return known[name]
+
+
 def _folder(name: str) -> Path:
     package = Path(__file__).parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
