@@ -21,7 +21,7 @@ from ma_sft.utils import as_written, console, guard, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
-    from ma_sft.config import Recipe, Settings
+    from ma_sft.config import Recipe
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 app = typer.Typer(
@@ -187,17 +187,6 @@ def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe",
     return recipe, flags
 
 
-def _resolve(recipe: "Recipe", flags: list[str], *, quiet: bool = False) -> tuple["Settings", Any, str]:
-    """The settings, their tokenizer, and what the rehearsal says; with `quiet` stdout stays empty of progress bars."""
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.training.rehearsal import rehearse
-
-    _silence(quiet)
-    settings = recipe.resolve(flags)
-    tokenizer, added_tokens = load_tokenizer(settings)
-    return settings, tokenizer, rehearse(settings, tokenizer, added_tokens)
-
-
 def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
     from ma_sft.sft import exit_code, run
 
@@ -236,13 +225,10 @@ def _check(
 ) -> int:
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
-    from ma_sft.labels.tokenize import label
-    from ma_sft.training.prepare import check_as_trained
+    from ma_sft.look import check
 
-    settings, tokenizer, rehearsed = _resolve(recipe, flags, quiet=as_json)
-    if not as_json:
-        say(rehearsed)
-    return _show(check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
+    _silence(as_json)
+    return _show(check(recipe, flags, every_row=every_row), as_json)
 
 
 @app.command("audit")
@@ -282,16 +268,9 @@ def _preview(
 ) -> None:
     """show which tokens of a recipe's rows are trained"""
     recipe, flags = _load(args)
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import label
-    from ma_sft.pages.preview import preview
-    from ma_sft.training.prepare import as_trained
+    from ma_sft.look import preview
 
-    settings = recipe.resolve(flags)
-    tokenizer, _ = load_tokenizer(settings)
-    rows = label(settings, tokenizer).dataset
-    rows = rows.select(range(min(max(n, 0), len(rows))))
-    preview(as_trained(settings, rows), tokenizer, n=n, html=html, borders=borders)
+    preview(recipe, flags, n=n, html=html, borders=borders)
     if html:
         say(f"preview: {html}")
 
@@ -371,11 +350,15 @@ def _plan(
     """forecast a recipe's peak memory and pick the first launcher that fits"""
     name = str(Path(args[0])) if args else "RECIPE"
     recipe, flags = _load(args, reads_rows=False)
+    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
+    from ma_sft.training.rehearsal import rehearse
 
     if gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
-    settings, _, rehearsed = _resolve(recipe, flags)
+    settings = recipe.resolve(flags)
+    tokenizer, added_tokens = load_tokenizer(settings)
+    rehearsed = rehearse(settings, tokenizer, added_tokens)
     found = plan(settings, gpus, gpu_memory)
     if as_json:
         return _print_json(found)

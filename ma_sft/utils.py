@@ -7,6 +7,7 @@ cursor, change the title, colour the rest or turn the reading direction is shown
 import codecs
 import errno
 import glob
+import io
 import json
 import logging
 import os
@@ -62,6 +63,15 @@ def console(**how: Any) -> "Console":
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     return PlainConsole(markup=False, emoji=False, highlight=False, **how)
+
+
+class Readable:
+    """Something that rich can print, and that `print`, a REPL and a notebook show in the same way."""
+
+    def __repr__(self) -> str:
+        screen = console(file=io.StringIO(), width=100)
+        screen.print(self)
+        return str(screen.file.getvalue()).rstrip()  # type: ignore[attr-defined]  # it is a StringIO
 
 
 def guard(command: Callable[[], Any]) -> int:

@@ -75,6 +75,14 @@ class Labelled:
     collator: "DataCollatorForCompletionOnlyLM | None" = None
     stages: "list[Stage]" = field(default_factory=list)
 
+    def first(self, n: int) -> list[dict[str, Any]]:
+        """The first rows; the `origin` of each is the line of the file that it comes from, where there is one."""
+        rows = [self.dataset[row] for row in range(min(max(n, 0), len(self.dataset)))]
+        if self.conversations is not None and "origin" in self.conversations.column_names:
+            origins = self.conversations.select([row["row"] for row in rows])["origin"]
+            rows = [{**row, "origin": origin} for row, origin in zip(rows, origins, strict=True)]
+        return rows
+
 
 class WholeRowEncoder(ChatEncoder):
     """Trains every token of a conversation (`completion_only_loss=False`), which stays one sequence."""

@@ -130,7 +130,7 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
     from ma_sft.packing.pack import Tokens
     from ma_sft.packing.truncation import whole_rows
 
-    drawn = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
+    drawn: dict[str, Any] = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
     recipe, template = Recipe(model_name_or_path=model, report_to="none", **drawn, **extra), None
     settings = recipe.resolve()
     try:

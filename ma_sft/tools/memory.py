@@ -219,7 +219,7 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
         causal.train()
         if training.gradient_checkpointing:
-            options = dict(training.gradient_checkpointing_kwargs or {})
+            options = {"use_reentrant": False, **(training.gradient_checkpointing_kwargs or {})}  # TRL's default
             if options.pop("selective", False):  # TRL's own
                 enable_selective_activation_checkpointing(causal)
             causal.gradient_checkpointing_enable(options)
