@@ -17,7 +17,7 @@ from typer import Argument, Option
 from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]  # core imports CompletionItem
 
 from ma_sft.errors import MaSftError, RecipeError, one_line
-from ma_sft.utils import as_written, console, guard, say
+from ma_sft.utils import as_written, console, guard, not_there, progress, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class RecipeCommand(TyperCommand):
 
 
 ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
+LOADING = "loading PyTorch, transformers and TRL"  # the first word, before what takes seconds
 A_RECIPE = "a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well"
 RecipeArgs = Annotated[
     list[str] | None, Argument(metavar="[RECIPE] [--SETTING VALUE]...", show_default=False, help=A_RECIPE)
@@ -62,7 +63,18 @@ Dtype = Annotated[
 ]
 Out = Annotated[Path, Option("-o", "--out", help="a folder that does not exist yet")]
 OutOrDefault = Annotated[Path | None, Option("-o", "--out", show_default=False, help="where it is written")]
-Run = Annotated[Path, Argument(help="a run's folder, that of a model or adapter, or a hub id")]
+
+
+def _there(run: Path) -> Path:
+    """Said before anything heavy is imported."""
+    from ma_sft.hub import is_hub_id
+
+    if not run.is_dir() and not is_hub_id(str(run)):
+        raise RecipeError(f"the folder {not_there(run)}")
+    return run
+
+
+Run = Annotated[Path, Argument(callback=_there, help="a run's folder, that of a model or adapter, or a hub id")]
 
 
 def launch(recipe: "Recipe") -> None:
@@ -75,6 +87,7 @@ def launch(recipe: "Recipe") -> None:
 
     def start() -> int:
         recipe.check_early(sys.argv[1:])
+        progress(LOADING)
         return _run(recipe, sys.argv[1:])
 
     sys.exit(guard(start))
@@ -120,6 +133,7 @@ def _init(
     out: OutOrDefault = None,
 ) -> None:
     """look at your data and write a recipe for it; asks for what no flag says"""
+    progress(LOADING)
     from ma_sft.tools.init import init
 
     recipe, start = init(
@@ -184,6 +198,7 @@ def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe",
     flags = args or []
     recipe = Recipe.load(flags.pop(0)) if flags and not flags[0].startswith("-") else Recipe()
     recipe.check_early(flags, reads_rows=reads_rows)
+    progress(LOADING)
     return recipe, flags
 
 
@@ -233,7 +248,7 @@ def _check(
 
 @app.command("audit")
 def _audit(
-    folder: Annotated[Path, Argument(help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
+    folder: Annotated[Path, Argument(exists=True, help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
     tokenizer: Annotated[str, Option(help="folder or hub id of the model's tokenizer")],
     rows: Annotated[str | None, Option(help="the raw rows that were given to the tool, in any format")] = None,
     max_length: Annotated[int | None, Option("--max_length", help="where the tool cut sequences, in tokens")] = None,
@@ -241,6 +256,7 @@ def _audit(
     as_json: Json = False,
 ) -> int:
     """verify token ids and labels that another tool prepared; exit code 1 if any is wrong"""
+    progress(LOADING)
     from transformers import AutoTokenizer
 
     from ma_sft.hub import load_pretrained
@@ -334,6 +350,7 @@ def _merge(
     trust_remote_code: Trust = "false",
 ) -> None:
     """merge a run's adapter into its base model"""
+    progress(LOADING)
     from ma_sft.release.merge import merge
 
     with as_written(run):
@@ -376,6 +393,7 @@ def _export(
     trust_remote_code: Trust = "false",
 ) -> None:
     """write a run's whole model for vLLM and transformers serve, or as GGUF"""
+    progress(LOADING)
     from ma_sft.release.export import export_folder, export_gguf
 
     with as_written(run):
@@ -388,6 +406,7 @@ def _export(
 @app.command("handoff-check")
 def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
     """compare a saved model with its manifest; exit code 1 if they disagree"""
+    progress(LOADING)
     from ma_sft.release.manifest import check_handoff
 
     with as_written(folder):
@@ -410,6 +429,7 @@ def _chat(
     trust_remote_code: Trust = "false",
 ) -> None:
     """talk to a run's model or to any model folder"""
+    progress(LOADING)
     from ma_sft.release.chat import chat
 
     given = {"prompt": prompt, "system": system, "base": base, "code": trust_remote_code == "true"}

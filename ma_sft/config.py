@@ -723,9 +723,12 @@ class Recipe:
         """What can be told before torch is imported.
 
         Raises:
-            RecipeError: as `merge`; a file of rows, where they are read, that is not there.
+            RecipeError: as `merge`; a folder of the model, or a file of rows, where they are read, that is not there.
         """
         _, values = self.merge(args)
+        model = str(values["model_name_or_path"])
+        if model[:1] in "./~" and not Path(model).expanduser().is_dir():
+            raise RecipeError(f"the model {not_there(model)}")
         sources = [values.get("dataset_name"), *values.get("datasets", ()), *values.get("eval_dataset", ())]
         for source in sources if reads_rows else ():
             path = source.get("path") if isinstance(source, dict) else source

@@ -9,7 +9,7 @@ from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.pages.preview import show_rows
 from ma_sft.training.prepare import as_trained, check_as_trained
-from ma_sft.utils import say
+from ma_sft.utils import progress
 
 
 def check(recipe: Recipe, args: Sequence[str] = (), *, every_row: bool = False) -> CheckReport:
@@ -27,7 +27,7 @@ def check(recipe: Recipe, args: Sequence[str] = (), *, every_row: bool = False) 
 
     settings = recipe.resolve(args)
     tokenizer, added_tokens = load_tokenizer(settings)
-    say(rehearse(settings, tokenizer, added_tokens), error=True)
+    progress(rehearse(settings, tokenizer, added_tokens))
     return check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row)
 
 

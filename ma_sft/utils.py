@@ -129,13 +129,18 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
 
 
+def progress(line: str) -> None:
+    """Say on stderr how far it is, once for all processes."""
+    if _first_here():
+        say(line, error=True)
+
+
 @contextmanager
 def timed(stage: str) -> Iterator[None]:
-    """Say on stderr how long the block took, once it is done."""
+    """Say how long the block took, once it is done."""
     start = time.monotonic()
     yield
-    if _first_here():
-        say(f"{stage}: {time.monotonic() - start:.1f} s", error=True)
+    progress(f"{stage}: {time.monotonic() - start:.1f} s")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 import venv
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,9 @@ def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, ca
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "")
-    assert main(["init", "--data", "rows.jsonl", "--model", str(tiny_bpe)]) == 0
+    assert main(["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "-o", "mine.yaml"]) == 0
+    assert Recipe.load("mine.yaml").settings["dataset_name"] == "rows.jsonl"
+    assert (here / "mine.yaml").read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=file:///")
     assert [text.split(":")[0].split()[-1] for text in asked if "Hardware" in text] == ["Hardware"]
     assert any(text.strip().endswith("[exact]:") for text in asked)  # short answers
     assert "50 rows in the format alpaca" in capsys.readouterr().out
@@ -153,7 +156,9 @@ WRONG = {
     "wrong path without an ending": ({"dataset_name": "rows"}, [], "pass a file or folder: --dataset_name PATH"),
     "wrong model": ({"model_name_or_path": "my/modle"}, [], "pass a folder: --model_name_or_path PATH"),
     "wrong column": ({"dataset_name": "columns.jsonl"}, [], "map columns to these names"),
-    "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2"),
+    "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2: field 'instruction' is missing or null; "),
+    "a row of another format": ({"dataset_name": "two.jsonl"}, [], "needs it; this row looks like 'question-answer'"),
+    "wrong folder of the model": ({"model_name_or_path": "./modle"}, [], "the model './modle' does not exist"),
     "wrong format": ({"dataset_format": "sharegtp"}, [], "sharegtp"),
     "wrong template": ({"template": "chatlm"}, [], "unknown template 'chatlm'; known: "),
     "missing template file": (
@@ -250,7 +255,7 @@ def test_a_launcher_that_does_not_fit_ends_in_one_line_and_our_exit_code(here, l
     (here / "mine.yaml").write_text(json.dumps({**BASE, "dataset_name": str(here / "rows.jsonl")}))
     done = start("ma-sft", "train", here / "mine.yaml", "--launcher", launcher, "--output_dir", here / "run")
     assert done.returncode == 2 and done.stdout.startswith(f"starting train {here}/mine.yaml --output_dir ")
-    (line,) = done.stderr.splitlines()
+    (_, line) = done.stderr.splitlines()  # behind what is being loaded
     assert line.startswith("error: the launcher asks for a GPU and PyTorch finds none; take cpu.yaml (--launcher cpu")
 
 
@@ -270,6 +275,12 @@ def test_recipes_are_listed_and_copied(here, capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(listed) + 2 and "copy one to edit" in lines[-1]
+    assert main(["recipes", "copy", "tools", "-o", "tools.yaml"]) == 0
+    text = (here / "tools.yaml").read_text(encoding="utf-8")
+    schema = json.loads(Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=file://")).read_text())
+    settings = Recipe.load("tools.yaml").settings
+    assert settings == Recipe.load(listed["tools"]["path"]).settings
+    assert settings.keys() <= schema["properties"].keys() and "# Tool calls: " in text
     assert main(["recipes", "copy", "csv_qa"]) == 0
     assert (here / "csv_qa.py").read_text() == (ROOT / "recipes" / "csv_qa.py").read_text()
     assert main(["recipes", "copy", "csv_qa"]) == 2
@@ -316,6 +327,18 @@ def test_unforeseen_error_names_versions():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert re.search(r"please open an issue with .* python 3\.\d+\.\d+, ma-sft \S+, torch ", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["train mine.yaml", "check mine.yaml", "chat ."])
+def test_the_first_word_comes_before_what_takes_seconds(command, here):
+    (here / "mine.yaml").write_text(json.dumps(BASE))
+    begin = time.perf_counter()
+    words = [sys.executable, "-m", "ma_sft.cli", *command.split()]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("loading PyTorch")
+        took = time.perf_counter() - begin
+        process.kill()
+    assert took < 2 * patience()
 
 
 @pytest.mark.slow
