@@ -3,14 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH ?= cpu
-# accelerate says at length what it took for the threads of a CPU, where nobody says how many
-THREADS = $(if $(filter cpu,$(LAUNCH)),--num_cpu_threads_per_process $(shell $(BIN)/python -c 'import psutil; print(psutil.cpu_count(logical=False))' || echo 1))
-ACCELERATE = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/$(LAUNCH).yaml $(THREADS) $(if $(GPUS),--num_processes $(GPUS))
-ifeq ($(LAUNCH),cpu)
-ifneq ($(GPUS),)  # accelerate starts several processes on CPUs by MPI alone
-ACCELERATE = ACCELERATE_USE_CPU=true $(BIN)/torchrun --standalone --nproc_per_node $(GPUS)
-endif
-endif
+LAUNCHER = --launcher $(LAUNCH) $(if $(GPUS),--gpus $(GPUS))
 FLAGS = $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(DATA),--dataset_name $(DATA)) \
         $(if $(MAX_STEPS),--max_steps $(MAX_STEPS)) $(ARGS)
 
@@ -40,16 +33,16 @@ data/demo/train.jsonl: recipes/demo_data.py
 	$(PYTHON) recipes/demo_data.py --out data/demo
 
 sft-demo: $(STAMP) data/demo/train.jsonl  ## fine-tune SmolLM2 on the demo task, about 10 minutes on two cores
-	HF_HUB_OFFLINE=1 $(ACCELERATE) recipes/demo.py --overwrite_output_dir true $(FLAGS)
+	HF_HUB_OFFLINE=1 $(BIN)/ma-sft train recipes/demo.py $(LAUNCHER) --overwrite_output_dir true $(FLAGS)
 
 sft-qwen3: $(STAMP)  ## fine-tune Qwen3-0.6B on Capybara with LoRA; MAX_STEPS=10 for a trial
-	$(ACCELERATE) recipes/qwen3.py $(FLAGS)
+	$(BIN)/ma-sft train recipes/qwen3.py $(LAUNCHER) $(FLAGS)
 
 sft-alpaca-qlora: $(STAMP)  ## MA-RLHF's sft.py: formatting_func, response template, 4-bit QLoRA; MODEL=demo works
-	$(ACCELERATE) recipes/alpaca_qlora.py $(FLAGS)
+	$(BIN)/ma-sft train recipes/alpaca_qlora.py $(LAUNCHER) $(FLAGS)
 
 sft-alpaca-pack: $(STAMP)  ## MA-RLHF's sft_pack.py: the same with constant-length packing; MODEL=demo works
-	$(ACCELERATE) recipes/alpaca_pack.py $(FLAGS)
+	$(BIN)/ma-sft train recipes/alpaca_pack.py $(LAUNCHER) $(FLAGS)
 
 tokenizers: $(STAMP)
 	$(BIN)/python scripts/fetch_tokenizers.py

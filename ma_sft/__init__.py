@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from ma_sft.labels.audit import audit as audit
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
     from ma_sft.labels.encoder import tokenize_conversation as tokenize_conversation
+    from ma_sft.look import check as check
+    from ma_sft.look import preview as preview
     from ma_sft.packing.constant_length import ConstantLengthDataset as ConstantLengthDataset
     from ma_sft.packing.pack import pack as pack
+    from ma_sft.release.chat import chat as chat
+    from ma_sft.settings_types import RecipeSettings as RecipeSettings
     from ma_sft.sft import run as run
     from ma_sft.training.compat import SFTConfig as SFTConfig
     from ma_sft.training.compat import SFTTrainer as SFTTrainer
@@ -44,8 +48,11 @@ _LAZY = {
     "labels.audit": "audit",
     "labels.collator": "DataCollatorForCompletionOnlyLM",
     "labels.encoder": "tokenize_conversation",
+    "look": "check preview",
     "packing.constant_length": "ConstantLengthDataset",
     "packing.pack": "pack",
+    "release.chat": "chat",
+    "settings_types": "RecipeSettings",
     "sft": "run",
     "training.compat": "SFTConfig SFTTrainer",
     "training.trainer": "make_trainer",

@@ -17,11 +17,11 @@ from typer import Argument, Option
 from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]  # core imports CompletionItem
 
 from ma_sft.errors import MaSftError, RecipeError, one_line
-from ma_sft.utils import as_written, console, guard, say
+from ma_sft.utils import as_written, console, guard, not_there, progress, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
-    from ma_sft.config import Recipe, Settings
+    from ma_sft.config import Recipe
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
 app = typer.Typer(
@@ -49,6 +49,7 @@ class RecipeCommand(TyperCommand):
 
 
 ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
+LOADING = "loading PyTorch, transformers and TRL"  # the first word, before what takes seconds
 A_RECIPE = "a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well"
 RecipeArgs = Annotated[
     list[str] | None, Argument(metavar="[RECIPE] [--SETTING VALUE]...", show_default=False, help=A_RECIPE)
@@ -62,7 +63,18 @@ Dtype = Annotated[
 ]
 Out = Annotated[Path, Option("-o", "--out", help="a folder that does not exist yet")]
 OutOrDefault = Annotated[Path | None, Option("-o", "--out", show_default=False, help="where it is written")]
-Run = Annotated[Path, Argument(help="a run's folder, that of a model or adapter, or a hub id")]
+
+
+def _there(run: Path) -> Path:
+    """Said before anything heavy is imported."""
+    from ma_sft.hub import is_hub_id
+
+    if not run.is_dir() and not is_hub_id(str(run)):
+        raise RecipeError(f"the folder {not_there(run)}")
+    return run
+
+
+Run = Annotated[Path, Argument(callback=_there, help="a run's folder, that of a model or adapter, or a hub id")]
 
 
 def launch(recipe: "Recipe") -> None:
@@ -75,6 +87,7 @@ def launch(recipe: "Recipe") -> None:
 
     def start() -> int:
         recipe.check_early(sys.argv[1:])
+        progress(LOADING)
         return _run(recipe, sys.argv[1:])
 
     sys.exit(guard(start))
@@ -120,6 +133,7 @@ def _init(
     out: OutOrDefault = None,
 ) -> None:
     """look at your data and write a recipe for it; asks for what no flag says"""
+    progress(LOADING)
     from ma_sft.tools.init import init
 
     recipe, start = init(
@@ -184,18 +198,8 @@ def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe",
     flags = args or []
     recipe = Recipe.load(flags.pop(0)) if flags and not flags[0].startswith("-") else Recipe()
     recipe.check_early(flags, reads_rows=reads_rows)
+    progress(LOADING)
     return recipe, flags
-
-
-def _resolve(recipe: "Recipe", flags: list[str], *, quiet: bool = False) -> tuple["Settings", Any, str]:
-    """The settings, their tokenizer, and what the rehearsal says; with `quiet` stdout stays empty of progress bars."""
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.training.rehearsal import rehearse
-
-    _silence(quiet)
-    settings = recipe.resolve(flags)
-    tokenizer, added_tokens = load_tokenizer(settings)
-    return settings, tokenizer, rehearse(settings, tokenizer, added_tokens)
 
 
 def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
@@ -205,9 +209,27 @@ def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
 
 
 @app.command("train", **ON_RECIPE)
-def _train(args: RecipeArgs = None) -> int:
+def _train(
+    args: RecipeArgs = None,
+    launcher: Annotated[
+        str | None, Option(show_default=False, help="start by a configuration of accelerate: its name or file")
+    ] = None,
+    gpus: Annotated[int | None, Option(min=1, show_default=False, help="of the launcher; with cpu: processes")] = None,
+) -> int:
     """fine-tune as a recipe says; any setting of the recipe is a flag"""
-    return _run(*_load(args))
+    words = ["train", *(args or [])]
+    recipe, flags = _load(args)
+    if launcher is None:
+        if gpus:
+            raise RecipeError("--gpus is of a launcher: say which, e.g. --launcher ddp")
+        return _run(recipe, flags)
+    from ma_sft.tools.gallery import launcher_file
+
+    config = launcher_file(launcher)
+    say(f"starting {' '.join(words)} by {config}", flush=True)
+    from ma_sft.launcher import start
+
+    return start(config, gpus, words)
 
 
 @app.command("check", **ON_RECIPE)
@@ -218,18 +240,15 @@ def _check(
 ) -> int:
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
-    from ma_sft.labels.tokenize import label
-    from ma_sft.training.prepare import check_as_trained
+    from ma_sft.look import check
 
-    settings, tokenizer, rehearsed = _resolve(recipe, flags, quiet=as_json)
-    if not as_json:
-        say(rehearsed)
-    return _show(check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row), as_json)
+    _silence(as_json)
+    return _show(check(recipe, flags, every_row=every_row), as_json)
 
 
 @app.command("audit")
 def _audit(
-    folder: Annotated[Path, Argument(help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
+    folder: Annotated[Path, Argument(exists=True, help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
     tokenizer: Annotated[str, Option(help="folder or hub id of the model's tokenizer")],
     rows: Annotated[str | None, Option(help="the raw rows that were given to the tool, in any format")] = None,
     max_length: Annotated[int | None, Option("--max_length", help="where the tool cut sequences, in tokens")] = None,
@@ -237,6 +256,7 @@ def _audit(
     as_json: Json = False,
 ) -> int:
     """verify token ids and labels that another tool prepared; exit code 1 if any is wrong"""
+    progress(LOADING)
     from transformers import AutoTokenizer
 
     from ma_sft.hub import load_pretrained
@@ -264,16 +284,9 @@ def _preview(
 ) -> None:
     """show which tokens of a recipe's rows are trained"""
     recipe, flags = _load(args)
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import label
-    from ma_sft.pages.preview import preview
-    from ma_sft.training.prepare import as_trained
+    from ma_sft.look import preview
 
-    settings = recipe.resolve(flags)
-    tokenizer, _ = load_tokenizer(settings)
-    rows = label(settings, tokenizer).dataset
-    rows = rows.select(range(min(max(n, 0), len(rows))))
-    preview(as_trained(settings, rows), tokenizer, n=n, html=html, borders=borders)
+    preview(recipe, flags, n=n, html=html, borders=borders)
     if html:
         say(f"preview: {html}")
 
@@ -337,6 +350,7 @@ def _merge(
     trust_remote_code: Trust = "false",
 ) -> None:
     """merge a run's adapter into its base model"""
+    progress(LOADING)
     from ma_sft.release.merge import merge
 
     with as_written(run):
@@ -353,11 +367,15 @@ def _plan(
     """forecast a recipe's peak memory and pick the first launcher that fits"""
     name = str(Path(args[0])) if args else "RECIPE"
     recipe, flags = _load(args, reads_rows=False)
+    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
+    from ma_sft.training.rehearsal import rehearse
 
     if gpus and "fp16" not in recipe.settings:
         recipe.settings.setdefault("bf16", True)  # what those GPUs do, whatever this machine can
-    settings, _, rehearsed = _resolve(recipe, flags)
+    settings = recipe.resolve(flags)
+    tokenizer, added_tokens = load_tokenizer(settings)
+    rehearsed = rehearse(settings, tokenizer, added_tokens)
     found = plan(settings, gpus, gpu_memory)
     if as_json:
         return _print_json(found)
@@ -375,6 +393,7 @@ def _export(
     trust_remote_code: Trust = "false",
 ) -> None:
     """write a run's whole model for vLLM and transformers serve, or as GGUF"""
+    progress(LOADING)
     from ma_sft.release.export import export_folder, export_gguf
 
     with as_written(run):
@@ -387,6 +406,7 @@ def _export(
 @app.command("handoff-check")
 def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
     """compare a saved model with its manifest; exit code 1 if they disagree"""
+    progress(LOADING)
     from ma_sft.release.manifest import check_handoff
 
     with as_written(folder):
@@ -409,6 +429,7 @@ def _chat(
     trust_remote_code: Trust = "false",
 ) -> None:
     """talk to a run's model or to any model folder"""
+    progress(LOADING)
     from ma_sft.release.chat import chat
 
     given = {"prompt": prompt, "system": system, "base": base, "code": trust_remote_code == "true"}

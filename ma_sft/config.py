@@ -21,11 +21,13 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import Parameter, Signature
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError, failed_in, one_line
+from ma_sft.settings_types import RecipeSettings
 from ma_sft.utils import cache_dir, not_there, read_json, write_whole
 from ma_sft.version import __version__
 
@@ -531,7 +533,7 @@ class Overrides:
         self.last_layer = layer
         for name, value in settings.items():
             if name == "dataset_name" and not isinstance(value, str | PathLike | None):
-                name, value = "datasets", value  # rows that are handed over, or a mapping
+                name, value = "datasets", [value] if _is_rows(value) else value  # rows in memory, or a mapping
             try:
                 if name not in self.known:
                     raise RecipeError(f"unknown setting {name!r}{nearest(name, self.known)}")
@@ -651,9 +653,20 @@ class Recipe:
     mappings or `datasets` objects. Nothing heavy is imported and nothing is checked until `resolve`.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+    # What help() and completion show, in the place of `**settings`
+    __signature__ = Signature(
+        [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=..., annotation=hint)
+            for name, hint in RecipeSettings.__annotations__.items()
+        ]
+    )
+
+    def __init__(self, **settings: Unpack[RecipeSettings]) -> None:
+        self.settings: dict[str, Any] = {**settings}
         self.file: Path | None = None  # where settings of others may come from: YAML or JSON
+
+    def __repr__(self) -> str:
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in shown(self.settings).items())})"
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
@@ -710,9 +723,12 @@ class Recipe:
         """What can be told before torch is imported.
 
         Raises:
-            RecipeError: as `merge`; a file of rows, where they are read, that is not there.
+            RecipeError: as `merge`; a folder of the model, or a file of rows, where they are read, that is not there.
         """
         _, values = self.merge(args)
+        model = str(values["model_name_or_path"])
+        if model[:1] in "./~" and not Path(model).expanduser().is_dir():
+            raise RecipeError(f"the model {not_there(model)}")
         sources = [values.get("dataset_name"), *values.get("datasets", ()), *values.get("eval_dataset", ())]
         for source in sources if reads_rows else ():
             path = source.get("path") if isinstance(source, dict) else source
@@ -727,15 +743,15 @@ class Recipe:
             RunError: the launcher asks for what this machine has not.
         """
         overrides, values = self.merge(args)
-        from trl import TrlParser
-
         from ma_sft.demo import demo_model
         from ma_sft.launcher import check_installed, check_launch
 
-        if values["model_name_or_path"] == "demo":
-            values["model_name_or_path"] = str(demo_model())
         _set_machine_defaults(values, overrides.values.get("dtype") is not None)
         check_launch(values["use_cpu"])
+        if values["model_name_or_path"] == "demo":
+            values["model_name_or_path"] = str(demo_model())
+        from trl import TrlParser  # what can be told without it comes before
+
         try:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
@@ -826,10 +842,15 @@ def is_secret(name: str) -> bool:
     return bool(re.search(r"(token|key|secret|password)$", name.lower())) and name not in ("eos_token", "pad_token")
 
 
+def _is_rows(value: Any) -> bool:
+    """Whether a list holds rows, not sources."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) and "path" not in x for x in value)
+
+
 def shown(value: Any) -> Any:
     """Settings as they may be shown and written down: without secrets at any depth, in what JSON can hold."""
-    if hasattr(value, "num_rows"):  # rows that were handed over
-        return f"{type(value).__name__} with {value.num_rows} rows"
+    if hasattr(value, "num_rows") or hasattr(value, "iloc") or _is_rows(value):  # rows that were handed over
+        return f"{type(value).__name__} with {getattr(value, 'num_rows', None) or len(value)} rows"
     if isinstance(value, Mapping):
         return {str(key): shown(item) for key, item in value.items() if not is_secret(str(key))}
     if isinstance(value, list | tuple):

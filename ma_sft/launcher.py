@@ -1,14 +1,60 @@
 """What `accelerate launch` and the settings ask for, and whether this machine has it."""
 
+import logging
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import yaml
 from accelerate.utils import parse_flag_from_env
 
 from ma_sft.errors import RecipeError, RunError, one_line
+
+
+def start(config: Path, processes: int | None, words: Sequence[str]) -> int:
+    """Run `ma-sft WORDS` by a configuration of accelerate; the exit code is that of the process that failed first.
+
+    Args:
+        config: the configuration; several processes on CPUs are started as by torchrun, accelerate would take MPI.
+        processes: how many, on all machines; None takes the configuration's.
+
+    Raises:
+        RecipeError: what the configuration asks for is wrong, or not installed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # It retells at length what the process that failed said in one line
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the processes get a Ctrl-C as well, and save
+    program, many = ["-m", "ma_sft.cli", *words], str(processes or 1)
+    try:
+        if on_cpu := (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("use_cpu", False):
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (psutil.cpu_count(logical=False) or 1) // int(many))))
+        if on_cpu and many != "1":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+            torchrun.run(torchrun.parse_args(["--standalone", "--nproc_per_node", many, *program]))
+        else:
+            count = ["--num_processes", many] if processes else []
+            launch_command(launch_command_parser().parse_args(["--config_file", str(config), *count, *program]))
+    except subprocess.CalledProcessError as error:
+        return error.returncode if error.returncode > 0 else 128 - error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except (ValueError, ImportError, yaml.YAMLError) as error:
+        raise RecipeError(f"--launcher {config}: {one_line(error)}") from None
+    return 0
 
 
 def wants_gpu() -> bool:
@@ -30,7 +76,7 @@ def check_launch(use_cpu: bool) -> None:
     if "MASTER_ADDR" in os.environ and not {"RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(os.environ):
         raise RunError(
             "--num_processes asks for several processes, and this accelerate configuration starts one; take ddp.yaml "
-            "(make: LAUNCH=ddp), or on CPUs: torchrun --nproc_per_node N recipe.py"
+            "(--launcher ddp, make: LAUNCH=ddp), or on CPUs: --launcher cpu --gpus N"
         )
     gpus = torch.accelerator.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -38,13 +84,13 @@ def check_launch(use_cpu: bool) -> None:
         return
     if wants_gpu() and not gpus:
         raise RunError(
-            "the launcher asks for a GPU and PyTorch finds none; take accelerate_configs/cpu.yaml (make: LAUNCH=cpu), "
+            "the launcher asks for a GPU and PyTorch finds none; take cpu.yaml (--launcher cpu, make: LAUNCH=cpu), "
             "or pass --use_cpu true"
         )
     if gpus and processes > gpus:
         raise RunError(
             f"{processes} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
-            f"pass --num_processes {gpus} (make: GPUS={gpus})"
+            f"pass --num_processes {gpus} (--gpus {gpus}, make: GPUS={gpus})"
         )
 
 

@@ -25,7 +25,7 @@ from ma_sft.training.evaluation import EvalCallback
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.rehearsal import rehearse
 from ma_sft.training.trainer import build_trainer, check_early, with_same_date
-from ma_sft.utils import say, write_whole
+from ma_sft.utils import say, timed, write_whole
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -135,7 +135,7 @@ def finish(
         summary.update(evaluation.figures())
         write_manifest(saved, {**manifest, "metrics": summary.get("evaluation", {}).get("after")})
     if saved.name == "adapter" and settings.adapter.merge:
-        with attempt(MERGING, summary), outside_zero3():
+        with attempt(MERGING, summary), outside_zero3(), timed(MERGING):
             shutil.rmtree(out / "merged", ignore_errors=True)
             merged = merge(out, out / "merged", code=settings.training.trust_remote_code)
             say(f"merged model: {merged}")

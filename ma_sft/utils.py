@@ -7,6 +7,7 @@ cursor, change the title, colour the rest or turn the reading direction is shown
 import codecs
 import errno
 import glob
+import io
 import json
 import logging
 import os
@@ -64,6 +65,15 @@ def console(**how: Any) -> "Console":
     return PlainConsole(markup=False, emoji=False, highlight=False, **how)
 
 
+class Readable:
+    """Something that rich can print, and that `print`, a REPL and a notebook show in the same way."""
+
+    def __repr__(self) -> str:
+        screen = console(file=io.StringIO(), width=100)
+        screen.print(self)
+        return str(screen.file.getvalue()).rstrip()  # type: ignore[attr-defined]  # it is a StringIO
+
+
 def guard(command: Callable[[], Any]) -> int:
     """Call `command`; its int result is the exit code. Errors that a user can mend become one line."""
     _quiet_libraries()
@@ -113,8 +123,24 @@ def _quiet_libraries() -> None:
     """What libraries say of themselves, by name: nothing that a user can do something about."""
     # On a CPU it warns with each import that a kernel for inference, which nobody asked for, is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Bars of what takes long, and in a terminal alone; `timed` tells of each stage
+    os.environ.setdefault(*("TQDM_DELAY", "2") if sys.stderr.isatty() else ("TQDM_DISABLE", "1"))
     # TRL sets, and PEFT asks for, what transformers is about to rename
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
+
+
+def progress(line: str) -> None:
+    """Say on stderr how far it is, once for all processes."""
+    if _first_here():
+        say(line, error=True)
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    """Say how long the block took, once it is done."""
+    start = time.monotonic()
+    yield
+    progress(f"{stage}: {time.monotonic() - start:.1f} s")
 
 
 @contextmanager

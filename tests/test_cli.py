@@ -2,8 +2,10 @@
 
 import json
 
+import pandas
 import pytest
 
+import ma_sft
 from ma_sft.cli import main
 
 GOOD = {"instruction": "Say hi", "input": "", "output": "hi <|im_end|> there"}
@@ -44,5 +46,34 @@ def test_preview_writes_a_page(recipe, tmp_path, capsys):
     assert main(["preview", str(recipe), "-n", "2", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "there</span>" in text and "http://" not in text and "<script" not in text
-    assert main(["preview", str(recipe), "-n", "1"]) == 0
-    assert "<|im_end|>" in capsys.readouterr().out
+    assert main(["preview", str(recipe), "-n", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_end|>" in shown
+    assert {f"rows.jsonl:{n + 1}:" for n in range(20)} <= {*shown.split()}, "lines of the file, not of shuffled rows"
+
+
+def test_tools_are_functions_of_python_too(recipe, capsys):
+    loaded = ma_sft.Recipe.load(recipe)
+    report = ma_sft.check(loaded, ["--seed", "3"], every_row=True)
+    assert report.proven and f"every label is right: {report.judged}" in repr(report) == str(report)
+    ma_sft.preview(loaded, n=1)
+    assert "rows.jsonl:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["list", "frame", "generator", "function", "format"])
+def test_rows_in_memory_are_a_source(kind, tiny_bpe):
+    rows = [{**GOOD, "input": str(i)} for i in range(5)]
+    pairs = [{"q": f"{i}?", "a": "Yes."} for i in range(5)]
+
+    def to_messages(row):
+        return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+    source = {
+        "list": rows,
+        "frame": pandas.DataFrame(rows),
+        "generator": (row for row in rows),
+        "function": lambda: iter(rows),
+        "format": {"path": "pairs", "rows": pairs, "format": to_messages},
+    }[kind]
+    report = ma_sft.check(ma_sft.Recipe(model_name_or_path=str(tiny_bpe), dataset_name=source))
+    assert report.proven and report.rows == 5

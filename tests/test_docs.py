@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from ma_sft import Recipe, run
 from ma_sft.cli import app, main
 from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.tools.gallery import launcher_file
 
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -112,6 +113,9 @@ class Shell:
                 getattr(self, words[0].replace("-", "_"))(words[1:])
 
     def ma_sft(self, words: list[str]) -> None:
+        if "--launcher" in words:  # tests/training/test_distributed.py starts them
+            launcher_file(words[words.index("--launcher") + 1])
+            return Recipe.load(words[1]).check_early(words[2 : words.index("--launcher")], reads_rows=False)
         if words[0] == "train":
             asks = {"eval_dataset", "test_size"} & set(Recipe.load(words[1]).settings)
             words = [*words, *SHORT, *([] if asks else ["--eval_dataset", "heldout.jsonl"])]

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 import venv
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,9 @@ def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, ca
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "")
-    assert main(["init", "--data", "rows.jsonl", "--model", str(tiny_bpe)]) == 0
+    assert main(["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "-o", "mine.yaml"]) == 0
+    assert Recipe.load("mine.yaml").settings["dataset_name"] == "rows.jsonl"
+    assert (here / "mine.yaml").read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=file:///")
     assert [text.split(":")[0].split()[-1] for text in asked if "Hardware" in text] == ["Hardware"]
     assert any(text.strip().endswith("[exact]:") for text in asked)  # short answers
     assert "50 rows in the format alpaca" in capsys.readouterr().out
@@ -138,7 +141,7 @@ def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, ca
 def test_init_chooses_what_fits_the_gpus(here, tiny_bpe, capsys):
     flags = ["init", "--data", "rows.jsonl", "--model", str(tiny_bpe), "--task", "chat"]
     assert main([*flags, "--hardware", "4x80GB", "-o", "big.py"]) == 0
-    assert "accelerate_configs/ddp.yaml --num_processes 4 -m ma_sft.cli train big.py" in capsys.readouterr().out
+    assert "ma-sft train big.py --launcher ddp --gpus 4" in capsys.readouterr().out
     assert main([*flags, "--hardware", "1x0.1GB", "-o", "small.py"]) == 2
     assert "nothing fits 1 GPU(s) of 0.1gb, not even 4-bit QLoRA" in capsys.readouterr().err
 
@@ -153,7 +156,9 @@ WRONG = {
     "wrong path without an ending": ({"dataset_name": "rows"}, [], "pass a file or folder: --dataset_name PATH"),
     "wrong model": ({"model_name_or_path": "my/modle"}, [], "pass a folder: --model_name_or_path PATH"),
     "wrong column": ({"dataset_name": "columns.jsonl"}, [], "map columns to these names"),
-    "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2"),
+    "two formats": ({"dataset_name": "two.jsonl"}, [], "rows.jsonl, line 2: field 'instruction' is missing or null; "),
+    "a row of another format": ({"dataset_name": "two.jsonl"}, [], "needs it; this row looks like 'question-answer'"),
+    "wrong folder of the model": ({"model_name_or_path": "./modle"}, [], "the model './modle' does not exist"),
     "wrong format": ({"dataset_format": "sharegtp"}, [], "sharegtp"),
     "wrong template": ({"template": "chatlm"}, [], "unknown template 'chatlm'; known: "),
     "missing template file": (
@@ -245,14 +250,21 @@ def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, cap
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
-def test_gpu_launcher_without_a_gpu_says_which_to_take(here):
+@pytest.mark.parametrize("launcher", ["single_gpu", "ddp", "zero2"])
+def test_a_launcher_that_does_not_fit_ends_in_one_line_and_our_exit_code(here, launcher):
+    (here / "mine.yaml").write_text(json.dumps({**BASE, "dataset_name": str(here / "rows.jsonl")}))
+    done = start("ma-sft", "train", here / "mine.yaml", "--launcher", launcher, "--output_dir", here / "run")
+    assert done.returncode == 2 and done.stdout.startswith(f"starting train {here}/mine.yaml --output_dir ")
+    (_, line) = done.stderr.splitlines()  # behind what is being loaded
+    assert line.startswith("error: the launcher asks for a GPU and PyTorch finds none; take cpu.yaml (--launcher cpu")
+
+
+def test_a_launcher_is_a_name_or_a_file(here, capsys):
     (here / "mine.yaml").write_text(json.dumps(BASE))
-    flags = ["--model_name_or_path", "demo", "--dataset_name", here / "rows.jsonl", "--output_dir", here / "run"]
-    config = "accelerate_configs/single_gpu.yaml"
-    done = start("accelerate", "launch", "--quiet", "--config_file", config, "recipes/qwen3.py", *flags)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "finds none; take accelerate_configs/cpu.yaml" in line
+    assert main(["train", "mine.yaml", "--launcher", "zero9"]) == 2
+    assert "--launcher: a file or one of cpu, ddp, fsdp2, " in capsys.readouterr().err
+    assert main(["train", "mine.yaml", "--gpus", "2"]) == 2
+    assert "say which, e.g. --launcher ddp" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_copied(here, capsys):
@@ -263,6 +275,12 @@ def test_recipes_are_listed_and_copied(here, capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(listed) + 2 and "copy one to edit" in lines[-1]
+    assert main(["recipes", "copy", "tools", "-o", "tools.yaml"]) == 0
+    text = (here / "tools.yaml").read_text(encoding="utf-8")
+    schema = json.loads(Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=file://")).read_text())
+    settings = Recipe.load("tools.yaml").settings
+    assert settings == Recipe.load(listed["tools"]["path"]).settings
+    assert settings.keys() <= schema["properties"].keys() and "# Tool calls: " in text
     assert main(["recipes", "copy", "csv_qa"]) == 0
     assert (here / "csv_qa.py").read_text() == (ROOT / "recipes" / "csv_qa.py").read_text()
     assert main(["recipes", "copy", "csv_qa"]) == 2
@@ -309,6 +327,18 @@ def test_unforeseen_error_names_versions():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert re.search(r"please open an issue with .* python 3\.\d+\.\d+, ma-sft \S+, torch ", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["train mine.yaml", "check mine.yaml", "chat ."])
+def test_the_first_word_comes_before_what_takes_seconds(command, here):
+    (here / "mine.yaml").write_text(json.dumps(BASE))
+    begin = time.perf_counter()
+    words = [sys.executable, "-m", "ma_sft.cli", *command.split()]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("loading PyTorch")
+        took = time.perf_counter() - begin
+        process.kill()
+    assert took < 2 * patience()
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Settings: one name everywhere, later wins, and a wrong one ends in one line with the right name."""
 
+import inspect
+from typing import Literal
+
 import pytest
 
 from ma_sft import Recipe, RecipeError
@@ -95,3 +98,9 @@ def test_bf16_without_the_hardware_is_one_line(monkeypatch):
     with pytest.raises(RecipeError, match="bf16") as error:
         Recipe(**BASE, bf16=True, use_cpu=False).resolve()
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_shows_what_it_sets_and_help_shows_what_can_be_set():
+    recipe = Recipe(model_name_or_path="demo", hub_token="hf_x", dataset_name=[{"text": "a"}], use_peft=True)
+    assert repr(recipe) == "Recipe(model_name_or_path='demo', dataset_name='list with 1 rows', use_peft=True)"
+    assert inspect.signature(Recipe).parameters["train_on"].annotation == Literal["all", "last"]

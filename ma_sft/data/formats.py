@@ -7,6 +7,7 @@ further columns is used (`ma_sft.data.messages`), known to be harmless, refused,
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -406,7 +407,10 @@ def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     known = FORMATS[name]
     for column in known.missing(set(row)):
         if (name, column) != ("preference", "prompt"):  # a preference's prompt may be implicit
-            raise FormatError(f"field {column!r} is missing or null; format {name!r} needs it")
+            like = ""
+            with suppress(FormatError):
+                like = f"; this row looks like {detect_format(set(row))!r}"
+            raise FormatError(f"field {column!r} is missing or null; format {name!r} needs it{like}")
     messages = known.convert(row)
     refuse_changing(row, name)
     if name == "text":

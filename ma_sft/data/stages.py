@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.data.messages import SHOWN_COLUMNS
+from ma_sft.utils import Readable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,8 +62,8 @@ class Stage:
         return [not why for why in rows["removed_by"]]
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Readable):
     """What happened to the rows, step by step, and how many of each source are in the end."""
 
     stages: list[Stage] = field(default_factory=list)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -73,4 +74,5 @@ def heading(row: dict[str, Any], number: int) -> str:
     total = len(row["labels"])
     trained = sum(label != IGNORE_INDEX for label in row["labels"])
     cut = f"; cut by max_length: {row['cut']}" if row.get("cut") else ""
-    return f"row {row.get('row', number)}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%}){cut}"
+    place = Path(row.get("origin") or f"row {row.get('row', number)}").name
+    return f"{place}: {total:,} tokens, {trained:,} trained ({trained / max(total, 1):.0%}){cut}"

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ma_sft.errors import LabelError
+from ma_sft.utils import Readable
 
 SHOWN = 5  # rows of a finding, and details
 
@@ -80,8 +81,8 @@ class Finding:
         return f"{self.code}: {self.count:,}{where}: {self.message}"
 
 
-@dataclass
-class CheckReport:
+@dataclass(repr=False)
+class CheckReport(Readable):
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
     `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`.

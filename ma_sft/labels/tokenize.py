@@ -21,7 +21,7 @@ from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.fingerprint import digest, label_fingerprint
 from ma_sft.labels.render import DifferentTextError
-from ma_sft.utils import atomic_dir, cache_dir, write_whole
+from ma_sft.utils import atomic_dir, cache_dir, timed, write_whole
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
@@ -75,6 +75,14 @@ class Labelled:
     collator: "DataCollatorForCompletionOnlyLM | None" = None
     stages: "list[Stage]" = field(default_factory=list)
 
+    def first(self, n: int) -> list[dict[str, Any]]:
+        """The first rows; the `origin` of each is the line of the file that it comes from, where there is one."""
+        rows = [self.dataset[row] for row in range(min(max(n, 0), len(self.dataset)))]
+        if self.conversations is not None and "origin" in self.conversations.column_names:
+            origins = self.conversations.select([row["row"] for row in rows])["origin"]
+            rows = [{**row, "origin": origin} for row, origin in zip(rows, origins, strict=True)]
+        return rows
+
 
 class WholeRowEncoder(ChatEncoder):
     """Trains every token of a conversation (`completion_only_loss=False`), which stays one sequence."""
@@ -101,7 +109,8 @@ def make_encoder(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Ch
 def label(settings: "Settings", tokenizer: PreTrainedTokenizerBase, *, held_out: bool = False) -> Labelled:
     """Load the recipe's rows (the first `STREAM_SAMPLE` of a stream) and make their labels; errors as `prepare`'s."""
     make = _label_text if settings.labels.formatting_func else _label_conversations
-    return make(settings, tokenizer, held_out)
+    with timed(f"{'held-out rows' if held_out else 'rows'} read and tokenised"):
+        return make(settings, tokenizer, held_out)
 
 
 @frozen()
@@ -135,17 +144,18 @@ def check(
     if stored is not None and stored.is_file():
         report = CheckReport.from_json(stored.read_text(encoding="utf-8"))
     else:
-        report = check_dataset(
-            labelled.dataset,
-            tokenizer,
-            conversations=labelled.conversations,
-            verifier=verifier,
-            template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
-            kept=kept,
-            max_length=limit,
-            num_proc=settings.training.dataset_num_proc,
-            **({"sample": None} if every_row else {}),
-        )
+        with timed("labels verified"):
+            report = check_dataset(
+                labelled.dataset,
+                tokenizer,
+                conversations=labelled.conversations,
+                verifier=verifier,
+                template_report=labelled.collator.check(labelled.dataset) if labelled.collator else None,
+                kept=kept,
+                max_length=limit,
+                num_proc=settings.training.dataset_num_proc,
+                **({"sample": None} if every_row else {}),
+            )
         if stored is not None and not report.errors:
             write_whole(stored, report.to_json())
     report.unused_columns = unused_columns(labelled.stages)

@@ -24,7 +24,7 @@ def preview_html(
     return str(environment().get_template("preview.html.jinja").render(title=title, rows=shown))
 
 
-def preview(
+def show_rows(
     dataset: Dataset | Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -363,14 +363,14 @@ def _hardware(settings: "Settings") -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command that started this process; the launcher's where `accelerate launch` or `torchrun` did."""
+    """The command that started this process; the launcher's where there was one."""
     import psutil
 
     command = ["python", *sys.argv] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name, *sys.argv[1:]]
     with suppress(psutil.Error):
         for words in (parent.cmdline() for parent in psutil.Process().parents()):
             names = [Path(word).name for word in words[:3]]
-            if launcher := next((name for name in names if name in ("accelerate", "torchrun")), None):
+            if launcher := next((name for name in names if name in ("accelerate", "torchrun", "ma-sft")), None):
                 command = [launcher, *words[names.index(launcher) + 1 :]]
                 break
     return shlex.join(shown_command(command))

@@ -17,6 +17,8 @@ from ma_sft.release.merge import load_adapter
 from ma_sft.training.evaluation import end_ids
 from ma_sft.utils import as_written, say
 
+HELP = "Talk to the model. /reset (or /new) begins again, /exit or an empty line ends, /help says this."
+
 
 def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[Any, ChatEncoder, str | None]:
     """Model, encoder and system message of a run's folder (its merged model, else its adapter) or a model's.
@@ -81,7 +83,7 @@ def reply(
 
 
 def chat(
-    folder: Path,
+    folder: str | Path,
     *,
     prompt: str | None = None,
     system: str | None = None,
@@ -104,18 +106,23 @@ def chat(
             f"temperature: 0 or more expected, found {temperature:g}; max_new_tokens: 1 or more, found {max_new_tokens}"
         )
     with as_written(folder):
-        model, encoder, trained_system = load(folder, base, code=code)
+        model, encoder, trained_system = load(Path(folder), base, code=code)
     system = trained_system if system is None else system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is not None:
         say(reply(model, encoder, [*start, {"role": "user", "content": prompt}], stream=False, **settings))
         return
-    say("Talk to the model. /new begins again, an empty line ends." + (f" System message: {system}" if system else ""))
+    say(HELP + (f" System message: {system}" if system else ""))
     messages = [*start]
     while text := _asked():
-        if text == "/new":
-            messages = [*start]
+        if text.startswith("/"):  # a command
+            if text == "/exit":
+                return
+            if text in ("/new", "/reset"):
+                messages = [*start]
+            else:
+                say(HELP)
             continue
         messages.append({"role": "user", "content": text})
         try:

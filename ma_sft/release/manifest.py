@@ -270,4 +270,14 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
 
 def _compare(what: str, found: Any, expected: Any) -> Finding:
     ok = found == expected
-    return Finding(what, ok, f"{found}" if ok else f"found {found}, the manifest says {expected}")
+    if not ok and isinstance(found, dict) and isinstance(expected, dict):
+        differ = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+        found, expected = ({key: part.get(key) for key in differ} for part in (found, expected))
+    shown = _words(found)
+    return Finding(what, ok, shown if ok else f"found {shown}, the manifest says {_words(expected)}")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -4,17 +4,23 @@ In a clone they are the folders `recipes/` and `accelerate_configs/`; a wheel ca
 """
 
 import ast
+import json
 import runpy
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from ma_sft.config import Recipe, json_schema
 from ma_sft.errors import RecipeError
-from ma_sft.utils import console, must_be_new
+from ma_sft.utils import cache_dir, console, must_be_new, write_whole
+from ma_sft.version import __version__
 
 DEMO_DATA = Path("data/demo")
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,55 @@ def show_shipped() -> None:
 
 
 def copy(name: str, out: Path | None = None) -> Path:
-    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo."""
+    """Copy what ships under `name` to `out` (by default its own name, here), and make the demo's data for the demo.
+
+    A recipe is written as YAML if `out` says so.
+    """
     known = shipped()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} ships with ma_sft; there are {', '.join(known)}")
     source = known[name].path
     target = out / source.name if out is not None and out.is_dir() else out or Path(source.name)
     must_be_new(target, "pass another file with -o")
-    shutil.copyfile(source, target)
+    if known[name].kind == "recipe" and target.suffix in YAML:
+        target.write_text(as_yaml(_settings(source), {}, known[name].about), encoding="utf-8")
+    else:
+        shutil.copyfile(source, target)
     if name == "demo" and not DEMO_DATA.exists():  # beside no clone: a recipe's paths count from where it is started
         runpy.run_path(str(known["demo_data"].path))["write"](DEMO_DATA, seed=0, rows=2000, multi_turn=300, heldout=200)
     return target
+
+
+def as_yaml(settings: Mapping[str, Any], comments: Mapping[str, str], head: str) -> str:
+    """A recipe as YAML, whose first line tells editors of the schema with which they complete and check it."""
+    schema = cache_dir() / f"schema-{__version__}.json"
+    schema.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(schema, json.dumps(json_schema()))
+    lines = [f"# yaml-language-server: $schema={schema.absolute().as_uri()}"]
+    lines += [f"# {line}".rstrip() for line in head.splitlines()]
+    for name, value in settings.items():
+        comment = f"  # {' '.join(comments[name].split())}" if comments.get(name) else ""
+        lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def launcher_file(name: str) -> Path:
+    """The configuration of accelerate that ships under this name, or the file of one's own.
+
+    Raises:
+        RecipeError: neither is there.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    known = {item.name: item.path for item in shipped().values() if item.kind == "launcher"}
+    if name not in known:
+        raise RecipeError(f"--launcher: a file or one of {', '.join(known)} expected, found {name!r}")
+    return known[name]
+
+
+def _settings(recipe: Path) -> dict[str, Any]:
+    """What a recipe sets, but for its name, which is its file's."""
+    return {name: value for name, value in Recipe.load(recipe).settings.items() if name != "name"}
 
 
 def _folder(name: str) -> Path:

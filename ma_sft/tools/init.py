@@ -12,6 +12,7 @@ import numpy as np
 
 from ma_sft.config import Recipe
 from ma_sft.errors import FormatError, RecipeError, TemplateError
+from ma_sft.tools.gallery import YAML, as_yaml
 from ma_sft.utils import must_be_new, say, visible
 
 LOOKED_AT = 5000  # rows, drawn at random
@@ -112,7 +113,8 @@ def init(
     settings |= extra
     command = _fit(settings, gpus, memory, out) if gpus else f"ma-sft train {out}"
     head = f"{TASKS[task].capitalize()}, on {hardware}.\n\n{str(rows).capitalize()}.\n\n    {command}"
-    out.write_text(_write(settings, comments, head), encoding="utf-8")
+    write = as_yaml if out.suffix in YAML else _write
+    out.write_text(write(settings, comments, head), encoding="utf-8")
     return out, command
 
 
@@ -130,7 +132,7 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
     from ma_sft.packing.pack import Tokens
     from ma_sft.packing.truncation import whole_rows
 
-    drawn = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
+    drawn: dict[str, Any] = {"datasets": [{**source, "limit": LOOKED_AT} for source in sources], "on_error": "skip"}
     recipe, template = Recipe(model_name_or_path=model, report_to="none", **drawn, **extra), None
     settings = recipe.resolve()
     try:

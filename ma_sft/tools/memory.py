@@ -5,7 +5,6 @@ model runs on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtype
 and death is counted. So any architecture, attention implementation, checkpointing and TRL's tiled logits are in it.
 """
 
-import os
 import re
 import resource
 import shlex
@@ -33,7 +32,6 @@ from trl.trainer.utils import add_fused_lm_head
 from ma_sft.config import Recipe, Settings
 from ma_sft.errors import RecipeError
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.tools.gallery import shipped
 from ma_sft.training.adapters import adapted_layers, fitting_adapter, freeze, model_skeleton
 from ma_sft.utils import console
 
@@ -221,7 +219,7 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
         causal.train()
         if training.gradient_checkpointing:
-            options = dict(training.gradient_checkpointing_kwargs or {})
+            options = {"use_reentrant": False, **(training.gradient_checkpointing_kwargs or {})}  # TRL's default
             if options.pop("selective", False):  # TRL's own
                 enable_selective_activation_checkpointing(causal)
             causal.gradient_checkpointing_enable(options)
@@ -466,13 +464,8 @@ def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
 
 def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()) -> str:
     """The command that trains a recipe with a launcher; it runs as it stands, with the flags that were given."""
-    words = ["train", recipe, *flags]
-    if choice in ("cpu", "single_gpu"):
-        return shlex.join(["ma-sft", *words])
-    many = ["--num_processes", str(gpus)] if gpus > 1 else []
-    path = os.path.relpath(shipped()[choice].path)
-    path = str(shipped()[choice].path) if path.startswith("..") else path
-    return shlex.join(["accelerate", "launch", "--config_file", path, *many, "-m", "ma_sft.cli", *words])
+    launcher = [] if choice in ("cpu", "single_gpu") else ["--launcher", choice, "--gpus", str(gpus)]
+    return shlex.join(["ma-sft", "train", recipe, *flags, *launcher])
 
 
 def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:

@@ -122,7 +122,7 @@ def prepare(
     counts.tokens, counts.trained_tokens = packed.tokens, int(packs.tokens.trained(kept).sum())
     if training.dataloader_drop_last and not held_out:
         counts.left_out_of_each_epoch = len(dataset) % (training.per_device_train_batch_size * training.world_size)
-    prepared = Prepared(dataset, counts, report, packed if packing else None, labelled.stages, *_look(rows))
+    prepared = Prepared(dataset, counts, report, packed if packing else None, labelled.stages, *_look(labelled))
     if held_out:
         first = packs.plan.pieces.row[packs.plan.bounds[:-1]]  # of each pack
         prepared.conversations, prepared.sources = labelled.conversations, sources[first].tolist()
@@ -161,9 +161,10 @@ def _check(settings: Settings, tokenizer: PreTrainedTokenizerBase, labelled: Lab
     return report
 
 
-def as_trained(settings: Settings, rows: Dataset) -> list[dict[str, Any]]:
-    """Labelled rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
-    kept, shown = _kept(settings, rows), []
+def as_trained(settings: Settings, labelled: Labelled, n: int) -> list[dict[str, Any]]:
+    """The first rows as training has them after `max_length`; `cut` says of a row which of its tokens are left."""
+    rows = labelled.first(n)
+    kept, shown = _kept(settings, labelled.dataset.select(range(len(rows)))), []
     for number, start, length in zip(kept.row.tolist(), kept.start.tolist(), kept.length.tolist(), strict=True):
         row, end = rows[number], start + length
         whole = len(row["input_ids"])
@@ -229,15 +230,15 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     encode = make_encoder(settings, tokenizer).tokenize_batch
     pack = partial(pack_table, seed=training.seed, **_how_to_pack(settings, None))
     stream = endless_stream(_mixture(settings).train, encode, pack, buffer)
-    return Prepared(stream, sample.counts, report, None, sample.stages, *_look(sample.dataset), order=order)
+    return Prepared(stream, sample.counts, report, None, sample.stages, *_look(sample), order=order)
 
 
-def _look(rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _look(labelled: Labelled) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What the report shows of the rows: the first ones, and a histogram of lengths in tokens."""
-    tokens = lengths(rows)
+    tokens = lengths(labelled.dataset)
     edges = np.unique(np.linspace(tokens.min(), tokens.max() + 1, 25).astype(int))
     median, p99 = (int(np.percentile(tokens, q, method="inverted_cdf")) for q in (50, 99))
-    return [rows[row] for row in range(min(SHOWN_ROWS, len(rows)))], {
+    return labelled.first(SHOWN_ROWS), {
         "rows": np.histogram(tokens, edges)[0].tolist(),
         "edges": edges.tolist(),
         "median": median,

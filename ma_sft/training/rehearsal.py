@@ -35,7 +35,7 @@ from ma_sft.training.adapters import lora_config, read_adapter_config
 from ma_sft.training.distributed import once
 from ma_sft.training.trainer import build_trainer
 from ma_sft.training.twin import POSITION_NAMES, POSITIONS, make_twin, small_tokenizer
-from ma_sft.utils import cache_dir, write_whole
+from ma_sft.utils import cache_dir, timed, write_whole
 from ma_sft.version import versions
 
 EXACT = 1e-3  # of the largest value: two ways to compute the same in float32
@@ -66,7 +66,8 @@ def rehearse(settings: Settings, tokenizer: PreTrainedTokenizerBase, added_token
         RecipeError: the run would fail, or train or save something else than the settings say: what, by how much, and
             which setting to change.
     """
-    return once(lambda: _rehearse_or_recall(settings, len(tokenizer), added_tokens))
+    with timed("rehearsal"):
+        return once(lambda: _rehearse_or_recall(settings, len(tokenizer), added_tokens))
 
 
 def _rehearse_or_recall(settings: Settings, tokens: int, added_tokens: list[str]) -> str:

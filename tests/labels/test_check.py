@@ -17,7 +17,7 @@ from ma_sft.labels.preview import pieces, preview_text
 from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.packing.truncation import label_runs, truncate
-from ma_sft.pages.preview import preview, preview_html
+from ma_sft.pages.preview import preview_html, show_rows
 from ma_sft.training.prepare import check_as_trained
 
 CHATS = [
@@ -293,7 +293,7 @@ def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
 
 def test_preview_writes_the_page(tmp_path):
     rows, _, encoder = labelled("smollm2")
-    preview(rows, encoder.tokenizer, n=2, html=tmp_path / "page.html")
+    show_rows(rows, encoder.tokenizer, n=2, html=tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<pre ") == 2
 
 

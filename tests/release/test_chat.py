@@ -6,7 +6,7 @@ import pytest
 
 from ma_sft import RecipeError
 from ma_sft.cli import main
-from ma_sft.release.chat import chat, load, reply
+from ma_sft.release.chat import HELP, chat, load, reply
 
 
 def talk(folder, lines, monkeypatch, capsys, **more):
@@ -27,11 +27,13 @@ def lively(tiny_bpe, monkeypatch):
 
 
 def test_conversation(lively, monkeypatch, capsys):
-    out = talk("", ["Hi", "And?", "/new", "Hi", ""], monkeypatch, capsys, max_new_tokens=4, system="Be kind.")
+    lines = ["Hi", "And?", "/new", "Hi", "/reset", "Hi", "/help", "/exit", "Hi"]
+    out = talk("", lines, monkeypatch, capsys, max_new_tokens=4, system="Be kind.")
     assert "System message: Be kind." in out
-    first, second, again = re.split(r"\[4 tokens, stopped by limit of 4 tokens, not by itself\]\n", out)[:3]
-    assert first.split("Be kind.\n")[1] == again, "/new begins again"
-    assert second != again
+    first, second, *again = re.split(r"\[4 tokens, stopped by limit of 4 tokens, not by itself\]\n", out)
+    assert [first.split("Be kind.\n")[1]] * 2 == again[:2], "/new begins again, and so does /reset"
+    assert second != again[0]
+    assert again[2:] == [f"{HELP}\n"], "/help, and nothing after /exit"
 
 
 def test_answer_that_ends_by_itself_says_with_which_token(lively, monkeypatch, capsys):

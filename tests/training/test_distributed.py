@@ -305,8 +305,10 @@ def test_missing_flash_attention_falls_back_with_a_line(base, tmp_path):
         ("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"),
         ("deepspeed", "--num_gpus", "2", "--master_port"),
         ("torchrun", "--standalone", "--nproc_per_node", "2"),
+        ("ma-sft", "train", "--launcher", "ddp", "--gpus", "2"),
+        ("ma-sft", "train", "--launcher", "cpu", "--gpus", "2"),
     ],
-    ids=["accelerate", "deepspeed", "torchrun"],
+    ids=["accelerate", "deepspeed", "torchrun", "ddp", "cpu"],
 )
 def test_real_launchers(base, tmp_path, command):
     out = tmp_path / "run"
