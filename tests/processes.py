@@ -11,7 +11,7 @@ from patience import PATIENCE
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["ma_sft.training.checkpoints", "ma_sft.training.prepare", "ma_sft.pages.report", "peft.tuners.lora"]
+    ["ma_sft.sft", "peft.tuners.lora", "torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3"]
 )
 
 

@@ -108,13 +108,12 @@ def test_pickles(hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path):
     folder.mkdir()
     for name, content in {**files, "pytorch_model.bin": pickle.dumps(Evil())}.items():
         (folder / name).write_bytes(content)
-    for where in ("tiny/pickled", str(folder)):
-        for peft in (True, False):
-            path = recipe(model_name_or_path=where, overwrite_output_dir=True, use_peft=peft)
-            path.write_text(path.read_text() if peft else path.read_text().replace("lora_preset: mini\n", ""))
-            done = ma_sft("train", path)
-            refused(done, where, "pickles can carry code")
-            assert "0/2" not in done.err  # before step one
+    for where, peft in (("tiny/pickled", True), (str(folder), False)):
+        path = recipe(model_name_or_path=where, overwrite_output_dir=True, use_peft=peft)
+        path.write_text(path.read_text() if peft else path.read_text().replace("lora_preset: mini\n", ""))
+        done = ma_sft("train", path)
+        refused(done, where, "pickles can carry code")
+        assert "0/2" not in done.err  # before step one
         refused(ma_sft("chat", where, "--prompt", "Hi"), "pickles can carry code")
         refused(ma_sft("export", where, "-o", "x"), "pickles can carry code")
     assert ma_sft("train", recipe(overwrite_output_dir=True)).code == 0
@@ -189,7 +188,7 @@ def test_recipes_of_strangers_name_no_code(hub, data, model, ma_sft, recipe, tmp
     path = recipe(**settings)
     as_json = tmp_path / "recipe.json"
     as_json.write_text(json.dumps(yaml.safe_load(path.read_text())))
-    for command in ("train", "check", "preview", "plan"):
+    for command in ("check", *(("train", "preview", "plan") if "dataset_format" in settings else ())):
         refused(ma_sft(command, path), "evil.py:function", "--allow_code true")
     refused(ma_sft("train", as_json), "evil.py:function", "--allow_code true")
     assert not (tmp_path / "ran").exists()

@@ -71,8 +71,7 @@ def test_greedy_text_of_the_demo_model_token_for_token(smollm2: Path) -> None:
     want = their_greedy(theirs, prompts, 12, end, tokenizer.pad_token_id)
     settings = {"max_new_tokens": 12, "eos_ids": end, "pad_id": tokenizer.pad_token_id}
     assert generate.generate(ours, prompts, **settings) == want
-    assert generate.generate(ours, prompts, **settings, use_cache=False) == want
-    assert generate.generate(ours, prompts[:1], **settings) == want[:1]
+    assert generate.generate(ours, prompts[:1], **settings, use_cache=False) == want[:1]
     assert "Paris" in tokenizer.decode(want[0])
 
 
