@@ -34,59 +34,39 @@ def fails(recipe, *args):
     return message
 
 
-def test_missing_file(tmp_path):
-    assert "the file 'no.jsonl' does not exist" in fails(recipe(tmp_path, dataset_name="no.jsonl"))
+LINE = json.dumps(GOOD)
 
 
-@pytest.mark.parametrize("content", ["", "[]"])
-def test_empty_data_set(tmp_path, content):
-    path = tmp_path / "empty.json"
-    path.write_text(content)
-    assert "empty" in fails(recipe(tmp_path, dataset_name=str(path)))
+@pytest.mark.parametrize(
+    ("name", "text", "more", "says"),
+    [
+        ("no.jsonl", None, {}, "the file 'no.jsonl' does not exist"),
+        ("empty.json", "", {}, "empty"),
+        ("empty.json", "[]", {}, "empty"),
+        (
+            *("a.jsonl", '{"instruction": "x", "reply": "y"}', {}),
+            "a.jsonl, line 1: unknown format: columns ['instruction', 'reply'] ... alpaca (misses output)",
+        ),
+        ("a.jsonl", f"{LINE}\n{json.dumps({**GOOD, 'output': ''})}", {}, "a.jsonl, line 2: the response is empty"),
+        ("a.jsonl", f'{LINE}\n{{"instruction": "x", "output', {}, "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", LINE, {"max_length": 5}, "max_length=5 cuts off every response ... raise max_length"),
+    ],
+)
+def test_data_that_cannot_be_trained(tmp_path, monkeypatch, name, text, more, says):
+    """The second start is no other than the first, which left nothing in its way."""
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        message = fails(recipe(tmp_path, dataset_name=name, **more))
+        assert all(part in message for part in says.split(" ... "))
 
 
-def test_unknown_format(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"instruction": "x", "reply": "y"}])
-    message = fails(recipe(tmp_path, dataset_name=path))
-    assert "a.jsonl, line 1: unknown format: columns ['instruction', 'reply']" in message
-    assert "alpaca (misses output)" in message
-
-
-def test_row_without_a_response_names_the_row(tmp_path):
-    path = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "output": ""}])
-    assert "a.jsonl, line 2: the response is empty" in fails(recipe(tmp_path, dataset_name=path))
-
-
-def test_broken_json_names_the_line(tmp_path):
-    path = write(tmp_path / "a.jsonl", [GOOD, '{"instruction": "x", "output'])
-    assert "a.jsonl, line 2: not valid JSON" in fails(recipe(tmp_path, dataset_name=path))
-
-
-def test_sequence_length_shorter_than_any_response(tmp_path):
-    path = write(tmp_path / "a.jsonl", [GOOD])
-    message = fails(recipe(tmp_path, dataset_name=path, max_length=5))
-    assert "max_length=5 cuts off every response" in message
-    assert "raise max_length" in message
-
-
-def test_a_failed_start_does_not_block_the_corrected_command(tmp_path):
-    path = write(tmp_path / "a.jsonl", [GOOD])
-    for max_length in (5, 6):
-        message = fails(recipe(tmp_path, dataset_name=path, max_length=max_length))
-        assert f"max_length={max_length} cuts off every response" in message
-
-
-def test_output_folder_with_something_else(tmp_path):
+@pytest.mark.parametrize("args", [[], ["--overwrite_output_dir", "true"]], ids=["as it is", "to be overwritten"])
+def test_output_folder_with_something_else(tmp_path, args):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    assert "holds something that is not a run" in fails(recipe(tmp_path, dataset_name="x.jsonl"))
-
-
-def test_overwrite_spares_what_is_not_a_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    message = fails(recipe(tmp_path, dataset_name="x.jsonl"), "--overwrite_output_dir", "true")
-    assert "holds something that is not a run" in message
+    assert "holds something that is not a run" in fails(recipe(tmp_path, dataset_name="x.jsonl"), *args)
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 
