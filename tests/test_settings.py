@@ -669,7 +669,7 @@ PROVEN = {
     "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",
     "add_eos": "labels/test_encoder.py::test_a_template_without_an_end_trains_eos_if_the_recipe_says_so",
-    "rehearse": "training/test_rehearsal.py::test_rehearse_false_rehearses_nothing",
+    "rehearse": "training/test_rehearsal.py::test_it_can_be_turned_off_and_is_done_once",
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
     "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_a_run_and_nothing_else",
     "save_only_model": "training/test_folder.py::test_a_model_alone_is_nothing_to_go_on_from",

@@ -44,23 +44,10 @@ class Indexed:
         return CALLS[at]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "jsonl",
-        "list",
-        "parquet",
-        "arrow",
-        "saved",
-        "dataset",
-        "stream",
-        "rows",
-        "indexed",
-        "iterator",
-        "frame",
-        "function",
-    ],
-)
+KINDS = "jsonl list parquet arrow saved dataset stream rows indexed iterator frame function".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     rows = Dataset.from_list(CALLS, on_mixed_types="use_json")
