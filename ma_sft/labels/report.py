@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ma_sft.data.stages import unused_lines
 from ma_sft.errors import LabelError
 from ma_sft.utils import Readable
 
@@ -173,6 +174,7 @@ class CheckReport(Readable):
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
+        lines += [Text(f"warning {line}", style="yellow") for line in unused_lines(self.unused_columns)]
         right = self.proven and not self.cut_turns
         lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)
