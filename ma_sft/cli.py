@@ -50,9 +50,7 @@ class RecipeCommand(TyperCommand):
 
 ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
 LOADING = "loading PyTorch, transformers and TRL"  # the first word, before what takes seconds
-LEGEND = (
-    "ours: done by ma_sft; trainer: passed on to TRL; preset: decided by ma_sft; refused: takes its default alone"
-)
+LEGEND = "ours: done by ma_sft; trainer: passed on to TRL; preset: decided by ma_sft; refused: takes its default alone"
 A_RECIPE = "a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well"
 RecipeArgs = Annotated[
     list[str] | None, Argument(metavar="[RECIPE] [--SETTING VALUE]...", show_default=False, help=A_RECIPE)
