@@ -397,7 +397,9 @@ def test_wheel_alone_trains_the_demo(installed, tmp_path):
     libraries = {"PYTHONPATH": sysconfig.get_path("purelib"), "HF_HUB_OFFLINE": "1"}
     installed("recipes", "copy", "demo", **libraries)
     short = {"max_steps": 2, "per_device_train_batch_size": 1, "eval_strategy": "no", "generate_eval": 2}
-    shown = installed("train", "demo.py", *(w for k, v in short.items() for w in (f"--{k}", str(v))), **libraries)
+    shown = installed(
+        "train", "demo.py", "--launcher", "cpu", *(w for k, v in short.items() for w in (f"--{k}", str(v))), **libraries
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2 and str(folder.name) in shown
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size > 0
