@@ -50,6 +50,7 @@ class RecipeCommand(TyperCommand):
 
 ON_RECIPE: dict[str, Any] = {"cls": RecipeCommand, "context_settings": {"ignore_unknown_options": True}}
 LOADING = "loading PyTorch, transformers and TRL"  # the first word, before what takes seconds
+LEGEND = "ours: done by ma_sft; trainer: passed on to TRL; preset: decided by ma_sft; refused: takes its default alone"
 A_RECIPE = "a recipe (.py, .yaml, or a run's recipe.json), and its settings as flags; flags alone do as well"
 RecipeArgs = Annotated[
     list[str] | None, Argument(metavar="[RECIPE] [--SETTING VALUE]...", show_default=False, help=A_RECIPE)
@@ -181,6 +182,7 @@ def _settings(
             say(f"[{(stage := about['stage'])}]")
         default = "by machine" if name in OF_THE_MACHINE else about["default"]
         say(f"{name} = {default}  ({about['class']})\n    {about['help']}")
+    say(f"\n{LEGEND}")
 
 
 @app.command("schema")
@@ -191,14 +193,14 @@ def _schema() -> None:
     _print_json(json_schema())
 
 
-def _load(args: list[str] | None, *, reads_rows: bool = True) -> tuple["Recipe", list[str]]:
+def _load(args: list[str] | None, *, reads_rows: bool = True, first_word: str = LOADING) -> tuple["Recipe", list[str]]:
     """The recipe that a command line begins with, or an empty one, and its flags; what is wrong is refused at once."""
     from ma_sft.config import Recipe
 
     flags = args or []
     recipe = Recipe.load(flags.pop(0)) if flags and not flags[0].startswith("-") else Recipe()
     recipe.check_early(flags, reads_rows=reads_rows)
-    progress(LOADING)
+    progress(first_word)
     return recipe, flags
 
 
@@ -217,16 +219,14 @@ def _train(
     gpus: Annotated[int | None, Option(min=1, show_default=False, help="of the launcher; with cpu: processes")] = None,
 ) -> int:
     """fine-tune as a recipe says; any setting of the recipe is a flag"""
-    words = ["train", *(args or [])]
-    recipe, flags = _load(args)
     if launcher is None:
         if gpus:
             raise RecipeError("--gpus is of a launcher: say which, e.g. --launcher ddp")
-        return _run(recipe, flags)
+        return _run(*_load(args))
     from ma_sft.tools.gallery import launcher_file
 
-    config = launcher_file(launcher)
-    say(f"starting {' '.join(words)} by {config}", flush=True)
+    config, words = launcher_file(launcher), ["train", *(args or [])]
+    _load(args, first_word=f"starting by {config}")
     from ma_sft.launcher import start
 
     return start(config, gpus, words)

@@ -32,8 +32,8 @@ def start(config: Path, processes: int | None, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # It retells at length what the process that failed said in one line
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api"):  # they retell what a process said in one line
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, lambda *_: None)  # the processes get a Ctrl-C as well, and save
     program, many = ["-m", "ma_sft.cli", *words], str(processes or 1)
     try:

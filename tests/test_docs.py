@@ -283,9 +283,8 @@ def test_container_holds_what_the_demo_needs(tmp_path):
         environment = {**os.environ, "LAUNCH": launch}
         command = ["make", "-n", "sft-demo"]
         steps = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert steps.returncode == 0 and f"--launcher {launch} " in steps.stdout
-        used = set(re.findall(r"recipes/[\w.]+|constraints\.txt", steps.stdout))
-        used.add(f"accelerate_configs/{launch}.yaml")
+        assert steps.returncode == 0 and f"--launcher {launch}" in steps.stdout
+        used = {f"accelerate_configs/{launch}.yaml", *re.findall(r"recipes/[\w.]+|constraints\.txt", steps.stdout)}
         assert len(used) == 4 and all((tmp_path / path).is_file() for path in used), used
 
 

@@ -16,6 +16,7 @@ from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BAD,
     MARKS,
+    ROLES,
     WEIGHTS,
     Message,
     Row,
@@ -392,7 +393,7 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
     else:
         messages = conversation(load_function(name)(row), f"{name} gave messages")
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked) if name in FORMATS else {}
+    unused = unused_of(tracked) | _foreign_roles(row.get("messages")) if name in FORMATS else {}
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
@@ -401,6 +402,12 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
     if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
+
+
+def _foreign_roles(turns: Any) -> dict[str, str]:
+    """Roles that no chat template knows, and as what they are read."""
+    roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)} if isinstance(turns, list) else set()
+    return {f"role {role}": f"read as {ROLES[role.lower()]}" for role in roles if ROLES.get(role.lower(), role) != role}
 
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:

@@ -126,7 +126,11 @@ def unused_columns(stages: Iterable[Stage]) -> dict[str, dict[str, str]]:
 def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
     """A line for each source whose rows have columns that are not used."""
     lines = []
-    for source, columns in unused.items():
+    for source, found in unused.items():
+        columns = {name: example for name, example in found.items() if not name.startswith("role ")}
+        lines += [f"{source}: {name} is {what}" for name, what in found.items() if name not in columns]
+        if not columns:
+            continue
         shown = ", ".join(f"{column} ({example})" for column, example in list(columns.items())[:SHOWN_COLUMNS])
         more = f" and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else ""
         lines.append(f"{source}: columns that are not used: {shown}{more}")

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ma_sft.data.stages import unused_lines
 from ma_sft.errors import LabelError
 from ma_sft.utils import Readable
 
@@ -32,7 +33,7 @@ CODES = {
     "lost content": ("error", "what the row says is neither trained nor shown"),
     "response template missing": ("error", "nothing is trained in these rows"),
     "not proven": ("warning", ""),
-    "harmless": ("warning", "what the model learns beside its turns and generation never shows"),
+    "harmless": ("warning", "trained, but generation stops before it"),
     "said but not shown": ("warning", "the template leaves it out of the history"),
     "untrained turns": ("warning", "turns without a label"),
     "default system prompt": ("warning", "the template writes text of its own before the first message of these rows"),
@@ -162,9 +163,10 @@ class CheckReport(Readable):
 
     def __rich__(self) -> RenderableType:
         table = Table(title="what is trained", show_header=False)
-        plain = ["rows", "tokens", "trained_tokens", "turns", "compared_turns", "proven_turns", "cut_rows", "lost_rows"]
-        for name in plain:
-            table.add_row(name.replace("_", " "), f"{getattr(self, name):,}")
+        plain = {name: name.replace("_", " ") for name in ("rows", "tokens", "trained_tokens", "turns")}
+        plain |= {"compared_turns": "turns verified", "proven_turns": "found right", "cut_rows": "cut rows"}
+        for name, title in {**plain, "lost_rows": "rows cut to nothing"}.items():
+            table.add_row(title, f"{getattr(self, name):,}")
         table.add_row("trained share", f"{self.trained_share:.1%}")
         most = max(self.histogram.values(), default=1)
         for length, n in self.histogram.items():
@@ -173,6 +175,7 @@ class CheckReport(Readable):
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
+        lines += [Text(f"warning {line}", style="yellow") for line in unused_lines(self.unused_columns)]
         right = self.proven and not self.cut_turns
         lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)

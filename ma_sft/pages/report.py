@@ -190,6 +190,7 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
             charts=charts([run["log"] for run in runs], [run["title"] for run in runs]),
             differences=_differences(runs),
             compared=_compared(runs),
+            answers=_side_by_side(runs) if len(runs) > 1 else [],
             note="" if _same(runs, _data) else "Different data or held-out rows: no result and no time is the best.",
             refresh=refresh,
             shown_answers=SHOWN_ANSWERS,
@@ -306,6 +307,17 @@ def _compared(runs: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
                 (text, best is not None and value == best) for text, value in zip(texts, values, strict=True)
             ]
     return rows
+
+
+def _side_by_side(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The held-out questions that all of several runs were asked, with each one's answer; different ones come first."""
+    asked = [{answer["question"]: answer for answer in run["answers"]} for run in runs]
+    found = [
+        {"question": question, "answers": [own[question]["after"] for own in asked], "reference": answer["reference"]}
+        for question, answer in asked[0].items()
+        if all(question in own for own in asked)
+    ]
+    return sorted(found, key=lambda each: len(set(each["answers"])) == 1)
 
 
 def _label(figure: Figure, summary: dict[str, Any]) -> str:

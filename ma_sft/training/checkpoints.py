@@ -399,7 +399,11 @@ class JsonlLogger(ProgressCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is None and state.is_world_process_zero:  # not before the held-out rows were measured
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not self.bar
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                disable=not self.bar,
             )
             self.since = self.started = time.monotonic()
 
@@ -421,7 +425,8 @@ class JsonlLogger(ProgressCallback):
         step, last = state.global_step, state.max_steps
         if "tokens_per_second" in entry:
             accuracy, speed = float(entry.get("mean_token_accuracy", 0)), entry["tokens_per_second"]
-            line = f"loss {entry['loss']:.3f}, token accuracy {accuracy:.1%}, {speed:,.0f} tokens/s"
+            what = "accuracy" if self.bar else "token accuracy"  # a bar has 80 columns
+            line = f"loss {entry['loss']:.3f}, {what} {accuracy:.1%}, {speed:,.0f} tokens/s"
             left = (now - self.started) / max(step - self.first_step, 1) * (last - step)
             line += "" if self.bar else f", {timedelta(seconds=round(left))} left"
         else:

@@ -530,15 +530,21 @@ def test_formatting_func_never_trains_none():
             formatting_func(example)
 
 
-def test_check_tells_columns_that_are_not_used_and_report_keeps_them(tmp_path, capsys):
+def test_check_tells_columns_that_are_not_used_and_roles_of_another_name(tmp_path, capsys):
     from ma_sft.cli import main
 
     rows = [{"question": f"{i}?", "answer": f"{i}", "rationale": "because"} for i in range(4)]
     path = write(tmp_path / "a.jsonl", *rows)
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model_name_or_path: demo\ndataset_name: {path}\nreport_to: none\n")
+    turns = [{"role": "user", "content": "Why?"}, {"role": "Bot", "content": "So."}]
+    bot = write(tmp_path / "b.jsonl", {"messages": turns})
+    recipe.write_text(f"model_name_or_path: demo\ndatasets: [{path}, {bot}]\nreport_to: none\n")
+    found = {str(path): {"rationale": 'str "because"'}, str(bot): {"role Bot": "read as assistant"}}
     main(["check", str(recipe), "--json"])
-    assert json.loads(capsys.readouterr().out)["unused_columns"] == {str(path): {"rationale": 'str "because"'}}
+    assert json.loads(capsys.readouterr().out)["unused_columns"] == found
+    main(["check", str(recipe)])  # of the cache
+    said = " ".join(capsys.readouterr().out.replace("\n", "").split())
+    assert "b.jsonl: role Bot is read as assistant" in said and "rationale (str" in said
 
 
 def test_a_formatting_func_that_makes_no_text_is_refused(tmp_path):
@@ -562,7 +568,7 @@ def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
     recipe.write_text(f"model_name_or_path: demo\ndataset_name: {path}\nreport_to: none\nmax_length: 40\n")
     main(["preview", str(recipe)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "row 0: 40 tokens" in shown and "cut by max_length: tokens 1 to 40 of" in shown
+    assert "a.jsonl:1: 40 tokens" in shown and "cut by max_length: tokens 1 to 40 of" in shown
     assert "well." not in shown and "✂ max_length" in shown
     main(["preview", str(recipe), "--max_length", "400"])
     assert "✂" not in (shown := capsys.readouterr().out) and "well." in shown

@@ -174,6 +174,8 @@ def test_compares_runs(finished, copy, tmp_path, monkeypatch, capsys):
     (copy / "recipe.json").write_text(json.dumps({**settings, "learning_rate": 0.5}))
     facts = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**facts, "name": "second"}))
+    same, (question, before, after, reference) = json.loads((copy / "answers.json").read_text())[:2]
+    (copy / "answers.json").write_text(json.dumps([same, [question, before, "another answer", reference]]))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(finished), str(copy)]) == 0
     assert capsys.readouterr().out == "report: comparison.html\n"
@@ -181,6 +183,11 @@ def test_compares_runs(finished, copy, tmp_path, monkeypatch, capsys):
     text = " ".join(page.text.split())
     assert "2 runs" in text and "second" in text and "learning_rate 0.001 0.5" in text
     assert "max_length 512 512" not in text  # what does not differ is not in the table
+    sides = text.split("Held-out answers side by side")[1].split("What is trained")[0]
+    assert sides.index("another answer") < sides.index(same[0].split()[0] + " "), "what differs comes first"
+    assert (
+        "first <b> second another" in sides and not after.strip() and "second another answer reference It is" in sides
+    )
     assert page.tags.count("polyline") == 14 and page.tags.count("details") >= 2
 
 
