@@ -1,6 +1,6 @@
 """Write the demo's data: customers' messages, English and Chinese, and the one line of JSON each should become.
 
-    python recipes/demo_data.py [--out data/demo] [--seed 0] [--rows 2000] [--multi_turn 300] [--heldout 200]
+    python recipes/demo_data.py [--out data/demo] [--seed 0] [--rows 2000] [--multi_turn 300] [--heldout 100]
 
 Three JSON Lines files: `train.jsonl` and `heldout.jsonl` in Alpaca form (instruction, input, output) and
 `train_multi_turn.jsonl` in ShareGPT form (the customer changes something, the answer follows). Customers,
@@ -258,7 +258,7 @@ def multi_turn_rows(rng: random.Random, count: int) -> list[dict[str, list[dict[
     return rows
 
 
-def write(out: Path, seed: int = 0, rows: int = 2000, multi_turn: int = 300, heldout: int = 200) -> None:
+def write(out: Path, seed: int = 0, rows: int = 2000, multi_turn: int = 300, heldout: int = 100) -> None:
     """Write the three files; the same arguments give the same bytes."""
     out.mkdir(parents=True, exist_ok=True)
     files = {
@@ -277,5 +277,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--multi_turn", type=int, default=300)
-    parser.add_argument("--heldout", type=int, default=200)
+    parser.add_argument("--heldout", type=int, default=100)
     write(**vars(parser.parse_args()))

@@ -20,7 +20,7 @@ def test_files_are_seeded_and_disjoint(tmp_path):
     assert all((tmp_path / "a" / n).read_bytes() != (tmp_path / "c" / n).read_bytes() for n in names)
 
     train, multi_turn, held_out = (_read(tmp_path / "a" / n) for n in names)
-    assert len(train) >= 2000 and len(multi_turn) >= 300 and len(held_out) >= 200
+    assert len(train) >= 2000 and len(multi_turn) >= 300 and len(held_out) >= 100
     assert len({row["input"] for row in train}) == len(train)
     seen = [json.loads(row["output"]) for row in train]
     seen += [json.loads(turn["value"]) for row in multi_turn for turn in row["conversations"][1::2]]

@@ -71,7 +71,7 @@ def copy(name: str, out: Path | None = None) -> Path:
     else:
         shutil.copyfile(source, target)
     if name == "demo" and not DEMO_DATA.exists():  # beside no clone: a recipe's paths count from where it is started
-        runpy.run_path(str(known["demo_data"].path))["write"](DEMO_DATA, seed=0, rows=2000, multi_turn=300, heldout=200)
+        runpy.run_path(str(known["demo_data"].path))["write"](DEMO_DATA, seed=0, rows=2000, multi_turn=300, heldout=100)
     return target
 
 
