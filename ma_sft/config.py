@@ -11,6 +11,7 @@ import copy
 import difflib
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +109,12 @@ class AdapterConfig:
         "all-linear", "Modules that LoRA adapts, unless lora_target_modules is set."
     )
     lora_config: dict[str, Any] | str | None = setting(None, "Any field of peft.LoraConfig, e.g. '{\"r\": 8}'.")
+    peft_config: dict[str, Any] | str | None = setting(
+        None, 'Any method of PEFT in the place of LoRA, e.g. \'{"peft_type": "LOHA", "r": 8}\'.'
+    )
+    quantization_config: dict[str, Any] | str | None = setting(
+        None, 'Any quantisation of transformers for the base, e.g. \'{"quant_method": "torchao", ...}\'.'
+    )
     loraplus_lr_ratio: float | None = setting(None, "LoRA+: the learning rate of every B is this many times that of A.")
     freeze: list[str] = setting([], "Parameters whose name one of these regular expressions finds are not trained.")
     full_learning_rate: float | None = setting(None, "Of full fine-tuning, where learning_rate is meant for adapters.")
@@ -123,6 +130,12 @@ class EvaluationConfig:
         "exact-match", "Grades answers: exact-match, or module:function (answer, reference) -> number."
     )
     max_new_tokens: int = setting(128, "Longest answer to generate, in tokens.")
+    predict_with_generate: bool = setting(
+        False, "Generate and grade them at each evaluation, too; always so where they choose the best model."
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a better metric_for_best_model."
+    )
 
 
 @dataclass
@@ -147,7 +160,9 @@ STAGES = {
 OURS = {
     "output_dir": "Where the run is written; runs/NAME by default.",
     "learning_rate": "2e-4 for adapters, 2e-5 for all weights; see full_learning_rate.",
-    "optim": "AdamW; with a quantised base its paged 8-bit form.",
+    "optim": "AdamW, with a quantised base in 8 bits and paged; muon; any other of transformers; or module:Class.",
+    "fsdp": "true, with fsdp_config; or the launcher says it. Older spellings are taken, too.",
+    "parallelism_config": "A mapping such as {cp_size: 2} for accelerate's ParallelismConfig; or the launcher says it.",
     "bf16": "On where this machine has it.",
     "logging_nan_inf_filter": "Off: it would hide the step that ruins a model, at which the run stops.",
     "disable_tqdm": "True: no bar. Else a bar of the run's own, with tokens a second.",
@@ -206,6 +221,8 @@ EXCLUSIVE = [
     ("template", "chat_template_path"),
     ("bf16", "fp16"),
     ("load_in_4bit", "load_in_8bit"),
+    ("load_in_4bit", "quantization_config"),
+    ("load_in_8bit", "quantization_config"),
     ("activation_checkpointing", "gradient_checkpointing"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 ]
@@ -215,14 +232,26 @@ TWO_WAYS = "say the same in two ways; leave one of them out"
 # would contradict what ma_sft does, or would train something else without a word.
 NEEDS = (
     (
-        "load_in_4bit load_in_8bit adapter_name_or_path loraplus_lr_ratio lora_preset lora_config lora_r lora_alpha "
-        "lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
+        "load_in_4bit load_in_8bit adapter_name_or_path peft_config loraplus_lr_ratio lora_preset lora_config lora_r "
+        "lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
         "use_peft",
         "trains an adapter and use_peft is false; set use_peft",
     ),
+    (
+        "adapter_name_or_path loraplus_lr_ratio lora_preset lora_config lora_r lora_alpha lora_dropout "
+        "lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
+        "!peft_config",
+        "describes an adapter, and peft_config does; leave one of them out",
+    ),
     ("use_bnb_nested_quant", "load_in_4bit", ""),
     ("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size", ""),
-    ("metric max_new_tokens", "generate_eval", ""),
+    ("metric max_new_tokens predict_with_generate", "generate_eval", ""),
+    ("early_stopping_patience", "load_best_model_at_end", ""),
+    (
+        "packing eval_packing",
+        "parallelism_config:whole_sequences",
+        "keeps documents apart by a mask, which context parallelism drops; set it false",
+    ),
     ("test_near_duplicates", "test_size", ""),
     ("dataset_test_split", "eval_dataset", ""),
     ("model_revision", "model_name_or_path:on_a_hub", "is for a model on a hub, and here is a folder; give its id"),
@@ -258,6 +287,9 @@ NEEDS = (
 )
 FACTS: dict[str, Callable[[Any], bool]] = {
     "on_a_hub": lambda path: not Path(path).expanduser().is_dir(),
+    "whole_sequences": lambda config: (
+        int(getattr(config, "cp_size", os.environ.get("PARALLELISM_CONFIG_CP_SIZE", 1))) == 1
+    ),
     "weighted": lambda sources: any(isinstance(source, dict) and "weight" in source for source in sources),
 }
 
@@ -287,7 +319,7 @@ LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
         lambda value: value > 0,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_length"
         " max_new_tokens lora_r lora_alpha save_steps eval_steps test_size loraplus_lr_ratio save_total_limit "
-        "dataset_num_proc",
+        "dataset_num_proc early_stopping_patience",
         "a number above 0",
     ),
     (lambda value: value >= 0, "learning_rate full_learning_rate weight_decay max_grad_norm warmup_steps", "0 or more"),
@@ -311,7 +343,12 @@ INIT_KWARGS = {
 }
 MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
 # What plug-ins add to the choices of a setting
-ADDED_CHOICES: dict[str, list[str]] = {"include_num_input_tokens_seen": ["all", "non_padding", "no"]}
+ADDED_CHOICES: dict[str, list[str]] = {
+    "include_num_input_tokens_seen": ["all", "non_padding", "no"],
+    "optim": ["muon"],
+}
+# Types that a setting takes beside those of its field
+ADDED_KINDS: dict[str, set[str]] = {"fsdp": {"bool", "list"}, "parallelism_config": {"dict"}}
 # What other tools call a setting, where no likeness of letters leads to it
 OTHER_NAMES = {
     "learning_rate": "lr lora_learning_rate",
@@ -408,7 +445,8 @@ class Setting:
                 read_json(Path(value))
             except RecipeError as error:
                 raise RecipeError(f"{self.name}: {error}") from None
-        if self.choices and isinstance(value, str) and value not in self.choices:
+        is_class = self.name == "optim" and ":" in str(value)
+        if self.choices and isinstance(value, str) and value not in self.choices and not is_class:
             near = nearest(value, self.choices, "")
             raise RecipeError(f"{self.name}: invalid choice: {value!r}{near}; one of {', '.join(self.choices)}")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -451,6 +489,7 @@ def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
             words += [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
             named = {type(word) for word in words} | {part for part in parts if part not in (*enums, type(None))}
             kinds = {getattr(get_origin(part) or part, "__name__", str(part)) for part in named} - {"Literal"}
+            kinds |= ADDED_KINDS.get(item.name, set())
             if "dict" in kinds:
                 kinds.discard("str")  # text is JSON
             default = item.default if item.default_factory is MISSING else item.default_factory()
@@ -461,7 +500,7 @@ def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
                 nullable=type(None) in parts,
                 choices=[*(item.metadata.get("choices") or words), *ADDED_CHOICES.get(item.name, ())],
                 default=_plain(default),
-                help=" ".join((OURS.get(item.name) or item.metadata.get("help", "")).replace("%%", "%").split()),
+                help=" ".join(str(OURS.get(item.name) or item.metadata.get("help", "")).replace("%%", "%").split()),
             )
     return found
 
@@ -618,13 +657,19 @@ def _set_machine_defaults(values: dict[str, Any], dtype_is_set: bool) -> None:
         values["use_cpu"] = not torch.accelerator.is_available() and not wants_gpu()
     if values["bf16"] is None and not values.get("fp16"):  # transformers takes bf16 on a CPU only with use_cpu
         on_cpu = torch.cpu._is_avx512_bf16_supported() and not wants_gpu() and use_cpu is not False
-        on_gpu = torch.cuda.is_available() and not use_cpu
+        fp8 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8"  # the launcher's, in which bf16 is contained
+        on_gpu = torch.cuda.is_available() and not use_cpu and not fp8
         values["bf16"] = torch.cuda.is_bf16_supported() if on_gpu else on_cpu
     values["bf16"] = bool(values["bf16"])
     if values["ddp_backend"] is None and cpu_deepspeed():
         values["ddp_backend"] = "gloo"
     if values["bf16"] and values.get("use_peft") and not dtype_is_set:
         values["dtype"] = "bfloat16"  # the frozen base of an adapter needs no float32 master weights
+
+
+def transformers_optim(name: str | None) -> str:
+    """The name of an optimiser that transformers knows, AdamW's where it does not: `muon`, `module:Class`."""
+    return "adamw_torch" if name == "muon" or ":" in (name or "") else name or "adamw_torch_fused"
 
 
 @dataclass
@@ -642,8 +687,13 @@ class Settings:
 
     @property
     def quantised(self) -> bool:
-        """Whether bitsandbytes holds the base's weights."""
-        return bool(self.model.load_in_4bit or self.model.load_in_8bit)
+        """Whether the base's weights are quantised when they are loaded."""
+        return bool(self.model.load_in_4bit or self.model.load_in_8bit or self.adapter.quantization_config)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimiser that was asked for, which may be one that transformers does not know."""
+        return str(self.chosen.get("optim") or self.training.optim.value)
 
 
 class Recipe:
@@ -752,7 +802,12 @@ class Recipe:
             values["model_name_or_path"] = str(demo_model())
         from trl import TrlParser  # what can be told without it comes before
 
+        values["optim"] = transformers_optim(values.get("optim"))
         try:
+            if isinstance(values.get("parallelism_config"), dict):
+                from accelerate.parallelism_config import ParallelismConfig
+
+                values["parallelism_config"] = ParallelismConfig(**values["parallelism_config"])
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             raise RecipeError(one_line(error)) from error

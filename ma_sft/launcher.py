@@ -37,13 +37,16 @@ def start(config: Path, processes: int | None, words: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)  # the processes get a Ctrl-C as well, and save
     program, many = ["-m", "ma_sft.cli", *words], str(processes or 1)
     try:
-        if on_cpu := (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("use_cpu", False):
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        if on_cpu := content.get("use_cpu", False):
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (psutil.cpu_count(logical=False) or 1) // int(many))))
         if on_cpu and many != "1":
             os.environ["ACCELERATE_USE_CPU"] = "true"
             torchrun.run(torchrun.parse_args(["--standalone", "--nproc_per_node", many, *program]))
         else:
-            count = ["--num_processes", many] if processes else []
+            sizes = [key for key in content.get("parallelism_config") or {} if key.endswith("_size")]
+            names = ["num_processes", *(sizes if len(sizes) == 1 else ())]  # all of them share a row
+            count = [word for name in names for word in (f"--{name}", many)] if processes else []
             launch_command(launch_command_parser().parse_args(["--config_file", str(config), *count, *program]))
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 128 - error.returncode
@@ -52,7 +55,7 @@ def start(config: Path, processes: int | None, words: Sequence[str]) -> int:
         return code if code > 0 else 128 - code
     except SignalException as stop:
         return 128 + stop.sigval
-    except (ValueError, ImportError, yaml.YAMLError) as error:
+    except (ValueError, ImportError, RuntimeError, yaml.YAMLError) as error:
         raise RecipeError(f"--launcher {config}: {one_line(error)}") from None
     return 0
 

@@ -36,6 +36,8 @@ class RecipeSettings(TypedDict, total=False):
     adapter_name_or_path: str | PathLike[str] | None
     lora_preset: Literal["mini", "attention", "all-linear"]
     lora_config: dict[str, Any] | str | None
+    peft_config: dict[str, Any] | str | None
+    quantization_config: dict[str, Any] | str | None
     loraplus_lr_ratio: float | None
     freeze: list[Any] | str
     full_learning_rate: float | None
@@ -43,6 +45,8 @@ class RecipeSettings(TypedDict, total=False):
     generate_eval: int
     metric: str
     max_new_tokens: int
+    predict_with_generate: bool
+    early_stopping_patience: int | None
     name: str | None
     overwrite_output_dir: bool
     resume: Literal["auto", "never"]
@@ -55,7 +59,7 @@ class RecipeSettings(TypedDict, total=False):
     lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy"]
     lr_scheduler_kwargs: dict[str, Any] | str | None
     warmup_steps: float
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw"]
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw", "muon"]
     optim_args: str | None
     weight_decay: float
     adam_beta1: float
@@ -151,7 +155,7 @@ class RecipeSettings(TypedDict, total=False):
     ddp_static_graph: bool | None
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None
     ddp_timeout: int
-    fsdp: str | None
+    fsdp: bool | str | list[Any] | None
     fsdp_config: dict[str, Any] | str | PathLike[str] | None
     deepspeed: dict[str, Any] | str | PathLike[str] | None
     debug: str | list[Any]

@@ -24,7 +24,7 @@ from ma_sft.training.distributed import agree, leave_together, once, outside_zer
 from ma_sft.training.evaluation import EvalCallback
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.rehearsal import rehearse
-from ma_sft.training.trainer import build_trainer, check_early, with_same_date
+from ma_sft.training.trainer import build_trainer, check_early, early_stopping, with_same_date
 from ma_sft.utils import say, timed, write_whole
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(
         evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
         checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": folder.recipe()})
         logger = JsonlLogger(out / "log.jsonl")
-        for callback in (logger, evaluation, checkpoints):
+        for callback in (logger, evaluation, checkpoints, *early_stopping(settings)):
             trainer.add_callback(callback)
         if on_trainer:
             on_trainer(trainer)

@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from helpers import ROOT, load_tokenizer
 from transformers import AutoTokenizer
 
-from ma_sft import Recipe, run
+from ma_sft import Recipe, RecipeError, run
 from ma_sft.cli import app, main
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.tools.gallery import launcher_file
@@ -299,6 +301,18 @@ def test_commands_targets_and_files_named_in_the_text_exist():
         assert set(re.findall(r"`ma-sft ([a-z][\w-]*)", text)) <= commands, page
         named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text)  # NAME stands for one of the reader's own
         assert not [path for path in named if "NAME" not in path and not (ROOT / path).exists()], page
+
+
+def test_settings_that_pass_by_name():
+    text = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| [^|]+ \| `([^`|]+)` \| ?([\w-]*) ?\|$", text, re.MULTILINE)
+    assert len(table) == 19
+    for shown, package in table:
+        recipe = Recipe(model_name_or_path="demo", dataset_name="x", **yaml.safe_load(f"{{{shown}}}"))
+        try:
+            recipe.resolve()
+        except RecipeError as error:
+            assert package and package in str(error) and find_spec(package.replace("-", "_")) is None, error
 
 
 def test_recipes_and_settings_of_the_readme_exist():

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from ma_sft import Recipe, RecipeError, run
+from ma_sft.release.export import export_folder
 from ma_sft.tools.gallery import shipped
 
 KINDS = {
@@ -26,10 +30,12 @@ KINDS = {
     "llama3": (LlamaConfig, LlamaForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "qwen3_moe": (partial(Qwen3MoeConfig, num_experts=8, moe_intermediate_size=32), Qwen3MoeForCausalLM),
 }
 FAMILIES = {
     "HuggingFaceTB/SmolLM2": "smollm2",
     "meta-llama/Llama-3": "llama3",
+    "Qwen/Qwen3-30B-A3B": "qwen3_moe",
     "Qwen/Qwen3": "qwen3",
     "google/gemma-3": "gemma3",
 }
@@ -94,6 +100,7 @@ ROWS = {
     "csv_qa": CSV,
     "base_chatml": REASONING,
     "continue_adapter": ALPACA_ZH,
+    "moe": REASONING,
 }
 # What every run here is given beside the recipe: less of everything.
 SMALL = (
@@ -104,7 +111,7 @@ SMALL = (
 
 def make_model(folder, family, *, base=False):
     """A two-layer random model of a family, with the family's real tokenizer (without chat template if `base`)."""
-    tokenizer = load_tokenizer(family)
+    tokenizer = load_tokenizer(family.removesuffix("_moe"))
     if base:
         tokenizer.chat_template = None
     return save_tiny(folder, tokenizer, *KINDS[family], hidden_size=64)
@@ -186,6 +193,23 @@ def test_reasoning_trains_thoughts_and_answer(train):
     out, _ = train("reasoning")
     for text in trained_text(out):
         assert text.startswith("<think>\nTwice ") and "</think>" in text and text.endswith("<|im_end|>")
+
+
+@pytest.mark.slow
+def test_moe_trains_its_experts(train, tmp_path):
+    out, summary = train("moe", "--merge", "true", "--learning_rate", "0.01")
+    assert all(text.startswith("<think>") and text.endswith("<|im_end|>") for text in trained_text(out))
+    assert json.loads((out / "adapter" / "sft_manifest.json").read_text())["data"]["packing"]
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    experts = {key: value for key, value in adapter.items() if ".mlp.experts." in key}
+    assert len(experts) == 2 * 2 * 2 and all(value.any() for value in experts.values())
+    assert summary["merge_max_logit_difference"] < 1e-2
+    export_folder(out, tmp_path / "served")
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert served.keys() == before.keys()
+    moved = {key for key in before if not torch.equal(served[key].float(), before[key].to(served[key].dtype).float())}
+    assert any(".experts." in key for key in moved) and not any("mlp.gate.weight" in key for key in moved)
 
 
 @pytest.mark.slow

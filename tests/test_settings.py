@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset, DatasetDict
 from helpers import ROOT, save_tiny
+from processes import launcher
 from settings_page import settings_page, settings_types
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig
@@ -160,6 +162,7 @@ VALUES = {
     "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.1, "warmup_steps": 5, "lora_r": 5, "lora_alpha": 5,
     "max_new_tokens": 5, "train_on": "last", "history": "mask", "on_error": "skip", "template_kwargs": {"a": 1},
     "template_now": "2026-11-25", "truncation_mode": "keep_end", "overflow": "drop", "system_prompt": "Be so",
+    "peft_config": {"peft_type": "IA3"}, "early_stopping_patience": 2,
     "dataset_format": "alpaca", "dataset_text_field": "text2", "model_revision": "v1", "dataset_test_split": "dev",
 }  # fmt: skip
 DOES_NOTHING = [(condition, name) for names, condition, _ in NEEDS for name in names.split()]
@@ -177,6 +180,8 @@ USELESS = {
     "!overflow overflow=keep_end": {"overflow": "drop"},
     "completion_only_loss!=false": {"completion_only_loss": False},
     "model_name_or_path:on_a_hub": {"model_name_or_path": "."},
+    "!peft_config": {"use_peft": True, "peft_config": {"peft_type": "IA3"}},
+    "parallelism_config:whole_sequences": {"parallelism_config": {"cp_size": 2}, "max_length": 64, **HELD_OUT},
 }
 
 
@@ -274,6 +279,36 @@ def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
     assert settings.chosen["lora_target_modules"] == ["q_proj"] and settings.model.lora_modules_to_save == ["a", "b"]
     assert settings.labels.template_kwargs == {"enable_thinking": False} and settings.adapter.lora_config == {"r": 3}
     assert settings.rows.filters == {"exact_duplicates": True} and settings.training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("spelling", [True, "true", "full_shard", "full_shard auto_wrap", ["full_shard", "auto_wrap"]])
+def test_spellings_of_fsdp(spelling):
+    config = {"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+    training = resolve(fsdp=spelling, fsdp_config=config).training
+    assert training.fsdp is True and training.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+    assert resolve("--fsdp").training.fsdp is True and not resolve("--fsdp", "false").training.fsdp
+
+
+def test_parallelism_config_is_a_mapping():
+    assert resolve("--parallelism_config", '{"sp_size": 2}').training.parallelism_config.sp_size == 2
+    assert resolve(parallelism_config=ParallelismConfig(cp_size=4)).training.parallelism_config.cp_size == 4
+    assert "unexpected keyword argument 'cp'" in refused(parallelism_config={"cp": 2})
+
+
+def test_launchers_that_split_rows(monkeypatch):
+    for name in ("cp", "sp"):
+        for key, value in launcher(name).items():
+            if "PARALLELISM" in key:
+                monkeypatch.setenv(key, value)
+        config = ParallelismConfig()
+        assert getattr(config, f"{name}_size") == config.total_size == 2
+        if name == "cp":
+            message = refused(packing=True, max_length=64)
+            assert message.startswith(
+                "packing keeps documents apart by a mask, which context parallelism drops; set it"
+            )
+        else:
+            assert resolve(packing=True, max_length=64).training.packing
 
 
 def test_rows_may_be_handed_over():
@@ -670,6 +705,12 @@ PROVEN = {
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",
     "add_eos": "labels/test_encoder.py::test_a_template_without_an_end_trains_eos_if_the_recipe_says_so",
     "rehearse": "training/test_rehearsal.py::test_it_can_be_turned_off_and_is_done_once",
+    "peft_config": "training/test_rehearsal.py::test_methods_of_peft",
+    "quantization_config": "training/test_methods.py::test_quantisations_of_transformers",
+    "predict_with_generate": "training/test_measures.py::test_answers_at_each_evaluation",
+    "early_stopping_patience": "training/test_measures.py::test_the_best_model_by_the_answers",
+    "fsdp": "test_settings.py::test_spellings_of_fsdp",
+    "parallelism_config": "test_settings.py::test_parallelism_config_is_a_mapping",
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
     "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_a_run_and_nothing_else",
     "save_only_model": "training/test_folder.py::test_a_model_alone_is_nothing_to_go_on_from",

@@ -56,6 +56,8 @@ CHANGING = re.compile(
     re.IGNORECASE,
 )
 
+IMAGES = re.compile(r"(image|img|picture|pixel_values).*", re.IGNORECASE)
+
 # Columns that say something about a row, and nothing that a conversation would lose.
 HARMLESS = re.compile(
     r"(.*[_-])?(id|idx|index|uuid|hash|url|score|count|tokens|length|path|name|version|date|time|timestamp)|Unnamed: 0|"
@@ -440,8 +442,10 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
     """
     for field, value in row.items():
         if field not in row.used and _matches(CHANGING, field) and not is_empty(value):
+            other = "; TRL's examples/scripts/sft_vlm.py trains on images" if _matches(IMAGES, field) else ""
             raise FormatError(
-                f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
+                f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}"
+                f"{other}; "
                 f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
     _check_marks(row, MARKS | {"kto_tag"})

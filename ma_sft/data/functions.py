@@ -40,7 +40,7 @@ def load_function(name: str | Callable[..., Any]) -> Callable[..., Any]:
     """
     if name == "question-answer":
         return formatting_func
-    found = name if callable(name) else _find(name)
+    found = name if callable(name) else load_object(name)
     where = getattr(getattr(found, "__code__", None), "co_filename", name)
 
     def call(*args: Any) -> Any:
@@ -52,7 +52,12 @@ def load_function(name: str | Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _find(name: str) -> Callable[..., Any]:
+def load_object(name: str) -> Callable[..., Any]:
+    """The function or class that `module:function` or `file.py:function` names.
+
+    Raises:
+        RecipeError: there is none.
+    """
     module, _, function = name.rpartition(":")
     try:
         if module.endswith(".py"):
@@ -63,8 +68,8 @@ def _find(name: str) -> Callable[..., Any]:
         raise RecipeError(f"cannot load the function {name!r}: {failed_in(module, error)}") from error
     if not callable(found):
         raise RecipeError(
-            f"{name!r} is neither a known format (docs/formats.md lists them) nor a function "
-            "module:function or file.py:function"
+            f"{name!r} is neither a known format (docs/formats.md) or optimiser (docs/trainer.md), nor module:name or "
+            "file.py:name"
         )
     return found  # type: ignore[no-any-return]
 

@@ -33,6 +33,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
     model, training, labels = settings.model, settings.training, settings.labels
     nested = ", double" if model.use_bnb_nested_quant else ""
     bits4 = f"4-bit {model.bnb_4bit_quant_type}{nested}" if model.load_in_4bit else None
+    other: Any = settings.adapter.quantization_config
     base = model_folder(str(model.model_name_or_path), model.model_revision, weights=True)
     return {
         "format": 1,
@@ -40,7 +41,7 @@ def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: 
             "name_or_path": model.model_name_or_path,
             "revision": model.model_revision,
             "weights": read_weights(base).digest,
-            "quantization": bits4 or ("8-bit" if model.load_in_8bit else None),
+            "quantization": bits4 or ("8-bit" if model.load_in_8bit else other and other.get("quant_method", "bits")),
         },
         **describe_tokenizer(tokenizer, make_encoder(settings, tokenizer) if tokenizer.chat_template else None),
         "template_kwargs": labels.template_kwargs,

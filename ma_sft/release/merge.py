@@ -117,6 +117,8 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
     if manifest and (quantised := manifest["base_model"]["quantization"]):
         notes.append(f"trained on the base in {quantised}, merged into it as it was before")
     peft: Any = read_adapter_config(adapter)
+    if peft.is_prompt_learning:
+        raise RecipeError(f"{adapter}: {peft.peft_type.value} trains tokens before a sequence, and no weight has them")
     # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
     by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
     updates = _layer_updates(adapter, config, code) if by_layer else {}

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.trainer_pt_utils import get_model_param_count
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import add_fused_lm_head
@@ -33,6 +34,7 @@ from ma_sft.config import Recipe, Settings
 from ma_sft.errors import RecipeError
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.training.adapters import adapted_layers, fitting_adapter, freeze, model_skeleton
+from ma_sft.training.quantized import quantization
 from ma_sft.utils import console
 
 # What is no tensor. On a GPU: the context with its libraries, and the share of the rest that the caching allocator
@@ -77,21 +79,24 @@ class Launcher:
     """What a launcher of `accelerate_configs/` shares out among the GPUs."""
 
     name: str
-    weights: bool = False
-    states: bool = False
+    stage: int = 0  # ZeRO's: from 1 on the optimiser's states, from 2 on gradients, at 3 the weights
     offload: bool = False
     deepspeed: bool = False
     many: bool = True
+    sequence: bool = False  # each GPU computes a part of each row
 
 
 # From the fastest to the one that needs least memory.
 LAUNCHERS = (
     Launcher("single_gpu", many=False),
     Launcher("ddp"),
-    Launcher("zero2", states=True, deepspeed=True),
-    Launcher("fsdp2", weights=True, states=True),
-    Launcher("zero3", weights=True, states=True, deepspeed=True),
-    Launcher("zero3_offload", weights=True, states=True, offload=True, deepspeed=True),
+    Launcher("zero1", 1, deepspeed=True),
+    Launcher("zero2", 2, deepspeed=True),
+    Launcher("fsdp2", 3),
+    Launcher("zero3", 3, deepspeed=True),
+    Launcher("cp", 3, sequence=True),
+    Launcher("sp", 3, sequence=True, deepspeed=True),
+    Launcher("zero3_offload", 3, offload=True, deepspeed=True),
 )
 CPU = Launcher("cpu", many=False)
 
@@ -115,7 +120,7 @@ def forecast(settings: Settings, longest: int | None = None) -> Forecast:
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     trainable, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    optimizer = round(sum(_optimizer_bytes(str(training.optim), p) for p in trained))
+    optimizer = round(sum(_optimizer_bytes(settings.optimizer, p) for p in trained))
     kept, *peaks = simulate(model, settings, rows, length)
     activations, both = (peak + largest for peak in peaks)
     in16 = (training.bf16 or training.fp16) and not settings.model.use_peft
@@ -124,7 +129,7 @@ def forecast(settings: Settings, longest: int | None = None) -> Forecast:
     lines = [
         *(f"weights: {count:,} parameters ({kind}) = {_gb(size)}" for kind, (count, size) in by_kind.items()),
         f"gradients: {trainable:,} trained parameters = {_gb(gradients)}",
-        f"optimiser: {training.optim.value}, {optimizer / trainable:.2f} bytes a trained parameter = {_gb(optimizer)}",
+        f"optimiser: {settings.optimizer}, {optimizer / trainable:.2f} bytes a trained parameter = {_gb(optimizer)}",
         f"activations: one step of {rows} x {length} tokens keeps {_gb(kept)} for the backward pass and reaches "
         f"{_gb(activations)} with its temporaries, tiles of logits among them"
         + (f", {_gb(largest)} for the largest layer in 16 bits too" if largest else "")
@@ -187,6 +192,10 @@ def _stored(settings: Settings, model: nn.Module, linear: set[int]) -> tuple[dic
             kind, nbytes = f"4-bit {of.bnb_4bit_quant_type}, scales in {scales}", count / 2 + count / 64 * each
             if of.load_in_8bit:
                 kind, nbytes = "8-bit, scales in float32", count + 4 * parameter.shape[0]
+            if given := cast(dict[str, Any], settings.adapter.quantization_config):
+                size = AutoHfQuantizer.from_config(quantization(settings), pre_quantized=False).quantized_element_size
+                kind = str(given.get("quant_method", "bitsandbytes"))
+                nbytes = count * (given.get("bits", 16) / 8 if size is None else size)
         kind = f"{kind}, trained" if parameter.requires_grad else kind
         known, size = by_kind.get(kind, (0, 0.0))
         by_kind[kind] = known + count, size + nbytes
@@ -203,7 +212,7 @@ def _optimizer_bytes(name: str, parameter: nn.Parameter) -> float:
     if "adafactor" in name:
         return 4 * sum(parameter.shape)
     one = parameter.numel() * (1 + 4 / 256) if "8bit" in name else parameter.nbytes
-    return (1 if "lion" in name else 2) * one
+    return (1 if "lion" in name or (name == "muon" and parameter.ndim == 2) else 2) * one
 
 
 def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bool = False) -> tuple[int, int, int]:
@@ -234,7 +243,7 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         more = {"position_ids": positions} if shape[0] == 1 else {"attention_mask": mask}
         with tracked:
             with torch.autocast("cpu", dtype, enabled=training.bf16 or training.fp16):
-                out = causal(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **more)
+                out = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **more)
                 loss = -out.log_probs.sum()
             after_forward = len(tracked.events)
             loss.backward()
@@ -315,7 +324,7 @@ def memory_table(settings: Settings, model: nn.Module, found: Forecast | None) -
         lines += [
             ("weights", f"{before}{_gb(found.weights)}{' quantised' if before else ''}"),
             ("gradients", _gb(found.gradients)),
-            (f"states of {training.optim.value}", _gb(found.optimizer)),
+            (f"states of {settings.optimizer}", _gb(found.optimizer)),
             ("peak of memory", f"{_gb(found.peak)} forecast for one process at {basis}{differs}"),
         ]
     if settings.quantised and training.use_cpu:
@@ -336,12 +345,13 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     if deepspeed:
         states = max(found.optimizer, 8 * trainable) + 4 * trainable
         terms = {"weights": frozen + 2 * trainable, "gradients": 2 * trainable, "optimizer": states}
-    shares = {"weights": launcher.weights, "gradients": launcher.states, "optimizer": launcher.states}
+    shares = {"weights": launcher.stage == 3, "gradients": launcher.stage >= 2, "optimizer": launcher.stage >= 1}
     parts = {name: 0.0 if launcher.offload else size / (gpus if shares[name] else 1) for name, size in terms.items()}
     parts["gradients"] *= 2 if launcher.name == "ddp" else 1
-    parts["weights"] += 2 * found.layer if launcher.weights else 0
+    parts["weights"] += 2 * found.layer if launcher.stage == 3 else 0
     overlap = 0 if launcher.many else found.overlap
-    parts["activations"] = float(found.activations16 if launcher.states else found.activations - overlap)
+    parts["activations"] = float(found.activations16 if launcher.stage else found.activations - overlap)
+    parts["activations"] /= gpus if launcher.sequence else 1
     used = sum(parts.values())
     reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
     host = float(sum(terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
@@ -390,7 +400,10 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
             continue  # smaller activations would not do
         changed = _changed(settings, gpus, **changes)
         found = forecast(changed)
-        table = {one.name: on_device(found, one, max(gpus, 1)) for one in _candidates(changed, gpus)}
+        candidates = _candidates(changed, gpus)
+        table = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
+        if any(table[one.name]["total"] <= memory for one in candidates if not (one.sequence or one.offload)):
+            table = {one.name: table[one.name] for one in candidates if not one.sequence}
         tried.append((changes, found, {name: {**a, "fits": a["total"] <= memory} for name, a in table.items()}))
         fitting = [name for name, parts in tried[-1][2].items() if parts["fits"]]
         choice = next((name for name in fitting if not table[name]["host"]), None)
@@ -411,10 +424,16 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
 
 
 def _candidates(settings: Settings, gpus: int) -> list[Launcher]:
-    """The launchers for so many GPUs; of them, ZeRO-3 cannot share out bitsandbytes' weights, FSDP can if stored so."""
+    """The launchers for so many GPUs; of them, ZeRO-3 cannot share out bitsandbytes' weights, FSDP can if stored so.
+
+    Rows are split over GPUs only where a batch is one row already, and is no pack.
+    """
+    training = settings.training
     names = {"fsdp2"} if settings.model.bnb_4bit_quant_storage is not None else set()
     fitting = [one for one in LAUNCHERS if one.many == (gpus > 1) or one.offload]
-    shared = [one for one in fitting if not (settings.quantised and one.weights) or one.name in names]
+    if training.packing or training.per_device_train_batch_size > 1:
+        fitting = [one for one in fitting if not one.sequence]
+    shared = [one for one in fitting if not (settings.quantised and one.stage == 3) or one.name in names]
     return shared if gpus else [CPU]
 
 

@@ -44,7 +44,7 @@ CHANGE_BASE = ("pissa", "olora")  # those that take a part of the base's weights
 
 def lora_config(settings: Settings) -> PeftConfig | None:
     """The `peft.LoraConfig` of a recipe, None without `use_peft`; a field of `lora_config` wins, then the recipe's
-    own keys, then the preset's. Of an adapter that is trained further, its own.
+    own keys, then the preset's. Of an adapter that is trained further, its own; of a `peft_config`, what it says.
 
     Raises:
         RecipeError: frozen layers with an adapter, an unknown or wrong PEFT field.
@@ -68,30 +68,34 @@ def lora_config(settings: Settings) -> PeftConfig | None:
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    more = _lora_fields(cast(dict[str, Any], adapter.lora_config or {}))
+    given, setting = dict(cast(dict[str, Any], adapter.peft_config or adapter.lora_config or {})), "lora_config"
+    method, base = "LORA", {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    if adapter.peft_config:
+        setting, method, base = "peft_config", str(given.pop("peft_type", "")).upper(), {"task_type": "CAUSAL_LM"}
+        if method not in (known := [*peft.PEFT_TYPE_TO_CONFIG_MAPPING]):
+            raise RecipeError(f"peft_config: peft_type: {method!r} is none of {', '.join(sorted(known))}")
+    given = _peft_fields(setting, peft.PEFT_TYPE_TO_CONFIG_MAPPING[method], given)
     try:
-        found = LoraConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.init} | more)
+        found: PeftConfig = peft.get_peft_config({**base, "peft_type": method, **given})
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"lora_config: {one_line(error)}") from None
-    init = str(found.init_lora_weights)
+        raise RecipeError(f"{setting}: {one_line(error)}") from None
+    init = str(getattr(found, "init_lora_weights", None))
     if init in NEED_DATA:
-        raise RecipeError(
-            f"lora_config: init_lora_weights={init!r} needs PEFT's own pass over the data before training"
-        )
+        raise RecipeError(f"{setting}: init_lora_weights={init!r} needs PEFT's own pass over the data before training")
     if init.startswith(CHANGE_BASE) and settings.quantised:
         raise RecipeError(
-            f"lora_config: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
+            f"{setting}: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
         )
     return found
 
 
-def _lora_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's `lora_config` in the types that PEFT wants and does not check, mappings as its dataclasses."""
-    hints, known = get_type_hints(LoraConfig), settings_of({"lora": LoraConfig})
+def _peft_fields(setting: str, kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a PEFT configuration in the types that PEFT wants and does not check, mappings as its dataclasses."""
+    hints, known = get_type_hints(kind), settings_of({"adapter": kind})
     taken = {}
     for key, value in given.items():
         if key not in known:
-            raise RecipeError(f"lora_config: peft.LoraConfig has no field {key!r}{nearest(key, hints, '')}")
+            raise RecipeError(f"{setting}: peft.{kind.__name__} has no field {key!r}{nearest(key, hints, '')}")
         nested: Any = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
         try:
             if nested and isinstance(value, dict):
@@ -99,7 +103,7 @@ def _lora_fields(given: dict[str, Any]) -> dict[str, Any]:
             else:  # `pissa_niter_4` is named with a blank for its number
                 taken[key] = value if str(value).startswith("pissa_niter_") else known[key].take(value)
         except (TypeError, RecipeError) as error:
-            raise RecipeError(f"lora_config: {error}") from None
+            raise RecipeError(f"{setting}: {error}") from None
     return taken
 
 
@@ -141,10 +145,16 @@ def fitting_adapter(
     Raises:
         RecipeError: as `lora_config`; a name that matches nothing in the model; what PEFT cannot adapt.
     """
-    by_hand = config is not None or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
+    by_hand = config is not None or bool(settings.adapter.peft_config)
+    by_hand = by_hand or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
+    off = [name for name in ("packing", "padding_free", "eval_packing") if getattr(settings.training, name)]
+    off += ["merge"] if settings.adapter.merge and config is None else []
     config = config or lora_config(settings)
     if config is None:
         return None
+    if off and config.is_prompt_learning:
+        what = f"{config.peft_type.value} trains tokens before a sequence: in no document of a pack, in no weight"
+        raise RecipeError(f"peft_config: {what}; set {', '.join(f'{name}=false' for name in off)}")
     model = model if model is not None else model_skeleton(settings)
     _check_names(model, config)
     trial: Any = copy.deepcopy(config)
@@ -156,6 +166,11 @@ def fitting_adapter(
             adapted = get_peft_model(copy.deepcopy(model, bare), trial, low_cpu_mem_usage=True)
     except Exception as error:  # a value of a wrong type fails somewhere in PEFT
         raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):  # as TRL refuses it once the data is prepared
+        raise RecipeError(
+            "an adapter on the head would never be trained, as the loss is computed from its weight alone; leave "
+            'lm_head out of lora_target_modules, and to train it whole set lora_modules_to_save=["lm_head"]'
+        )
     if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         config.lora_dropout = 0.0
     return config
@@ -169,7 +184,7 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
     """
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
-        setting = key if key == "exclude_modules" else f"lora_{key}"
+        setting = f"lora_{key}" if isinstance(config, LoraConfig) and key != "exclude_modules" else key
         kind, there = ("parameter", parameters) if key == "target_parameters" else ("module", modules)
         names = getattr(config, key, None) or []
         if isinstance(names, str):
@@ -285,6 +300,10 @@ def with_new_tokens(
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     if peft is not None:
+        if not hasattr(peft, "trainable_token_indices"):
+            raise RecipeError(
+                f"the template adds the tokens {added}, which {peft.peft_type.value} cannot train; take LORA"
+            )
         name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
         rows = {name: tokenizer.convert_tokens_to_ids(added)}
         peft.trainable_token_indices = {**(peft.trainable_token_indices or {}), **rows}

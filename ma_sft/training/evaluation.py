@@ -65,7 +65,8 @@ class Question:
 
 
 class EvalCallback(TrainerCallback):
-    """Held-out rows before the first step and after the last; answers in between, too, if they choose the best model.
+    """Held-out rows before the first step and after the last; answers at each evaluation between, too, if they are
+    asked for or choose the best model.
 
     Before the first step the launcher's engine has prepared the model already, so that ZeRO and FSDP are measured as
     they train. What was measured then is kept in the file `kept` for a run that is resumed. Without held-out rows
@@ -100,10 +101,11 @@ class EvalCallback(TrainerCallback):
             self.before = Measured(known["losses"], [Answer(**answer) for answer in known["answers"]])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Add the answers' score to an evaluation during training, if the best model is chosen by it."""
+        """Add the answers' score to an evaluation during training."""
         self.evaluated_step = None if args.load_best_model_at_end else state.global_step
         best = (args.metric_for_best_model or "").removeprefix("eval_")
-        if not (self.questions and best == self.score and self.trainer.is_in_train and state.global_step):
+        wanted = self.settings.predict_with_generate or best == self.score
+        if not (self.questions and wanted and self.trainer.is_in_train and state.global_step):
             return
         with torch.random.fork_rng([]):
             answers = self._answers(f"answers at step {state.global_step}")

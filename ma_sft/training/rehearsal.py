@@ -26,7 +26,15 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl import ModelConfig, SFTConfig
 
-from ma_sft.config import AdapterConfig, EvaluationConfig, LabelsConfig, RowsConfig, RunConfig, Settings
+from ma_sft.config import (
+    AdapterConfig,
+    EvaluationConfig,
+    LabelsConfig,
+    RowsConfig,
+    RunConfig,
+    Settings,
+    transformers_optim,
+)
 from ma_sft.errors import RecipeError, first_line
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.release.manifest import save
@@ -48,7 +56,8 @@ CHANGEABLE = """loss_type label_smoothing_factor router_aux_loss_coef use_liger_
 # What else a rehearsal depends on
 OTHERS = """max_length packing_strategy pad_to_multiple_of liger_kernel_config gradient_checkpointing_kwargs optim
     optim_args optim_target_modules weight_decay neftune_noise_alpha bf16 fp16 use_cpu model_init_kwargs dtype use_peft
-    trust_remote_code lora_r lora_alpha lora_dropout lora_task_type lora_preset adapter_name_or_path""".split()
+    trust_remote_code lora_r lora_alpha lora_dropout lora_task_type lora_preset adapter_name_or_path
+    peft_config""".split()
 # Two steps of which nothing is logged or kept, and that change something
 STEPS = {
     **{"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0},
@@ -108,14 +117,15 @@ def _relevant(settings: Settings) -> tuple[Values, list[str]]:
     """The settings on which a rehearsal depends, and which of them were set by hand. 4 bits become 32."""
     parts = {item.name: part for part in (settings.training, settings.model, settings.adapter) for item in fields(part)}
     values = {name: getattr(parts[name], name) for name in [*PACKED, *CHANGEABLE, *OTHERS]}
-    values |= {"optim": "adamw_torch"} if settings.quantised else {}
+    values["optim"] = "adamw_torch" if settings.quantised else settings.optimizer
     return values, sorted(settings.chosen.keys() & values.keys())
 
 
 def _settings(values: Values, chosen: list[str]) -> Settings:
     """Settings that are as they are by default but for `values`."""
+    own = {**values, "optim": transformers_optim(values["optim"])}
     training, model, adapter = (
-        kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values}) for kind in KINDS
+        kind(**{item.name: own[item.name] for item in fields(kind) if item.name in own}) for kind in KINDS
     )
     by_hand = {name: values[name] for name in chosen if name in values}
     return Settings(RowsConfig(), LabelsConfig(), adapter, EvaluationConfig(), RunConfig(), training, model, by_hand)
@@ -240,7 +250,9 @@ class Rehearsal:
     def logits(self, model: Any) -> torch.Tensor:
         """Of each document by itself, one after the other."""
         ids = [torch.tensor([ids], device=model.device) for ids in self.documents]
-        return torch.cat([model.eval()(input_ids=one, use_cache=False).logits[0].float() for one in ids])
+        outputs = [model.eval()(input_ids=one, use_cache=False).logits[0].float() for one in ids]
+        # Behind those of virtual tokens, which prompt tuning puts before them
+        return torch.cat([logits[-one.shape[1] :] for logits, one in zip(outputs, ids, strict=True)])
 
     def documents_apart(self) -> str:
         """The documents of a batch give the logits that they give alone."""
@@ -248,7 +260,7 @@ class Rehearsal:
         packed = "position_ids" in batch
         what = f"documents of a pack see each other (set {_unpacked(self.values)}): logits"
         what = what if packed else "a row's logits depend on its batch: they"
-        logits = model(**batch).logits
+        logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :]
         lengths = [9, 11] if len(logits) == 2 else [20]
         found = torch.cat([row[:length] for row, length in zip(logits, lengths, strict=True)])
         apart = self.compare(f"{what} differ from those of the document alone", found, self.logits(model))

@@ -23,15 +23,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from transformers import (
     AutoConfig,
+    EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainerControl,
     set_seed,
 )
 from transformers.trainer_utils import validate_quantization_for_training
-from trl import SFTConfig, SFTTrainer, get_quantization_config
+from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
@@ -46,6 +48,7 @@ from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
 from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_before
 from ma_sft.training.distributed import PaddedSampler, available_attention, fill_up, gather, once
+from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
 from ma_sft.utils import no_bar_for_weights
 
@@ -86,8 +89,15 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
     tests = held_out.by_source() if held_out else None
     trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, **given)
-    trainer.add_callback(JsonlLogger())
+    for callback in (JsonlLogger(), *early_stopping(settings)):
+        trainer.add_callback(callback)
     return trainer
+
+
+def early_stopping(settings: Settings) -> list[TrainerCallback]:
+    """What stops the run by its evaluations, to be added behind what measures them."""
+    patience = settings.evaluation.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], rows: Any, test: Any) -> Settings:
@@ -123,12 +133,13 @@ def check_early(settings: Settings) -> PeftConfig | None:
         RecipeError: a model that does not write text, an adapter, frozen layers or a quantisation that cannot be, a
             metric that does not exist.
     """
-    if get_quantization_config(settings.model) is not None:
-        quantized.check_installed()
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
     generation_config(folder)
-    architecture = next(iter(load_pretrained(AutoConfig, folder, code=code).architectures or []), None)
+    config = load_pretrained(AutoConfig, folder, code=code)
+    quantized.quantization(settings, getattr(config, "quantization_config", None))
+    own_optimizer(settings)
+    architecture = next(iter(config.architectures or []), None)
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
@@ -192,6 +203,8 @@ def build_trainer(
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         # TRL does so to the adapter's model, whose base alone transformers then asks to checkpoint
         enable_selective_activation_checkpointing(model)
+    if optimizer := own_optimizer(settings):
+        given.setdefault("optimizer_cls_and_kwargs", optimizer)
     trainer = ResumableTrainer(
         model,
         args=args,
@@ -203,8 +216,8 @@ def build_trainer(
     )
     _finish_model(trainer, settings, tokenizer, peft)
     if settings.adapter.loraplus_lr_ratio is not None:
-        if trainer.optimizer is not None:
-            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optimizers out")
+        if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optim out")
         adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
@@ -242,8 +255,7 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
     own = settings.training.model_init_kwargs or {}
     kwargs: dict[str, Any] = {"use_safetensors": True, "dtype": model.dtype, "trust_remote_code": code}
     kwargs |= {"attn_implementation": available_attention(model.attn_implementation), **own}
-    if (quantization := get_quantization_config(model)) is not None:
-        quantized.check_installed()
+    if (quantization := quantized.quantization(settings)) is not None:
         kwargs["quantization_config"] = quantization
     if not frugal or args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None

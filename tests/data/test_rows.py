@@ -108,6 +108,8 @@ def test_tools_of_a_system_turn_and_of_old_are_the_rows_tools():
 def test_images_are_refused():
     with pytest.raises(FormatError, match=r"images\.jsonl, line 1: field 'images': only text can be trained on"):
         load(CASES / "images.jsonl")
+    with pytest.raises(FormatError, match=r"'image': only .*; TRL's examples/scripts/sft_vlm.py trains on images; if"):
+        to_messages({"messages": [user("?"), assistant("x")], "image": {"bytes": b"x"}})
     # where the user says that they do not matter, the text is trained
     assert len(load(CASES / "images.jsonl", ignore=["images"])[0]) == 1
     assert to_messages({"messages": [user("<image>?"), assistant("x")], "images": [], "audio": None})

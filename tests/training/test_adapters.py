@@ -109,6 +109,13 @@ def test_any_field_of_peft():
         ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
+        ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: peft.LoHaConfig has no field 'rank'"),
+        ({"peft_config": {"peft_type": "LOHA", "r": "x"}}, "peft_config: r: int expected, found 'x'"),
+        ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),
+        (
+            {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
+            "peft_config: init_lora_weights='eva' needs",
+        ),
         ({"use_peft": False, "load_in_4bit": True}, "load_in_4bit trains an adapter and use_peft is false"),
         ({"use_peft": False, "loraplus_lr_ratio": 4}, "loraplus_lr_ratio trains an adapter"),
         ({"freeze": ["embed"]}, "freeze is for full fine-tuning"),
@@ -132,6 +139,9 @@ def test_settings_that_cannot_be(more, message):
             "lora_target_modules: '[(]q' is no regular expression: missing [)], unterminated subpattern",
         ),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
+        # As MA-RLHF's r1 script has it
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, r'train it whole set lora_modules_to_save=\["lm_head"\]'),
+        ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
     ],
 )
 def test_targets_are_checked_against_the_model(base, more, message):

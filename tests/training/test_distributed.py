@@ -28,6 +28,7 @@ STEPS = 10
 ENGINES = {
     "ddp": {},
     "fsdp2": {"ACCELERATE_TORCH_DEVICE": "cpu"},
+    "zero1": {"DS_ACCELERATOR": "cpu"},
     "zero2": {"DS_ACCELERATOR": "cpu"},
     "zero3": {"DS_ACCELERATOR": "cpu"},
 }

@@ -86,10 +86,17 @@ def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(set
 def test_the_best_model_by_the_answers(settings, tmp_path):
     more = {"metric_for_best_model": "eval_exact_match", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
             "save_strategy": "steps", "load_best_model_at_end": True, "greater_is_better": True, "max_steps": 5,
-            "generate_eval": 2, "max_new_tokens": 3}  # fmt: skip
-    stop = EarlyStoppingCallback(early_stopping_patience=2)
-    summary = run(Recipe(**{**settings, **more}), on_trainer=lambda trainer: trainer.add_callback(stop))
+            "generate_eval": 2, "max_new_tokens": 3, "early_stopping_patience": 2}  # fmt: skip
+    summary = run(Recipe(**{**settings, **more}))
     assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
+
+
+def test_answers_at_each_evaluation(settings, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "generate_eval": 2, "max_new_tokens": 3, "rehearse": False}
+    run(Recipe(**{**settings, **more}))
+    assert logs(tmp_path / "run", "eval_exact_match") == []
+    run(Recipe(**{**settings, **more, "overwrite_output_dir": True, "predict_with_generate": True}))
+    assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 2
 
 
 class Die(TrainerCallback):

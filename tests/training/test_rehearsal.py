@@ -42,6 +42,40 @@ def test_what_holds_is_told(kind, use_peft):
     assert ("merges to" in line) == use_peft and ("the model loads to" in line) != use_peft
 
 
+METHODS = {
+    **{"IA3": {}, "LOHA": {"r": 4}, "LOKR": {"r": 4}, "VERA": {"r": 8}},
+    **{"OFT": {"oft_block_size": 8}, "BOFT": {"boft_block_size": 4}, "LORA": {"r": 4}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_peft(method):
+    config = {"peft_type": method.lower(), **METHODS[method]}
+    line = rehearsed("llama", packing=True, use_peft=True, peft_config=config)
+    for holds in ("keeps documents apart", "a step moves what is trained", "loads to", "goes on to", "merges to"):
+        assert holds in line
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_methods_of_peft_that_train_tokens_before_a_sequence(method):
+    more = {"use_peft": True, "peft_config": {"peft_type": method, "num_virtual_tokens": 4}}
+    line = rehearsed("llama", **more, merge=False, gradient_checkpointing=False)
+    assert "a step moves what is trained, the adapter loads to" in line and "goes on to" in line
+    assert "in no weight; set packing=false, merge=false" in refused("llama", **more, packing=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optim": "muon"},
+        {"optim": "muon", "optim_args": "momentum=0.9, nesterov=False", "use_peft": True},
+        {"optim": "torch.optim:Adagrad", "optim_args": "initial_accumulator_value=0.1"},
+    ],
+)
+def test_optimisers_that_transformers_does_not_know(more):
+    assert "a step moves what is trained" in rehearsed("qwen3_moe", **more)
+
+
 @pytest.mark.parametrize("kind", ["opt", "bloom", "biogpt", "falcon", "qwen3_next", "qwen3_5_text", "falcon_h1"])
 def test_packing_that_leaks_or_needs_kernels(kind):
     leaks = kind in ("opt", "bloom", "biogpt", "falcon")

@@ -1,0 +1,74 @@
+"""Optimisers that transformers does not know by name: Muon, and any class that is named as `module:Class`."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from ma_sft.config import Settings, transformers_optim
+from ma_sft.data.functions import load_object
+from ma_sft.errors import RecipeError
+
+
+def own_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
+    """`SFTTrainer`'s `optimizer_cls_and_kwargs` of the recipe, None where transformers makes the optimiser.
+
+    Raises:
+        RecipeError: no such class, or Muon under DeepSpeed, which has no matrices.
+    """
+    training, name = settings.training, settings.optimizer
+    if transformers_optim(name) == name:
+        return None
+    pairs = [pair.split("=", 1) for pair in (training.optim_args or "").replace(" ", "").split(",") if "=" in pair]
+    kwargs: dict[str, Any] = {"lr": training.learning_rate} | {key: _number(value) for key, value in pairs}
+    if name != "muon":
+        return load_object(name), kwargs
+    if training.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise RecipeError("optim=muon works on matrices, which DeepSpeed flattens; take ddp.yaml or fsdp2.yaml")
+    kwargs["betas"] = (training.adam_beta1, training.adam_beta2)
+    return (lambda: MuonWithAdamW), kwargs | {"eps": training.adam_epsilon, "weight_decay": training.weight_decay}
+
+
+def _number(text: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(text.lower())
+    return text
+
+
+class MuonWithAdamW(Optimizer):
+    """PyTorch's Muon (https://kellerjordan.github.io/posts/muon) for the matrices between embedding and head, AdamW for
+    all else: embeddings, head, norms, biases, fused experts.
+
+    Muon's step is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982): one learning rate fits both.
+    """
+
+    def __init__(
+        self, model: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **muon: Any
+    ) -> None:
+        apart = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        apart += [head] if (head := model.get_output_embeddings()) is not None else []
+        ends = {id(parameter) for module in apart for parameter in module.parameters()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in ends]
+        others = [p for p in trained if p.ndim != 2 or id(p) in ends]
+        decayed = [{"params": [p for p in others if p.ndim > 1]}]
+        plain = [{"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+        muon = {"adjust_lr_fn": "match_rms_adamw", **muon}
+        self.parts: list[Optimizer] = [
+            Muon([{"params": matrices}], lr=lr, weight_decay=weight_decay, **muon),
+            AdamW(decayed + plain, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+        ]
+        groups = [{**group, "part": at} for at, part in enumerate(self.parts) for group in part.param_groups]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of both, on this optimiser's own groups and states, which are what is saved and scheduled."""
+        for at, part in enumerate(self.parts):
+            part.param_groups = [group for group in self.param_groups if group["part"] == at]
+            part.state = self.state
+            part.step()
