@@ -902,14 +902,15 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(x, dict) and "path" not in x for x in value)
 
 
-def shown(value: Any) -> Any:
+def shown(value: Any, of_rows: bool = False) -> Any:
     """Settings as they may be shown and written down: without secrets at any depth, in what JSON can hold."""
-    if hasattr(value, "num_rows") or hasattr(value, "iloc") or _is_rows(value):  # rows that were handed over
+    if hasattr(value, "num_rows") or hasattr(value, "iloc") or (of_rows and _is_rows(value)):  # rows handed over
         return f"{type(value).__name__} with {getattr(value, 'num_rows', None) or len(value)} rows"
     if isinstance(value, Mapping):
-        return {str(key): shown(item) for key, item in value.items() if not is_secret(str(key))}
+        rows = ("dataset_name", "datasets", "eval_dataset")
+        return {str(key): shown(item, key in rows) for key, item in value.items() if not is_secret(str(key))}
     if isinstance(value, list | tuple):
-        return [shown(item) for item in value]
+        return [shown(item, of_rows) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
