@@ -14,9 +14,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, processes
-from ma_sft.errors import LabelError
+from ma_sft.errors import LabelError, TemplateError
 from ma_sft.labels.encoder import parsed
-from ma_sft.labels.placeholders import Refused
 from ma_sft.labels.report import CODES, SHOWN, CheckReport, Findings
 from ma_sft.labels.templates import control_tokens
 from ma_sft.labels.verify import IGNORE_INDEX, Verifier
@@ -299,7 +298,7 @@ def _own_prompt(verifier: Verifier) -> str:
     """What the template writes in words before the first message of a conversation without a system message."""
     try:
         text = verifier.render([{"role": "user", "content": "Qux"}], None, verifier.template_kwargs, prompt=False)
-    except Refused:
+    except TemplateError:
         return ""
     controls = "|".join(map(re.escape, control_tokens(verifier.tokenizer))) or r"(?!)"
     parts = [" ".join(part.split()).removeprefix("system ") for part in re.split(controls, text.partition("Qux")[0])]

@@ -31,7 +31,7 @@ from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
-Stretch = tuple[str | None, str, str]  # the control token before (None: it continues a text), text, the one after
+Stretch = tuple[str | None, str, str]  # what stands before a text (None: another text), the text, what stands after it
 
 IGNORE_INDEX = -100
 
@@ -86,7 +86,7 @@ class Example:
 class _Sequence:
     """A text to encode, and its turns, whose `start` and `end` count characters.
 
-    `starts` are where the stretches begin in the text, `heads` how the prompt of each turn ends.
+    `starts` are where the texts of its stretches begin, `heads` how the prompt of each turn ends: in which stretch.
     """
 
     text: str
@@ -148,7 +148,7 @@ class ChatEncoder:
             add_eos=add_eos,
         )
         self.end_token = self._turns.end_token
-        self._control_text = re.compile(f"({self._turns.control_pattern.pattern})")
+        self._cuts: dict[str, re.Pattern[str]] = {}  # by the marker of a conversation
 
     @property
     def end_token_id(self) -> int:
@@ -282,8 +282,8 @@ class ChatEncoder:
 
     def _label(self, sequence: _Sequence) -> list[Example]:
         """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
-        marker, text = sequence.chat.marker, sequence.text
-        parts = self._ids_of_all(sequence.stretches, marker)
+        chat, known = sequence.chat, self._known
+        parts = [known[stretch] for stretch in sequence.stretches]
         offsets = [*accumulate(map(len, parts), initial=0)]
         ids, turns, apart = np.concatenate(parts), [], []
         for turn in sequence.turns:
@@ -291,80 +291,69 @@ class ChatEncoder:
                 turns.append(turn)
                 continue
             n, stretch = sequence.heads[turn.message]
-            (head,) = self._ids_of_all([stretch], marker)
+            head = known[stretch]
             start = offsets[n] + len(head)
             end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
             if parts[n][: len(head)].tobytes() != head.tobytes():
-                final = turn.end == len(text) or turn.message == len(sequence.chat.messages) - 1
+                final = turn.end == len(sequence.text) or turn.message == len(chat.messages) - 1
                 if not final or turn is not sequence.turns[-1]:
                     turns.append(Turn(turn.message, reason=_MERGED))
                     apart.append(turn)
                     continue
                 # nothing follows, so the text can be cut where inference does
                 behind = len(ids) - end
-                ids = np.concatenate([ids[: offsets[n]], head, self._continue(text[turn.start :], marker)])
+                (_, first, after), *rest = self._cut(sequence.text[turn.start :], chat.marker)[0]
+                self._learn(continued := [(None, first, after), *rest])
+                ids = np.concatenate([ids[: offsets[n]], head, *(known[stretch] for stretch in continued)])
                 end = len(ids) - behind
             turns.append(Turn(turn.message, start, end, unthought=turn.unthought))
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         for turn in turns:
             labels[turn.start : turn.end] = ids[turn.start : turn.end]
-        examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.chat.shape)]
-        own = [_Sequence(text[: t.end], sequence.chat, [t]) for t in apart if self.history == "split"]
+        examples = [Example(ids, labels, turns, list(chat.special_text), chat.shape)]
+        own = [_Sequence(sequence.text[: t.end], chat, [t]) for t in apart if self.history == "split"]
         self._learn_all(own)
         return examples + [example for each in own for example in self._label(each)]
 
     # -- ids ----------------------------------------------------------------------------------------------------
 
-    def _cut(self, text: str) -> tuple[list[Stretch], list[int]]:
-        """The stretches of text between control tokens, and where each begins."""
-        parts = ["", *self._control_text.split(text), ""]  # control token, text, control token, text ... control token
-        starts = [*accumulate(map(len, parts))]
-        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts[:-1:2]
-
-    def _ids_of_all(self, stretches: list[Stretch], marker: str) -> list[Ids]:
-        """The ids of stretches that were learnt, each with the control token before it."""
-        known = self._known
-        if not marker:
-            return [known[stretch] for stretch in stretches]
-        return [np.concatenate([known[piece] for piece in _pieces(stretch, marker)]) for stretch in stretches]
-
-    def _continue(self, text: str, marker: str) -> Ids:
-        """The ids of a text that continues another."""
-        (_, first, after), *rest = self._cut(text)[0]
-        stretches = [(None, first, after), *rest]
-        self._learn(dict.fromkeys(piece for stretch in stretches for piece in _pieces(stretch, marker)))
-        return np.concatenate(self._ids_of_all(stretches, marker))
+    def _cut(self, text: str, marker: str) -> tuple[list[Stretch], list[int]]:
+        """The stretches of text between control tokens and markers, and where each begins."""
+        if marker not in self._cuts:
+            self._cuts[marker] = re.compile(f"({self._turns.control_pattern.pattern}{'|' * bool(marker)}{marker})")
+        parts = ["", *self._cuts[marker].split(text), ""]  # control token, text, control token, text ... control token
+        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], [*accumulate(map(len, parts))][:-1:2]
 
     def _learn_all(self, sequences: list[_Sequence]) -> None:
         """Tokenise all that is new of a batch, each stretch once."""
-        pieces: dict[Stretch, None] = {}
+        stretches: list[Stretch] = []
         for sequence in sequences:
-            sequence.stretches, sequence.starts = self._cut(sequence.text)
+            sequence.stretches, sequence.starts = self._cut(sequence.text, sequence.chat.marker)
+            stretches += sequence.stretches
             for turn in sequence.turns:
                 if not turn.reason:
                     n = bisect_right(sequence.starts, turn.start) - 1
-                    head = sequence.text[sequence.starts[n] : turn.start]
-                    sequence.heads[turn.message] = n, (sequence.stretches[n][0], head, "")
-            stretches = [*sequence.stretches, *(head for _, head in sequence.heads.values())]
-            if marker := sequence.chat.marker:
-                stretches = [piece for stretch in stretches for piece in _pieces(stretch, marker)]
-            pieces.update(dict.fromkeys(stretches))
-        self._learn(pieces)
+                    before, text, _ = sequence.stretches[n]
+                    sequence.heads[turn.message] = n, (before, text[: turn.start - sequence.starts[n]], "")
+                    stretches.append(sequence.heads[turn.message][1])
+        self._learn(stretches)
 
-    def _learn(self, pieces: dict[Stretch, None]) -> None:
-        new = [piece for piece in pieces if piece not in self._known]
-        if self._adds_prefix:
-            continued = [piece for piece in new if piece[0] is None and piece[1]]
-            self._known.update((piece, np.array(self._ids_after(piece[1]), np.int32)) for piece in continued)
-            new = [piece for piece in new if piece not in self._known]
-        texts = [f"{before or ''}{text}{after}" for before, text, after in new]
+    def _learn(self, stretches: list[Stretch]) -> None:
+        new, texts, control = [], list[str](), self.control
+        for stretch in dict.fromkeys(stretches):
+            before, text, after = stretch
+            if stretch in self._known:
+                continue
+            if self._adds_prefix and text and before not in control and before != "":
+                self._known[stretch] = np.array(self._ids_after(text), np.int32)
+                continue
+            new.append(stretch)
+            texts.append(f"{before if before in control else ''}{text}{after if after in control else ''}")
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        control = self.control
-        for piece, ids in zip(new, found, strict=True):
-            before, text, after = piece
-            if (before and ids.item(0) != control[before]) or (after and ids.item(-1) != control[after]):
+        for (before, text, after), ids in zip(new, found, strict=True):
+            if any(ids.item(at) != control[token] for at, token in ((0, before), (-1, after)) if token in control):
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[piece] = ids[:-1] if after else ids
+            self._known[before, text, after] = ids[:-1] if after in control else ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -376,14 +365,6 @@ class ChatEncoder:
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
-
-
-def _pieces(stretch: Stretch, marker: str) -> list[Stretch]:
-    """The stretch in pieces that are tokenised apart, so that no control token forms across a marker."""
-    before, text, after = stretch
-    texts = text.split(marker) if marker else [text]
-    pieces: list[Stretch] = [(None if n else before, piece, "") for n, piece in enumerate(texts)]
-    return [*pieces[:-1], (*pieces[-1][:2], after)]
 
 
 def _fit(text: str, turn: TurnText) -> Turn | None:
