@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import LabelError, TemplateError
 from ma_sft.hub import stop_ids
-from ma_sft.labels.check import check_dataset
+from ma_sft.labels.check import CheckReport, Finding, check_dataset
 from ma_sft.labels.placeholders import Message
-from ma_sft.labels.report import CheckReport, Finding
 from ma_sft.labels.verify import IGNORE_INDEX, MARKUP, Labelled, Verifier, runs
 
 if TYPE_CHECKING:
