@@ -29,7 +29,7 @@ MEMORY = 2 << 30  # bytes more than before
 TEXT = 100_000_000  # characters of one conversation
 
 compiled = _compile_jinja_template
-# Text and generation marks; `apply_chat_template` does the same with more overhead.
+# Text and generation marks; `apply_chat_template` leaves out keys that are null before it does the same.
 text_and_marks = render_jinja_template
 
 _ONE_AT_A_TIME = threading.Lock()  # threads share a compiled template

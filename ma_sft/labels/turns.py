@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, nodes
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ _FORMS = 1024  # of a template with the variables of rows
 _SHAPES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chat:
     """A conversation whose control-token text is cut by `marker`, and how it is rendered."""
 
@@ -56,8 +56,7 @@ class Chat:
         return digest(self.kinds, bool(self.special_text), bool(self.untrained))
 
 
-@dataclass(frozen=True)
-class TurnText:
+class TurnText(NamedTuple):
     """What assistant turn `message` writes after `prompt`, with the token that stops it; or why it is not trained."""
 
     message: int
@@ -150,7 +149,8 @@ class Turns:
         key = (self.tokenizer.get_chat_template(tools=tools), repr(kwargs))
         if key not in self._forms:
             if len(self._forms) >= _FORMS:
-                self._forms.clear()
+                for known in (self._forms, self._lost, self._advice):  # their keys hold ids of forms
+                    known.clear()
 
             def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
                 return self.renderer.render(messages, tools, kwargs, prompt=prompt)
@@ -267,9 +267,11 @@ class Turns:
             if not isinstance(content, str) or (own and i not in targets) or content.strip() in targets.get(i, full):
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
-            for part in map(str.strip, self._tags.split(content)[:: 2 if own else 1]):
+            places = [text.replace(chat.marker, "") for text in places]
+            for part in self._tags.split(content)[:: 2 if own else 1]:
+                part = part.replace(chat.marker, "").strip()
                 if not any(_writes(text, part) for text in places):
-                    yield i, f"the text {part[:40]!r}".replace(chat.marker, "")
+                    yield i, f"the text {part[:40]!r}"
 
     def _why_unlike(self, chat: Chat, k: int, prompt: str) -> str:
         """Why the turn does not begin as the generation prompt does, and which variable would change that."""

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
@@ -194,7 +195,7 @@ class Verifier:
         parts = {text: [part for part in self._sections.split(text) if part] for text in new if len(new) > 8}
         longest = sorted(new, key=len)[-3:]
         found = self._tokenize([*longest, *(part for each in parts.values() for part in each)] if parts else new)
-        joined = {text: tuple(index for part in each for index in found[part]) for text, each in parts.items()}
+        joined = {text: tuple(chain.from_iterable(map(found.__getitem__, each))) for text, each in parts.items()}
         if not parts or any(joined[text] != found[text] for text in longest):
             joined = self._tokenize(new)
         self._known |= joined
@@ -370,7 +371,8 @@ class _Conversation:
             end = last
         opens = self._opens(k)
         dropped = opens and "</think>" not in spell(whole[len(prompt) :])  # the reasoning, from the last turn too
-        goes_on = not dropped and self._rest(whole, prompt, prompt) is not None
+        same = not self.hidden and whole[: len(prompt)] == prompt
+        goes_on = not dropped and (same or self._rest(whole, prompt, prompt) is not None)
         if ids[end - 1] not in stops:
             right = repr(spell(whole[-8:])) if goes_on else "a token at which generation stops"
             what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {right}"
@@ -517,12 +519,8 @@ class _Conversation:
 
 def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Begin and end of each stretch of labels."""
-    begin = 0
-    for trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
-        end = begin + sum(1 for _ in run)
-        if trained:
-            yield begin, end
-        begin = end
+    edges = np.flatnonzero(np.diff(np.asarray(labels) != IGNORE_INDEX, prepend=False, append=False)).tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)
 
 
 def shared(one: Any, other: Any) -> Any:
