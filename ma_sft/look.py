@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ma_sft.config import Recipe
-from ma_sft.labels.report import CheckReport
+from ma_sft.labels.check import CheckReport
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.pages.preview import show_rows

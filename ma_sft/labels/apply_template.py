@@ -6,6 +6,7 @@ variables, so the date stands in the globals of the compiled template, of which 
 `tests/labels/test_assumptions.py` names what is taken here from transformers' inside.
 """
 
+import os
 import resource
 import signal
 import sys
@@ -28,7 +29,7 @@ MEMORY = 2 << 30  # bytes more than before
 TEXT = 100_000_000  # characters of one conversation
 
 compiled = _compile_jinja_template
-# Text and generation marks; `apply_chat_template` does the same with more overhead.
+# Text and generation marks; `apply_chat_template` leaves out keys that are null before it does the same.
 text_and_marks = render_jinja_template
 
 _ONE_AT_A_TIME = threading.Lock()  # threads share a compiled template
@@ -88,7 +89,7 @@ def bounded() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _too_long)
+    _install_handler(os.getpid())
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     limits = _limit_memory()
     try:
@@ -97,7 +98,6 @@ def bounded() -> Iterator[None]:
         raise _too_large() from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
         if limits:
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
@@ -107,6 +107,12 @@ def check_size(text: Any) -> str:
     if len(text) > TEXT:
         raise _too_large()
     return str(text)
+
+
+@lru_cache(maxsize=1)
+def _install_handler(process: int) -> None:
+    """Once in a process: it takes longer than a short render."""
+    signal.signal(signal.SIGVTALRM, _too_long)
 
 
 def _too_long(*_: Any) -> None:

@@ -18,11 +18,10 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import LabelError
+from ma_sft.errors import LabelError, TemplateError
 from ma_sft.hub import stop_ids
-from ma_sft.labels.check import check_dataset
-from ma_sft.labels.placeholders import Message, Refused
-from ma_sft.labels.report import CheckReport, Finding
+from ma_sft.labels.check import CheckReport, Finding, check_dataset
+from ma_sft.labels.placeholders import Message
 from ma_sft.labels.verify import IGNORE_INDEX, MARKUP, Labelled, Verifier, runs
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Reader:
         messages = [{"role": role, "content": f"Qux{n}z"} for n, role in enumerate(roles)]
         try:
             text = self.verifier.render(messages, None, {}, prompt=prompt)
-        except Refused:
+        except TemplateError:
             return
         head, *parts = re.split(r"Qux\dz", self.verifier.text(self.verifier.ids([text])[0]))
         if len(parts) != len(roles):

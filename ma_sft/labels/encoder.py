@@ -15,10 +15,10 @@ import json
 import re
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,7 +31,7 @@ from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
-Stretch = tuple[str | None, str, str]  # the control token before (None: it continues a text), text, the one after
+Stretch = tuple[str | None, str, str]  # what stands before a text (None: another text), the text, what stands after it
 
 IGNORE_INDEX = -100
 
@@ -41,8 +41,7 @@ _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _MERGED = "the turn's first characters merge into the prompt's last token"
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One assistant turn of a sequence: tokens `start:end` are trained, the end-of-turn token included.
 
     A turn that is not trained in this sequence has an empty span and says why in `reason`. `unthought` turns stand in
@@ -82,19 +81,22 @@ class Example:
         return cast(list[int], self.label_ids.tolist())
 
 
-@dataclass
-class _Sequence:
-    """A text to encode, and its turns, whose `start` and `end` count characters.
-
-    `starts` are where the stretches begin in the text, `heads` how the prompt of each turn ends.
-    """
+class _Answer(NamedTuple):
+    """What a turn writes after its prompt, as an answer or as history has it; stretches of the prompt and of both."""
 
     text: str
+    prompt: list[Stretch]
+    whole: list[Stretch]
+    written: bool  # the conversation's text goes on so
+
+
+class _Plan(NamedTuple):
+    """A conversation's text, its stretches, and the answers of each turn that may be trained."""
+
     chat: Chat
-    turns: list[Turn] = field(default_factory=list)
-    stretches: list[Stretch] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    heads: dict[int, tuple[int, Stretch]] = field(default_factory=dict)
+    text: str
+    stretches: list[Stretch]
+    turns: list[tuple[TurnText, list[_Answer]]]
 
 
 class ChatEncoder:
@@ -138,7 +140,7 @@ class ChatEncoder:
         self.control = control_tokens(tokenizer)
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
-        self._known: dict[Stretch, Ids] = {}
+        self._known: dict[Stretch, bytes] = {}
         self._turns = Turns(
             tokenizer,
             self.control,
@@ -148,7 +150,7 @@ class ChatEncoder:
             add_eos=add_eos,
         )
         self.end_token = self._turns.end_token
-        self._control_text = re.compile(f"({self._turns.control_pattern.pattern})")
+        self._cuts: dict[str, re.Pattern[str]] = {}  # by the marker of a conversation
 
     @property
     def end_token_id(self) -> int:
@@ -178,7 +180,7 @@ class ChatEncoder:
         """
         examples: list[list[Example]] = []
         for start in range(0, len(conversations), _BATCH):
-            plans: list[list[_Sequence]] = []
+            plans: list[_Plan] = []
             for index, messages in enumerate(conversations[start : start + _BATCH], start):
                 kwargs = template_kwargs[index] if template_kwargs else None
                 try:
@@ -186,8 +188,10 @@ class ChatEncoder:
                 except MaSftError as error:
                     error.index = index  # type: ignore[attr-defined]
                     raise
-            self._learn_all([sequence for plan in plans for sequence in plan])
-            examples += [[e for sequence in plan for e in self._label(sequence)] for plan in plans]
+            self._learn(stretch for plan in plans for stretch in plan.stretches)
+            answers = [answer for plan in plans for _, answers in plan.turns for answer in answers]
+            self._learn(stretch for a in answers for stretch in (a.prompt[-1], *a.whole[-1 if a.written else 0 :]))
+            examples += [self._join(plan) for plan in plans]
             self._known.clear()
         return examples
 
@@ -235,136 +239,114 @@ class ChatEncoder:
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
-        sequence = _Sequence(self._turns.render(chat, len(messages), prompt=True), chat)
-        self._learn_all([sequence])
-        (example,) = self._label(sequence)
+        stretches, _ = self._cut(self._turns.render(chat, len(messages), prompt=True), chat.marker)
+        self._learn(stretches)
+        raw = self._raw(stretches)
         self._known.clear()
-        return example.input_ids
+        return cast(list[int], np.frombuffer(raw, np.int32).tolist())
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
-    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> list[_Sequence]:
+    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> _Plan:
         check_messages(messages)
         chat = self._turns.chat(messages, tools, kwargs)
-        if len(messages) == 1:
-            return [self._plain_text(chat)]
-        full, turns = self._turns.turns(chat)
-        last = turns[-1]
-        # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
-        # inference saw: the main sequence is then the last prompt with its answer.
-        main = full if last.reason or _fit(full, last) else last.prompt + last.target
-        sequences = [_Sequence(main, chat)]
-        for turn in reversed(turns):
-            # A turn shares a sequence wherever that one begins as inference does; else it gets its own.
-            fits = ((sequence, span) for sequence in sequences if (span := _fit(sequence.text, turn)))
-            sequence, span = next(fits, (sequences[0], None))
-            if span:
-                sequence.turns.append(span)
-            elif turn.reason or self.history == "mask":
-                what = "this turn" if full.startswith(turn.prompt) else "the turns before this one"
-                reason = turn.reason or f"the template rewrites {what} in history"
-                sequence.turns.append(Turn(turn.message, reason=reason))
-            else:
-                text = turn.prompt + turn.target
-                sequences.append(_Sequence(text, chat, [Turn(turn.message, len(turn.prompt), len(text))]))
-        if len(sequences) > 1 and not any(turn.trained for turn in sequences[0].turns):
-            sequences[-1].turns += sequences.pop(0).turns
-        for sequence in sequences:
-            sequence.turns.sort(key=lambda turn: turn.message)
-        return [sequences[0], *reversed(sequences[1:])]
-
-    def _plain_text(self, chat: Chat) -> _Sequence:
-        """An assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token."""
-        bos = (self.tokenizer.bos_token or "") if self.tokenizer("")["input_ids"] else ""
-        text = f"{bos}{chat.messages[0]['content']}{self.tokenizer.eos_token}"
-        turn = Turn(0, reason=FORBIDDEN) if chat.untrained else Turn(0, len(bos), len(text))
-        return _Sequence(text, chat, [turn])
-
-    def _label(self, sequence: _Sequence) -> list[Example]:
-        """The sequence with its labels, and those of its turns whose first characters merge into the prompt's."""
-        marker, text = sequence.chat.marker, sequence.text
-        parts = self._ids_of_all(sequence.stretches, marker)
-        offsets = [*accumulate(map(len, parts), initial=0)]
-        ids, turns, apart = np.concatenate(parts), [], []
-        for turn in sequence.turns:
-            if turn.reason:
-                turns.append(turn)
-                continue
-            n, stretch = sequence.heads[turn.message]
-            (head,) = self._ids_of_all([stretch], marker)
-            start = offsets[n] + len(head)
-            end = offsets[bisect_left(sequence.starts, turn.end)] + 1  # a turn ends with a control token
-            if parts[n][: len(head)].tobytes() != head.tobytes():
-                final = turn.end == len(text) or turn.message == len(sequence.chat.messages) - 1
-                if not final or turn is not sequence.turns[-1]:
-                    turns.append(Turn(turn.message, reason=_MERGED))
-                    apart.append(turn)
-                    continue
-                # nothing follows, so the text can be cut where inference does
-                behind = len(ids) - end
-                ids = np.concatenate([ids[: offsets[n]], head, self._continue(text[turn.start :], marker)])
-                end = len(ids) - behind
-            turns.append(Turn(turn.message, start, end, unthought=turn.unthought))
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        if len(messages) > 1:
+            text, turns = self._turns.turns(chat)
+        else:  # an assistant's turn that answers nothing is a text: no template, all of it trained, then the EOS token
+            prompt = (self.tokenizer.bos_token or "") if self.tokenizer("")["input_ids"] else ""
+            target = f"{chat.messages[0]['content']}{self.tokenizer.eos_token}"
+            text, turns = prompt + target, [TurnText(0, prompt, target)]
+            turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
+        stretches, starts = self._cut(text, chat.marker)
+        found: list[tuple[TurnText, list[_Answer]]] = []
         for turn in turns:
-            labels[turn.start : turn.end] = ids[turn.start : turn.end]
-        examples = [Example(ids, labels, turns, list(sequence.chat.special_text), sequence.chat.shape)]
-        own = [_Sequence(text[: t.end], sequence.chat, [t]) for t in apart if self.history == "split"]
-        self._learn_all(own)
-        return examples + [example for each in own for example in self._label(each)]
+            # An empty reasoning block is scaffolding, not something that the turn says
+            texts = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1))) if turn.target else ()
+            begin = len(turn.prompt)
+            written = [each for each in texts if text.startswith(turn.prompt + each)][:1]
+            answers = [_answer(begin, each, stretches, starts, written=True) for each in written]
+            if not written:
+                cuts = [(each, *self._cut(turn.prompt + each, chat.marker)) for each in texts]
+                answers = [_answer(begin, *cut, written=False) for cut in cuts]
+            found.append((turn, answers))
+        return _Plan(chat, text, stretches, found)
 
-    # -- ids ----------------------------------------------------------------------------------------------------
+    def _join(self, plan: _Plan) -> list[Example]:
+        """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""
+        chat, text, stretches, turns = plan
+        sequences: list[tuple[bytes, list[Turn]]] = [(self._raw(stretches), [])]
+        for turn, answers in reversed(turns):
+            ids = [self._ids_of(answer, chat.marker) for answer in answers]
+            written = bool(answers) and answers[0].written
+            if turn is turns[-1][0] and ids:
+                # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
+                # inference saw: the main sequence is then the last prompt with its answer.
+                behind = sequences[0][0][len(self._raw(answers[0].whole)) :] if written else b""
+                sequences = [(ids[0][1] + behind, [])]
+            fits = ((n, s) for s in sequences for n, (_, whole) in enumerate(ids) if s[0].startswith(whole))
+            n, (_, own) = next(fits, (None, sequences[0]))
+            if n is not None:
+                unthought = answers[n].text != turn.target
+                own.append(Turn(turn.message, ids[n][0], len(ids[n][1]) // 4, unthought=unthought))
+                continue
+            if turn.reason or self.history == "mask" or written:
+                what = "this turn" if text.startswith(turn.prompt) else "the turns before this one"
+                rewritten = _MERGED if written else f"the template rewrites {what} in history"
+                own.append(Turn(turn.message, reason=turn.reason or rewritten))
+            if not turn.reason and self.history == "split":
+                start, whole = ids[0]
+                sequences.append((whole, [Turn(turn.message, start, len(whole) // 4)]))
+        if len(sequences) > 1 and not any(turn.trained for turn in sequences[0][1]):
+            sequences[-1][1].extend(sequences.pop(0)[1])
+        examples = []
+        for raw, own in (sequences[0], *reversed(sequences[1:])):
+            ids_of_all = np.frombuffer(raw, np.int32)
+            labels = np.full(len(ids_of_all), IGNORE_INDEX, dtype=np.int32)
+            for each in own:
+                labels[each.start : each.end] = ids_of_all[each.start : each.end]
+            examples.append(Example(ids_of_all, labels, sorted(own), list(chat.special_text), chat.shape))
+        return examples
 
-    def _cut(self, text: str) -> tuple[list[Stretch], list[int]]:
-        """The stretches of text between control tokens, and where each begins."""
-        parts = ["", *self._control_text.split(text), ""]  # control token, text, control token, text ... control token
-        starts = [*accumulate(map(len, parts))]
-        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts[:-1:2]
+    # -- ids, as the bytes of int32 arrays ----------------------------------------------------------------------
 
-    def _ids_of_all(self, stretches: list[Stretch], marker: str) -> list[Ids]:
-        """The ids of stretches that were learnt, each with the control token before it."""
+    def _ids_of(self, answer: _Answer, marker: str) -> tuple[int, bytes]:
+        """How many ids the prompt has, and they with those of the answer."""
+        prompt, whole = self._raw(answer.prompt), self._raw(answer.whole)
+        if not whole.startswith(prompt):  # the answer's first characters merge into the prompt's last token
+            (_, text, after), *rest = self._cut(answer.text, marker)[0]
+            self._learn(continued := [(None, text, after), *rest])
+            whole = prompt + self._raw(continued)
+        return len(prompt) // 4, whole
+
+    def _raw(self, stretches: list[Stretch]) -> bytes:
         known = self._known
-        if not marker:
-            return [known[stretch] for stretch in stretches]
-        return [np.concatenate([known[piece] for piece in _pieces(stretch, marker)]) for stretch in stretches]
+        return b"".join([known[stretch] for stretch in stretches])
 
-    def _continue(self, text: str, marker: str) -> Ids:
-        """The ids of a text that continues another."""
-        (_, first, after), *rest = self._cut(text)[0]
-        stretches = [(None, first, after), *rest]
-        self._learn(dict.fromkeys(piece for stretch in stretches for piece in _pieces(stretch, marker)))
-        return np.concatenate(self._ids_of_all(stretches, marker))
+    def _cut(self, text: str, marker: str) -> tuple[list[Stretch], list[int]]:
+        """The stretches of text between control tokens and markers, and where each text begins."""
+        if marker not in self._cuts:
+            self._cuts[marker] = re.compile(f"({self._turns.control_pattern.pattern}{'|' * bool(marker)}{marker})")
+        parts = ["", *self._cuts[marker].split(text), ""]  # control token, text, control token, text ... control token
+        starts = [*accumulate(map(len, parts))][:-1:2]
+        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts
 
-    def _learn_all(self, sequences: list[_Sequence]) -> None:
-        """Tokenise all that is new of a batch, each stretch once."""
-        pieces: dict[Stretch, None] = {}
-        for sequence in sequences:
-            sequence.stretches, sequence.starts = self._cut(sequence.text)
-            for turn in sequence.turns:
-                if not turn.reason:
-                    n = bisect_right(sequence.starts, turn.start) - 1
-                    head = sequence.text[sequence.starts[n] : turn.start]
-                    sequence.heads[turn.message] = n, (sequence.stretches[n][0], head, "")
-            stretches = [*sequence.stretches, *(head for _, head in sequence.heads.values())]
-            if marker := sequence.chat.marker:
-                stretches = [piece for stretch in stretches for piece in _pieces(stretch, marker)]
-            pieces.update(dict.fromkeys(stretches))
-        self._learn(pieces)
-
-    def _learn(self, pieces: dict[Stretch, None]) -> None:
-        new = [piece for piece in pieces if piece not in self._known]
-        if self._adds_prefix:
-            continued = [piece for piece in new if piece[0] is None and piece[1]]
-            self._known.update((piece, np.array(self._ids_after(piece[1]), np.int32)) for piece in continued)
-            new = [piece for piece in new if piece not in self._known]
-        texts = [f"{before or ''}{text}{after}" for before, text, after in new]
+    def _learn(self, stretches: Iterable[Stretch]) -> None:
+        """Tokenise all that is new, each stretch once."""
+        new, texts, control = [], list[str](), self.control
+        for stretch in dict.fromkeys(stretches):
+            before, text, after = stretch
+            if stretch in self._known:
+                continue
+            if self._adds_prefix and text and before not in control and before != "":
+                self._known[stretch] = np.array(self._ids_after(text), np.int32).tobytes()
+                continue
+            new.append(stretch)
+            texts.append(f"{before if before in control else ''}{text}{after if after in control else ''}")
         found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        control = self.control
-        for piece, ids in zip(new, found, strict=True):
-            before, text, after = piece
-            if (before and ids.item(0) != control[before]) or (after and ids.item(-1) != control[after]):
+        for (before, text, after), ids in zip(new, found, strict=True):
+            if any(ids.item(at) != control[token] for at, token in ((0, before), (-1, after)) if token in control):
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[piece] = ids[:-1] if after else ids
+            self._known[before, text, after] = (ids[:-1] if after in control else ids).tobytes()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -378,24 +360,12 @@ class ChatEncoder:
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
 
-def _pieces(stretch: Stretch, marker: str) -> list[Stretch]:
-    """The stretch in pieces that are tokenised apart, so that no control token forms across a marker."""
-    before, text, after = stretch
-    texts = text.split(marker) if marker else [text]
-    pieces: list[Stretch] = [(None if n else before, piece, "") for n, piece in enumerate(texts)]
-    return [*pieces[:-1], (*pieces[-1][:2], after)]
-
-
-def _fit(text: str, turn: TurnText) -> Turn | None:
-    """The characters of `turn` in a sequence that begins with its prompt, as it is written last or as history is."""
-    start = len(turn.prompt)
-    if turn.reason or not text.startswith(turn.prompt):
-        return None
-    if text.startswith(turn.target, start):
-        return Turn(turn.message, start, start + len(turn.target))
-    # An empty reasoning block is scaffolding, not something that the turn says.
-    said = _EMPTY_REASONING.sub("", turn.target, count=1)
-    return Turn(turn.message, start, start + len(said), unthought=True) if text.startswith(said, start) else None
+def _answer(begin: int, text: str, stretches: list[Stretch], starts: list[int], *, written: bool) -> _Answer:
+    """The answer that stands in stretches from a character on, to the control token that ends it."""
+    first, last = bisect_right(starts, begin) - 1, bisect_left(starts, begin + len(text))
+    before, opening, _ = stretches[first]
+    prompt = [*stretches[:first], (before, opening[: begin - starts[first]], "")]
+    return _Answer(text, prompt, [*stretches[:last], (stretches[last][0], "", "")], written)
 
 
 def check_messages(messages: list[Message]) -> None:

@@ -103,10 +103,9 @@ class MessageForm:
             message = {**message, "content": content, "tool_calls": calls}
         if self._parts and isinstance(message.get("content"), str):
             message = {**message, "content": [{"type": "text", "text": message["content"]}]}
-        for name in _REASONING:  # which transformers gives to templates under all the names that they read
-            if (reasoning := message.get(name)) is not None:
-                return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        return message
+        # transformers gives it to templates under all the names that they read
+        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+        return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)

@@ -1,7 +1,8 @@
 """Placeholder words in the place of a conversation's values: which of them does a chat template write?
 
-A short text that stands elsewhere by accident proves nothing; a word that exists nowhere does. And the forms in which a
-serving stack gives messages to a template: the one in which nothing is lost is the template's own.
+A short text that stands elsewhere by accident proves nothing; a word that exists nowhere does. Each *shape* of a
+conversation is rendered so once. Who makes labels refuses what a template drops by this, and the verifier accuses it by
+this; it knows no rule of either.
 """
 
 import json
@@ -10,25 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from ma_sft.errors import TemplateError
+
 Message = dict[str, Any]
-Form = Callable[[Message], Message]
+Render = Callable[[list[Message], list[Any] | None, bool], str]  # messages, tools, prompt; raises `TemplateError`
 Lost = tuple[Any, str, bool]  # key of `Placeholders.values`, in what way it is lost, whether that is only worth a word
-TAG = re.compile(r"(<[^<>\s][^<>]{0,40}>)")
 SPEAKER = "the name of a speaker"
 _LEFT_OUT = object()
 
 
-class Refused(Exception):
-    """The template raised; the message is its own."""
-
-
-def walk(value: Any, function: Callable[[str], Any]) -> Any:
-    """The value with each text in it converted."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: walk(item, function) for key, item in value.items()}
-    return [walk(item, function) for item in value] if isinstance(value, list | tuple) else value
+def tags_of(template: str) -> re.Pattern[str]:
+    """Matches the tags that a chat template may look for in a text: those in its source."""
+    found = {"<think>", "</think>", *re.findall(r"<[^<>\s{}'\"]{1,40}>|\[/?[A-Z_]+\]", template)}
+    return re.compile(f"({'|'.join(sorted(map(re.escape, found), key=len, reverse=True))})")
 
 
 def arguments_of(function: Message) -> dict[str, Any]:
@@ -42,48 +37,35 @@ def arguments_of(function: Message) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def _form(convert: Callable[[Message], Any], empty: str | None = "", *, parts: bool = False) -> Form:
-    def form(message: Message) -> Message:
-        message = {key: value for key, value in message.items() if value is not None and key != "train"}
-        if message.get("tool_calls"):
-            called = [(call, dict(call.get("function") or call)) for call in message["tool_calls"]]
-            calls = [{"type": "function", **c, "function": {**f, "arguments": convert(f)}} for c, f in called]
-            message |= {"content": message.get("content") or empty, "tool_calls": calls}
-        if parts:
-            message["content"] = [{"type": "text", "text": message.get("content") or ""}]
-        return message
-
-    return form
-
-
-def _as_text(function: Message) -> str:
-    return json.dumps(arguments_of(function), ensure_ascii=False)
-
-
-FORMS = (_form(arguments_of), _form(_as_text, None), _form(_as_text), _form(arguments_of, parts=True))
-
-
-def shape(value: Any) -> Any:
+def shape(value: Any, tags: re.Pattern[str]) -> Any:
     """What decides which parts of a conversation a template writes: all but the words themselves."""
     if isinstance(value, str):
-        return [part if n % 2 else bool(part.strip()) for n, part in enumerate(TAG.split(value))] if value else ""
+        return [part if n % 2 else bool(part.strip()) for n, part in enumerate(tags.split(value))] if value else ""
     if isinstance(value, dict):
-        return [(key, item if key == "role" else shape(item)) for key, item in value.items() if item is not None]
-    return [shape(item) for item in value] if isinstance(value, list | tuple) else (type(value).__name__, bool(value))
+        return [(k, item if k == "role" else shape(item, tags)) for k, item in value.items() if item is not None]
+    if isinstance(value, list | tuple):
+        return [shape(item, tags) for item in value]
+    return type(value).__name__, bool(value)
 
 
 class Placeholders:
     """A conversation whose texts are words that stand nowhere else.
 
     `values` names each value: key -> (message, or -1 for the tools; what it stands for). The key of a text is its word.
-    Numbers, true, false, null and empty lists cannot be words: these are the `others`, of which number `blank` is an
-    empty text or, where it is null or an empty list, left out.
+    Numbers, true, false, null and empty lists cannot be words: these are the `others`; `blank` is the number of one of
+    them and what stands in its place.
     """
 
-    def __init__(self, messages: list[Message], tools: list[Any] | None, blank: int | None = None) -> None:
+    def __init__(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        tags: re.Pattern[str],
+        blank: tuple[int, Any] | None = None,
+    ) -> None:
         self.values: dict[Any, tuple[int, str]] = {}
         self.others: list[Any] = []
-        self._blank, self._calls = blank, list[tuple[str, str]]()
+        self._tags, self._blank, self._calls = tags, blank, list[tuple[str, str]]()
         self.messages = [self._message(i, m) for i, m in enumerate(messages)]
         self.tools = [self._tool(tool) for tool in tools] if tools else tools
 
@@ -95,6 +77,10 @@ class Placeholders:
         new = {key: value for key, value in message.items() if value is not None}
         if isinstance(new.get("content"), str):
             new["content"] = self._text(i, new["content"])
+        elif new.get("content"):
+            texts = [isinstance(part, dict) and isinstance(part.get("text"), str) for part in new["content"]]
+            parts = zip(new["content"], texts, strict=True)
+            new["content"] = [{**part, "text": self._text(i, part["text"])} if text else part for part, text in parts]
         if new.get("reasoning_content"):
             new["reasoning_content"] = self._word(i, "the reasoning")
         if new.get("tool_calls"):
@@ -108,7 +94,7 @@ class Placeholders:
 
     def _text(self, i: int, text: str) -> str:
         """Words for what stands between tags: a template may look for those."""
-        parts = TAG.split(text)
+        parts = self._tags.split(text)
         inside = "<think>" if parts[1:2] == ["</think>"] else ""  # as models write whose prompt opens the reasoning
         for n, part in enumerate(parts):
             if n % 2:
@@ -127,7 +113,8 @@ class Placeholders:
         words = self._value(i, (word, name), "", arguments) if arguments else {}
         # One more, so that a call without arguments shows too how they are written
         function["arguments"] = {**words, "qux": self._word(i, f"the arguments of {name!r}")}
-        return {**call, "function": function}
+        own = {"id": call["id"].replace(f".{name}:", f".{word}:")} if isinstance(call.get("id"), str) else {}  # Kimi's
+        return {**call, **own, "function": function}
 
     def _value(self, i: int, call: tuple[str, str], path: str, value: Any) -> Any:
         if value and isinstance(value, dict | list):
@@ -144,8 +131,7 @@ class Placeholders:
             return value
         self.values[key] = i, what
         self.others.append(key)
-        without = _LEFT_OUT if value in (None, [], {}) else ""
-        return without if len(self.others) - 1 == self._blank else value
+        return self._blank[1] if self._blank and self._blank[0] == len(self.others) - 1 else value
 
     def _tool(self, tool: Any) -> Any:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -156,29 +142,32 @@ class Placeholders:
 
 
 def dropped_content(
-    render: Callable[..., str], messages: list[Message], tools: Any, form: Form, kwargs: dict[str, Any]
+    render: Render, messages: list[Message], tools: list[Any] | None, tags: re.Pattern[str]
 ) -> tuple[list[Lost], bool]:
     """What the template writes nowhere: of a turn when it is the last, of what stands before it in its prompt.
 
-    And whether it shows arguments as Python shows a dict: another form may be the template's own.
+    And whether it shows arguments as Python shows a dict: another form of them may be the template's own.
+
+    Raises:
+        TemplateError: the template refuses the conversation in these words.
     """
-    placeholders = Placeholders(messages, tools)
-    formed, kinds, lost, as_python = [form(m) for m in placeholders.messages], dict[str, int](), list[Lost](), False
+    words = Placeholders(messages, tools, tags)
+    kinds, lost, as_python = dict[str, int](), list[Lost](), False
 
     def written(end: int, *, prompt: bool = False) -> str:
-        return render(formed[:end], placeholders.tools, kwargs, prompt=prompt)
+        return render(words.messages[:end], words.tools, prompt)
 
     turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
     for k in turns:
         message = {key: value for key, value in messages[k].items() if value}
-        kind = sorted(message), len(message.get("tool_calls") or ()), TAG.findall(str(message.get("content")))
+        kind = sorted(message), len(message.get("tool_calls") or ()), tags.findall(str(message.get("content")))
         kinds.setdefault(repr(kind), k)
     own = {k: written(k + 1) for k in dict.fromkeys([*kinds.values(), turns[-1]])}
     whole = own[turns[-1]]
-    with suppress(Refused):  # a conversation that begins with the assistant's turns has no prompt there
+    with suppress(TemplateError):  # a conversation that begins with the assistant's turns has no prompt there
         whole = written(turns[-1], prompt=True) + whole
-    for key, (i, what) in placeholders.values.items():
-        if i > turns[-1] or key in placeholders.others:
+    for key, (i, what) in words.values.items():
+        if i > turns[-1] or key in words.others:
             continue
         text = own.get(i, whole)
         if key not in text:
@@ -190,12 +179,21 @@ def dropped_content(
         elif what.startswith("the argument"):
             as_python |= bool(re.search(rf"\{{'\w+': '{key}'", text))
             lost += [(key, " as a value", False)] * (f'\\"{key}' in text)  # JSON inside a JSON string is none
-    for n, key in enumerate(placeholders.others):  # to write one is to write it unlike an empty text, or nothing
-        i, _ = placeholders.values[key]
-        blank = [form(m) for m in Placeholders(messages, tools, n).messages[: i + 1]]
-        try:
-            if i < turns[-1] + 1 and render(blank, placeholders.tools, kwargs, prompt=False) == written(i + 1):
-                lost.append((key, "", False))
-        except Refused:  # it reads the value
-            continue
+    for n, key in enumerate(words.others):  # to write one is to write it unlike an empty text, or nothing
+        i, _ = words.values[key]
+        for value in (_LEFT_OUT, "")[: 2 if key[2] in (bool, int, float) else 1]:
+            blank = Placeholders(messages, tools, tags, (n, value))
+            with suppress(TemplateError):  # it reads the value
+                if i <= turns[-1] and render(blank.messages[: i + 1], blank.tools, False) == written(i + 1):
+                    lost.append((key, "", False))
+                    break
     return lost, as_python
+
+
+def named(
+    lost: list[Lost], messages: list[Message], tools: list[Any] | None, tags: re.Pattern[str]
+) -> list[tuple[int, str, bool]]:
+    """What a conversation of the shape in which `lost` was found loses: (message, what, only worth a word)."""
+    values = Placeholders(messages, tools, tags).values if lost else {}
+    found = [(values[key], how, harmless) for key, how, harmless in lost if key in values]  # it may have fewer tools
+    return [(i, f"{what}{how}", harmless) for (i, what), how, harmless in found]

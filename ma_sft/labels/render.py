@@ -158,7 +158,9 @@ def _describe(value: Any, key: str = "") -> str:
             return value
         if _ODD.search(value):
             raise _OddError
-        return "t" + "0" * (not value) + " " * value.isspace() + "<" * ("think>" in value)
+        if not value:
+            return "t0"
+        return ("t " if value.isspace() else "t") + ("<" if "think>" in value else "")
     if isinstance(value, dict):
         if key in _USERS_NAMES:
             return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"

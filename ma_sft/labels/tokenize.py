@@ -1,6 +1,10 @@
-"""Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them."""
+"""Raw rows -> rows of `input_ids` and `labels`, kept in the cache by what decides them.
+
+What decides the ids and labels of a row is one digest, by which every cache, resume and hand-off goes.
+"""
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -16,21 +20,20 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, fingerprint_of, frozen, processes
-from ma_sft.errors import FormatError, RecipeError, first_line
+from ma_sft.errors import FormatError, MaSftError, RecipeError, first_line
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.fingerprint import digest, label_fingerprint
 from ma_sft.labels.render import DifferentTextError
 from ma_sft.utils import atomic_dir, cache_dir, timed, write_whole
+from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
     from ma_sft.data.load import Source
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
-    from ma_sft.labels.check import Kept
+    from ma_sft.labels.check import CheckReport, Kept
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM
-    from ma_sft.labels.report import CheckReport
     from ma_sft.labels.verify import Verifier
 
 
@@ -38,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
 _MANY = 100  # rows, from which on one date is warned about
+# Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
+PROBE = [
+    {"role": "user", "content": "Hi 你好,  what is 12*34? <|im_end|>"},
+    {"role": "assistant", "content": "It is 408.\n"},
+    {"role": "user", "content": "Danke!"},
+]
 
 
 @dataclass
@@ -127,8 +136,7 @@ def check(
     What truncation leaves, `kept`, is packing's to say: `ma_sft.training.prepare.check_as_trained` asks it.
     """
     from ma_sft.data.stages import unused_columns
-    from ma_sft.labels.check import check_dataset
-    from ma_sft.labels.report import CheckReport
+    from ma_sft.labels.check import CheckReport, check_dataset
     from ma_sft.labels.verify import Verifier
 
     if isinstance(labelled.encoder, WholeRowEncoder):  # all is trained: there is no boundary to verify
@@ -401,3 +409,49 @@ def counts_table(counts: Counts) -> list[tuple[str, str]]:
             ("tokens with history=split against without", f"{counts.tokens / (counts.tokens - added):.2f} times")
         )
     return lines + [(f"{what} {why}", f"{n:,}") for what, reasons in groups.items() for why, n in reasons.items()]
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits of the parts, as JSON or as text."""
+    return _hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder | None = None) -> dict[str, Any]:
+    """What makes two tokenizers with their templates the same, in a few lines of JSON.
+
+    The ids of a test conversation are among it: whatever a template reads from outside (a date, another release's
+    globals) shows in them. `encoder` is None for a tokenizer without a chat template.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
+    return {
+        "tokenizer": {"digest": _hash(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
+        "chat_template": _hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
+        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "probe": _probe(encoder),
+    }
+
+
+def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder | None, *how: Any) -> str:
+    """The digest of labelled rows.
+
+    Args:
+        rows: fingerprint of what is labelled; of raw rows or of conversations.
+        encoder: None where no template makes the ids.
+        how: the settings that labels depend on, and the code of the user's functions.
+    """
+    tokenizer("")  # without the truncation and padding of an earlier call
+    backend = _hash(tokenizer.backend_tokenizer.to_str())
+    template = tokenizer.special_tokens_map, tokenizer.chat_template, _probe(encoder)
+    return digest(__version__, rows, backend, *template, *how)
+
+
+def _probe(encoder: ChatEncoder | None) -> list[int] | str | None:
+    try:
+        return encoder.encode_prompt(PROBE) if encoder else None
+    except MaSftError as error:  # a template of another kind of conversation
+        return str(error)

@@ -6,17 +6,17 @@ For turn k, `prompt = render(messages[:k], add_generation_prompt=True)` is what 
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import get_json_schema
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.dropped_content import TOOL_NAME, DroppedContent, strings
 from ma_sft.labels.message_form import MessageForm, shared_length
+from ma_sft.labels.placeholders import Lost, dropped_content, named, shape, tags_of
 from ma_sft.labels.render import Renderer, describe, digest
 
 Message = dict[str, Any]
@@ -32,9 +32,10 @@ _SHUT_THOUGHT = re.compile(
 )
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 _FORMS = 1024  # of a template with the variables of rows
+_SHAPES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chat:
     """A conversation whose control-token text is cut by `marker`, and how it is rendered."""
 
@@ -45,6 +46,7 @@ class Chat:
     kwargs: dict[str, Any]
     untrained: frozenset[int]  # messages that the row forbids to train
     form: MessageForm
+    tagged: Any = None  # `placeholders.shape`, of messages with calls or tags
     marker: str = ""
     special_text: tuple[str, ...] = ()
 
@@ -53,14 +55,8 @@ class Chat:
         """A short digest that conversations have in common which are rendered alike."""
         return digest(self.kinds, bool(self.special_text), bool(self.untrained))
 
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """What decides, beside the shape of its messages, what the template leaves out of a conversation."""
-        return (self.kinds[-1], id(self.form), bool(self.tools))
 
-
-@dataclass(frozen=True)
-class TurnText:
+class TurnText(NamedTuple):
     """What assistant turn `message` writes after `prompt`, with the token that stops it; or why it is not trained."""
 
     message: int
@@ -91,9 +87,11 @@ class Turns:
         self.tokenizer, self.train_on, self.template_kwargs = tokenizer, train_on, template_kwargs
         self.add_eos, self.control_pattern = add_eos, _any_of(control)
         self.renderer = Renderer(tokenizer, template_now)
+        self._control_as_json = _any_of(json.dumps(token, ensure_ascii=False)[1:-1] for token in control)
         self._overlapping = _overlapping(control)
         self._overlapping_assistant = _overlapping(t for t in control if t not in ASSISTANT_MARKUP)
-        self._dropped = DroppedContent()
+        self._tags = tags_of(str(tokenizer.chat_template))
+        self._lost: dict[Any, list[Lost]] = {}
         self._advice: dict[Any, str] = {}
         self._forms: dict[tuple[str, str], MessageForm] = {}
         self.end_token = self._form(None, template_kwargs).end.token
@@ -103,19 +101,23 @@ class Turns:
         untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
         # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
         messages = [_with_objects(m) for m in messages]
+        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
         row, marker, special = kwargs or {}, "", ()
-        everything = "\0".join(strings([messages, tools, row]))
+        everything = json.dumps([messages, tools, row], ensure_ascii=False, default=str)
         form = self._form(tools, {**self.template_kwargs, **row})
-        if found := self.control_pattern.findall(everything):
+        if found := self._control_as_json.findall(everything):
             marker = next(c for c in _PRIVATE_USE if c not in everything and _as_json(c) not in everything)
             given = messages, row, tools
             messages = [self._cut_message(m, marker) for m in messages]
             row, tools = (_cut(each, marker, self._overlapping) for each in (row, tools))
-            special = () if (messages, row, tools) == given else tuple(dict.fromkeys(found))
+            if (messages, row, tools) != given:
+                special = tuple(json.loads(f'"{text}"') for text in dict.fromkeys(found))
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
-        kinds = (*map(describe, formed), describe([tools, kwargs]))
-        return Chat(messages, formed, kinds, tools, kwargs, untrained, form, marker, special)
+        kinds, tagged = (*map(describe, formed), describe([tools, kwargs])), None
+        if None in kinds or self._tags.search(everything) or any("tool_calls" in m for m in messages):
+            tagged = repr(shape(messages, self._tags))
+        return Chat(messages, formed, kinds, tools, kwargs, untrained, form, tagged, marker, special)
 
     def _cut_message(self, message: Message, marker: str) -> Message:
         own = self._overlapping_assistant if message["role"] == "assistant" else self._overlapping
@@ -126,21 +128,13 @@ class Turns:
         full = self.render(chat, len(chat.messages))
         assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
         turns = [self._turn(chat, k, full) for k in assistants[0 if self.train_on == "all" else -1 :]]
-        tools = chat.tools if chat.tools is not chat.form.default_tools else None
-        if any(_tool_name(tool) not in full for tool in tools or []):
-            raise TemplateError("the chat template leaves out the tools; use a template that knows tools")
-        named = bool(tools) and all(isinstance(tool, dict) for tool in tools or [])
-        texts = [full, *(turn.prompt for turn in turns if turn.prompt)]
-        render = partial(self._render_placeholders, chat)
-        self._dropped.check_context(chat.messages, chat.kinds[:-1], texts, render, chat.setting, tools=named)
-        for turn in turns:
-            if not turn.reason:
-                try:
-                    self._check_turn(chat, turn)
-                except TemplateError as error:
-                    if not (advice := self._advise(chat, turn.message)):
-                        raise
-                    raise TemplateError(f"{str(error).rpartition('; ')[0]}; {advice}") from None
+        for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns, full)):
+            if i < 0:
+                raise TemplateError(f"the chat template leaves out {what}; use a template that knows tools")
+            role, advice = chat.messages[i]["role"], "use a role that it knows, or another template"
+            if role == "assistant":
+                advice = self._advise(chat, i) or "use a template that writes it, or data without it"
+            raise TemplateError(f"the chat template leaves out {what} of message {i} (role {role!r}); {advice}")
         return full, turns
 
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
@@ -155,7 +149,8 @@ class Turns:
         key = (self.tokenizer.get_chat_template(tools=tools), repr(kwargs))
         if key not in self._forms:
             if len(self._forms) >= _FORMS:
-                self._forms.clear()
+                for known in (self._forms, self._lost, self._advice):  # their keys hold ids of forms
+                    known.clear()
 
             def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
                 return self.renderer.render(messages, tools, kwargs, prompt=prompt)
@@ -237,21 +232,46 @@ class Turns:
 
     # -- what is left out, and why a turn is not trained -----------------------------------------------------------
 
-    def _check_turn(self, chat: Chat, turn: TurnText) -> None:
-        """Raise `TemplateError` if something of the turn is not in its target."""
-        reasoning = (chat.messages[turn.message].get("reasoning_content") or "").strip()
-        reasoned = (turn.built or len(reasoning) > 12) and reasoning in turn.target
-        render = partial(self._render_placeholders, chat)
-        self._dropped.check_turn(
-            chat.messages, chat.kinds[:-1], turn.message, turn.target, render, chat.setting, reasoned=reasoned
-        )
+    def _dropped(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
+        """What the template does not write of the turns that are trained and of what stands before them."""
 
-    def _render_placeholders(self, chat: Chat, messages: list[Message], prompt: bool) -> str:
-        tools = [_named(tool, TOOL_NAME) for tool in chat.tools] if chat.tools else chat.tools
-        try:
+        def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
             return self.renderer.render(chat.form.messages(messages), tools, chat.kwargs, prompt=prompt)
-        except TemplateError:
-            return ""
+
+        key = (chat.kinds, id(chat.form), bool(chat.tools), chat.tagged)
+        if key not in self._lost:
+            if len(self._lost) >= _SHAPES:
+                self._lost.clear()
+            try:
+                found = dropped_content(render, chat.messages, chat.tools, self._tags)[0]
+            except TemplateError:  # of the words, not of the row
+                found = []
+            self._lost[key] = [lost for lost in found if not lost[2]]
+        trained = {turn.message: turn for turn in turns if not turn.reason}
+        for i, what, _ in named(self._lost[key], chat.messages, chat.tools, self._tags):
+            if (turn := trained.get(i)) is not None:
+                # The row's own reasoning stands behind the prompt that opens it
+                reasoning = str(chat.messages[i].get("reasoning_content") or "").strip()
+                written = "the reasoning in the text", *["the reasoning"] * (reasoning in turn.target)
+                if turn.built and what in written:
+                    continue
+            elif i >= 0 and chat.messages[i]["role"] == "assistant":
+                continue
+            yield i, what.replace(chat.marker, "")
+
+    def _altered(self, chat: Chat, turns: list[TurnText], full: str) -> Iterator[tuple[int, str]]:
+        """Texts that are not written as they stand: a template may look for more than tags (`/think`, SmolLM3)."""
+        targets = {turn.message: turn.target for turn in turns if not turn.reason}
+        for i, message in enumerate(chat.messages):
+            content, own = message.get("content"), message["role"] == "assistant"
+            if not isinstance(content, str) or (own and i not in targets) or content.strip() in targets.get(i, full):
+                continue
+            places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
+            places = [text.replace(chat.marker, "") for text in places]
+            for part in self._tags.split(content)[:: 2 if own else 1]:
+                part = part.replace(chat.marker, "").strip()
+                if not any(_writes(text, part) for text in places):
+                    yield i, f"the text {part[:40]!r}"
 
     def _why_unlike(self, chat: Chat, k: int, prompt: str) -> str:
         """Why the turn does not begin as the generation prompt does, and which variable would change that."""
@@ -263,7 +283,7 @@ class Turns:
 
     def _advise(self, chat: Chat, k: int) -> str:
         """The template's variable with which turn `k` is trained and nothing of it lost; empty if there is none."""
-        key = (chat.setting, chat.kinds[k], chat.messages[k - 1]["role"])
+        key = (chat.kinds[-1], id(chat.form), bool(chat.tools), chat.kinds[k], chat.messages[k - 1]["role"])
         if key not in self._advice:
             found = _switches(self.tokenizer.get_chat_template(tools=chat.tools))
             fitting = (f"{name}={json.dumps(v)}" for name, v in found if self._is_trained(chat, {name: v}, k))
@@ -280,10 +300,9 @@ class Turns:
             turn = self._write(chat, k)
             if isinstance(turn, str) or turn.reason:
                 return False
-            self._check_turn(chat, turn)
+            return not any(self._dropped(chat, [turn]))
         except TemplateError:
             return False
-        return True
 
 
 def _switches(template: str) -> list[tuple[str, Any]]:
@@ -301,9 +320,10 @@ def _switches(template: str) -> list[tuple[str, Any]]:
 
 def _with_objects(message: Message) -> Message:
     """The message for the template, with the arguments of its calls as objects where they are the JSON of one."""
-    message = {key: value for key, value in message.items() if key != "train"}
+    if "train" in message:
+        message = {key: value for key, value in message.items() if key != "train"}
     if message.get("tool_calls"):
-        message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+        return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
     return message
 
 
@@ -335,6 +355,11 @@ def _thought_and_answer(message: Message, written: str | None) -> str | None:
     return f"{thought}\n</think>\n\n{answer}{end}"
 
 
+def _writes(text: str, value: str) -> bool:
+    """Whether a text has a value, as it is or as JSON writes it."""
+    return value in text or any(json.dumps(value, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
 def _as_json(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
@@ -355,14 +380,3 @@ def _cut(value: Any, marker: str, overlapping: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
         return {_cut(key, marker, overlapping): _cut(item, marker, overlapping) for key, item in value.items()}
     return [_cut(item, marker, overlapping) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _named(tool: Any, name: str) -> Any:
-    """The schema of a tool under another name."""
-    if not isinstance(tool, dict):
-        return tool
-    return {**tool, "function": _named(tool["function"], name)} if "function" in tool else {**tool, "name": name}
-
-
-def _tool_name(tool: Any) -> str:
-    return str(tool.get("function", tool).get("name", "")) if isinstance(tool, dict) else getattr(tool, "__name__", "")

@@ -6,18 +6,21 @@ stops generation. What a template drops is found with placeholder words, once a 
 proven". What follows the last label cannot change a label, and is not looked at.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.errors import TemplateError
 from ma_sft.hub import generation_config, stop_ids
 from ma_sft.labels.apply_template import bounded, clock_at, text_and_marks
-from ma_sft.labels.placeholders import FORMS, Form, Lost, Message, Placeholders, Refused, dropped_content, shape, walk
+from ma_sft.labels.placeholders import Lost, Message, arguments_of, dropped_content, named, shape, tags_of
 
 IGNORE_INDEX = -100
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what an assistant writes itself as structure
@@ -26,7 +29,38 @@ EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 NO_TURNS = "turns cannot be read back from the ids"
 NOT_CONTINUED = "the template does not continue its own generation prompt"
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
+Form = Callable[[Message], Message]  # in which a serving stack may give a message to a template
 Ids = tuple[int, ...]
+
+
+def _form(convert: Callable[[Message], Any], empty: str | None = "", *, parts: bool = False) -> Form:
+    def form(message: Message) -> Message:
+        message = {key: value for key, value in message.items() if value is not None and key != "train"}
+        if message.get("tool_calls"):
+            called = [(call, dict(call.get("function") or call)) for call in message["tool_calls"]]
+            calls = [{"type": "function", **c, "function": {**f, "arguments": convert(f)}} for c, f in called]
+            message |= {"content": message.get("content") or empty, "tool_calls": calls}
+        if parts:
+            message["content"] = [{"type": "text", "text": message.get("content") or ""}]
+        return message
+
+    return form
+
+
+def _as_text(function: Message) -> str:
+    return json.dumps(arguments_of(function), ensure_ascii=False)
+
+
+FORMS = (_form(arguments_of), _form(_as_text, None), _form(_as_text), _form(arguments_of, parts=True))
+
+
+def walk(value: Any, function: Callable[[str], Any]) -> Any:
+    """The value with each text in it converted."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: walk(item, function) for key, item in value.items()}
+    return [walk(item, function) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass
@@ -69,7 +103,7 @@ class Verifier:
         self.tokenizer, self.template_kwargs, self.train_on = tokenizer, template_kwargs or {}, train_on
         self.template_date = template_date
         source = str(tokenizer.chat_template or "")
-        added = tokenizer.added_tokens_decoder.items()
+        self.tags, added = tags_of(source), tokenizer.added_tokens_decoder.items()
         self.controls = {t.content: i for i, t in added if t.special or (t.content.strip() and t.content in source)}
         self.signs = {index: chr(PRIVATE + n) for n, index in enumerate(self.controls.values())}
         self._names = str.maketrans(dict(zip(self.signs.values(), self.controls, strict=True)))
@@ -77,7 +111,7 @@ class Verifier:
         self._sections = re.compile(f"(?={self.control_text.pattern})")
         known = (tokenizer.eos_token_id, *stop_ids(generation_config(tokenizer.name_or_path)))
         self.stops: set[int] = {*stops, *known} - {None}
-        self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | Refused] = {}
+        self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
         self._ends: dict[str, tuple[int | None, str, str]] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
 
@@ -106,16 +140,17 @@ class Verifier:
         """The form and tools with which the template loses least of a conversation, and what it loses.
 
         Raises:
-            Refused: in every form.
+            TemplateError: it refuses every form.
         """
-        key = repr((shape(messages), bool(tools), sorted(kwargs.items())))
+        key = repr((shape(messages, self.tags), bool(tools), sorted(kwargs.items())))
         if key not in self._by_shape:
-            found, refusal = list[Any](), Refused()
+            found, refusal = list[Any](), TemplateError()
             # A template of rows with tools may need a list
             for given, form in product((tools,) if tools else (None, []), FORMS):
+                render = partial(self._render_as, form, kwargs)
                 try:
-                    lost, as_python = dropped_content(self.render, messages, given, form, kwargs)
-                except Refused as error:
+                    lost, as_python = dropped_content(render, messages, given, self.tags)
+                except TemplateError as error:
                     refusal = refusal if refusal.args else error
                     continue
                 hard = sum(not harmless for _, _, harmless in lost)
@@ -123,9 +158,14 @@ class Verifier:
                 if not hard and not as_python:
                     break
             self._by_shape[key] = min(found)[3:] if found else refusal
-        if isinstance(known := self._by_shape[key], Refused):
+        if isinstance(known := self._by_shape[key], TemplateError):
             raise known
         return known
+
+    def _render_as(
+        self, form: Form, kwargs: dict[str, Any], messages: list[Message], tools: list[Any] | None, prompt: bool
+    ) -> str:
+        return self.render([form(m) for m in messages], tools, kwargs, prompt=prompt)
 
     # -- texts and ids --------------------------------------------------------------------------------------------
 
@@ -133,7 +173,7 @@ class Verifier:
         """The text of `apply_chat_template`.
 
         Raises:
-            Refused: the template raised.
+            TemplateError: the template raised.
         """
         template, names = self.tokenizer.get_chat_template(tools=tools), {**self.tokenizer.special_tokens_map, **kwargs}
         try:
@@ -143,27 +183,29 @@ class Verifier:
                 )
             return str(rendered[0][0])
         except Exception as error:  # templates raise what they like
-            raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from None
+            raise TemplateError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
     def ids(self, texts: list[str]) -> list[Ids]:
         """Ids of rendered texts, of which many share their beginnings, as in a long conversation.
 
         Control tokens cut a text before anything else does, so each section from one to the next is tokenised once.
         """
-        new = [*dict.fromkeys(text for text in texts if text not in self._known)]
+        if not (new := [*dict.fromkeys(text for text in texts if text not in self._known)]):
+            return [self._known[text] for text in texts]
         parts = {text: [part for part in self._sections.split(text) if part] for text in new if len(new) > 8}
         longest = sorted(new, key=len)[-3:]
         found = self._tokenize([*longest, *(part for each in parts.values() for part in each)] if parts else new)
-        joined = {text: tuple(index for part in each for index in found[part]) for text, each in parts.items()}
+        joined = {text: tuple(chain.from_iterable(map(found.__getitem__, each))) for text, each in parts.items()}
         if not parts or any(joined[text] != found[text] for text in longest):
             joined = self._tokenize(new)
         self._known |= joined
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: list[str]) -> dict[str, Ids]:
+        self.tokenizer("")  # leaves the backend without padding, truncation or split special tokens
         texts = [*dict.fromkeys(texts)]
-        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return {text: tuple(ids) for text, ids in zip(texts, found, strict=True)}
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: tuple(encoding.ids) for text, encoding in zip(texts, found, strict=True)}
 
     def text(self, ids: Sequence[int]) -> str:
         """The ids as text in which each control token is one character that no text can hold."""
@@ -191,7 +233,7 @@ class Verifier:
                 wholes = [self.render(said[:n], tools, kwargs, prompt=False) for n in (2, 3)]
                 tails = [whole.rpartition("Quxassistant")[2].partition("Quxuser")[0] for whole in wholes]
                 prompts = {self.render(said[:1], tools, kwargs, prompt=prompt) for prompt in (False, True)}
-            except Refused:
+            except TemplateError:
                 return None, "", ""
             alone, more = self.ids(tails)
             written = [[i for i in each if i in self.signs] for each in (shared(alone, more), alone)]
@@ -214,7 +256,7 @@ class _Conversation:
         try:
             if self.turns and not self.is_text:
                 self.form, used_tools, self.lost = verifier.form_of(raw, self.given_tools, self.kwargs)
-        except Refused as error:
+        except TemplateError as error:
             self.turns, self.result.unproven = [], [f"the template refuses the conversation: {error}"]
         self.hidden: dict[str, str] = {}  # placeholder -> the text that spells a control token
         self.messages = [self._hide(self.form(message)) for message in raw]
@@ -242,7 +284,7 @@ class _Conversation:
         if (end, prompt) not in self.rendered:
             try:
                 text = self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
-            except Refused:
+            except TemplateError:
                 text = None
             self.rendered[end, prompt] = text
         return self.rendered[end, prompt]
@@ -329,7 +371,8 @@ class _Conversation:
             end = last
         opens = self._opens(k)
         dropped = opens and "</think>" not in spell(whole[len(prompt) :])  # the reasoning, from the last turn too
-        goes_on = not dropped and self._rest(whole, prompt, prompt) is not None
+        same = not self.hidden and whole[: len(prompt)] == prompt
+        goes_on = not dropped and (same or self._rest(whole, prompt, prompt) is not None)
         if ids[end - 1] not in stops:
             right = repr(spell(whole[-8:])) if goes_on else "a token at which generation stops"
             what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {right}"
@@ -373,7 +416,7 @@ class _Conversation:
         following = self.messages[k + 1 : k + 2] or [self.form({"role": role, "content": "Qux"})]
         try:
             text = self.verifier.render([*self.messages[: k + 1], *following], self.tools, self.kwargs, prompt=False)
-        except Refused:
+        except TemplateError:
             return set()
         written = (self.render(k + 1, prompt=False) or "").rstrip()
         begins = self.verifier.control_text.match(text[len(written) :].lstrip()) if text.startswith(written) else None
@@ -450,16 +493,14 @@ class _Conversation:
             if trained.count(k) > 1:
                 self._add_error("trained twice", f"message {k} is trained {trained.count(k)} times")
         self.result.untrained = [k for k in wanted if k not in trained]
-        names = Placeholders(self.raw, self.given_tools).values if self.lost else {}
-        lost = [(*names[key], how, harmless) for key, how, harmless in self.lost if key in names]  # of fewer tools
-        for i, what, how, harmless in lost:
+        for i, what, harmless in named(self.lost, self.raw, self.given_tools, self.verifier.tags):
             # A turn that goes on with the reasoning that its prompt opens is compared with it
             opened = i in trained and what.startswith("the reasoning") and self._opens(i)
             if harmless:
-                self.result.losses.append(f"{what}{how}")
+                self.result.losses.append(what)
             elif (i in trained or i not in self.turns) and not opened:
                 where = "the tools" if i < 0 else f"message {i}"
-                self._add_error("lost content", f"{where}: the template does not write {what}{how}")
+                self._add_error("lost content", f"{where}: the template does not write {what}")
 
     def _opens(self, k: int) -> bool:
         return self.verifier.spell((self.ids(k, prompt=True) or ())[-8:]).rstrip().endswith("<think>")
@@ -478,12 +519,8 @@ class _Conversation:
 
 def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Begin and end of each stretch of labels."""
-    begin = 0
-    for trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
-        end = begin + sum(1 for _ in run)
-        if trained:
-            yield begin, end
-        begin = end
+    edges = np.flatnonzero(np.diff(np.asarray(labels) != IGNORE_INDEX, prepend=False, append=False)).tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)
 
 
 def shared(one: Any, other: Any) -> Any:

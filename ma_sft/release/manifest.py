@@ -18,8 +18,7 @@ from ma_sft.config import Settings, shown
 from ma_sft.errors import MaSftError, RecipeError, first_line
 from ma_sft.hub import generation_config, load_pretrained, model_folder, refuse_pickles, saved_folder, weight_files
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.fingerprint import describe_tokenizer
-from ma_sft.labels.tokenize import make_encoder
+from ma_sft.labels.tokenize import describe_tokenizer, make_encoder
 from ma_sft.training.adapters import name_base, read_adapter_config, save_converted
 from ma_sft.training.evaluation import end_ids
 from ma_sft.training.prepare import Prepared

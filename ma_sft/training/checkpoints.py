@@ -31,7 +31,7 @@ from transformers.utils.logging import tqdm
 from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.hub import commits, recall
-from ma_sft.labels.template_date import recall_clock
+from ma_sft.labels.templates import recall_clock
 from ma_sft.training.distributed import largest, once
 from ma_sft.utils import not_there, say, write_whole
 

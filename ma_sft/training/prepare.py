@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.config import Settings
 from ma_sft.data.stages import Stage
 from ma_sft.errors import LabelError, RecipeError
-from ma_sft.labels.report import CheckReport
+from ma_sft.labels.check import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.pack import (
     IGNORED,

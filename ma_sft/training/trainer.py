@@ -42,8 +42,7 @@ from ma_sft.data.functions import load_function
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
-from ma_sft.labels.template_date import set_clock
-from ma_sft.labels.templates import load_tokenizer
+from ma_sft.labels.templates import load_tokenizer, set_clock
 from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
 from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_before

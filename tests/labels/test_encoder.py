@@ -271,7 +271,7 @@ def test_reasoning_in_all_forms_behind_a_prompt_that_opens_it(answer, trained):
 
 def test_reasoning_beside_another_in_the_text_is_not_lost():
     answer = {"role": "assistant", "content": "<think>Inner.</think>Hello.", "reasoning_content": "Outer."}
-    with pytest.raises(TemplateError, match="leaves out the last message's reasoning_content"):
+    with pytest.raises(TemplateError, match="leaves out the reasoning of message 1"):
         ChatEncoder(trl_tokenizer("deepseek_r1_distill")).encode([[TURNS[0], answer]])
 
 
@@ -316,12 +316,16 @@ def test_tool_calls_are_trained_and_results_are_not():
         ("qwen3", [], "no assistant turn"),
         ("qwen3", [{"content": "x"}], "message 0 must be a dict with a 'role'"),
         ("qwen3", [TURNS[0], {"role": "assistant", "content": None}], "message 1 (role 'assistant') has no content"),
-        ("qwen3", [{"role": "narrator", "content": "Once"}, *TURNS], "leaves out message 0 (role 'narrator')"),
+        (
+            "qwen3",
+            [{"role": "narrator", "content": "Once"}, *TURNS],
+            "leaves out the text 'Once' of message 0 (role 'narrator')",
+        ),
         ("gemma3", [TURNS[0], TURNS[0], TURNS[1]], "Conversation roles must alternate"),
         (
             "gemma3",
             [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}],
-            "leaves out the tool call 'add' of message 1",
+            "leaves out the call 'add' of message 1",
         ),
     ],
 )
@@ -411,7 +415,7 @@ def test_an_argument_that_is_no_text_is_not_lost():
     messages = [user("How warm?"), calls(("weather", "Rome"))]
     assert trained(tokenizer, messages) == {1: "<tool_call>weather city=Rome</tool_call><|im_end|>"}
     messages[1]["tool_calls"][0]["function"]["arguments"]["days"] = 3
-    with pytest.raises(TemplateError, match="leaves out the tool call 'weather' of message 1"):
+    with pytest.raises(TemplateError, match="leaves out the argument 'days' of 'weather' of message 1"):
         trained(tokenizer, messages)
 
 
@@ -461,7 +465,7 @@ def test_reasoning_that_a_template_leaves_out_is_an_error():
     ]
     ((example,),) = ChatEncoder(load_tokenizer("qwen3")).encode([turns])
     assert "fifty-six" in load_tokenizer("qwen3").decode([i for i in example.labels if i != -100])
-    with pytest.raises(TemplateError, match="leaves out the last message's reasoning_content"):
+    with pytest.raises(TemplateError, match="leaves out the reasoning of message 1"):
         ChatEncoder(load_tokenizer("smollm2")).encode([turns])
 
 

@@ -49,7 +49,7 @@ def days_later(monkeypatch):
             today = staticmethod(lambda: Later.now().date())
 
         monkeypatch.setattr(chat_templates, "datetime", Later)
-        monkeypatch.setattr("ma_sft.labels.template_date.date", LaterDay)
+        monkeypatch.setattr("ma_sft.labels.templates.date", LaterDay)
         return Later.now().strftime("%d %b %Y")
 
     return shift
