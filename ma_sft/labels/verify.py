@@ -114,6 +114,7 @@ class Verifier:
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
         self._ends: dict[str, tuple[int | None, str, str]] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
+        self._decoded: dict[Ids, str] = {}
 
     def verify(
         self,
@@ -132,7 +133,7 @@ class Verifier:
     ) -> list[VerifyResult]:
         """`verify` of many conversations (messages, sequences, tools, kwargs), tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        self._known = {}
+        self._known, self._decoded = {}, {}
         self.ids([text for conversation, _ in found for text in conversation.texts()])
         return [conversation.verify(sequences) for conversation, sequences in found]
 
@@ -211,11 +212,13 @@ class Verifier:
         """The ids as text in which each control token is one character that no text can hold."""
         runs = groupby(ids, key=self.signs.__contains__)
         return "".join(
-            "".join(map(self.signs.__getitem__, run)) if control else self._decode([*run]) for control, run in runs
+            "".join(map(self.signs.__getitem__, run)) if control else self._decode((*run,)) for control, run in runs
         )
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: Ids) -> str:
+        if ids not in self._decoded:  # beginnings of a conversation share most of their stretches
+            self._decoded[ids] = str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+        return self._decoded[ids]
 
     def spell(self, value: Any) -> str:
         """Ids, or a text of `text`, as people read it."""
