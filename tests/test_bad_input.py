@@ -83,7 +83,7 @@ def test_data_that_is_nowhere(tmp_path):
 def test_adapter_on_lm_head_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [GOOD] * 4)
     message = fails(recipe(tmp_path, dataset_name=path, use_peft=True, lora_target_modules=["q_proj", "lm_head"]))
-    assert "the adapter would never be trained. Remove `'lm_head'`" in message
+    assert "an adapter on the head would never be trained" in message and 'lora_modules_to_save=["lm_head"]' in message
 
 
 def test_full_disk_is_one_line(capsys):

@@ -129,12 +129,13 @@ class Turns:
         assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
         turns = [self._turn(chat, k, full) for k in assistants[0 if self.train_on == "all" else -1 :]]
         for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns, full)):
-            if i < 0:
-                raise TemplateError(f"the chat template leaves out {what}; use a template that knows tools")
-            role, advice = chat.messages[i]["role"], "use a role that it knows, or another template"
+            role, advice = "" if i < 0 else chat.messages[i]["role"], "use a role that it knows, or another template"
             if role == "assistant":
                 advice = self._advise(chat, i) or "use a template that writes it, or data without it"
-            raise TemplateError(f"the chat template leaves out {what} of message {i} (role {role!r}); {advice}")
+            if what.startswith(("the tool", "the call")):
+                advice = "use a template that knows tools"
+            where = f" of message {i} (role {role!r})" if role else ""
+            raise TemplateError(f"the chat template leaves out {what}{where}; {advice}")
         return full, turns
 
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
