@@ -39,6 +39,7 @@ class Backend:
     Args:
         tokenizer: a fast tokenizer, whose truncation and padding are left out.
         fast: take the faster tokenizer if it may be.
+        from_characters: of this process' texts, from which on building it takes less time than it saves.
 
     Attributes:
         wanted: the package that would encode, with its version.
@@ -46,8 +47,10 @@ class Backend:
         reason: why it is not the wanted one, or "".
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = True) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, fast: bool = True, from_characters: int = 1_000_000
+    ) -> None:
+        self.tokenizer, self.from_characters, self._characters = tokenizer, from_characters, 0
         package = FAST if fast and find_spec(FAST) is not None else STANDARD
         self.wanted = self.name = f"{package} {version(package)}"
         self.reason = ""
@@ -61,15 +64,17 @@ class Backend:
             DifferentIdsError: the faster tokenizer differs from the standard one on one of `EVERY` texts.
         """
         if self._maker != os.getpid():
-            self._make()
-        if self._fast is None:
+            self._characters += sum(map(len, texts))
+            if self._characters >= self.from_characters:
+                self._make()
+        if self._maker != os.getpid() or self._fast is None:
             return [np.array(ids, dtype=np.int32) for ids in self._standard(texts)]
         found = self._encode(texts)
         self._compare(texts[::EVERY], found[::EVERY])
         return found
 
     def _make(self) -> None:
-        """Build the faster tokenizer, which takes longer than many rows, and try it on hard texts."""
+        """Build the faster tokenizer, which takes up to a second, and try it on hard texts."""
         self._maker, self._fast = os.getpid(), None
         if self.name.startswith(STANDARD):
             return

@@ -20,29 +20,35 @@ TEXTS = [
 
 
 def test_same_ids_as_the_standard_backend(tokenizer):
-    backend, standard = Backend(tokenizer), Backend(tokenizer, fast=False)
+    backend, standard = Backend(tokenizer, from_characters=0), Backend(tokenizer, fast=False)
     for ids, expected in zip(backend(TEXTS), standard(TEXTS), strict=True):
         assert ids.dtype == np.int32 and ids.tolist() == expected.tolist()
     assert backend([]) == []
 
 
 def test_takes_the_faster_one_where_it_can_and_says_where_not():
-    qwen3, llama2 = (Backend(load_tokenizer(name)) for name in ("qwen3", "llama2"))
+    qwen3, llama2 = (Backend(load_tokenizer(name), from_characters=0) for name in ("qwen3", "llama2"))
     assert qwen3.wanted == llama2.wanted and qwen3.wanted.startswith("fastokens ")
     qwen3(["Hi"]), llama2(["Hi"])
     assert qwen3.name == qwen3.wanted and not qwen3.reason
     assert llama2.name.startswith("tokenizers ") and "Metaspace" in llama2.reason
 
 
+def test_a_few_texts_do_not_wait_for_the_faster_one():
+    backend = Backend(load_tokenizer("qwen3"), from_characters=20)
+    assert [backend(["Hi there"])[0].tolist() for _ in range(3)] == [[13048, 1052]] * 3
+    assert backend._fast is not None and Backend(load_tokenizer("qwen3"))(["Hi"])[0].tolist() == [13048]
+
+
 def test_truncation_of_an_earlier_call_does_not_count():
     tokenizer = load_tokenizer("qwen3")
     tokenizer(["one two three"], truncation=True, max_length=1, padding="max_length")
     for fast in (True, False):
-        assert len(Backend(tokenizer, fast=fast)(["one two three"])[0]) == 3
+        assert len(Backend(tokenizer, fast=fast, from_characters=0)(["one two three"])[0]) == 3
 
 
 def test_goes_to_other_processes():
-    backend = Backend(load_tokenizer("smollm2"))
+    backend = Backend(load_tokenizer("smollm2"), from_characters=0)
     backend(["Hi"])
     again = pickle.loads(pickle.dumps(backend))
     assert again.name == backend.name and again(["Hi"])[0].tolist() == backend(["Hi"])[0].tolist()
@@ -50,14 +56,14 @@ def test_goes_to_other_processes():
 
 def other_ids(backend: Backend) -> Backend:
     """A faster tokenizer of another vocabulary, as one with a fault would be."""
-    other = Backend(load_tokenizer("smollm2"))
+    other = Backend(load_tokenizer("smollm2"), from_characters=0)
     backend(["Hi"]), other(["Hi"])
     backend._fast = other._fast
     return backend
 
 
 def test_one_text_of_many_is_held_against_the_standard_one():
-    backend = other_ids(Backend(load_tokenizer("qwen3")))
+    backend = other_ids(Backend(load_tokenizer("qwen3"), from_characters=0))
     with pytest.raises(DifferentIdsError, match="你好"):
         backend(["你好"] * EVERY)
 
@@ -69,7 +75,7 @@ def test_rows_are_tokenised_again_after_a_difference(tmp_path, monkeypatch, capl
     tokenizer = load_tokenizer("qwen3")
     expected = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     encoder = ChatEncoder(tokenizer)
-    other_ids(encoder.backend)
+    encoder.backend = other_ids(Backend(tokenizer, from_characters=0))
     with caplog.at_level(logging.WARNING):
         assert tokenize(rows, encoder)["input_ids"][0] == expected
     assert "tokenising again, not by fastokens" in caplog.text and encoder.backend.name.startswith("tokenizers")
