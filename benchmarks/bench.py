@@ -217,7 +217,7 @@ def start(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """The demo's steps beside TRL's on the same packs, alone and beside a busy process; then whole trainings of rows of
-    three shapes, examined when our side has trained its tokens."""
+    three shapes, as long on each side, and examined after it."""
     speeds = {who: side("demo", who, script="trainings.py")["speed"] for who in ("ours", "trl")}
     yield Row("demo, TRL on the same packs: tokens/s", *speeds.values(), speeds["ours"] / speeds["trl"], 1.3)
     busy = side("demo", "ours", "busy", script="trainings.py")["speed"]
@@ -226,7 +226,7 @@ def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     for shape in SHAPES:
         ours = side("ours", shape, model, script="trainings.py")
         for packed, name in (("", "TRL"), ("packing", "TRL with packing=True")):
-            trl = side("trl", shape, model, ours["seconds"], packed, script="trainings.py")
+            trl = side("trl", shape, model, packed, script="trainings.py")
             speeds = {who: found["tokens"] / found["seconds"] for who, found in (("ours", ours), ("trl", trl))}
             what = f"{shape}, {name}"
             yield Row(f"{what}: trained tokens/s", *speeds.values(), speeds["ours"] / speeds["trl"], 1)

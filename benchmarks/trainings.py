@@ -1,12 +1,10 @@
 """Whole trainings side by side with plain TRL, for `bench.py`: the demo's model, the same rows, LoRA and learning rate.
 
-python benchmarks/trainings.py WHAT SHAPE FOLDER [SECONDS]; the last line of its output is JSON.
+python benchmarks/trainings.py WHAT SHAPE FOLDER; the last line of its output is JSON.
 
 Ours packs; TRL pads batches of rows, as its documentation has it where FlashAttention is not installed, or packs as
 well (where its documents see each other on a CPU). A step of ours takes as many tokens as a batch of TRL's holds on
-average. Our side trains until it has trained TOKENS assistant tokens. TRL's side trains as many, and is examined on the
-way when our side's seconds have passed. Held-out loss and answers are measured by the same code on both sides, with the
-clock stopped.
+average. Each side trains for SECONDS, and is then examined by the same code.
 """
 
 import json
@@ -26,8 +24,8 @@ from transformers import TrainerCallback
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
 BATCH = 8  # rows of one of TRL's batches
-TOKENS = 8_000  # assistant tokens that each side trains
-HELD_OUT = 40
+SECONDS = 60  # of steps
+HELD_OUT = 16
 SHAPES = ("short answers after long prompts", "several turns", "very unequal lengths")
 COMMON: dict[str, Any] = {
     "learning_rate": 8e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 8, "max_steps": 10_000,
@@ -92,11 +90,10 @@ def examine(model: Any, tokenizer: Any, held: list[Any]) -> dict[str, float]:
 
 
 class Clock(TrainerCallback):
-    """Counts trained tokens and seconds; examines the model at a time, and ends the training at TOKENS."""
+    """Counts trained tokens and seconds, and ends the training after SECONDS."""
 
-    def __init__(self, trainer: Any, tokenizer: Any, held: list[Any], at: float | None) -> None:
-        self.trainer, self.tokenizer, self.held, self.at = trainer, tokenizer, held, at
-        self.seconds, self.tokens, self.found = 0.0, 0, {}
+    def __init__(self, trainer: Any) -> None:
+        self.seconds, self.tokens = 0.0, 0
         collate = trainer.data_collator
 
         def counted(rows: Any) -> Any:
@@ -110,19 +107,16 @@ class Clock(TrainerCallback):
         self.begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self.begin
-        control.should_training_stop = self.tokens >= TOKENS
-        if not self.found and (self.seconds >= self.at if self.at is not None else control.should_training_stop):
-            self.found = examine(kwargs["model"], self.tokenizer, self.held)
-        self.begin = time.perf_counter()
+        self.seconds = time.perf_counter() - self.begin
+        control.should_training_stop = self.seconds >= SECONDS
 
 
-def finish(trainer: Any, tokenizer: Any, held: list[Any], at: float | None) -> dict[str, Any]:
-    clock = Clock(trainer, tokenizer, held, at)
+def finish(trainer: Any, tokenizer: Any, held: list[Any]) -> dict[str, Any]:
+    clock = Clock(trainer)
     trainer.add_callback(clock)
     trainer.train()
-    found = clock.found or examine(trainer.model, tokenizer, held)  # the other side was slower
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = examine(trainer.model, tokenizer, held)
     return {"seconds": clock.seconds, "tokens": clock.tokens, "steps": trainer.state.global_step, "peak": peak, **found}
 
 
@@ -138,7 +132,7 @@ def ours(shape: str, model: str) -> dict[str, Any]:
         lora_target_modules="all-linear", output_dir=f"{model}-ours", **{**COMMON, **packs(rows, model)},
     )  # fmt: skip
     trainer = make_trainer(recipe)
-    return finish(trainer, trainer.processing_class, held, None)
+    return finish(trainer, trainer.processing_class, held)
 
 
 def packs(rows: list[Any], model: str) -> dict[str, int]:
@@ -154,7 +148,7 @@ def packs(rows: list[Any], model: str) -> dict[str, int]:
     }
 
 
-def trl(shape: str, model: str, at: str, packing: str = "") -> dict[str, Any]:
+def trl(shape: str, model: str, packing: str = "") -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,7 +165,7 @@ def trl(shape: str, model: str, at: str, packing: str = "") -> dict[str, Any]:
         train_dataset=Dataset.from_list([{"messages": row} for row in rows]), processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )  # fmt: skip
-    return finish(trainer, tokenizer, held, float(at))
+    return finish(trainer, tokenizer, held)
 
 
 class Speed(TrainerCallback):
