@@ -215,13 +215,16 @@ def start(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield Row("a 200-turn conversation: at most 12 times a 20-turn one, s", long, short, 12 * short / long, 1)
 
 
-def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
-    """The demo's steps beside TRL's on the same packs, alone and beside a busy process; then whole trainings of rows of
-    three shapes, as long on each side, and examined after it."""
+def demo(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """The demo's steps beside TRL's on the same packs, alone and beside a busy process."""
     speeds = {who: side("demo", who, script="trainings.py")["speed"] for who in ("ours", "trl")}
     yield Row("demo, TRL on the same packs: tokens/s", *speeds.values(), speeds["ours"] / speeds["trl"], 1.3)
     busy = side("demo", "ours", "busy", script="trainings.py")["speed"]
     yield Row("demo beside a busy process, against alone: tokens/s", busy, None, busy / speeds["ours"], 0.5)
+
+
+def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Whole trainings of rows of three shapes, as long on each side, and examined after it."""
     model = side("save_model", scratch / "trained", script="trainings.py")["folder"]
     for shape in SHAPES:
         ours = side("ours", shape, model, script="trainings.py")
@@ -241,6 +244,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
     "preparation": preparation,
     "packing": packing,
     "start": start,
+    "demo": demo,
     "training": training,
 }
 

@@ -302,7 +302,7 @@ def known_names(columns: frozenset[str], format: str | None = None) -> dict[str,
 
     It is empty where the names are a format's already, or would be none's.
     """
-    names = {name: re.sub(r"[\s-]+", "_", CHINESE.get(name.strip(), name.strip().lower())) for name in columns}
+    names = {name: re.sub(r"\W+", "_", CHINESE.get(name.strip(), name.strip().lower())) for name in columns}
     formats = [known for name, known in FORMATS.items() if format in (None, name)]
     fits = [any(not known.missing(found) for known in formats) for found in ({*columns}, {*names.values()})]
     if fits != [False, True] or len({*names.values()}) < len(names):

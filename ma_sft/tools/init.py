@@ -202,13 +202,11 @@ def _meaning(row: dict[str, Any]) -> dict[str, str]:
 
     if not row:  # it is broken, which is said with the rows
         return {}
-    lower = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in row}
-    for meaning in ({}, {old: new for old, new in lower.items() if old != new}):
-        try:
-            detect_format({meaning.get(name, name): value for name, value in row.items()})
-            return meaning
-        except FormatError as error:
-            problem = error
+    try:
+        detect_format(row)
+        return {}
+    except FormatError as error:
+        problem = error
     if not sys.stdin.isatty():
         raise FormatError(f"{problem}; or say what columns mean: --columns THEIRS=question,THEIRS=answer")
     say(*(f"  {name}: {str(value)[:60]}" for name, value in row.items()))
