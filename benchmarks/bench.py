@@ -234,8 +234,6 @@ def training(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             what = f"{shape}, {name}"
             yield Row(f"{what}: trained tokens/s", *speeds.values(), speeds["ours"] / speeds["trl"], 1)
             yield Row(f"{what}: held-out loss at equal time", ours["loss"], trl["loss"], trl["loss"] / ours["loss"], 1)
-            exact = (1 + ours["exact"]) / (1 + trl["exact"])
-            yield Row(f"{what}: 1 + exact match at equal time", 1 + ours["exact"], 1 + trl["exact"], exact, 1)
             peaks = [found["peak"] / 1e9 for found in (ours, trl)]
             yield Row(f"{what}: peak memory, GB", *peaks, peaks[1] / peaks[0], 1)
 
