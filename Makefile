@@ -32,7 +32,7 @@ env: $(STAMP)  ## make .venv from constraints.txt (every target does this by its
 data/demo/train.jsonl: recipes/demo_data.py
 	$(PYTHON) recipes/demo_data.py --out data/demo
 
-sft-demo: $(STAMP) data/demo/train.jsonl  ## fine-tune SmolLM2 on the demo task, about 10 minutes on two cores
+sft-demo: $(STAMP) data/demo/train.jsonl  ## fine-tune SmolLM2 on the demo task, about 8 minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/ma-sft train recipes/demo.py $(LAUNCHER) --overwrite_output_dir true $(FLAGS)
 
 sft-qwen3: $(STAMP)  ## fine-tune Qwen3-0.6B on Capybara with LoRA; MAX_STEPS=10 for a trial
