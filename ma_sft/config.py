@@ -227,22 +227,20 @@ EXCLUSIVE = [
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 ]
 TWO_WAYS = "say the same in two ways; leave one of them out"
+LORA = (
+    "adapter_name_or_path loraplus_lr_ratio lora_preset lora_config lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_target_parameters lora_modules_to_save use_rslora use_dora"
+)
 # (settings that do nothing, or something else, unless one word of this condition is true, why). A word is `name` (it is
 # on), `!name` (it is off), `name=value`, `name!=value` or `name:fact`. Of TRL's settings only those stand here that
 # would contradict what ma_sft does, or would train something else without a word.
 NEEDS = (
     (
-        "load_in_4bit load_in_8bit adapter_name_or_path peft_config loraplus_lr_ratio lora_preset lora_config lora_r "
-        "lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
+        f"load_in_4bit load_in_8bit peft_config {LORA}",
         "use_peft",
         "trains an adapter and use_peft is false; set use_peft",
     ),
-    (
-        "adapter_name_or_path loraplus_lr_ratio lora_preset lora_config lora_r lora_alpha lora_dropout "
-        "lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora",
-        "!peft_config",
-        "describes an adapter, and peft_config does; leave one of them out",
-    ),
+    (LORA, "!peft_config", "describes an adapter, and peft_config does; leave one of them out"),
     ("use_bnb_nested_quant", "load_in_4bit", ""),
     ("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size", ""),
     ("metric max_new_tokens predict_with_generate", "generate_eval", ""),

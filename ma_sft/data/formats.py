@@ -445,8 +445,7 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
             other = "; TRL's examples/scripts/sft_vlm.py trains on images" if _matches(IMAGES, field) else ""
             raise FormatError(
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}"
-                f"{other}; "
-                f"if the row says the same without it, leave it out (ignore: [{field}])"
+                f"{other}; if the row says the same without it, leave it out (ignore: [{field}])"
             )
     _check_marks(row, MARKS | {"kto_tag"})
 
