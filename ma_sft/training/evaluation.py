@@ -86,6 +86,7 @@ class EvalCallback(TrainerCallback):
         self.before, self.after, self.signals = Measured(), Measured(), signals
         self.score = score_name(settings)
         self.evaluated_step: int | None = None
+        self.evaluated_answers: list[Answer] = []  # at that step, if they were generated
         self.questions: list[Question] = []
         if held_out and held_out.conversations is not None and settings.evaluation.generate_eval:
             self.encoder = make_encoder(settings, tokenizer)
@@ -103,12 +104,13 @@ class EvalCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Add the answers' score to an evaluation during training."""
         self.evaluated_step = None if args.load_best_model_at_end else state.global_step
+        self.evaluated_answers = []
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         wanted = self.settings.predict_with_generate or best == self.score
         if not (self.questions and wanted and self.trainer.is_in_train and state.global_step):
             return
         with torch.random.fork_rng([]):
-            answers = self._answers(f"answers at step {state.global_step}")
+            answers = self.evaluated_answers = self._answers(f"answers at step {state.global_step}")
         grades = once(lambda: self._grade(answers))
         metrics[f"eval_{self.score}"] = sum(grades) / len(grades)
         self.trainer.log({f"eval_{self.score}": metrics[f"eval_{self.score}"]})
@@ -126,7 +128,7 @@ class EvalCallback(TrainerCallback):
         for source, name in names.items():
             loss, right, _, tokens = self.trainer.totals.get(f"eval{name}", self.trainer.totals["eval"])
             losses[source] = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
-        return Measured(losses, self._answers(desc))
+        return Measured(losses, self.evaluated_answers or self._answers(desc))
 
     def _answers(self, desc: str) -> list[Answer]:
         """All answers. Every process generates its share, equally many: under ZeRO-3 and FSDP each needs the others."""
