@@ -151,8 +151,19 @@ def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
         )
 
 
+def model_class(config: Any) -> Any:
+    """The class of a model that writes text, as TRL takes it: its architecture, or an auto class."""
+    import transformers
+
+    kind = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    return kind if kind is not None and kind.can_generate() else transformers.AutoModelForCausalLM
+
+
 def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: bool = False, **kwargs: Any) -> Any:
-    """What one of transformers' auto classes makes of a model's folder or hub id; code of its own only with `code`."""
+    """What one of transformers' auto classes makes of a model's folder or hub id; code of its own only with `code`.
+
+    `AutoModelForCausalLM` stands for the model's own class, which for one of text and images is another auto class's.
+    """
     weights, tokenizer = "CausalLM" in auto.__name__, "Tokenizer" in auto.__name__
     folder = model_folder(name, revision, weights=weights, code=code)
     if tokenizer and not code:
@@ -160,6 +171,10 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
         with no_bar_for_weights():
+            if weights:
+                from transformers import AutoConfig
+
+                auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
             loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if tokenizer:
             loaded("a é 你 😀")  # what does not fit each other fails at a text alone

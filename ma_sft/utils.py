@@ -145,11 +145,13 @@ def timed(stage: str) -> Iterator[None]:
 
 @contextmanager
 def no_bar_for_weights() -> Iterator[None]:
-    """transformers' bar over the tensors of a file that lies here is left out; its other bars stay."""
+    """transformers' bars over the tensors and files of a model that lies here are left out; its other bars stay."""
     from transformers.utils.logging import set_tqdm_hook
 
+    ours = ("Loading weights", "Writing model shards")
+
     def shown(bar: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
-        return bar(*args, **how, **({"disable": True} if how.get("desc") == "Loading weights" else {}))
+        return bar(*args, **how, **({"disable": True} if how.get("desc") in ours else {}))
 
     previous = set_tqdm_hook(shown)
     try:

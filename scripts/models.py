@@ -29,14 +29,19 @@ from ma_sft.training.rehearsal import rehearse_here
 from ma_sft.utils import cache_dir
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
-# Published models have kinds of layers that the default configurations of their types have not.
+# Published models have kinds of layers, and values, that the default configurations of their types have not.
 LAYERS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "gemma4_text": {"num_kv_shared_layers": 18},
 }
-SECONDS = 20  # for each rehearsal of a model type
+SECONDS = 20  # of CPU for each rehearsal of a model type
 VERSIONS = {library.__name__: library.__version__ for library in (transformers, trl, peft, torch)}
 HEAD = """# Models
 
@@ -74,8 +79,8 @@ def stop(*_: Any) -> None:
 
 def rehearse(kind: str, **more: Any) -> str:
     """What the rehearsal says of a model type: its line, or why it refuses."""
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         config = AutoConfig.for_model(kind, **LAYERS.get(kind, {}))
         config.architectures = [CLASSES[kind]]
@@ -89,7 +94,7 @@ def rehearse(kind: str, **more: Any) -> str:
     except Exception as error:
         return f"not rehearsed: its default configuration is none: {type(error).__name__}: {first_line(error)}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def tried(kind: str) -> dict[str, str]:

@@ -106,12 +106,20 @@ def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     save_converted(model, scratch, folder.with_name("initial_adapter"))
     if folder.name == "adapter":
         name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
+    else:
+        copy_processor(Path(model.name_or_path), scratch)
     (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.json says the same
     write_manifest(scratch, manifest)
     set_modes(scratch)
     if folder.exists():  # the run was stopped between saving this and its end
         shutil.rmtree(folder)
     scratch.rename(folder)
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Take along what a model of text and images needs beside its tokenizer."""
+    for file in source.glob("*processor_config.json"):
+        shutil.copyfile(file, target / file.name)
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from transformers import (
 
 from ma_sft.errors import RecipeError, RunError, first_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
-from ma_sft.release.manifest import Weights, find_base, read_manifest, set_modes, write_manifest
+from ma_sft.release.manifest import Weights, copy_processor, find_base, read_manifest, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.evaluation import end_ids
 from ma_sft.training.trainer import as_it_was
-from ma_sft.utils import atomic_dir, must_be_new
+from ma_sft.utils import atomic_dir, must_be_new, no_bar_for_weights
 
 SHARD_BYTES = 4 * 2**30
 Update = Callable[[Tensor], Tensor]
@@ -132,7 +132,8 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
             if ends[1] is not None and ends[0].weight.data_ptr() != ends[1].weight.data_ptr():
                 _untie(config)
                 _untie(whole.config)
-            whole.save_pretrained(target)
+            with no_bar_for_weights():
+                whole.save_pretrained(target)
         config.dtype = kind or config.dtype
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
@@ -309,6 +310,7 @@ def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTo
     generation.pad_token_id = tokenizer.pad_token_id
     for file in source.glob("*.py") if getattr(config, "auto_map", None) else []:  # the model's own code goes with it
         shutil.copyfile(file, target / file.name)
+    copy_processor(source, target)
     config.save_pretrained(target)
     as_it_was(generation)
     generation.save_pretrained(target)

@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -21,13 +21,13 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer, get_peft_config
 
 from ma_sft.config import Settings, nearest, settings_of
 from ma_sft.errors import RecipeError, first_line, one_line
-from ma_sft.hub import explain, load_pretrained, refuse_pickles, saved_folder
+from ma_sft.hub import explain, load_pretrained, model_class, refuse_pickles, saved_folder
 from ma_sft.training.distributed import outside_zero3
 from ma_sft.utils import write_whole
 
@@ -107,14 +107,30 @@ def _peft_fields(setting: str, kind: type[PeftConfig], given: dict[str, Any]) ->
     return taken
 
 
+def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those inside of it, such as a vision tower's."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from parts(value)
+
+
+def from_config(config: PreTrainedConfig, kind: Any = None, *, code: bool = False, **kwargs: Any) -> Any:
+    """The model of a configuration with random weights, of the class `kind` or its own."""
+    kind = kind or model_class(config)
+    if not hasattr(kind, "_from_config"):  # an auto class
+        return kind.from_config(config, trust_remote_code=code, **kwargs)
+    # Of a model of text and images, the class may be that of its text alone
+    own = next((part for part in parts(config) if type(part) is kind.config_class), config)
+    return kind._from_config(own, **kwargs)
+
+
 def skeleton(
     config: PreTrainedConfig, dtype: Any = None, attn_implementation: str | None = None, *, code: bool = False
 ) -> Any:
     """The model of a configuration on the meta device: names, shapes and dtypes without a byte of weights."""
     with outside_zero3(), init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=code
-        )
+        model = from_config(config, code=code, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
     return model
 
@@ -156,7 +172,10 @@ def fitting_adapter(
         what = f"{config.peft_type.value} trains tokens before a sequence: in no document of a pack, in no weight"
         raise RecipeError(f"peft_config: {what}; set {', '.join(f'{name}=false' for name in off)}")
     model = model if model is not None else model_skeleton(settings)
-    _check_names(model, config)
+    if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = _unfit(model)
+    if not settings.adapter.adapter_name_or_path:  # whose configuration has names that PEFT made
+        _check_names(model, config)
     trial: Any = copy.deepcopy(config)
     trial.init_lora_weights = False  # there are no weights to begin from
     trial.lora_dropout = getattr(trial, "lora_dropout", 0.0) if by_hand else 0.0
@@ -174,6 +193,37 @@ def fitting_adapter(
     if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         config.lora_dropout = 0.0
     return config
+
+
+def _unfit(model: PreTrainedModel) -> str | None:
+    """A regular expression of what "all-linear" means and PEFT should leave alone, None without such.
+
+    Routers and grouped projections are linear layers that compute something else than a product, which PEFT does not
+    see; and towers are never trained.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    special = {name.rpartition(".")[2] for name, layer in linear.items() if not _is_product(layer)}
+    found = [rf".*\.{re.escape(name)}" for name in sorted(special)]
+    found += [rf"{re.escape(tower)}(\..*)?" for tower in towers(model)]
+    return "|".join(found) or None
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    try:
+        return bool(layer(layer.weight.new_empty(2, layer.in_features)).shape == (2, layer.out_features))
+    except Exception:  # a class of its own that takes or gives something else
+        return False
+
+
+def towers(model: PreTrainedModel) -> list[str]:
+    """The parts of a model of text and images through which no text goes: what is not trained there would stop DDP."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    outside = (name for name, parameter in model.named_parameters() if id(parameter) not in text)
+    return sorted({".".join(name.split(".")[:2]) for name in outside})
 
 
 def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -158,7 +158,7 @@ def rehearse_here(settings: Settings, config: PreTrainedConfig, tokens: int, add
         way_out = f"set {_unpacked(values)}; "
     if failed is None:
         return f"rehearsed on a twin of {count / 1e6:.1f} million parameters: {', '.join(done)}"
-    ours = isinstance(failed, RecipeError)
+    ours = isinstance(failed, RecipeError) and scratch not in str(failed)  # else it speaks of the twin itself
     why = f"rehearsed on a twin: {'' if ours else f'{type(failed).__name__}: '}{first_line(failed)}"
     if ours or way_out:
         raise RecipeError(f"{way_out}{why}") from failed
@@ -177,7 +177,8 @@ def _ways_out(values: Values) -> Iterator[tuple[str, Values]]:
                 fewer = {other: value[other] for other in value if other != key}
                 yield f"lora_config: {key} cannot be: leave it out; ", {**values, name: fewer}
         elif value != off:
-            yield f"{name}={value} cannot be: set {name}={json.dumps(off)}; ", {**values, name: off}
+            cannot = "" if value is None else f"{name}={value} cannot be: "
+            yield f"{cannot}set {name}={json.dumps(off)}; ", {**values, name: off}
 
 
 def _unpacked(values: Values) -> str:
@@ -282,6 +283,7 @@ class Rehearsal:
     def loss(self) -> None:
         """The trainer's loss is the one that the settings name, with the gradients of the documents alone."""
         trainer, model, args = self.trainer, self.trainer.model.eval(), self.trainer.args
+        found = trainer.compute_loss(model, self.batch())
         labels = torch.tensor([label for ids in self.documents for label in [-100, -100, *ids[3:], -100]])
         log_probs = self.logits(model).cpu()[labels != -100].log_softmax(-1)
         nll = -log_probs.gather(1, labels[labels != -100][:, None])[:, 0]
@@ -291,7 +293,6 @@ class Rehearsal:
         if trainer.aux_loss_enabled and (args.router_aux_loss_coef or not smooth):
             aux = model(**self.batch(labels=False), output_router_logits=True).aux_loss
             expected = expected + trainer.router_aux_loss_coef * aux.float().cpu()
-        found = trainer.compute_loss(model, self.batch())
         self.compare("the loss is not the one that the settings name, it differs", found, expected)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         both = [torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (found, expected)]

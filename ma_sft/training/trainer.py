@@ -281,6 +281,9 @@ def _finish_model(
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None
+    if peft is None:
+        for tower in adapters.towers(model):
+            model.get_submodule(tower).requires_grad_(False)
     adapters.freeze(model, adapter.freeze)
     quantized.keep_gradients(model)
     if adapter.adapter_name_or_path:
@@ -485,7 +488,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         as_it_was(self.accelerator.unwrap_model(self.model).generation_config)
-        super()._save(*args, **kwargs)
+        with no_bar_for_weights():
+            super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:

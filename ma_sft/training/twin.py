@@ -3,66 +3,55 @@
 import copy
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ma_sft.config import Settings
+from ma_sft.training.adapters import from_config, parts
 from ma_sft.training.distributed import available_attention
 
 POSITIONS = 128
 POSITION_NAMES = "max_position_embeddings n_positions max_seq_len max_target_positions".split()
 LAYER_NAMES = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers".split()
 HEAD_NAMES = "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads".split()
-KV_NAMES = "num_key_value_heads num_global_key_value_heads num_kv_heads".split()
+KV_NAMES = "num_key_value_heads num_global_key_value_heads num_kv_heads kv_n_heads".split()
 # How large a twin is, by the names that configurations give their sizes.
 SIZES: dict[int, str] = {
-    POSITIONS: f"mamba_d_ssm {' '.join(POSITION_NAMES)}",
-    64: "hidden_size n_embd d_model word_embed_proj_dim lru_width attention_hidden_size emb_dim embedding_size "
-    "index_topk intermediate_size n_inner ffn_dim ffn_hidden_size ff_dim dense_intermediate_size",
-    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size sliding_window "
-    "attention_window_size",
-    16: "head_dim global_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank kv_lora_rank o_lora_rank "
-    "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size state_size chunk_size linear_key_head_dim "
-    "linear_value_head_dim hidden_size_per_layer_input query_pre_attn_scalar rotary_dim",
+    POSITIONS: f"mamba_d_ssm attention_hidden_size {' '.join(POSITION_NAMES)}",
+    64: "hidden_size n_embd d_model word_embed_proj_dim lru_width emb_dim embedding_size embedding_dim index_topk "
+    "indexer_budget intermediate_size intermediate_size_mlp n_inner d_inner ffn_dim ffn_hidden_size ff_dim "
+    "dense_intermediate_size mamba_headdim",
+    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size sliding_window qk_head_dim "
+    "attention_window_size attention_head_dim",
+    16: "head_dim global_head_dim d_head qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank kv_lora_rank "
+    "o_lora_rank mamba_d_head mamba_head_dim mamba_d_state ssm_state_size state_size chunk_size linear_key_head_dim "
+    "linear_value_head_dim linear_head_dim indexer_head_dim hidden_size_per_layer_input query_pre_attn_scalar "
+    "rotary_dim laurel_rank index_head_dim",
     8: "mamba_n_heads mamba_num_heads time_step_rank mamba_dt_rank adapter_rank",
-    4: f"num_local_experts num_experts n_routed_experts moe_num_experts linear_num_value_heads {' '.join(HEAD_NAMES)}",
-    2: "num_experts_per_tok moe_k moe_topk top_k_experts n_mamba_heads mamba_n_groups n_groups expand mamba_expand "
-    "linear_num_key_heads",
-    1: "n_group topk_group num_mem_blocks",
+    4: "num_local_experts num_experts n_routed_experts moe_num_experts linear_num_value_heads linear_num_heads "
+    f"{' '.join(HEAD_NAMES)}",
+    2: "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts n_mamba_heads mamba_n_groups n_groups "
+    "expand mamba_expand linear_num_key_heads",
+    1: "n_group num_expert_group topk_group num_mem_blocks",
 }
+SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 SPECIAL = "pad_token_id bos_token_id eos_token_id sep_token_id".split()
 TEMPLATE = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
-
-
-def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside of it, such as a vision tower's."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from parts(value)
 
 
 def shrink(config: PreTrainedConfig, vocabulary: int, *, all_layers: bool = False) -> PreTrainedConfig:
     """The configuration with every kind of layer once or twice, narrow, and with `vocabulary` tokens."""
     config = copy.deepcopy(config)
-    sizes = {name: size for size, names in SIZES.items() for name in names.split()}
     for part in parts(config):
         known = part.to_dict()
         numbers = {name: value for name, value in known.items() if isinstance(value, int)}
-        values: dict[str, Any] = {name: sizes[name] for name in numbers.keys() & sizes}
-        values |= {name: min(2, numbers[name]) for name in values if values[name] == 2}
         heads = next((numbers[name] for name in HEAD_NAMES if name in numbers), 0)
-        for name in known.keys() & set(KV_NAMES):  # in groups, as the model has them
-            values[name] = 4 if (numbers.get(name) or heads) == heads else min(2, numbers[name])
-        if "head_dim" in known:  # None in some default configurations
-            values["head_dim"] = 16
+        values = _narrow(known, heads)
         if {"expand", "num_heads"} <= numbers.keys():  # heads of a state-space model share its expanded width
             values["num_heads"] = 8
         if "first_k_dense_replace" in numbers:
@@ -74,13 +63,28 @@ def shrink(config: PreTrainedConfig, vocabulary: int, *, all_layers: bool = Fals
             elif re.search(r"_token_(id|index)s?$", name):
                 values[name] = vocabulary - 1
         values |= {name: index for index, name in enumerate(SPECIAL) if name in known}
+        if "mrope_section" in (rope := known.get("rope_parameters") or {}):  # shares of half a head
+            values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+        if own := known.get("per_layer_config"):  # what layers have otherwise, by number
+            last = values.get("num_hidden_layers", part.num_hidden_layers)
+            values["per_layer_config"] = {n: {**own[n], **_narrow(own[n], heads)} for n in own if int(n) < last}
         for name in values.keys() - getattr(part, "attribute_map", {}).keys():
             setattr(part, name, values[name])
     return config
 
 
+def _narrow(known: dict[str, Any], heads: int) -> dict[str, Any]:
+    """The sizes among the values of a configuration, or of one of its layers, as a twin has them."""
+    numbers = {name: value for name, value in known.items() if isinstance(value, int)}
+    values: dict[str, Any] = {name: SIZE_OF[name] for name in numbers.keys() & SIZE_OF}
+    values |= {name: min(2, numbers[name]) for name in values if values[name] == 2}
+    for name in known.keys() & set(KV_NAMES):  # in groups, as the model has them
+        values[name] = 4 if (numbers.get(name) or heads) == heads else min(2, numbers[name])
+    return values | ({"head_dim": 16} if "head_dim" in known else {})  # None in some default configurations
+
+
 def _layers(known: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
-    """As many layers as it takes for each kind to stand once, two at least."""
+    """As many layers as it takes for each kind to stand once, two at least, and one that shares another's keys."""
     total = next((numbers[name] for name in LAYER_NAMES if name in numbers), 0)
     lists = {
         name: [json.dumps(item, default=str) for item in value]
@@ -89,9 +93,11 @@ def _layers(known: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
     }
     periods = ("full_attn_mod", "attn_layer_period", "expert_layer_period", "full_attention_interval")
     firsts = [kinds.index(kind) + 1 for kinds in lists.values() for kind in set(kinds)]
+    shared = {name: min(1, numbers[name]) for name in numbers.keys() & {"num_kv_shared_layers"}}
     keep = max(2, *firsts, *(numbers.get(name, 0) for name in periods)) + numbers.get("attn_layer_offset", 0) % 4
-    keep = min(keep, max(total, 2))
-    return dict.fromkeys(numbers.keys() & set(LAYER_NAMES), keep) | {name: known[name][:keep] for name in lists}
+    keep = min(keep + sum(shared.values()), max(total, 2))
+    cut = {name: [SIZE_OF[name]] * keep if name in SIZE_OF else known[name][:keep] for name in lists}
+    return dict.fromkeys(numbers.keys() & set(LAYER_NAMES), keep) | cut | shared
 
 
 def small_tokenizer(added_tokens: list[str]) -> PreTrainedTokenizerFast:
@@ -112,17 +118,10 @@ def make_twin(settings: Settings, config: PreTrainedConfig, spare: int, folder: 
     """
     named = str([settings.adapter.lora_config, settings.adapter.freeze, settings.model.lora_target_modules])
     by_number = re.search(r"(layers|h|blocks)\W+\d|layers_to_transform|layer_replication|\.\d+\\?\.", named)
-    kind: Any = getattr(transformers, next(iter(config.architectures or []), ""), None)
-    # Of a model of text and images, the class may be that of its text alone
-    config = next((part for part in parts(config) if type(part) is getattr(kind, "config_class", None)), config)
     tokenizer, attention = small_tokenizer([]), available_attention(settings.model.attn_implementation)
     small = shrink(config, len(tokenizer) + spare, all_layers=bool(by_number))
     torch.manual_seed(0)
-    if hasattr(kind, "_from_config"):
-        model = kind._from_config(small, attn_implementation=attention)
-    else:
-        code = settings.training.trust_remote_code
-        model = AutoModelForCausalLM.from_config(small, attn_implementation=attention, trust_remote_code=code)
+    model = from_config(small, attn_implementation=attention, code=settings.training.trust_remote_code)
     with torch.no_grad():
         for parameter in model.float().parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

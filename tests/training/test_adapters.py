@@ -7,13 +7,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
-from ma_sft import RecipeError
+from ma_sft import RecipeError, run
 from ma_sft.config import Recipe
 from ma_sft.release.manifest import read_weights
 from ma_sft.release.merge import find_base, load_adapter, merge
 from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
+from ma_sft.training.twin import shrink
 
 
 def settings(**more):
@@ -376,3 +385,22 @@ def test_new_tokens_are_part_of_the_merge(base, tmp_path):
     ids = torch.tensor([[5, old, old + 1, 9]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model.float()(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_text_of_a_model_of_text_and_images(tiny_bpe, tmp_path):
+    """It is loaded by its own class; its towers are not trained, and its processor's files go with the merged model."""
+    config = AutoConfig.for_model("gemma3", architectures=["Gemma3ForConditionalGeneration"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    folder, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    Gemma3ForConditionalGeneration(shrink(config, len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    rows.write_text('{"question": "Hi?", "answer": "Ho."}\n' * 8)
+    chosen = {"model_name_or_path": str(folder), "dataset_name": str(rows), "report_to": "none", "max_steps": 1}
+    for use_peft, saved in ((True, "merged"), (False, "model")):
+        out = tmp_path / saved
+        run(Recipe(**chosen, use_peft=use_peft, max_length=64, output_dir=str(out), rehearse=False))
+        assert (out / saved / "preprocessor_config.json").is_file()
+        old, new = load_file(folder / "model.safetensors"), load_file(out / saved / "model.safetensors")
+        moved = {name.split("layers")[0] for name in old if not torch.equal(old[name].float(), new[name].float())}
+        assert any("language_model" in name for name in moved) and not any("tower" in name for name in moved)

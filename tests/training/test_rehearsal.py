@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
 from ma_sft import RecipeError
 from ma_sft.cli import main
@@ -19,7 +20,7 @@ NEW = ["<|im_start|>", "<|im_end|>"]
 def rehearsed(kind, *, tied=None, added=(), layers=None, **more):
     """The line of a rehearsal for transformers' own configuration of a model type; nothing is loaded."""
     config = AutoConfig.for_model(kind, **({"num_hidden_layers": layers} if layers else {}))
-    config.architectures = [CLASSES[kind]]
+    config.architectures = [CLASSES.get(kind) or WITH_IMAGES[kind]]
     if tied is not None:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     chosen = {"model_name_or_path": "/none", "dataset_name": "x", "report_to": "none", "max_length": 512, **more}
@@ -34,12 +35,30 @@ def refused(kind, **more):
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "qwen3_moe"])
+# Gemma 4 has layers of other sizes among its own, and Mistral Small 3 is a model of text and images
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "qwen3_moe", "gemma4_text", "mistral3"])
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_what_holds_is_told(kind, use_peft):
     line = rehearsed(kind, packing=True, use_peft=use_peft)
+    assert "a step moves what is trained" in line or kind in ("qwen3_moe", "gpt2")
     assert line.startswith("rehearsed on a twin of 0.") and "packing keeps documents apart to" in line
     assert ("merges to" in line) == use_peft and ("the model loads to" in line) != use_peft
+
+
+def test_routers_are_left_out_of_all_linear():
+    """A router is a linear layer for PEFT, which cannot adapt what returns a tuple (Phi-3.5-MoE, Llama 4)."""
+    line = rehearsed("phimoe", use_peft=True, router_aux_loss_coef=0.0)
+    assert "merges to" in line
+    message = refused("phimoe", use_peft=True)  # TRL looks for the number of experts by another name
+    assert message.startswith("set router_aux_loss_coef=0.0; rehearsed on a twin: AttributeError")
+
+
+def test_a_twin_that_cannot_be_loaded_refuses_no_run(monkeypatch):
+    def run(self, config):
+        raise RecipeError(f"the model {str(self.base)!r} cannot be loaded")
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "run", run)
+    assert rehearsed("llama").startswith("not rehearsed on a twin: ")
 
 
 METHODS = {
