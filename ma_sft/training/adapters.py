@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -173,7 +173,7 @@ def fitting_adapter(
         raise RecipeError(f"peft_config: {what}; set {', '.join(f'{name}=false' for name in off)}")
     model = model if model is not None else model_skeleton(settings)
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
-        config.exclude_modules = _unfit(model)
+        config.exclude_modules = _unfit(model, config)
     if not settings.adapter.adapter_name_or_path:  # whose configuration has names that PEFT made
         _check_names(model, config)
     trial: Any = copy.deepcopy(config)
@@ -195,14 +195,19 @@ def fitting_adapter(
     return config
 
 
-def _unfit(model: PreTrainedModel) -> str | None:
+def _unfit(model: PreTrainedModel, config: PeftConfig) -> str | None:
     """A regular expression of what "all-linear" means and PEFT should leave alone, None without such.
 
     Routers and grouped projections are linear layers that compute something else than a product, which PEFT does not
-    see; and towers are never trained.
+    see; of Mamba's, whose kernels take the bare weight, it refuses some by name; and towers are never trained.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     special = {name.rpartition(".")[2] for name, layer in linear.items() if not _is_product(layer)}
+    for name in {name.rpartition(".")[2] for name in linear}:
+        try:
+            _check_lora_target_modules_mamba(config, model, name)
+        except ValueError:
+            special.add(name)
     found = [rf".*\.{re.escape(name)}" for name in sorted(special)]
     found += [rf"{re.escape(tower)}(\..*)?" for tower in towers(model)]
     return "|".join(found) or None

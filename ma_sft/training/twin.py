@@ -63,8 +63,8 @@ def shrink(config: PreTrainedConfig, vocabulary: int, *, all_layers: bool = Fals
             elif re.search(r"_token_(id|index)s?$", name):
                 values[name] = vocabulary - 1
         values |= {name: index for index, name in enumerate(SPECIAL) if name in known}
-        if "mrope_section" in (rope := known.get("rope_parameters") or {}):  # shares of half a head
-            values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+        if rope := known.get("rope_parameters"):
+            values["rope_parameters"] = {name: _of_a_head(name, value, rope) for name, value in rope.items()}
         if own := known.get("per_layer_config"):  # what layers have otherwise, by number
             last = values.get("num_hidden_layers", part.num_hidden_layers)
             values["per_layer_config"] = {n: {**own[n], **_narrow(own[n], heads)} for n in own if int(n) < last}
@@ -81,6 +81,13 @@ def _narrow(known: dict[str, Any], heads: int) -> dict[str, Any]:
     for name in known.keys() & set(KV_NAMES):  # in groups, as the model has them
         values[name] = 4 if (numbers.get(name) or heads) == heads else min(2, numbers[name])
     return values | ({"head_dim": 16} if "head_dim" in known else {})  # None in some default configurations
+
+
+def _of_a_head(name: str, value: Any, rope: dict[str, Any]) -> Any:
+    """A rotary parameter for heads of 16: those that say something of each frequency are lists."""
+    if name == "mrope_section":
+        return [2, 3, 3]
+    return value[: int(8 * rope.get("partial_rotary_factor", 1))] if isinstance(value, list) else value
 
 
 def _layers(known: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:

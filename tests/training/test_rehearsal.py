@@ -17,9 +17,9 @@ from ma_sft.training.rehearsal import rehearse, rehearse_here
 NEW = ["<|im_start|>", "<|im_end|>"]
 
 
-def rehearsed(kind, *, tied=None, added=(), layers=None, **more):
+def rehearsed(kind, *, tied=None, added=(), config=None, **more):
     """The line of a rehearsal for transformers' own configuration of a model type; nothing is loaded."""
-    config = AutoConfig.for_model(kind, **({"num_hidden_layers": layers} if layers else {}))
+    config = AutoConfig.for_model(kind, **(config or {}))
     config.architectures = [CLASSES.get(kind) or WITH_IMAGES[kind]]
     if tied is not None:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
@@ -51,6 +51,19 @@ def test_routers_are_left_out_of_all_linear():
     assert "merges to" in line
     message = refused("phimoe", use_peft=True)  # TRL looks for the number of experts by another name
     assert message.startswith("set router_aux_loss_coef=0.0; rehearsed on a twin: AttributeError")
+
+
+def test_rotary_parameters_of_each_frequency():
+    """Phi-3 with 128k positions and Phi-4-mini; Qwen2.5-VL shares them out to height, width and time."""
+    longrope = {"type": "longrope", "short_factor": [1.0] * 36, "long_factor": [1.1] * 36}
+    phi = {"rope_scaling": longrope, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096}
+    assert "merges to" in rehearsed("phi3", use_peft=True, packing=True, config=phi)
+    mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    assert "merges to" in rehearsed("qwen2_5_vl", use_peft=True, config={"text_config": mrope})
+
+
+def test_layers_that_peft_refuses_are_left_out_of_all_linear():
+    assert "merges to" in rehearsed("mamba", use_peft=True)
 
 
 def test_a_twin_that_cannot_be_loaded_refuses_no_run(monkeypatch):
@@ -166,7 +179,8 @@ def test_initialisations_that_change_the_base(init):
     ],
 )
 def test_fields_of_peft_that_do_not_come_back(more):
-    message = refused("llama", use_peft=True, lora_config=more, layers=3)  # all of them, where they are named by number
+    # All layers, where they are named by number
+    message = refused("llama", use_peft=True, lora_config=more, config={"num_hidden_layers": 3})
     assert f"lora_config: {next(iter(more))} cannot be: leave it out" in message
 
 
