@@ -223,15 +223,12 @@ def test_transformers_deepspeed_configuration_comes_back(monkeypatch):
 
 
 def test_peft_names():
-    from peft.tuners.tuners_utils import (
-        BaseTunerLayer,
-        check_target_module_exists,
-    )
+    from peft.tuners import tuners_utils
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    assert check_target_module_exists(LoraConfig(target_modules=["q_proj"]), "layers.0.q_proj")
-    assert {"get_base_layer", "merge"} <= set(dir(BaseTunerLayer))
+    assert tuners_utils.check_target_module_exists(LoraConfig(target_modules=["q_proj"]), "layers.0.q_proj")
+    assert {"get_base_layer", "merge"} <= set(dir(tuners_utils.BaseTunerLayer))
     with pytest.raises(ValueError, match="incompatible with Mamba"):
         config = SimpleNamespace(model_type="mamba")
-        _check_lora_target_modules_mamba(LoraConfig(), SimpleNamespace(config=config), "out_proj")
+        tuners_utils._check_lora_target_modules_mamba(LoraConfig(), SimpleNamespace(config=config), "out_proj")
     assert inspect.isclass(ModulesToSaveWrapper) and inspect.isclass(TrainableTokensWrapper)
