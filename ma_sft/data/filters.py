@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value
 from huggingface_hub.dataclasses import strict
 
 from ma_sft.data.functions import load_function
-from ma_sft.data.load import checked
+from ma_sft.data.load import checked, table_rows
 from ma_sft.data.messages import Message, Row
 from ma_sft.data.stages import EXAMPLES, Report
 from ma_sft.errors import RecipeError
@@ -139,8 +139,9 @@ def _hash(text: str) -> int:
 
 
 def column(rows: Dataset, name: str) -> "NDArray[Any]":
-    """A column of numbers, read in batches: of selected rows `[:]` would make an object of each."""
-    return np.concatenate([batch[name] for batch in rows.select_columns(name).with_format("numpy").iter(10_000)])
+    """A column of numbers, from the table itself: of selected rows `[:]` would make an object of each."""
+    values, chosen = rows.data.column(name).to_numpy(), table_rows(rows)
+    return np.asarray(values if chosen is None else values[chosen])
 
 
 def drop_duplicates(rows: Dataset, filters: Filters, report: Report, name: str, num_proc: int | None) -> Dataset:
