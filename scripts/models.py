@@ -49,7 +49,8 @@ Each causal language model of transformers {transformers}, in its default config
 [LoRA and QLoRA](lora-and-qlora.md#rehearsed-before-a-row-is-read)), with TRL {trl}, PEFT {peft} and
 torch {torch}, in float32 on a CPU without kernels of other packages, on {date}; `python scripts/models.py`
 writes this page. {layers} are tried with the kinds of layers
-and the values of their published models, which the default has not. A run rehearses its own model's configuration, whatever stands here.
+and the values of their published models, which the default has not. A run rehearses its own model's configuration,
+whatever stands here.
 
 - **apart**: two documents of a pack give the logits and gradients that each gives alone. **refused**: a run with
   `packing: true` ends with one line before a row is read; in brackets, why.

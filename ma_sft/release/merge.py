@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from ma_sft.errors import RecipeError, RunError, first_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
@@ -119,9 +121,9 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
     peft: Any = read_adapter_config(adapter)
     if peft.is_prompt_learning:
         raise RecipeError(f"{adapter}: {peft.peft_type.value} trains tokens before a sequence, and no weight has them")
-    # Biases and raw parameters are PEFT's to merge, as are tensors that transformers renames when it loads them
+    # Biases and raw parameters are PEFT's to merge, as are tensors that transformers makes of several as it loads them
     by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
-    updates = _layer_updates(adapter, config, code) if by_layer else {}
+    updates = _layer_updates(adapter, config, code, weights) if by_layer else {}
     with atomic_dir(out) as target:
         if updates and {source for source, _ in updates.values()} <= set(weights.files):
             write_weights(weights, updates, kind, target)
@@ -148,14 +150,15 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
 Updates = dict[str, tuple[str, Update]]
 
 
-def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool) -> Updates:
-    """What the adapter changes. Where it parts a head from the embedding that it was tied to, `config` is untied.
+def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool, weights: Weights) -> Updates:
+    """What the adapter changes, by the names in the base's files. Where it parts a head from the embedding that it was
+    tied to, `config` is untied.
 
     Raises:
         RecipeError: the adapter has layers that the model has not, or of other shapes.
     """
     found: dict[str, Update] = {}
-    model, embedding, head = _without_base(adapter, config, code)
+    model, embedding, head, saved = _without_base(adapter, config, code, weights)
     tied_rows = False
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -173,21 +176,34 @@ def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool) -> Updat
         for name in (embedding, head):  # both are made of the one matrix that the base has
             updates[name] = (embedding, found.get(name, lambda weight: weight))
         _untie(config)
-    return updates
+    return {saved.get(name, name): (saved.get(source, source), update) for name, (source, update) in updates.items()}
+
+
+def _saved_names(model: Any, weights: Weights) -> dict[str, str]:
+    """Name in the model -> name in its files, of the tensors that transformers renames when it loads them."""
+    transforms, there = get_model_conversion_mapping(model), model.state_dict()
+    kinds: tuple[list[Any], list[Any]] = ([], [])
+    for transform in transforms:
+        kinds[isinstance(transform, WeightConverter)].append(transform)
+    found = {name: rename_source_key(name, *kinds, model.base_model_prefix, there) for name in weights.files}
+    return {new: name for name, (new, converter) in found.items() if converter is None}
 
 
 def _untie(config: PreTrainedConfig) -> None:
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
-def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[Any, str, str | None]:
+def _without_base(
+    adapter: Path, config: PreTrainedConfig, code: bool, weights: Weights
+) -> tuple[Any, str, str | None, dict[str, str]]:
     """The model with the adapter's weights in float32 and the base's on the meta device, where PEFT would put both;
-    and the names of the embedding's and the head's weight."""
+    the names of the embedding's and the head's weight; and `_saved_names`."""
     other = f"{adapter} was trained on another model"
     saved = load_peft_weights(str(adapter), device="cpu")
     bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
     names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
     embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
+    in_files = _saved_names(bare, weights)
     # PEFT saves copies of a resized embedding, too, and never reads them
     left = {key for key in saved if "lora_" in key}
     try:
@@ -209,7 +225,7 @@ def _without_base(adapter: Path, config: PreTrainedConfig, code: bool) -> tuple[
         set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
     if left:
         raise RecipeError(f"{other}: {min(left)} has no place in {config.model_type}")
-    return model.base_model.model, embedding, head
+    return model.base_model.model, embedding, head, in_files
 
 
 def _merged_layer(adapter: Path, module: Any, weight: Tensor) -> Tensor:

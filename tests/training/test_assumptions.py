@@ -15,6 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Trainer, TrainerCallback
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations import deepspeed
 from trl import SFTConfig, SFTTrainer
 
@@ -232,3 +234,10 @@ def test_peft_names():
         config = SimpleNamespace(model_type="mamba")
         tuners_utils._check_lora_target_modules_mamba(LoraConfig(), SimpleNamespace(config=config), "out_proj")
     assert inspect.isclass(ModulesToSaveWrapper) and inspect.isclass(TrainableTokensWrapper)
+
+
+def test_transformers_says_how_it_renames_tensors(tiny_bpe):
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    assert isinstance(get_model_conversion_mapping(model), list) and inspect.isclass(WeightConverter)
+    name = next(iter(model.state_dict()))
+    assert rename_source_key(name, [], [], model.base_model_prefix, model.state_dict()) == (name, None)
