@@ -154,7 +154,9 @@ def rehearse_here(settings: Settings, config: PreTrainedConfig, tokens: int, add
                 break
             except Exception as error:
                 failed = failed or error
-    if not done and "packed sequences" in str(failed):  # so says transformers, and the twin has other faults, too
+    if not done and re.search(
+        "packed sequences|documents of a pack", str(failed)
+    ):  # and the twin has other faults, too
         way_out = f"set {_unpacked(values)}; "
     if failed is None:
         return f"rehearsed on a twin of {count / 1e6:.1f} million parameters: {', '.join(done)}"
@@ -259,8 +261,7 @@ class Rehearsal:
         """The documents of a batch give the logits that they give alone."""
         model, batch = self.trainer.model.eval(), self.batch(labels=False)
         packed = "position_ids" in batch
-        what = f"documents of a pack see each other (set {_unpacked(self.values)}): logits"
-        what = what if packed else "a row's logits depend on its batch: they"
+        what = "documents of a pack see each other: logits" if packed else "a row's logits depend on its batch: they"
         logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :]
         lengths = [9, 11] if len(logits) == 2 else [20]
         found = torch.cat([row[:length] for row, length in zip(logits, lengths, strict=True)])
