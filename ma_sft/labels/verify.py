@@ -114,6 +114,7 @@ class Verifier:
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
         self._ends: dict[str, tuple[int | None, str, str]] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
+        self._by_section: dict[str, Ids] = {}  # and of their sections, where these give the ids of whole texts
         self._decoded: dict[Ids, str] = {}
 
     def verify(
@@ -133,7 +134,7 @@ class Verifier:
     ) -> list[VerifyResult]:
         """`verify` of many conversations (messages, sequences, tools, kwargs), tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        self._known, self._decoded = {}, {}
+        self._known, self._by_section, self._decoded = {}, {}, {}
         self.ids([text for conversation, _ in found for text in conversation.texts()])
         return [conversation.verify(sequences) for conversation, sequences in found]
 
@@ -189,17 +190,22 @@ class Verifier:
     def ids(self, texts: list[str]) -> list[Ids]:
         """Ids of rendered texts, of which many share their beginnings, as in a long conversation.
 
-        Control tokens cut a text before anything else does, so each section from one to the next is tokenised once.
+        Control tokens cut a text before anything else does, so each section from one to the next is tokenised once;
+        in each batch, that gives the ids of its longest texts.
         """
-        if not (new := [*dict.fromkeys(text for text in texts if text not in self._known)]):
-            return [self._known[text] for text in texts]
-        parts = {text: [part for part in self._sections.split(text) if part] for text in new if len(new) > 8}
-        longest = sorted(new, key=len)[-3:]
-        found = self._tokenize([*longest, *(part for each in parts.values() for part in each)] if parts else new)
-        joined = {text: tuple(chain.from_iterable(map(found.__getitem__, each))) for text, each in parts.items()}
-        if not parts or any(joined[text] != found[text] for text in longest):
-            joined = self._tokenize(new)
-        self._known |= joined
+        new = [*dict.fromkeys(text for text in texts if text not in self._known)]
+        if not self._by_section and len(new) <= 8:
+            self._known |= self._tokenize(new)
+        elif new:
+            parts = {text: [part for part in self._sections.split(text) if part] for text in new}
+            longest = [] if self._by_section else sorted(new, key=len)[-3:]
+            missing = {part for each in parts.values() for part in each} - self._by_section.keys()
+            found = self._tokenize([*longest, *missing])
+            found, whole = self._by_section | found, {text: found[text] for text in longest}
+            joined = {text: tuple(chain.from_iterable(map(found.__getitem__, each))) for text, each in parts.items()}
+            same = all(joined[text] == ids for text, ids in whole.items())
+            self._by_section = found if same else {}
+            self._known |= joined if same else self._tokenize(new)
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: list[str]) -> dict[str, Ids]:
