@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from ma_sft.errors import TemplateError
@@ -154,6 +155,7 @@ def dropped_content(
     words = Placeholders(messages, tools, tags)
     kinds, lost, as_python = dict[str, int](), list[Lost](), False
 
+    @cache
     def written(end: int, *, prompt: bool = False) -> str:
         return render(words.messages[:end], words.tools, prompt)
 
@@ -179,14 +181,22 @@ def dropped_content(
         elif what.startswith("the argument"):
             as_python |= bool(re.search(rf"\{{'\w+': '{key}'", text))
             lost += [(key, " as a value", False)] * (f'\\"{key}' in text)  # JSON inside a JSON string is none
-    for n, key in enumerate(words.others):  # to write one is to write it unlike an empty text, or nothing
-        i, _ = words.values[key]
-        for value in (_LEFT_OUT, "")[: 2 if key[2] in (bool, int, float) else 1]:
-            blank = Placeholders(messages, tools, tags, (n, value))
+
+    @cache
+    def is_lost(i: int, n: int, kind: type) -> bool:
+        """Whether the n-th value is written as nothing is: unlike an empty text, too, if it is a number."""
+        for value in (_LEFT_OUT, "")[: 2 if kind in (bool, int, float) else 1]:
+            blank = Placeholders(messages[: i + 1], tools, tags, (n, value))
             with suppress(TemplateError):  # it reads the value
-                if i <= turns[-1] and render(blank.messages[: i + 1], blank.tools, False) == written(i + 1):
-                    lost.append((key, "", False))
-                    break
+                if render(blank.messages, blank.tools, False) == written(i + 1):
+                    return True
+        return False
+
+    first = dict[Any, tuple[int, int]]()  # a template writes an argument of one kind alike in all calls
+    for n, key in enumerate(words.others):
+        i, what = words.values[key]
+        if i <= turns[-1] and is_lost(*first.setdefault((what, *key[2:]), (i, n)), key[2]):
+            lost.append((key, "", False))
     return lost, as_python
 
 

@@ -1,9 +1,10 @@
 """`apply_chat_template` by minijinja, a Jinja in Rust, wherever it is seen to give the same text.
 
 minijinja takes a twentieth of the time, and differs from Jinja in a few things: what is a sequence, control characters
-as white space, very large numbers. So the first renderings of each *shape* (which messages follow each other, with
-which keys and kinds of values; tools; variables; prompt or not) are made by both. Where they differ, or minijinja
-refuses, transformers renders that shape. So it does whatever is known to differ (`describe` gives None).
+as white space, very large numbers. So it renders a conversation alone only once each of its *steps* was in renderings
+in which both agreed: which kind of message (its keys, its kinds of values) comes first, last, and behind which other
+one; with which tools and variables; prompt or not. Where they differ, or minijinja refuses, transformers' text is
+taken. So it is for whatever is known to differ (`describe` gives None).
 """
 
 import hashlib
@@ -23,10 +24,10 @@ from ma_sft.labels.apply_template import RunawayTemplateError, apply_template, c
 
 Message = dict[str, Any]
 
-PROOFS = 3  # renderings of a shape that both must agree on
+PROOFS = 3  # renderings with a step that both must agree on
 EVERY = 1000  # of so many later ones, one is compared
 _FUEL = 50_000_000  # instructions, about a second: what needs more goes to transformers, which has a time limit
-_SHAPES = 50_000
+_STEPS = 100_000
 _REFUSALS = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError)
 
 _MARKS = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
@@ -35,7 +36,7 @@ _USERS_NAMES = ("arguments", "properties", "parameters")  # whose keys are the u
 
 
 class DifferentTextError(Exception):
-    """minijinja gave another text than transformers for a shape that they had agreed on."""
+    """minijinja gave another text than transformers for a conversation of steps that they had agreed on."""
 
 
 class Renderer:
@@ -53,7 +54,8 @@ class Renderer:
         self.date = date or datetime.now().isoformat()
         self._special = dict(tokenizer.special_tokens_map)
         self._environments: dict[str, minijinja.Environment | None] = {}
-        self._agreed: dict[Any, int] = {}  # renderings of each shape on which both agreed; -1: one for transformers
+        self._agreed: dict[Any, int] = {}  # renderings with each step on which both agreed
+        self._alone = 0  # renderings by minijinja alone
 
     def render(
         self,
@@ -76,13 +78,12 @@ class Renderer:
         """
         if kinds is None:
             kinds = (*map(describe, messages), describe([tools, variables]))
-        known = self.fast and None not in kinds
-        key = (prompt, _shape(kinds)) if known else None
-        agreed = self._agreed.get(key, 0) if known else -1
-        if agreed >= PROOFS and (agreed - PROOFS + 1) % EVERY:
+        steps = [(prompt, *step) for step in _steps(kinds)] if self.fast and None not in kinds else []
+        trusted = bool(steps) and all(self._agreed.get(step, 0) >= PROOFS for step in steps)
+        if trusted and (self._alone + 1) % EVERY:
             text = self._quick(messages, tools, variables, prompt)
             if text is not None:
-                self._agreed[key] = agreed + 1
+                self._alone += 1
                 return text
         try:
             slow = apply_template(self.tokenizer, messages, tools, variables, prompt=prompt, date=self.date)
@@ -91,14 +92,13 @@ class Renderer:
         except _REFUSALS as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
-        if agreed >= 0:
-            same = self._quick(messages, tools, variables, prompt) == slow
-            if not same and agreed >= PROOFS:
-                self._agreed[key] = -1
-                raise DifferentTextError(f"minijinja renders {slow[:80]!r} otherwise")
-            if len(self._agreed) >= _SHAPES:
+        if steps and self._quick(messages, tools, variables, prompt) == slow:
+            if len(self._agreed) >= _STEPS:
                 self._agreed.clear()
-            self._agreed[key] = agreed + 1 if same else -1
+            self._agreed |= {step: self._agreed.get(step, 0) + 1 for step in steps}
+            self._alone += trusted
+        elif trusted:
+            raise DifferentTextError(f"minijinja renders {slow[:80]!r} otherwise")
         return slow
 
     def _quick(
@@ -178,17 +178,16 @@ def _describe(value: Any, key: str = "") -> str:
 
 
 @lru_cache(4096)
-def _shape(kinds: tuple[str | None, ...]) -> tuple[Any, ...]:
-    """Which messages follow each other, and how it begins and ends: a loop goes the same way for more of the same."""
+def _steps(kinds: tuple[str | None, ...]) -> tuple[tuple[str | None, ...], ...]:
+    """Which kinds of messages follow each other, and how it begins and ends: a loop goes by its neighbours."""
     *messages, rest = kinds
-    return (rest, *messages[:1], *messages[-1:], frozenset(pairwise(messages)))
+    return tuple((rest, *pair) for pair in {*pairwise(["", *messages, ""])})
 
 
 @lru_cache(4096)
 def digest(kinds: tuple[str | None, ...], *more: bool) -> str:
-    """A short name of a conversation's shape, the same in every process."""
-    rest, *ends, pairs = _shape(kinds)
-    shape = [rest, ends, sorted(map(str, pairs)), *more]
+    """A short name of a conversation's shape, which is all its steps; the same in every process."""
+    shape = [sorted(map(str, _steps(kinds))), *more]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
 
 
