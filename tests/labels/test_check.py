@@ -11,6 +11,7 @@ from real_tokenizers import _load_tokenizer
 from rich.console import Console
 
 from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
+from ma_sft.labels import check as check_module
 from ma_sft.labels.check import BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
@@ -297,7 +298,7 @@ def test_preview_writes_the_page(tmp_path):
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<pre ") == 2
 
 
-def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
+def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged(monkeypatch):
     tokenizer = load_tokenizer("smollm2")
     chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
     ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
@@ -309,10 +310,16 @@ def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
     odd = 151
     labels[odd] = [-100] * (at[odd] - 2) + ids[odd][at[odd] - 2 : -1] + [-100]  # the header is trained
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), sample=10)
+    conversations = Dataset.from_dict({"messages": chats})
+    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
     assert 11 <= report.judged_rows <= 20  # each of two shapes, and ten at random
+    assert "10 at random, and each of 2 shapes at least 5 times or wholly" in report.judged
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
+    monkeypatch.setattr(check_module, "BY_SHAPE", 5)
+    rows = rows.add_column("shape", [str(n) for n in range(300)])  # as where each conversation has many calls
+    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
+    assert f"10 at random, and {report.judged_rows} of 300 shapes at least once" in report.judged
 
 
 def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
