@@ -680,7 +680,9 @@ def lora_layers(trainer):
 
 
 def learning_rates(trainer):
-    return {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
+    """(whether it is LoRA's B, its learning rate) of the trained parameters"""
+    names = {id(p): "lora_B" in name for name, p in trainer.model.named_parameters()}
+    return {(names[id(p)], group["initial_lr"]) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
 FULL = {
@@ -712,8 +714,8 @@ ADAPTER = {
     "lora_preset": lambda run: set(lora_layers(run.trainer)) == {"q_proj", "k_proj", "v_proj", "o_proj"},
     "lora_config": lambda run: run.trainer.model.peft_config["default"].r == 3,
     "lora_dropout": lambda run: lora_layers(run.trainer)["q_proj"].lora_dropout["default"].p == 0.25,
-    "loraplus_lr_ratio": lambda run: learning_rates(run.trainer) == {1e-3, 4e-3},
-    "learning_rate": lambda run: min(learning_rates(run.trainer)) == 1e-3,
+    "loraplus_lr_ratio": lambda run: learning_rates(run.trainer) == {(False, 1e-3), (True, 4e-3)},
+    "learning_rate": lambda run: run.trainer.args.learning_rate == 1e-3,
     "merge": lambda run: not (run.out / "merged").exists(),
     "dtype": lambda run: run.trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16,
     "packing": lambda run: len(run.trainer.train_dataset) < 3 + 2,
@@ -773,7 +775,7 @@ PROVEN = {
     "overflow": "training/test_prepare.py::test_overflow_is_a_setting",
     "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",
-    "add_eos": "labels/test_encoder.py::test_a_template_without_an_end_trains_eos_if_the_recipe_says_so",
+    "add_eos": "labels/test_encoder.py::test_add_eos_ends_the_turns_of_a_template_that_writes_no_end",
     "rehearse": "training/test_rehearsal.py::test_it_can_be_turned_off_and_is_done_once",
     "peft_config": "training/test_rehearsal.py::test_methods_of_peft",
     "quantization_config": "training/test_methods.py::test_quantisations_of_transformers",

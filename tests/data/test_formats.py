@@ -25,39 +25,20 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}
     ("row", "format", "messages"),
     [
         ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 2+2?"}]}, ASSISTANT]},
-            "messages",
-            [USER, ASSISTANT],
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-            "messages",
-            [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
-        ),
-        (
-            {
-                "system": "Be brief.",
-                "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}],
-            },
-            "sharegpt",
-            [SYSTEM, user("x"), assistant("y")],
-        ),
+        ({"messages": [user([{"type": "text", "text": "What is 2+2?"}]), ASSISTANT]}, "messages", [USER, ASSISTANT]),
+        ({"messages": [USER, assistant(None, tool_calls=[CALL])]}, "messages",
+         [USER, assistant("", tool_calls=[CALL])]),
+        ({"system": "Be brief.", "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}]},
+         "sharegpt", [SYSTEM, user("x"), assistant("y")]),
         ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
         ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
         ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
-            "hh-rlhf",
-            [USER, ASSISTANT, user("Sure?"), assistant("Yes")],
-        ),
-        (
-            {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
-            "multiple-choice",
-            [user("Sky?\n1. red\n2. blue"), assistant("2. blue")],
-        ),
+        ({"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
+         "hh-rlhf", [USER, ASSISTANT, user("Sure?"), assistant("Yes")]),
+        ({"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
+         "multiple-choice", [user("Sky?\n1. red\n2. blue"), assistant("2. blue")]),
     ],
-)
+)  # fmt: skip
 def test_to_messages(row, format, messages):
     assert detect_format(row) == format
     assert to_messages(row) == messages
@@ -158,7 +139,7 @@ def test_headers_in_other_cases_and_in_chinese(row, format, tmp_path):
     [
         (
             ["Kundenfrage (Ask)", "Reply"],
-            "columns: {Kundenfrage (Ask): question, Reply: answer}}] if that is a question",
+            "{Kundenfrage (Ask): question, Reply: answer}}] if that is a question",
         ),
         (["客户的问题", "标准回复"], "columns: {客户的问题: question, 标准回复: answer}"),
         (["note", "memo"], "known are a question and its answer, messages, text; map columns to these names"),
@@ -186,13 +167,10 @@ def test_own_function_by_name(tmp_path):
 
 
 def test_formatting_func_on_rows_and_batches():
-    assert (
-        formatting_func({"instruction": "Add", "input": "2+2", "output": "4"}) == "###Question: Add 2+2\n###Answer: 4"
-    )
-    assert formatting_func({"instruction": ["Add", "Hi"], "input": ["2+2", ""], "output": ["4", "Yo"]}) == [
-        "###Question: Add 2+2\n###Answer: 4",
-        "###Question: Hi\n###Answer: Yo",
-    ]
+    said = formatting_func({"instruction": "Add", "input": "2+2", "output": "4"})
+    assert said == "###Question: Add 2+2\n###Answer: 4"
+    batch = formatting_func({"instruction": ["Add", "Hi"], "input": ["2+2", ""], "output": ["4", "Yo"]})
+    assert batch == [said, "###Question: Hi\n###Answer: Yo"]
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.jsonl")), ids=lambda path: path.stem)

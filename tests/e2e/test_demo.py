@@ -77,10 +77,3 @@ def test_merge_again_gives_the_same_model_and_refuses_to_overwrite(demo, tmp_pat
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [2]
     done = start("ma-sft", "merge", out, "-o", tmp_path / "again")
     assert done.returncode == 2 and "exists already" in done.stderr
-
-
-def test_report_is_self_contained(demo):
-    out, _, _ = demo
-    page = (out / "report.html").read_text()
-    assert "<polyline" in page and "Held-out answers" in page and "exact_match_after" in page
-    assert "http://" not in page and "https://" not in page and "<script" not in page

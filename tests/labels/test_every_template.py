@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, load_tokenizer
-from kinds_of_rows import ASK, ROWS, TOOLS, assistant, calls, result, user
+from helpers import ROOT, assistant, load_tokenizer, user
+from kinds_of_rows import ASK, ROWS, TOOLS, calls, result
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError
@@ -132,11 +132,9 @@ CASES = json.loads((ROOT / "tests/files/labels/cases.json").read_text(encoding="
 @pytest.mark.parametrize("as_text", [False, True], ids=["objects", "json"])
 def test_cases(case, as_text):
     """`as_text`: the arguments of calls are JSON text, as rows from files carry them."""
-    tokenizer = load_tokenizer("qwen3", own=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": case.get("add_special_tokens", [])})
+    tokenizer = load_tokenizer("qwen3", special=[*case.get("add_special_tokens", []), case.get("eos_token", "<s>")])
     if "template" in case:
-        tokenizer.chat_template = case["template"]
-        tokenizer.add_special_tokens({"eos_token": case["eos_token"]})
+        tokenizer.chat_template, tokenizer.eos_token = case["template"], case["eos_token"]
     else:
         tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
     encoder = ChatEncoder(tokenizer)

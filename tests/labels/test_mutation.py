@@ -4,7 +4,6 @@ import copy
 
 import pytest
 from helpers import load_tokenizer
-from transformers import AddedToken
 from trl_templates import trl_tokenizer
 
 from ma_sft.labels.encoder import ChatEncoder
@@ -180,9 +179,8 @@ MISCALLED = {
 
 
 def _tokenizer(name):
-    tokenizer = load_tokenizer(name, own=True) if name in REAL + SLOW else trl_tokenizer(name)
-    tokenizer.add_tokens([AddedToken("<|unused|>", special=True)])
-    return tokenizer
+    own = name in REAL + SLOW
+    return load_tokenizer(name, special=["<|unused|>"]) if own else trl_tokenizer(name, "<|unused|>")
 
 
 def _sequences(encoder, messages, tools=None):

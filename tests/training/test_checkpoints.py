@@ -9,20 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import QUICK, assistant, user, write_rows
 from patience import patience
 from processes import Run
 
 from ma_sft.training.checkpoints import COMPLETE, newest
 
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {i}?"},
-            {"role": "assistant", "content": " ".join(["so"] * (1 + i % 7 * 3)) + f" {i}."},
-        ]
-    }
-    for i in range(64)
-]
+SO = [" ".join(["so"] * (1 + i % 7 * 3)) + f" {i}." for i in range(64)]
+ROWS = [{"messages": [user(f"What is {i}?"), assistant(answer)]} for i, answer in enumerate(SO)]
 KINDS = {
     "rows": {},
     "packed": {"packing": True, "max_length": 96},
@@ -35,23 +29,12 @@ KINDS = {
 @pytest.fixture(scope="module")
 def base(tiny_bpe, tmp_path_factory):
     """Settings of a run of 30 steps with ten checkpoints and 2.5 epochs."""
-    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
     return {
-        "name": "r",
-        "model_name_or_path": str(tiny_bpe),
-        "dataset_name": str(rows),
-        "max_length": 64,
-        "max_steps": 30,
-        "save_steps": 3,
-        "save_total_limit": 2,
-        "logging_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 5,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "dtype": "float32",
-        "disable_tqdm": True,
+        **QUICK,
+        **{"name": "r", "model_name_or_path": str(tiny_bpe), "dataset_name": rows, "max_length": 64},
+        **{"max_steps": 30, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 2},
+        **{"per_device_train_batch_size": 5},
     }
 
 
@@ -147,7 +130,9 @@ def test_signal_saves_and_says_how_to_go_on(settings, number, code):
     assert not (run.out / "summary.json").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_signal_before_training_ends_at_once(settings, number, code):
     run = Run(settings)
     run.wait_for("recipe.json")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from datasets import Dataset
-from helpers import ROOT, start
+from helpers import QUICK, ROOT, assistant, start, user, write_rows
 from patience import PATIENCE
 from processes import Run, free_port, launcher
 from safetensors.torch import load_file
@@ -49,33 +49,15 @@ def engine(name: str) -> dict[str, str]:
 def base(tiny_bpe, tmp_path_factory):
     """Settings of a run of ten steps; the answers' lengths, and so the labels per process, differ a lot."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {i}?"},
-                {"role": "assistant", "content": " ".join(["so"] * (1 + i % 7 * 5)) + f" {i}."},
-            ]
-        }
-        for i in range(46)
-    ]
-    for name, part in (("rows", rows), ("held_out", rows[:5])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    answers = [" ".join(["so"] * (1 + i % 7 * 5)) + f" {i}." for i in range(46)]
+    rows = [{"messages": [user(f"What is {i}?"), assistant(answer)]} for i, answer in enumerate(answers)]
+    files = {name: write_rows(folder / f"{name}.jsonl", part) for name, part in (("rows", rows), ("few", rows[:5]))}
     return {
-        "name": "r",
-        "model_name_or_path": str(tiny_bpe),
-        "dataset_name": str(folder / "rows.jsonl"),
-        "eval_dataset": str(folder / "held_out.jsonl"),
-        "generate_eval": -1,
-        "max_new_tokens": 4,
-        "max_length": 96,
-        "max_steps": STEPS,
-        "save_steps": 5,
-        "logging_steps": 1,
-        "learning_rate": 5e-3,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "dtype": "float32",
-        "disable_tqdm": True,
+        **QUICK,
+        **{"name": "r", "model_name_or_path": str(tiny_bpe), "dataset_name": files["rows"]},
+        **{"eval_dataset": files["few"], "generate_eval": -1, "max_new_tokens": 4, "max_length": 96},
+        **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": 5, "learning_rate": 5e-3},
+        **{"per_device_train_batch_size": 8},
     }
 
 
@@ -181,12 +163,10 @@ def test_everybodys_error_is_said_once(base, tmp_path):
     assert "Traceback" not in run.text
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_error_in_the_rows_is_said_once(base, tmp_path, processes):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}\n')
-    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": str(rows)}
-    run = Run(settings, "--use_cpu", "true", processes=processes)
+def test_error_in_the_rows_is_said_once(base, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("Hi"), assistant("")]}])
+    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": rows}
+    run = Run(settings, "--use_cpu", "true", processes=2)
     assert run.finish() == 2
     assert run.text.count("rows.jsonl, line 1: the response is empty") == 1
     assert "Traceback" not in run.text
@@ -275,7 +255,7 @@ def test_configuration_is_what_its_engine_reads(monkeypatch, name):
     assert (zero.offload_param.device, zero.offload_optimizer.device) == (device, device)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
 def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
     env = launcher(name) | {"DS_ACCELERATOR": "cuda"}
     run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
@@ -290,13 +270,6 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(RunError, match=r"4 processes .* 2 GPU.* --num_processes 2"):
         check_launch(use_cpu=False)
     check_launch(use_cpu=True)
-
-
-def test_missing_flash_attention_falls_back_with_a_line(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 1, "attn_implementation": "flash_attention_2"}
-    run = Run(settings, "--packing", "true")
-    assert run.finish() == 0, run.text
-    assert run.text.count("flash_attention_2 is not installed for this machine: attention by PyTorch's SDPA") == 1
 
 
 @pytest.mark.slow

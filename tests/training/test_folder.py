@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers import QUICK, write_rows
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
@@ -16,19 +17,10 @@ ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in ran
 def finished(tiny_bpe, tmp_path_factory):
     """(settings, a finished run's folder) with checkpoints, adapter, merged model, report and TensorBoard's files."""
     home = tmp_path_factory.mktemp("folder")
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    settings = {
-        **{"model_name_or_path": str(tiny_bpe), "dataset_name": str(home / "rows.jsonl"), "use_peft": True},
-        **{
-            "eval_dataset": str(home / "rows.jsonl"),
-            "max_steps": 2,
-            "save_steps": 1,
-            "logging_steps": 1,
-            "bf16": False,
-            "dtype": "float32",
-        },
-        **{"disable_tqdm": True, "per_device_train_batch_size": 4, "report_to": ["tensorboard"]},
-    }
+    rows = write_rows(home / "rows.jsonl", ROWS)
+    more = {"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "eval_dataset": rows, "use_peft": True}
+    more |= {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4, "report_to": ["tensorboard"]}
+    settings = {**QUICK, **more}
     run(Recipe(**settings, output_dir=str(home / "run")))
     return settings, home / "run"
 
@@ -92,8 +84,9 @@ def test_resume_never_does_not_remove_another_recipes_run(again):
     assert files(out) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("recipe", ["{}", "[1]", '{"flour": "500 g"}', "broken", None])
-def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe):
+def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe, overwrite):
     _, start = again
     mine = tmp_path / "kitchen"
     mine.mkdir()
@@ -101,7 +94,7 @@ def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, re
     if recipe:
         (mine / "recipe.json").write_text(recipe)
     with pytest.raises(RecipeError, match="holds something that is not a run"):
-        start(output_dir=str(mine), overwrite_output_dir=True)
+        start(output_dir=str(mine), overwrite_output_dir=overwrite)
     assert (mine / "summary.json").read_text() == "{}"
 
 
@@ -200,7 +193,7 @@ def test_a_metric_that_is_not_there_is_said_before_training(finished, tmp_path):
 def test_figures_before_training_are_kept_for_a_run_that_goes_on(finished, tmp_path):
     settings, _ = finished
     out = tmp_path / "run"
-    recipe = Recipe(**settings, output_dir=str(out), learning_rate=0.1)
+    recipe = Recipe(**{**settings, "output_dir": str(out), "learning_rate": 0.1})
 
     class Die(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

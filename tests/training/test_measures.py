@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers import QUICK, write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
@@ -20,21 +21,19 @@ ROWS = [{"prompt": f"What is {i}?", "completion": "It is " + "so " * (i * i % 7)
 @pytest.fixture
 def settings(tiny_bpe, tmp_path):
     """A recipe's settings with training rows and two held-out files, `near` and `far`."""
-    for name, rows in (("rows", ROWS), ("near", ROWS[:5]), ("far", ROWS[5:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        **{"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run"), "max_steps": 2, "report_to": []},
-        **{"save_strategy": "no", "bf16": False, "dtype": "float32", "disable_tqdm": True, "logging_steps": 1},
-        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
-        **{"dataset_name": str(tmp_path / "rows.jsonl")},
-        **{"eval_dataset": [str(tmp_path / "near.jsonl"), str(tmp_path / "far.jsonl")]},
-    }
+    parts = {"rows": ROWS, "near": ROWS[:5], "far": ROWS[5:]}
+    rows, *held_out = [write_rows(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()]
+    places = {"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run")}
+    return {**QUICK, **places, "dataset_name": rows, "eval_dataset": held_out}
 
 
 def logs(out, key):
     return [log[key] for log in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in log]
 
 
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+BEST = {**EVERY_STEP, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+BEST_ANSWERS = {**BEST, "metric_for_best_model": "eval_exact_match", "generate_eval": 2, "max_new_tokens": 3}
 KINDS = [
     {"per_device_eval_batch_size": 1},
     {"per_device_eval_batch_size": 5},
@@ -49,8 +48,7 @@ def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(settings, tmp_
     found = []
     for number, kind in enumerate(KINDS):
         out = tmp_path / f"{number}"
-        more = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "output_dir": str(out)}
-        summary = run(Recipe(**{**settings, **more, **kind}))
+        summary = run(Recipe(**{**settings, **EVERY_STEP, "learning_rate": 0.0, "output_dir": str(out), **kind}))
         losses = logs(out, "eval_loss")
         # before, at both steps; the last step's is not made again for after
         assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, abs=1e-6)
@@ -78,25 +76,21 @@ def test_held_out_data_sets_keep_their_names(settings, labelled):
 
 @pytest.mark.parametrize("metric", ["eval_test_loss", "blue", "exact_match"])
 def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, metric):
-    more = {"metric_for_best_model": metric, "eval_strategy": "steps", "load_best_model_at_end": True}
     with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
-        run(Recipe(**{**settings, **more, "save_strategy": "steps"}))
+        run(Recipe(**{**settings, **BEST, "metric_for_best_model": metric}))
 
 
 def test_the_best_model_by_the_answers(settings, tmp_path):
-    more = {"metric_for_best_model": "eval_exact_match", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
-            "save_strategy": "steps", "load_best_model_at_end": True, "greater_is_better": True, "max_steps": 5,
-            "generate_eval": 2, "max_new_tokens": 3, "early_stopping_patience": 2}  # fmt: skip
-    summary = run(Recipe(**{**settings, **more}))
+    more = {"greater_is_better": True, "max_steps": 5, "early_stopping_patience": 2}
+    summary = run(Recipe(**{**settings, **BEST_ANSWERS, **more}))
     assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
 
 
 def test_answers_at_each_evaluation(settings, tmp_path):
-    more = {"eval_strategy": "steps", "eval_steps": 1, "generate_eval": 2, "max_new_tokens": 3, "rehearse": False}
-    run(Recipe(**{**settings, **more}))
-    assert logs(tmp_path / "run", "eval_exact_match") == []
-    run(Recipe(**{**settings, **more, "overwrite_output_dir": True, "predict_with_generate": True}))
-    assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 2
+    more = {**EVERY_STEP, "generate_eval": 2, "max_new_tokens": 3, "rehearse": False}
+    for wanted, found in ((False, []), (True, [0.0] * 2)):
+        run(Recipe(**{**settings, **more, "overwrite_output_dir": True, "predict_with_generate": wanted}))
+        assert logs(tmp_path / "run", "eval_exact_match") == found
 
 
 class Die(TrainerCallback):
@@ -111,9 +105,7 @@ class Die(TrainerCallback):
 
 
 def test_early_stopping_keeps_its_patience_when_the_run_goes_on(settings, tmp_path):
-    more = {"metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
-            "save_strategy": "steps", "load_best_model_at_end": True, "max_steps": 12,
-            "learning_rate": 3.0}  # fmt: skip
+    more = {**BEST, "metric_for_best_model": "eval_loss", "max_steps": 12, "learning_rate": 3.0}
 
     def start(out, *callbacks):
         def add(trainer):
@@ -163,21 +155,16 @@ def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, 
                 seen.append(state.global_step)
                 signal.raise_signal(signal.SIGINT)
 
-    more = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
-    recipe = Recipe(**{**settings, **more, "save_strategy": "steps", "save_steps": 500})
-
-    def first(trainer):
-        trainer.callback_handler.callbacks.insert(0, Press())
-
+    saves = {"per_device_eval_batch_size": 1, "save_strategy": "steps", "save_steps": 500}
+    recipe = Recipe(**{**settings, **EVERY_STEP, **saves})
     with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
-        run(recipe, on_trainer=first)
+        run(recipe, on_trainer=lambda trainer: trainer.callback_handler.callbacks.insert(0, Press()))
     assert seen == [1]
     assert run(recipe)["steps"] == 2
 
 
 def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(settings):
-    more = {"metric_for_best_model": "eval_exact_match", "eval_strategy": "steps", "eval_steps": 1, "generate_eval": 2,
-            "save_strategy": "steps", "save_steps": 500, "max_new_tokens": 40, "rehearse": False}  # fmt: skip
+    more = {**BEST_ANSWERS, "load_best_model_at_end": False, "save_steps": 500, "max_new_tokens": 40, "rehearse": False}
     recipe, seen = Recipe(**{**settings, **more}), []
 
     def press(trainer):
@@ -197,43 +184,34 @@ def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(set
     assert run(recipe)["steps"] == 2
 
 
-class Watch(TrainerCallback):
-    """The rows of each step, those of padding left out."""
-
-    def __init__(self, trainer):
-        self.steps = []
-        real = trainer.data_collator
-
-        def collate(rows):
-            self.steps.append(sum(any(label != -100 for label in row["labels"]) for row in rows))
-            return real(rows)
-
-        trainer.data_collator = collate
-
-
 def test_the_last_step_of_an_epoch_has_what_is_left(settings):
     del settings["eval_dataset"], settings["max_steps"]
     rows = Dataset.from_list([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 33)
     recipe = Recipe(**{**settings, "per_device_train_batch_size": 32, "num_train_epochs": 1})
-    trainer = make_trainer(recipe, train_dataset=rows)
-    watch = Watch(trainer)
+    trainer, steps = make_trainer(recipe, train_dataset=rows), []
+
+    def collate(rows, real=trainer.data_collator):
+        steps.append(sum(any(label != -100 for label in row["labels"]) for row in rows))  # without padding
+        return real(rows)
+
+    trainer.data_collator = collate
     trainer.train()
-    assert watch.steps == [32, 1]
+    assert steps == [32, 1]
 
 
 def test_neftune_scales_the_noise_by_each_documents_length(settings):
-    lengths = [3] * 40 + [48] * 4
-    rows = Dataset.from_list([{"input_ids": [7] * n, "labels": [7] * n} for n in lengths])
+    rows = Dataset.from_list([{"input_ids": [7] * n, "labels": [7] * n} for n in [3] * 40 + [48] * 4])
     recipe = Recipe(**settings, packing=True, max_length=64, neftune_noise_alpha=5.0)
     trainer = make_trainer(recipe, train_dataset=rows)
     embedding, batch = trainer.model.get_input_embeddings(), trainer.data_collator([trainer.train_dataset[0]])
     trainer.compute_loss(trainer.model.train(), dict(batch))
     noise = (embedding(batch["input_ids"]) - embedding.eval()(batch["input_ids"])).abs().amax(-1)[0]
     starts = [i for i, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
-    for start, end in pairwise([*starts, len(noise)]):
+    documents = list(pairwise([*starts, len(noise)]))
+    for start, end in documents:
         bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
         assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
-    assert len({end - start for start, end in pairwise([*starts, len(noise)])}) > 1
+    assert len({end - start for start, end in documents}) > 1
 
 
 def test_without_a_terminal_each_log_is_a_line(settings, capsys):
