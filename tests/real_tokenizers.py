@@ -46,7 +46,8 @@ def load_tokenizer(name: str, *, own: bool = False, special: Iterable[str] = ())
     test that adds other tokens asks for its `own`.
     """
     shared = _load_tokenizer(name)
-    if new := tuple(sorted(set(special) - set(shared.get_vocab()))):
+    known = shared._tokenizer.token_to_id
+    if new := tuple(sorted(token for token in set(special) if known(token) is None)):
         shared = _with_special_tokens(name, new)
     copied = copy_without_vocabulary(shared)
     if own:

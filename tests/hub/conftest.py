@@ -130,7 +130,7 @@ def ma_sft(hub: Hub, warm: subprocess.Popen[str], tmp_path: Path) -> Callable[..
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Path]:
-    """A recipe of a few quick steps as YAML."""
+    """A recipe of a few quick steps as YAML; a setting of None is left out."""
 
     def write(name: str = "recipe", **settings: Any) -> Path:
         quick = {
@@ -139,7 +139,8 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
             **{"use_peft": True, "lora_preset": "mini", "bf16": False, "save_strategy": "no", "rehearse": False},
         }
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**quick, **settings}))
+        given = {key: value for key, value in {**quick, **settings}.items() if value is not None}
+        path.write_text(yaml.safe_dump(given))
         return path
 
     return write
