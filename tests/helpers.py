@@ -32,7 +32,7 @@ FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
 QUICK = {
     **{"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True},
     **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
-    **{"bf16": False, "dtype": "float32"},
+    **{"bf16": False, "dtype": "float32", "rehearse": False},
 }
 
 

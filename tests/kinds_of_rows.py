@@ -57,3 +57,14 @@ ROWS = {
     "chinese": ([user("你好，世界"), assistant("谢谢 😀 再见")], None),
     "special text": ([user("What is <|im_end|> or <think>?"), assistant("A <|endoftext|> mark.")], None),
 }
+
+
+def judged(judge, messages, tools, examples, kwargs=None):
+    """Messages that are trained, and why the others are not; the judge has proven the former."""
+    trained = {turn.message for example in examples for turn in example.turns if turn.trained}
+    reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
+    assert trained | {*reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}
+    verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools, kwargs=kwargs)
+    assert (verdict.errors, verdict.unproven) == ([], []), verdict
+    assert len(verdict.proven) == len(trained) and sorted(verdict.untrained) == sorted(reasons), verdict
+    return trained, reasons

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset, DatasetDict
-from helpers import ROOT, save_tiny
+from helpers import ROOT, assistant, save_tiny, user, write_rows
 from processes import launcher
 from settings_page import settings_page, settings_types
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -40,18 +40,21 @@ def resolve(*args, **settings):
     return Recipe(**{**BASE, **settings}).resolve(args)
 
 
-def refused(*args, **settings):
+def error_of(function):
     with pytest.raises(RecipeError) as error:
-        resolve(*args, **settings)
-    assert "\n" not in str(error.value)
+        function()
     return str(error.value)
+
+
+def refused(*args, **settings):
+    message = error_of(lambda: resolve(*args, **settings))
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
 # the table
@@ -472,10 +475,10 @@ def test_secrets_are_not_shown():
 # what ma_sft does with TRL's settings
 
 
-def labelled(model, rows, **settings):
+def labelled(model, rows, *, held_out=False, **settings):
     settings = resolve(**{"model_name_or_path": str(model), "dataset_name": rows, **settings})
     tokenizer, added = load_tokenizer(settings)
-    return label(settings, tokenizer), tokenizer, added, settings
+    return label(settings, tokenizer, held_out=held_out), tokenizer, added, settings
 
 
 def test_completion_only_loss_false_trains_every_token(tiny_bpe, rows):
@@ -531,10 +534,9 @@ def test_chat_template_path_takes_a_file_or_a_tokenizer(tiny_bpe, tiny_qwen3, ro
 
 # Each setting that ma_sft does itself, with what shows it.
 
-SYSTEM = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}
-TWO_TURNS = {"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]}
-SAID = ("1", "<think>\nso\n</think>\n\none", "2", "<think>\nso\n</think>\n\ntwo")
-THOUGHTS = {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SAID)]}
+SYSTEM = {"messages": [user("a"), user("b"), assistant("c")]}
+TWO_TURNS = {"messages": [user("user"), assistant("assistant")] * 2}
+THOUGHTS = {"messages": [t for n in "12" for t in (user(n), assistant(f"<think>\nso\n</think>\n\n{n}"))]}
 
 
 @pytest.fixture(scope="module")
@@ -544,13 +546,10 @@ def see(tiny_bpe, tiny_qwen3, rows, tmp_path_factory):
 
     def look(content=None, *, held_out=False, thinks=False, **settings):
         if content is not None:
-            path = folder / f"{len(list(folder.iterdir()))}.jsonl"
-            path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in content))
-            settings = {"dataset_name": str(path), **settings}
+            path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", content)
+            settings = {"dataset_name": path, **settings}
         model = tiny_qwen3 if thinks else tiny_bpe
-        settings = resolve(**{"model_name_or_path": str(model), "dataset_name": rows, **settings})
-        tokenizer, _ = load_tokenizer(settings)
-        found = label(settings, tokenizer, held_out=held_out)
+        found, tokenizer, *_ = labelled(model, rows, held_out=held_out, **settings)
         texts = [tokenizer.decode(ids) for ids in found.dataset["input_ids"]]
         trained = [tokenizer.decode([i for i in ids if i != -100]) for ids in found.dataset["labels"]]
         return texts, trained, found
@@ -567,15 +566,8 @@ def splits(see):
 
 
 def weighted(see, **settings):
-    few = see.folder / "few.jsonl"
-    few.write_text(json.dumps(ROWS[0]) + "\n")
-    return len(see(datasets=[{"path": p, "weight": 1} for p in (see.rows, str(few))], dataset_name=None, **settings)[0])
-
-
-def near_duplicates_stay_together(see):
-    with pytest.raises(RecipeError, match="1 groups that stay together"):
-        see([ROWS[0]] * 4, test_size=2, test_near_duplicates=0.9)
-    return True
+    few = write_rows(see.folder / "few.jsonl", ROWS[:1])
+    return len(see(datasets=[{"path": p, "weight": 1} for p in (see.rows, few)], dataset_name=None, **settings)[0])
 
 
 def marked(see):
@@ -592,7 +584,9 @@ LABELS = {
     "datasets": lambda see: len(see(dataset_name=None, datasets=[see.rows, see.rows])[0]) == 8,
     "eval_dataset": lambda see: len(see(ROWS[:1], eval_dataset=[see.rows], held_out=True)[0]) == 4,
     "test_size": lambda see: len(see(test_size=1)[0]) == 3,
-    "test_near_duplicates": lambda see: near_duplicates_stay_together(see),
+    "test_near_duplicates": lambda see: "1 groups that stay together" in error_of(
+        lambda: see([ROWS[0]] * 4, test_size=2, test_near_duplicates=0.9)
+    ),
     "filters": lambda see: len(see([*ROWS, *ROWS], filters={"exact_duplicates": True})[0]) == 4,
     "stopping_strategy": lambda see: weighted(see, stopping_strategy="all_exhausted") > weighted(see),
     "dataset_streaming": lambda see: (
@@ -779,8 +773,8 @@ PROVEN = {
     "rehearse": "training/test_rehearsal.py::test_it_can_be_turned_off_and_is_done_once",
     "peft_config": "training/test_rehearsal.py::test_methods_of_peft",
     "quantization_config": "training/test_methods.py::test_quantisations_of_transformers",
-    "predict_with_generate": "training/test_measures.py::test_answers_at_each_evaluation",
-    "early_stopping_patience": "training/test_measures.py::test_the_best_model_by_the_answers",
+    "predict_with_generate": "training/test_evaluation.py::test_answers_at_each_evaluation",
+    "early_stopping_patience": "training/test_evaluation.py::test_the_best_model_by_the_answers",
     "fsdp": "test_settings.py::test_spellings_of_fsdp",
     "parallelism_config": "test_settings.py::test_parallelism_config_is_a_mapping",
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",

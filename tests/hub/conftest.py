@@ -20,13 +20,14 @@ from hub.server import Hub
 
 # Imports everything once; each line of stdin is a command that a fork of it runs, with its own cache and token.
 WARM = """
-import json, os, sys
+import gc, json, os, sys
 import ma_sft, datasets, deepspeed, torch, transformers, trl, peft.tuners.lora, huggingface_hub.constants as constants
 import datasets.packaged_modules.json.json, transformers.models.qwen3.modeling_qwen3
 import ma_sft.cli, ma_sft.sft, ma_sft.hub, ma_sft.release.merge, ma_sft.tools.memory, ma_sft.training.checkpoints
 import ma_sft.training.prepare, ma_sft.pages.report, ma_sft.data.mixture
 ma_sft.config.known_settings()
 torch.set_num_threads(1)
+gc.freeze()
 for line in sys.stdin:
     command = json.loads(line)
     child = os.fork()

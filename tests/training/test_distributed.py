@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from helpers import QUICK, ROOT, assistant, start, user, write_rows
 from patience import PATIENCE
@@ -67,6 +68,20 @@ def outcome(out: Path) -> tuple[list[float], dict[str, torch.Tensor], dict]:
     losses = [log["loss"] for log in state["log_history"] if "loss" in log]
     (weights,) = [*out.glob("model/model.safetensors"), *out.glob("adapter/adapter_model.safetensors")]
     return losses, load_file(weights), json.loads((out / "summary.json").read_text())
+
+
+def two(base: dict, folder: Path, *args: str, env: dict[str, str] | None = None, **settings: object) -> Run:
+    """Two processes of a run, started on CPUs."""
+    flags = ("--use_cpu", "true", *args) if env is None else args
+    return Run({**base, "output_dir": str(folder / "run"), **settings}, *flags, processes=2, env=env)
+
+
+def one_error(run: Run) -> str:
+    """The one line in which both processes end."""
+    assert run.finish() == 2, run.text
+    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in run.text
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +149,7 @@ def test_killed_and_resumed(base, tmp_path, name):
 
 
 def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
-    run = Run(settings, "--use_cpu", "true", processes=2)
+    run = two(base, tmp_path, max_steps=100_000)
     run.wait_for("checkpoint-5")
     os.kill(run.processes[1].pid, signal.SIGTERM)
     assert run.finish(30 * PATIENCE) == 0, run.text
@@ -144,32 +158,26 @@ def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
 
 
 def test_dead_process_ends_the_other_with_one_line(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
-    run = Run(settings, "--use_cpu", "true", processes=2)
+    run = two(base, tmp_path, max_steps=100_000)
     run.wait_for("checkpoint-5")
     run.processes[1].kill()
-    assert run.finish() == 2
-    assert run.text.count("error: lost another process of the run") == 1
-    assert "Traceback" not in run.text
+    assert one_error(run).startswith("error: lost another process of the run")
 
 
 def test_everybodys_error_is_said_once(base, tmp_path):
-    run = Run(
-        {**base, "output_dir": str(tmp_path / "run")}, "--use_cpu", "true", "--learning_rate", "1e38", processes=2
-    )
-    assert run.finish() == 2
-    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    line = one_error(two(base, tmp_path, "--learning_rate", "1e38"))
     assert line.startswith(("error: loss is", "error: grad_norm is"))
-    assert "Traceback" not in run.text
 
 
 def test_error_in_the_rows_is_said_once(base, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("Hi"), assistant("")]}])
-    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": rows}
-    run = Run(settings, "--use_cpu", "true", processes=2)
-    assert run.finish() == 2
-    assert run.text.count("rows.jsonl, line 1: the response is empty") == 1
-    assert "Traceback" not in run.text
+    assert "rows.jsonl, line 1: the response is empty" in one_error(two(base, tmp_path, dataset_name=rows))
+
+
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
+def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
+    run = two(base, tmp_path, env=launcher(name) | {"DS_ACCELERATOR": "cuda"})
+    assert "the launcher asks for a GPU and PyTorch finds none" in one_error(run)
 
 
 def ranks(local_ranks: tuple[int, int]) -> list[dict[str, str]]:
@@ -237,31 +245,19 @@ def test_configuration_is_what_its_engine_reads(monkeypatch, name):
     for key, value in launcher(name).items():
         monkeypatch.setenv(key, value)
     if name == "fsdp2":
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
         plugin = FullyShardedDataParallelPlugin()
         assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
         assert plugin.state_dict_type.name == "FULL_STATE_DICT"
         return
-    from accelerate.utils import DeepSpeedPlugin
+    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
+    config = {**DeepSpeedPlugin().deepspeed_config, **filled, "gradient_clipping": 1.0}
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = DeepSpeedPlugin().deepspeed_config
-    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
-    zero = DeepSpeedConfig({**config, **filled, "gradient_clipping": 1.0}).zero_config
+    zero = DeepSpeedConfig(config).zero_config
     assert zero.stage == int(name[4])
     assert zero.gather_16bit_weights_on_model_save == (zero.stage == 3)
     device = "cpu" if name == "zero3_offload" else "none"
     assert (zero.offload_param.device, zero.offload_optimizer.device) == (device, device)
-
-
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
-def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
-    env = launcher(name) | {"DS_ACCELERATOR": "cuda"}
-    run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
-    assert run.finish() == 2
-    assert "error: the launcher asks for a GPU and PyTorch finds none" in run.text
-    assert "Traceback" not in run.text
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -362,15 +358,10 @@ def test_gpu_check_on_a_cpu(tmp_path):
     lines = [line.split(" | ") for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("| ")]
     cases = {cells[0].removeprefix("| "): cells[1:] for cells in lines[2:]}
     measured = {name for name, cells in cases.items() if not cells[0].startswith("not measured")}
-    assert measured >= {
-        "LoRA",
-        "LoRA, packed",
-        "full, packed",
-        "full, packed, selective checkpointing",
-        "QLoRA, packed",
-    }
+    selective = "packed, selective checkpointing"
+    assert measured >= {"LoRA", "LoRA, packed", "full, packed", f"full, {selective}", "QLoRA, packed"}
     # Selective checkpointing with an adapter ends plain TRL 1.16 in its first step
-    alone = measured & {"LoRA, packed, selective checkpointing"}
+    alone = measured & {f"LoRA, {selective}"}
     assert all(float(cell.replace(",", "")) > 0 for name in measured - alone for cell in cases[name][:3])
     assert all(cases[name][1].startswith("not measured: ValueError") for name in alone), cases
     reasons = {name: cells[0] for name, cells in cases.items() if name not in measured}

@@ -41,6 +41,15 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.fixture
+def another(finished, tmp_path):
+    """Makes recipes of another run like it, in `tmp_path / "run"`."""
+    return lambda **more: Recipe(**{**finished[0], "output_dir": str(tmp_path / "run"), **more})
+
+
+ANSWERS = {"generate_eval": 1, "max_new_tokens": 2}
+
+
 def test_all_that_a_run_leaves_has_a_known_name_and_is_inside_its_folder(finished):
     _, out = finished
     assert [path.name for path in out.iterdir() if not _WRITTEN.fullmatch(path.name)] in ([], [".lock"])
@@ -134,10 +143,8 @@ class Fail(TrainerCallback):
             raise RuntimeError("out of luck\nand more")
 
 
-def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
-    settings, _ = finished
-    out = tmp_path / "run"
-    recipe = Recipe(**settings, output_dir=str(out))
+def test_held_out_rows_that_fail_after_training(another, tmp_path, capfd):
+    out, recipe = tmp_path / "run", another()
     summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Fail()))
     assert summary["failed"] == {"the held-out rows after training": "RuntimeError: out of luck"}
     assert json.loads((out / "summary.json").read_text()) == summary and summary["steps"] == 2
@@ -149,79 +156,58 @@ def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_metric_and_merge_that_fail_after_training(finished, tmp_path, tiny_bpe, capfd):
-    settings, _ = finished
+def test_metric_and_merge_that_fail_after_training(another, tmp_path, tiny_bpe):
     (tmp_path / "bad.py").write_text("def metric(answer, reference):\n    return 1 / 0\n")
-    base = shutil.copytree(tiny_bpe, tmp_path / "base")
-    more = {"generate_eval": 1, "max_new_tokens": 2, "metric": f"{tmp_path}/bad.py:metric", "max_steps": 1}
-    recipe = Recipe(
-        **{**settings, **more, "model_name_or_path": str(base)},
-        output_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+    base, out = shutil.copytree(tiny_bpe, tmp_path / "base"), tmp_path / "run"
+    metric = {**ANSWERS, "metric": f"{tmp_path}/bad.py:metric"}
 
     class Vanish(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
             (base / "model.safetensors").unlink()
 
+    recipe = another(**metric, max_steps=1, model_name_or_path=str(base))
     summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Vanish()))
     assert set(summary["failed"]) == {"grading the answers", "merging the adapter"}
     assert "ZeroDivisionError" in summary["failed"]["grading the answers"]
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "merged").exists()
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (out / "report.html").is_file() and not (out / "merged").exists()
 
 
-def test_markup_and_control_characters_are_text_at_the_end_of_a_run(finished, tmp_path):
-    settings, _ = finished
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"}) + "\n" for i in range(3))
-    )
-    more = {"name": "[/x]", "dataset_name": str(rows), "generate_eval": 1, "max_new_tokens": 2, "max_steps": 1}
-    summary = run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
-    assert "failed" not in summary and (tmp_path / "run" / "summary.json").is_file()
+def test_markup_and_control_characters_are_text_at_the_end_of_a_run(another, tmp_path):
+    rows = ({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"} for i in range(3))
+    more = {"name": "[/x]", "dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "max_steps": 1, **ANSWERS}
+    assert "failed" not in run(another(**more)) and (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_metric_that_is_not_there_is_said_before_training(finished, tmp_path):
-    settings, _ = finished
-    recipe = Recipe(**settings, generate_eval=1, metric="none:such",
-                    output_dir=str(tmp_path / "run"))  # fmt: skip
+def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
     with pytest.raises(RecipeError, match="none:such"):
-        run(recipe)
+        run(another(generate_eval=1, metric="none:such"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_figures_before_training_are_kept_for_a_run_that_goes_on(finished, tmp_path):
-    settings, _ = finished
-    out = tmp_path / "run"
-    recipe = Recipe(**{**settings, "output_dir": str(out), "learning_rate": 0.1})
-
+def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
     class Die(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 raise RunError("killed")
 
     with pytest.raises(RunError, match="killed"):
-        run(recipe, on_trainer=lambda trainer: trainer.add_callback(Die()))
-    whole = run(Recipe(**{**recipe.settings, "output_dir": str(tmp_path / "whole")}))
-    went_on = run(recipe)
+        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die()))
+    whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
+    went_on = run(another(learning_rate=0.1))
     assert went_on["evaluation"] == whole["evaluation"]
     assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
-def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(finished, tmp_path, tiny_bpe, use_peft):
+def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(another, tmp_path, tiny_bpe, use_peft):
     """transformers refuses to save it in a configuration that changed, as ours does by its end ids."""
-    settings, _ = finished
     base = shutil.copytree(tiny_bpe, tmp_path / "base")
     said = {"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "stop_strings": ["zz"]}
     (base / "generation_config.json").write_text(json.dumps(said))
-    out = tmp_path / "run"
-    more = {"model_name_or_path": str(base), "use_peft": use_peft, "generate_eval": 1, "max_new_tokens": 2}
-    summary = run(Recipe(**{**settings, **more}, output_dir=str(out)))
-    assert "failed" not in summary
-    saved = ["merged"] if use_peft else ["model", "checkpoint-1"]
-    for folder in saved:
-        found = json.loads((out / folder / "generation_config.json").read_text())
+    assert "failed" not in run(another(model_name_or_path=str(base), use_peft=use_peft, **ANSWERS))
+    for folder in ["merged"] if use_peft else ["model", "checkpoint-1"]:
+        found = json.loads((tmp_path / "run" / folder / "generation_config.json").read_text())
         assert found.items() >= said.items() and found["eos_token_id"]
 
 
@@ -236,11 +222,9 @@ def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(finished, tmp_
         ('{"stop_strings": 3}', "cannot be followed: 'int' object is not iterable"),
     ],
 )
-def test_broken_generation_config_of_the_base_is_one_line_before_training(finished, tmp_path, tiny_bpe, said, found):
-    settings, _ = finished
+def test_broken_generation_config_of_the_base_is_one_line_before_training(another, tmp_path, tiny_bpe, said, found):
     base = shutil.copytree(tiny_bpe, tmp_path / "base")
     (base / "generation_config.json").write_text(said)
-    more = {"model_name_or_path": str(base), "generate_eval": 1, "max_new_tokens": 2}
     with pytest.raises(RecipeError, match=f"generation_config.json.*{found}") as error:
-        run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
+        run(another(model_name_or_path=str(base), **ANSWERS))
     assert "\n" not in str(error.value) and not (tmp_path / "run/checkpoint-1").exists()

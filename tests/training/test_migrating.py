@@ -19,7 +19,7 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/mig
 def names(tmp_path, tiny):
     """What a script has before it makes its trainer."""
     classes = (SFTTrainer, SFTConfig, DataCollatorForCompletionOnlyLM, ConstantLengthDataset)
-    short = {key: value for key, value in QUICK.items() if key not in ("dtype", "gradient_checkpointing")}
+    short = {key: value for key, value in QUICK.items() if key not in ("dtype", "gradient_checkpointing", "rehearse")}
     return {
         **{kind.__name__: kind for kind in classes},
         "tokenizer": AutoTokenizer.from_pretrained(tiny),
