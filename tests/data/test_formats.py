@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers import ROOT, assistant, system, user
 
 from ma_sft import FormatError, to_messages, to_messages_batch
-from ma_sft.data.formats import FORMATS, detect_format, message_features
+from ma_sft.data.formats import FORMATS, BadAnswer, detect_format, message_features
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.messages import to_tools
 from ma_sft.data.mixture import load_mixture
@@ -19,6 +19,12 @@ USER = user("What is 2+2?")
 ASSISTANT = assistant("4")
 SYSTEM = system("Be brief.")
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+PARTS = [{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "yes"}]
+
+
+def calling(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [user("q"), assistant("", tool_calls=[call])]}
 
 
 @pytest.mark.parametrize(
@@ -106,14 +112,34 @@ def test_to_messages(row, format, messages):
         ({"conversation": [{"input": "a", "question": "b", "output": "c"}]}, "one question and one answer expected"),
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
         ({"question": "q", "answer": "a", "chat_template_kwargs": "on"}, "'chat_template_kwargs': not valid JSON"),
+        ({"messages": [user("q"), assistant(PARTS)]}, "a whole with"),
+        ({"messages": [user("q"), assistant([{**PARTS[1], "image": "x"}])]}, "messages[1].content[0].image': only"),
+        ({"messages": [user("q"), assistant("a", value="b")]}, "content and value hold different texts"),
+        ({"messages": [user("q"), {"role": "assistant", "from": "human", "content": "a"}]},
+         'role str "assistant" and from str "human"'),
+        (calling(0), "a JSON object expected, found int 0"),
+        (calling('{"a": NaN}'), "a number that JSON does not have"),
+        (calling('{"a": 1e999}'), "a number that JSON does not have"),
+        (calling('{"a": 1, "a": 2}'), "the key 'a' stands twice in one object"),
+        ({"messages": [user("q"), assistant("\u200b\ufeff ")]}, "the response is empty"),
+        ({"question": "q", "options": ["x", "y"], "answer": "A", "answer_index": 1},
+         "'answer_index' and 'answer' mean different choices: 1, 'A'"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "'labels[1]': bool false marks a wrong"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True]}, "field 'labels': one for each of 2 completions"),
+        ({"prompt": "q", "completions": ["a", 2]}, "field 'completions[1]': text expected"),
+        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "scripts/sft_vlm.py trains on images"),
+        ({"messages": [{**user("x"), "images": ["1.jpg"]}, ASSISTANT]}, "field 'messages[0].images'"),
+        *(({"question": "q", "answer": "a", "label": number}, "write true or false") for number in (0, 1)),
+        *(({"question": "q", "answer": "a", **mark}, f"leave it out (ignore: [{name}])")
+          for name, mark in (("loss_mask", {"loss_mask": [0, 1]}), ("weight", {"weight": 0.5}))),
         ({"x" * i: "y" for i in range(1, 60)}, "and 39 more"),
     ],
-)
+)  # fmt: skip
 def test_refused(row, message):
     with pytest.raises(FormatError) as error:
         to_messages(row)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value, BadAnswer) == ("marks a wrong" in message)
 
 
 @pytest.mark.parametrize(

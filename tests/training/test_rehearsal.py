@@ -30,6 +30,11 @@ def rehearsed(kind, *, tied=None, added=(), config=None, **more):
     return rehearse_here(Recipe(**chosen).resolve(), config, tokens, list(added))
 
 
+def slow(*kinds):
+    """Models like one that is tried with the fast tests."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def refused(kind, **more):
     with pytest.raises(RecipeError) as error:
         rehearsed(kind, **more)
@@ -99,7 +104,7 @@ def test_methods_of_peft_that_train_tokens_before_a_sequence(method):
     assert "in no weight; set packing=false, merge=false" in refused("llama", **more, packing=True)
 
 
-@pytest.mark.parametrize("kind", ["opt", "bloom", "biogpt", "falcon", "qwen3_next", "qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize("kind", ["opt", "falcon", "qwen3_next", *slow("bloom", "biogpt", "qwen3_5_text", "falcon_h1")])
 def test_packing_that_leaks_or_needs_kernels(kind):
     leaks = kind in ("opt", "bloom", "biogpt", "falcon")
     message = refused(kind, packing=True, use_peft=leaks)
@@ -112,7 +117,7 @@ def test_other_ways_to_pack_leak_too(more):
     assert f"set {next(iter(more))}=false" in refused("opt", use_peft=True, **more)
 
 
-@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "mamba", "falcon_mamba", "mpt", "minimax"])
+@pytest.mark.parametrize("kind", ["jamba", "mamba", "minimax", *slow("recurrent_gemma", "falcon_mamba", "mpt")])
 def test_state_space_models_full_fine_tuning(kind):
     """What cannot be kept apart is refused, or what the library says of it is told."""
     try:
