@@ -778,7 +778,7 @@ PROVEN = {
     "fsdp": "test_settings.py::test_spellings_of_fsdp",
     "parallelism_config": "test_settings.py::test_parallelism_config_is_a_mapping",
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
-    "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_a_run_and_nothing_else",
+    "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_all_that_a_run_left_inside_its_folder",
     "save_only_model": "training/test_folder.py::test_a_model_alone_is_nothing_to_go_on_from",
     "resume": "training/test_checkpoints.py::test_changed_data_is_refused",
     "resume_from_checkpoint": "training/test_streams.py::test_a_stream_goes_on_where_it_stopped_or_refuses",

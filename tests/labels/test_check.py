@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import TOKENIZERS, assistant, load_tokenizer, system, user, write_rows
-from real_tokenizers import _load_tokenizer
 from rich.console import Console
 
 from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
@@ -33,7 +32,7 @@ def chat(*texts: str) -> list[dict[str, object]]:
 
 
 def labelled(name: str, **settings) -> tuple[Dataset, Dataset, ChatEncoder]:
-    encoder = ChatEncoder(_load_tokenizer(name), **settings)
+    encoder = ChatEncoder(load_tokenizer(name), **settings)
     conversations = Dataset.from_dict({"messages": [chat(*texts) for texts in CHATS]})
     return tokenised(encoder, conversations), conversations, encoder
 
@@ -45,7 +44,7 @@ def tokenised(encoder: ChatEncoder, conversations: Dataset) -> Dataset:
 
 
 def test_several_processes_find_what_one_finds():
-    encoder = ChatEncoder(_load_tokenizer("smollm2"))
+    encoder = ChatEncoder(load_tokenizer("smollm2"))
     conversations = Dataset.from_list([{"messages": chat(f"q{n}", f"a{n}"), "origin": f"line {n}"} for n in range(250)])
     wrong = broken(tokenised(encoder, conversations), 170, without_a_token)
     tokenizer = encoder.tokenizer
@@ -262,7 +261,7 @@ def test_pieces_are_the_row_cut_up(name):
 
 
 def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     (example,) = ChatEncoder(tokenizer).encode([chat("<script>alert(1)</script>", "<b>no</b>")])[0]
     page = preview_html([{"input_ids": example.input_ids, "labels": example.labels}], tokenizer, title="a & b")
     body = page[page.index("<pre ") :]
@@ -274,7 +273,7 @@ def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
 
 
 def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     (example,) = ChatEncoder(tokenizer).encode([chat("\x1b[31mred", "fine")])[0]
     rows = [{"input_ids": example.input_ids, "labels": example.labels}]
     output = shown(preview_text(rows, tokenizer, borders=True))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOKENIZERS, assistant, load_tokenizer, user, write_rows
-from real_tokenizers import _load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import DataCollatorForCompletionOnlyLM, Recipe, ResponseTemplateError, tokenize_conversation
@@ -61,7 +60,7 @@ def test_same_batch_as_trl_0(case):
 
 
 def test_positional_tokenizer_and_padding_multiple():
-    tokenizer = _load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3")
     collator = DataCollatorForCompletionOnlyLM("###Answer:", None, tokenizer, pad_to_multiple_of=16)
     batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
     assert batch["input_ids"].shape == (1, 16) and batch["input_ids"].dtype == torch.int64
@@ -77,7 +76,7 @@ def test_positional_tokenizer_and_padding_multiple():
     ["###Answer:", "\n###Answer:", "### Answer:", "\n#ASSISTANT:", "### Response:\n", "回答：", "###Answer: "],
 )
 def test_a_template_is_found_whatever_merged_in_front(name, template):
-    tokenizer = _load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     collator = DataCollatorForCompletionOnlyLM(template, tokenizer=tokenizer)
     for before in ("Hi", "Hi.", "Hi.\n", "Hi.\n\n", "Hi ", "你好。", "", "😀\n"):
         text = before + template + ("The end" if template[-1].isspace() else " The end")
@@ -167,7 +166,7 @@ def test_same_labels_as_the_conversation_path(name, instruction, response):
 
 
 def test_labels_that_mask_something_are_kept_and_a_plain_copy_is_not():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     ids = encode(tokenizer, "###Question: a\n###Answer: b")
     collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, ignore_index=-1)
     packed, labels = ids + ids, collator.labels_for(ids) * 2
@@ -190,7 +189,7 @@ def test_a_missing_template_names_row_ids_place_and_remedy():
 
 def test_ids_that_do_not_match_the_context_get_the_ids_that_do():
     """MA-RLHF's `encode("###Answer:")` on Llama-2: the bare string has a space token that the row does not."""
-    tokenizer = _load_tokenizer("llama2")
+    tokenizer = load_tokenizer("llama2")
     row = encode(tokenizer, "###Question: a\n###Answer: b")
     bare = tokenizer.encode("###Answer:", add_special_tokens=False)
     collator = DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer)

@@ -89,7 +89,7 @@ def logits(model):
         ({"lora_preset": "mini", "lora_r": 4, "lora_target_modules": ["k_proj"]},
          {"r": 4, "lora_alpha": 8, "target_modules": {"k_proj"}}),
         ({"lora_config": {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]},
-          "use_dora": True},
+          "lora_preset": "mini", "use_dora": True},
          {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
         ({"lora_config": '{"r": 3}'}, {"r": 3}),
     ],

@@ -2,13 +2,13 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from helpers import QUICK, write_rows
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
-from ma_sft.training.checkpoints import _WRITTEN
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
 
@@ -50,19 +50,17 @@ def another(finished, tmp_path):
 ANSWERS = {"generate_eval": 1, "max_new_tokens": 2}
 
 
-def test_all_that_a_run_leaves_has_a_known_name_and_is_inside_its_folder(finished):
-    _, out = finished
-    assert [path.name for path in out.iterdir() if not _WRITTEN.fullmatch(path.name)] in ([], [".lock"])
-    assert [*out.glob("runs/*/events.out.tfevents.*")]
-    assert {path.name for path in out.parent.iterdir()} == {"rows.jsonl", "run"}
-
-
-def test_overwrite_removes_a_run_and_nothing_else(again):
+def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
     out, start = again
+    assert [*out.glob("runs/*/events.out.tfevents.*")]
     (out / "checkpoint-7").mkdir()  # cut off while it was written
     (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    began = time.time()
     start(overwrite_output_dir=True, use_peft=False)
-    assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
+    assert (out / "model").is_dir() and {path.name for path in out.parent.iterdir()} == {"run"}
+    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    old = [path for path in left if path.stat().st_mtime < began]
+    assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x"])
@@ -88,23 +86,30 @@ def test_resume_never_does_not_remove_another_recipes_run(again):
     out, start = again
     (out / "summary.json").unlink()
     before = files(out)
-    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate None -> 1.0\)"):
+    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate 0.01 -> 1.0\)"):
         start(resume="never", learning_rate=1.0)
     assert files(out) == before
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("recipe", ["{}", "[1]", '{"flour": "500 g"}', "broken", None])
-def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe, overwrite):
+@pytest.mark.parametrize(
+    ("files", "overwrite"),
+    [
+        *(
+            ({"summary.json": "{}", "recipe.json": text}, True)
+            for text in ("{}", "[1]", '{"flour": "500 g"}', "broken")
+        ),
+        *(({"summary.json": "{}"}, True), ({"thesis.tex": "mine"}, True), ({"thesis.tex": "mine"}, False)),
+    ],
+)
+def test_a_strangers_folder_is_no_run_whatever_its_files_are_called(again, tmp_path, files, overwrite):
     _, start = again
     mine = tmp_path / "kitchen"
     mine.mkdir()
-    (mine / "summary.json").write_text("{}")
-    if recipe:
-        (mine / "recipe.json").write_text(recipe)
+    for name, text in files.items():
+        (mine / name).write_text(text)
     with pytest.raises(RecipeError, match="holds something that is not a run"):
         start(output_dir=str(mine), overwrite_output_dir=overwrite)
-    assert (mine / "summary.json").read_text() == "{}"
+    assert {path.name: path.read_text() for path in mine.iterdir() if path.name != ".lock"} == files
 
 
 @pytest.mark.parametrize("wrong", [{"dataset_name": "nowhere.jsonl"}, {"max_length": 3}])
