@@ -655,7 +655,7 @@ def full(tiny_bpe, rows, tmp_path_factory):
         learning_rate=1.0, report_to=["tensorboard"], save_strategy="steps", save_steps=1, save_total_limit=1,
         dataloader_drop_last=True, test_size=1, generate_eval=1, max_new_tokens=3, freeze=["embed"],
         metric=f"{tmp_path_factory.getbasetemp()}/grade.py:one", model_init_kwargs={"attn_implementation": "eager"},
-        padding_free=True, logging_nan_inf_filter=False, check=False, logging_steps=1, hub_token="hf_secret",
+        padding_free=True, logging_nan_inf_filter=False, check=False, logging_steps=1,
     )  # fmt: skip
 
 
@@ -725,11 +725,6 @@ ADAPTER = {
 )
 def test_setting_shows_in_a_run(kind, name, request):
     assert {**FULL, **ADAPTER}[name](request.getfixturevalue(kind))
-
-
-def test_secret_is_in_no_file_of_a_run(full):
-    for path in full.out.rglob("*"):
-        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
 
 
 def test_adapter_is_tried_out_before_any_row_is_read(tiny_bpe, tmp_path):

@@ -159,14 +159,6 @@ def test_export_of_a_broken_adapter_is_one_line(stranger, capsys):
     assert "is not as ma_sft writes it" in refusal(capsys, "export", stranger, "-o", "again")
 
 
-@pytest.mark.parametrize("place", ["adapter", "merged"])
-def test_refused_pickle_is_one_line(place, stranger, capsys):
-    name = {"adapter": "adapter_model", "merged": "model"}[place]
-    (stranger / place / f"{name}.safetensors").rename(stranger / place / f"{name}.bin")
-    shutil.rmtree(stranger / ("merged" if place == "adapter" else "adapter"))
-    assert refusal(capsys, "chat", stranger, "--prompt", "?")
-
-
 OWN = """
 def fails(*given):
     return 1 / 0

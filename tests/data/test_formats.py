@@ -183,15 +183,6 @@ def test_explicit_format_wins_over_the_columns():
         to_messages(row, "alpaca")
 
 
-def test_own_function_by_name(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def turns(row):\n"
-        "    return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]\n"
-    )
-    assert to_messages({"q": "What is 2+2?", "a": "4"}, f"{path}:turns") == [USER, ASSISTANT]
-
-
 def test_formatting_func_on_rows_and_batches():
     said = formatting_func({"instruction": "Add", "input": "2+2", "output": "4"})
     assert said == "###Question: Add 2+2\n###Answer: 4"

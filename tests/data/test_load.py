@@ -8,13 +8,13 @@ import threading
 import multiprocess
 import pandas as pd
 import pytest
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from helpers import assistant, user, write_rows
 
 from ma_sft import FormatError, RecipeError
 from ma_sft.data.functions import TextFunction
-from ma_sft.data.load import Inherited, Source, fingerprint_of, load_rows, pklregister, processes, rows_of, table_rows
+from ma_sft.data.load import Inherited, fingerprint_of, pklregister, processes, table_rows
 from ma_sft.data.mixture import load_mixture
 
 CALLS = [
@@ -75,14 +75,6 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     arguments = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in found]
     assert arguments == ['{"q": "x", "lang": null}', '{"n": 3.25, "big": 12345678901234567890}']
     assert [json.loads(row["tools"]) for row in found] == [row["tools"] for row in CALLS]
-
-
-def test_rows_as_they_were_saved(tmp_path):
-    Dataset.from_list(CALLS, on_mixed_types="use_json").save_to_disk(tmp_path / "s")
-    assert load_from_disk(tmp_path / "s").features["tools"] is not None
-    source = Source.of(tmp_path / "s")
-    rows, _ = load_rows(source)
-    assert next(row for _, _, row in rows_of(rows[:2], [0, 1], source))["tools"] == CALLS[0]["tools"]
 
 
 def test_a_table_of_pandas_and_a_function_as_format():

@@ -290,18 +290,6 @@ def test_wrong_settings(tmp_path, settings, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_yaml_is_the_same_mixture(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", ROWS)
-    yaml = tmp_path / "mixture.yaml"
-    yaml.write_text(f"seed: 3\ntest_size: 4\ndatasets:\n- path: {path}\n  limit: 20\n")
-    mixture = load_mixture(**read_mixture(yaml))
-    same = load_mixture([{"path": path, "limit": 20}], seed=3, test_size=4)
-    assert questions(mixture.train) == questions(same.train) and questions(mixture.test) == questions(same.test)
-    yaml.write_text(f"dataset: [{path}]\n")
-    with pytest.raises(RecipeError, match="unknown key 'dataset'; did you mean 'datasets'"):
-        read_mixture(yaml)
-
-
 def test_the_mixture_of_the_documentation(tmp_path):
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "chats").mkdir()

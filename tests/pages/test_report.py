@@ -296,12 +296,6 @@ def test_json_for_scripts(finished, capsys):
     assert len(speeds) == 4 and all(speed > 0 for speed in speeds)
 
 
-def test_settings_of_a_run_train_again(finished, tmp_path):
-    again = Recipe.load(finished / "recipe.json")
-    settings = again.resolve(["--output_dir", str(tmp_path / "again")])
-    assert (settings.training.learning_rate, settings.training.max_steps, settings.rows.test_size) == (1e-3, 4, 6)
-
-
 @pytest.fixture
 def browser():
     if chromium() is None:

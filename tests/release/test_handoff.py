@@ -20,13 +20,12 @@ from transformers import (
     set_seed,
 )
 
-from ma_sft import Recipe, RecipeError, run, to_preference
+from ma_sft import Recipe, run, to_preference
 from ma_sft.cli import main
 from ma_sft.data.mixture import load_mixture
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.release.chat import load
 from ma_sft.release.manifest import read_manifest
-from ma_sft.training.evaluation import Answer, grade
 from ma_sft.training.prepare import prepare
 
 ROWS = [{"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}."} for i in range(24)]
@@ -84,14 +83,6 @@ def test_held_out_loss_is_the_mean_over_labels(sft):
     assert after["tokens"] == len(losses)
     assert after["loss"] == pytest.approx(sum(losses) / len(losses), rel=2e-3)  # the run computes in bfloat16
     assert after["token_accuracy"] == pytest.approx(sum(right) / len(right), abs=0.03)
-
-
-def test_metric_that_fails_names_the_row(tmp_path):
-    (tmp_path / "bad.py").write_text("def metric(answer, reference):\n    return 1 / (answer == 'a')\n")
-    with pytest.raises(RecipeError, match="held-out row 1: ZeroDivisionError"):
-        grade([Answer("a", True), Answer("b", True)], ["", ""], f"{tmp_path}/bad.py:metric")
-    with pytest.raises(RecipeError, match="none:such"):
-        grade([], [], "none:such")
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------

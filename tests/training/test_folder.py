@@ -173,7 +173,7 @@ def test_metric_and_merge_that_fail_after_training(another, tmp_path, tiny_bpe):
     recipe = another(**metric, max_steps=1, model_name_or_path=str(base))
     summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Vanish()))
     assert set(summary["failed"]) == {"grading the answers", "merging the adapter"}
-    assert "ZeroDivisionError" in summary["failed"]["grading the answers"]
+    assert "held-out row 0: ZeroDivisionError" in summary["failed"]["grading the answers"]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     assert (out / "report.html").is_file() and not (out / "merged").exists()
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from ma_sft import LabelError, Recipe, RecipeError, make_trainer, run
+from ma_sft import LabelError, Recipe, RecipeError, make_trainer
 from ma_sft.labels.templates import set_chat_template
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(12)]
@@ -172,17 +172,6 @@ def test_data_collator(settings, file):
     assert trainer.data_collator is collator and trainer.train().global_step == 2
     with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
         make_trainer(Recipe(**settings, dataset_name=file, packing=True, max_length=64), data_collator=collator)
-
-
-def test_run_hands_its_trainer_over_before_the_first_step(settings, file):
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen.append(state.global_step)
-
-    summary = run(Recipe(**settings, dataset_name=file), on_trainer=lambda trainer: trainer.add_callback(Look()))
-    assert seen == [1, 2] and summary["steps"] == 2
 
 
 EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S)
