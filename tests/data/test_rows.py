@@ -53,7 +53,6 @@ CALLED = [
     {"role": "tool", "name": "f", "content": "1"},
     assistant("x"),
 ]
-RESULTS = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
 FENCED = [[user(f"问{i}"), assistant(f"答{i}\n```py\n  x = 1\n```\n ")] for i in range(3)]
 HALF = [user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]
 
