@@ -42,12 +42,12 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_tokenizer(name: str, *, own: bool = False, special: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """One of TOKENIZERS with its real chat template; each call gives a copy that the test may change.
 
-    All share one vocabulary, which takes a second to copy, and one for each set of `special` tokens that it lacks; a
-    test that adds other tokens asks for its `own`.
+    All share one vocabulary, which takes a second to copy, and one for each set of `special` tokens that were not
+    special; a test that adds other tokens asks for its `own`.
     """
     shared = _load_tokenizer(name)
-    known = shared._tokenizer.token_to_id
-    if new := tuple(sorted(token for token in set(special) if known(token) is None)):
+    known = {token.content for token in shared.added_tokens_decoder.values() if token.special} if special else set()
+    if new := tuple(sorted(set(special) - known)):
         shared = _with_special_tokens(name, new)
     copied = copy_without_vocabulary(shared)
     if own:
@@ -60,6 +60,11 @@ def _with_special_tokens(name: str, tokens: tuple[str, ...]) -> PreTrainedTokeni
     tokenizer = load_tokenizer(name, own=True)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     return tokenizer
+
+
+def missing(name: str, tokens: Iterable[str]) -> list[str]:
+    """Those that the vocabulary lacks."""
+    return [token for token in tokens if _load_tokenizer(name)._tokenizer.token_to_id(token) is None]
 
 
 def copy_without_vocabulary(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 from fetch_templates import fetch_templates
-from helpers import load_tokenizer
+from real_tokenizers import load_tokenizer, missing
 from transformers import PreTrainedTokenizerBase
 
 # Tags that are text in the families that write them: parts of a system prompt, XML inside a call or a result
@@ -37,7 +37,7 @@ def strange_tokenizer(name: str) -> PreTrainedTokenizerBase:
     written = set(WRITTEN.findall(template))
     if name.startswith("tencent"):
         written, end = set(HUNYUAN), HUNYUAN[0]
-    tokenizer = load_tokenizer("qwen3", special=[*written, "<s>", end])
+    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), "<s>", end])
     tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = template, "<s>", end
     return tokenizer
 

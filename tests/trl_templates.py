@@ -3,7 +3,7 @@
 import re
 from importlib.resources import files
 
-from helpers import load_tokenizer
+from real_tokenizers import load_tokenizer, missing
 from transformers import PreTrainedTokenizerBase
 
 SHELF = files("trl") / "chat_templates"
@@ -29,7 +29,7 @@ def trl_tokenizer(name: str, *more: str) -> PreTrainedTokenizerBase:
     end = next((end for end in ENDS if end in template), "<|endoftext|>")
     written = {token.replace("\\", "") for token in WRITTEN.findall(template)}
     bos = ["<s>"] if "bos_token" in template else []
-    tokenizer = load_tokenizer("qwen3", special=[*written, *bos, end, *more])
+    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), *bos, end, *more])
     tokenizer.chat_template, tokenizer.eos_token = template, end
     if bos:
         tokenizer.bos_token = "<s>"

@@ -114,13 +114,6 @@ def test_the_last_template_counts_not_the_one_that_the_question_quotes(name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_turns_whose_templates_have_different_ids(name):
-    """The first template begins the text and the others follow a space, so their ids differ."""
-    text = "### Human: a ### Assistant: b ### Human: c ### Human: d ### Assistant: e ### Human: f"
-    assert [span.strip() for span in learned(name, text, ASSISTANT, HUMAN).split("|") if span] == ["b", "e"]
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_end_token_is_trained_when_it_is_the_pad_token(name, side):
     tokenizer = load_tokenizer(name)
@@ -323,14 +316,6 @@ def test_a_row_that_is_cut_off_in_the_next_instruction_does_not_train_it(name, r
     assert trained(tokenizer, collator.labels_for(ids)).strip(" |\n") == answer
     whole = learned(name, text, response, instruction)  # its answer ends so
     assert instruction is None or text.count(instruction) > 1 or whole.endswith(f"{text[-2:]}{tokenizer.eos_token}|")
-
-
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_row_that_is_cut_off_in_an_instruction_of_control_tokens(cut):
-    tokenizer, collator = collator_for("qwen3", *IM)
-    turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-    ids = tokenizer(turns)["input_ids"] + collator.instruction_token_ids[:cut]
-    assert trained(tokenizer, collator.labels_for(ids)) == "b<|im_end|>\n|"
 
 
 def test_batch_is_an_encoding():

@@ -118,8 +118,9 @@ CASES = json.loads((ROOT / "tests/files/labels/cases.json").read_text(encoding="
 @pytest.mark.parametrize("as_text", [False, True], ids=["objects", "json"])
 def test_cases(case, as_text):
     """`as_text`: the arguments of calls are JSON text, as rows from files carry them."""
-    tokenizer = load_tokenizer("qwen3", special=[*case.get("add_special_tokens", []), case.get("eos_token", "<s>")])
-    if "template" in case:
+    end = [case["eos_token"]] if "template" in case else []
+    tokenizer = load_tokenizer("qwen3", special=[*case.get("add_special_tokens", []), *end])
+    if end:
         tokenizer.chat_template, tokenizer.eos_token = case["template"], case["eos_token"]
     else:
         tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)

@@ -169,10 +169,8 @@ def test_nothing_fits_says_what_to_try(three_layers, tmp_path, capsys):
 
 
 def test_the_printed_command_keeps_flags():
-    flags = ["--max_length", "64"]
-    assert start_command("ddp", 2, "my rows.yaml", flags) == (
-        "ma-sft train 'my rows.yaml' --max_length 64 --launcher ddp --gpus 2"
-    )
+    command = "ma-sft train 'my rows.yaml' --max_length 64 --launcher ddp --gpus 2"
+    assert start_command("ddp", 2, "my rows.yaml", ["--max_length", "64"]) == command
     assert start_command("single_gpu", 1, "mine.yaml", ["--seed", "1"]) == "ma-sft train mine.yaml --seed 1"
 
 
@@ -199,18 +197,13 @@ def test_smaller_batches_checkpointing_and_4_bits_come_before_offload(three_laye
     whole = plan(mine, 1, "80GB")
     assert (whole["choice"], whole["changes"]) == ("single_gpu", {})
     less = plan(mine, 1, f"{whole['total'] * 0.98 / 1e6}MB")
-    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    halves, ones = ({"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size} for size in (2, 1))
     assert (less["choice"], less["changes"]) == ("single_gpu", halves) and less["total"] < whole["total"]
-    ones = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     parts = whole["launchers"]["single_gpu"]
     least = plan(mine, 1, f"{(parts['total'] - parts['activations'] * 0.6) / 1e6}MB")
     assert least["choice"] == "single_gpu" and least["changes"] == ones
-    assert [*_smaller(mine)] == [
-        halves,
-        ones,
-        {**ones, "gradient_checkpointing": True},
-        {**ones, "gradient_checkpointing": True, "load_in_4bit": True},
-    ]
+    again = {**ones, "gradient_checkpointing": True}
+    assert [*_smaller(mine)] == [halves, ones, again, {**again, "load_in_4bit": True}]
     show_plan(mine, less, "mine.yaml", ["--seed", "1"])
     said = capsys.readouterr().out
     assert "single_gpu fits with per_device_train_batch_size=2 gradient_accumulation_steps=2" in said
@@ -243,9 +236,10 @@ def test_the_list_of_recipes_folds(width, monkeypatch, capsys):
 
 def test_a_run_says_of_which_rows_its_forecast_is(three_layers):
     mine = settings(model_name_or_path=three_layers, use_peft=True, max_length=64)
-    found = {longest: forecast(mine, longest) for longest in (32, 64)}
-    (short,) = [text for what, text in memory_table(mine, torch.nn.Linear(1, 1), found[32]) if what == "peak of memory"]
-    (whole,) = [text for what, text in memory_table(mine, torch.nn.Linear(1, 1), found[64]) if what == "peak of memory"]
+    short, whole = (
+        dict(memory_table(mine, torch.nn.Linear(1, 1), forecast(mine, longest)))["peak of memory"]
+        for longest in (32, 64)
+    )
     assert short.endswith("at 32 tokens, the longest row (`ma-sft plan` takes max_length, 64)") and " GB " in short
     assert whole.endswith("at rows of 64 tokens")
 
