@@ -22,7 +22,6 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, processes
-from ma_sft.data.stages import unused_lines
 from ma_sft.errors import LabelError, TemplateError
 from ma_sft.labels.encoder import parsed
 from ma_sft.labels.templates import control_tokens
@@ -120,7 +119,7 @@ class CheckReport(Readable):
     `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`.
     `judged` says which rows were verified, `sampled` whether others
     were not. `histogram` maps a power of two to the number of rows that are at most so many tokens long and longer than
-    half of it. `unused_columns` are those of each source that nothing read, with an example.
+    half of it. `unused_columns` are those of each source that nothing read, and roles of other names.
     """
 
     rows: int = 0
@@ -206,7 +205,6 @@ class CheckReport(Readable):
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        lines += [Text(f"warning {line}", style="yellow") for line in unused_lines(self.unused_columns)]
         right = self.proven and not self.cut_turns
         lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)

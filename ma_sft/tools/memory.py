@@ -5,6 +5,7 @@ model runs on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtype
 and death is counted. So any architecture, attention implementation, checkpointing and TRL's tiled logits are in it.
 """
 
+import copy
 import re
 import resource
 import shlex
@@ -12,7 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ma_sft.config import Recipe, Settings
 from ma_sft.errors import RecipeError
-from ma_sft.labels.templates import load_tokenizer
 from ma_sft.training.adapters import adapted_layers, fitting_adapter, freeze, model_skeleton
 from ma_sft.training.quantized import quantization
 from ma_sft.utils import console
@@ -454,9 +454,9 @@ def _smaller(settings: Settings) -> Iterator[dict[str, Any]]:
 def _changed(settings: Settings, gpus: int, **changes: Any) -> Settings:
     """The recipe with other settings, for so many GPUs; what is given stays as it is."""
     changed = Recipe(**{**settings.chosen, **changes}).resolve()
-    load_tokenizer(changed)
-    changed.training.use_cpu = gpus == 0
-    return changed
+    training = copy.copy(changed.training)
+    training.use_cpu = gpus == 0
+    return replace(changed, training=training)
 
 
 def advice(settings: Settings, found: dict[str, Any]) -> list[str]:

@@ -150,7 +150,7 @@ def test_signal_saves_and_says_how_to_go_on(settings, number, code):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signal_before_training_ends_at_once(settings, number, code):
     run = Run(settings)
-    run.wait_for("recipe.json")
+    run.wait_for(".lock")
     run.signal(number)
     assert run.finish() == code, run.text
     assert "stopped before the first checkpoint" in run.text and "Traceback" not in run.text
