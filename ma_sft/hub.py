@@ -124,8 +124,8 @@ def saved_folder(folder: Path, *, adapter: bool = False) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can be an id on a hub, and is nothing here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+    """Whether this can be an id on a hub, and is nothing here; `runs` holds runs."""
+    return re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -109,6 +109,7 @@ CHINESE = (
 WRITTEN = {
     "bom.csv": (CHINESE.encode("utf-8-sig"), {}),
     "comma.csv": (b"question,answer\nWhy; me?,So; there.\n", {}),
+    "excel.csv": ("Question;Answer\nWhy, me?;So, there.\n".encode("utf-8-sig"), {}),
     "Case.csv": (b"Question,Answer\nWhy?,So.\n", {}),
 }
 
@@ -204,9 +205,8 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
     [
         (["train", "mine.py"], "the recipe 'mine.py' does not exist (counted from /"),
         (["check", "rows.jsonl"], "is no recipe; give a .py or .yaml file"),
-        (["chat", "runs/none"], "runs/none"),
+        (["chat", "runs/none"], "the folder 'runs/none' does not exist (counted from /"),
         (["report", "runs/none"], "give one that `ma-sft train` made"),
-        (["merge", "runs/none", "-o", "out"], "runs/none"),
         (["merge", "./none", "-o", "out"], "the folder 'none' does not exist (counted from /"),
         (["merge", "rows.jsonl", "-o", "out"], "'rows.jsonl' is a file, not a folder"),
         (["check", "/dev/null"], "'/dev/null' is neither a file nor a folder"),
@@ -226,20 +226,20 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(turn, here, capsys):
         (["recipes", "copy", "alpacca"], "there are alpaca, "),
         (
             ["init", "--data", "gbk.csv", "--model", "demo"],
-            "line 2: not UTF-8 text: if it is in another encoding, set encoding: (such as gb18030",
+            "line 2: not UTF-8 text: save it as UTF-8, or name its encoding: datasets: [{path: FILE, encoding: ",
         ),
         (
-            ["init", "--data", "semicolon.csv", "--model", "demo"],
-            'delimiter: ";" in its entry of `datasets`',
+            ["init", "--data", "text.csv", "--model", "demo", "--task", "chat"],
+            "the rows are plain text; pass --task text",
         ),
-        (["init", "--data", "latin.csv", "--model", "demo"], "if it is in another encoding, set encoding: "),
+        (["init", "--data", "latin.csv", "--model", "demo"], "save it as UTF-8, or name its encoding: "),
         (["init", "--data", "sheet.xlsx", "--model", "demo"], "'sheet.xlsx' exists, but it is none of .jsonl"),
     ],
     ids=str,
 )
 def test_wrong_command_is_one_line_that_says_what_to_do(command, says, here, capsys):
     (here / "gbk.csv").write_text("question,answer\n你好吗,很好\n", encoding="gbk")
-    (here / "semicolon.csv").write_text("question;answer\nWhy?;So.\nHow?\n")  # no table of two columns
+    (here / "text.csv").write_text("Kunde;Text;Reaktion\nIch;Hallo;Ja\n")
     (here / "latin.csv").write_text("question,answer\nGrüße und Äpfel?,Schön für Öl \n", encoding="cp1252")
     (here / "sheet.xlsx").write_bytes(b"PK\3\4" + bytes(range(256)))
     assert main(command) == 2

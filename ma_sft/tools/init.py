@@ -99,6 +99,11 @@ def init(
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
     sources, form, total = _sources(data, split, columns)  # before the next question
+    if form == "text" and task not in (None, "text"):
+        raise RecipeError(
+            f"--task {task}: the rows are plain text; pass --task text, or say what columns mean: "
+            "--columns THEIRS=question,THEIRS=answer"
+        )
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     extra: dict[str, Any] = {"dataset_train_split": split} if split != "train" else {}
     extra |= {"trust_remote_code": True} if code else {}

@@ -1,12 +1,10 @@
 """A row means what it says: nothing that it states is lost, nothing that it forbids is trained, no column unsaid."""
 
 import json
-import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from datasets import Dataset, DatasetDict
 from helpers import ROOT, assistant, system, user
 
@@ -464,7 +462,7 @@ def test_text_in_another_encoding(tmp_path):
     (tmp_path / "a.jsonl").write_text(line, encoding="gb18030")
     (tmp_path / "a.csv").write_text("instruction,output\n你好,好\n", encoding="gb18030")
     for name in ("a.jsonl", "a.csv"):
-        with pytest.raises(FormatError, match=r"not UTF-8 text: .* set encoding: \(such as gb18030"):
+        with pytest.raises(FormatError, match=r"not UTF-8 text: .* name its encoding: .*gb18030"):
             load(tmp_path / name)
         rows, _ = load(tmp_path / name, encoding="gb18030")
         assert rows[0]["messages"] == [user("你好"), assistant("好")]
@@ -474,19 +472,16 @@ def test_text_in_another_encoding(tmp_path):
 def test_text_with_nulls_for_letters(tmp_path, encoding):
     line = json.dumps({"instruction": "a", "output": "b"}) + "\n"
     (tmp_path / "a.jsonl").write_text(line, encoding=encoding)
-    with pytest.raises(FormatError, match=f"set encoding: .such as .*{encoding}"):
+    with pytest.raises(FormatError, match=f"name its encoding: .*{encoding}"):
         load(tmp_path / "a.jsonl")
     assert load(tmp_path / "a.jsonl", encoding=encoding)[0][0]["messages"] == [user("a"), assistant("b")]
 
 
 @pytest.mark.parametrize("mark", [";", "|", "\t"])
-def test_delimiter_as_the_message_gives_it(tmp_path, mark):
-    (tmp_path / "a.csv").write_text(f"instruction{mark}output\na{mark}b\n")
-    with pytest.raises(FormatError, match="parts its cells") as error:
-        load(tmp_path / "a.csv")
-    advice = re.search(r"set (delimiter: \S+) in its entry", str(error.value))[1]
-    rows, _ = load(tmp_path / "a.csv", **yaml.safe_load(advice))
-    assert rows[0]["messages"] == [user("a"), assistant("b")]
+def test_delimiter_of_the_first_line(tmp_path, mark):
+    (tmp_path / "a.csv").write_text(f"instruction{mark}output\na, b{mark}c\n")
+    for how in ({}, {"delimiter": mark}):
+        assert load(tmp_path / "a.csv", **how)[0][0]["messages"] == [user("a, b"), assistant("c")]
 
 
 def test_column_maps(tmp_path):
