@@ -513,7 +513,7 @@ def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Seq
         words = " ".join(f"{key}={value}" for key, value in changes.items())
         screen.print(f"too large as it is; {choice} fits with {words}: {_gb(found['total'])}", soft_wrap=True)
     for line in advice(settings, found) if not changes else ():
-        screen.print(f"for nothing: {line}", soft_wrap=True)
+        screen.print(f"faster: {line}", soft_wrap=True)
     more = [word for key, value in changes.items() for word in (f"--{key}", value)]
     screen.print(start_command(choice, gpus, recipe, [*flags, *more]), soft_wrap=True)
 

@@ -128,7 +128,7 @@ def prepared(chats, change=lambda ids, labels: (ids, labels)):
     return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]})
 
 
-def test_a_folder_is_judged_with_and_without_its_rows(tmp_path, capsys, smollm2):
+def test_a_folder_is_verified_with_and_without_its_rows(tmp_path, capsys, smollm2):
     prepared(CHATS).save_to_disk(tmp_path / "prepared" / "0123")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))

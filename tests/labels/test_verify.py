@@ -264,7 +264,7 @@ def test_most_templates_of_trl_have_a_training_twin():
     assert len(TWINS) > 25 and {"glm4moe", "gptoss", "cohere2", "nemotron_3_nano"} <= {*TWINS}
 
 
-def test_a_long_conversation_is_judged_to_its_last_turn():
+def test_a_long_conversation_is_verified_to_its_last_turn():
     tokenizer = load_tokenizer("smollm2")
     chat = [{"role": ("user", "assistant")[n % 2], "content": f"message number {n}"} for n in range(80)]
     ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
