@@ -338,7 +338,7 @@ def _parse_hardware(text: str) -> tuple[int, str]:
     """How many GPUs, and the memory of each."""
     if text.lower() == "cpu":
         return 0, ""
-    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]?i?b?)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]i?b?)\s*", text.lower())
     if match is None or int(match[1]) < 1:
         raise RecipeError(f"--hardware: cpu, or GPUs as 1x24GB expected, found {text!r}")
     return int(match[1]), match[2]

@@ -42,7 +42,7 @@ from ma_sft.utils import console
 # they are freed; benchmarks/memory.py measures both.
 CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
 CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -364,10 +364,10 @@ def bytes_of(text: str) -> float:
     Raises:
         RecipeError: not such a text.
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)b?\s*", text.lower())
     if match is None:
         raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
-    return float(match[1]) * UNITS[match[2] or ""]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
