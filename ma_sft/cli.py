@@ -36,6 +36,15 @@ app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(data, name="data")
 
 
+class HeavyCommand(TyperCommand):
+    """A command that waits for heavy imports, and says so once its arguments are read."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Say it, and run."""
+        progress(LOADING)
+        return super().invoke(ctx)
+
+
 class RecipeCommand(TyperCommand):
     """A command that takes a recipe, and every setting of it as a flag."""
 
@@ -122,7 +131,7 @@ def _main(
     pass
 
 
-@app.command("init")
+@app.command("init", cls=HeavyCommand)
 def _init(
     model: Annotated[str | None, Option(help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)")] = None,
     data: Annotated[str | None, Option(help="a hub id (owner/name:configuration), a file, glob or folder")] = None,
@@ -134,7 +143,6 @@ def _init(
     out: OutOrDefault = None,
 ) -> None:
     """look at your data and write a recipe for it; asks for what no flag says"""
-    progress(LOADING)
     from ma_sft.tools.init import init
 
     recipe, start = init(
@@ -246,7 +254,7 @@ def _check(
     return _show(check(recipe, flags, every_row=every_row), as_json)
 
 
-@app.command("audit")
+@app.command("audit", cls=HeavyCommand)
 def _audit(
     folder: Annotated[Path, Argument(exists=True, help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
     tokenizer: Annotated[str, Option(help="folder or hub id of the model's tokenizer")],
@@ -256,7 +264,6 @@ def _audit(
     as_json: Json = False,
 ) -> int:
     """verify token ids and labels that another tool prepared; exit code 1 if any is wrong"""
-    progress(LOADING)
     from transformers import AutoTokenizer
 
     from ma_sft.hub import load_pretrained
@@ -341,7 +348,7 @@ def _report(
         say(f"report: {page}")
 
 
-@app.command("merge")
+@app.command("merge", cls=HeavyCommand)
 def _merge(
     run: Run,
     out: Out,
@@ -350,7 +357,6 @@ def _merge(
     trust_remote_code: Trust = "false",
 ) -> None:
     """merge a run's adapter into its base model"""
-    progress(LOADING)
     from ma_sft.release.merge import merge
 
     with as_written(run):
@@ -383,7 +389,7 @@ def _plan(
     say(rehearsed)
 
 
-@app.command("export")
+@app.command("export", cls=HeavyCommand)
 def _export(
     run: Run,
     out: Annotated[Path, Option("-o", "--out", help="a new folder, or a new file that ends with .gguf")],
@@ -393,7 +399,6 @@ def _export(
     trust_remote_code: Trust = "false",
 ) -> None:
     """write a run's whole model for vLLM and transformers serve, or as GGUF"""
-    progress(LOADING)
     from ma_sft.release.export import export_folder, export_gguf
 
     with as_written(run):
@@ -403,10 +408,9 @@ def _export(
             say(*export_folder(run, out, dtype, code=trust_remote_code == "true"))
 
 
-@app.command("handoff-check")
+@app.command("handoff-check", cls=HeavyCommand)
 def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
     """compare a saved model with its manifest; exit code 1 if they disagree"""
-    progress(LOADING)
     from ma_sft.release.manifest import check_handoff
 
     with as_written(folder):
@@ -418,7 +422,7 @@ def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = Fa
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-@app.command("chat")
+@app.command("chat", cls=HeavyCommand)
 def _chat(
     folder: Run,
     prompt: Annotated[str | None, Option(help="ask this one question and print the answer alone")] = None,
@@ -429,7 +433,6 @@ def _chat(
     trust_remote_code: Trust = "false",
 ) -> None:
     """talk to a run's model or to any model folder"""
-    progress(LOADING)
     from ma_sft.release.chat import chat
 
     given = {"prompt": prompt, "system": system, "base": base, "code": trust_remote_code == "true"}

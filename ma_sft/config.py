@@ -45,7 +45,7 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowsConfig:
     """Where the rows come from, and which of them are used."""
 
@@ -68,7 +68,7 @@ class RowsConfig:
     merge_turns: bool = setting(False, "Join neighbouring turns of one role, which most chat templates refuse.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LabelsConfig:
     """How rows become token ids and labels, and that these are proven."""
 
@@ -100,7 +100,7 @@ class LabelsConfig:
             raise RecipeError(f"template_now: a date as 2026-11-25 or 2026-11-25T09:30 expected, {found}") from None
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdapterConfig:
     """What of the model is trained, beside the `lora_*` settings of TRL's `ModelConfig`."""
 
@@ -121,7 +121,7 @@ class AdapterConfig:
     merge: bool = setting(True, "Merge the adapter into the base model when training is done.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What held-out rows are asked before and after training."""
 
@@ -138,7 +138,7 @@ class EvaluationConfig:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """The run and its folder."""
 
@@ -670,7 +670,7 @@ def transformers_optim(name: str | None) -> str:
     return "adamw_torch" if name == "muon" or ":" in (name or "") else name or "adamw_torch_fused"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """A resolved recipe: the settings of each stage, TRL's own, and the values that were set by hand."""
 

@@ -124,8 +124,8 @@ def saved_folder(folder: Path, *, adapter: bool = False) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can be an id on a hub, and is nothing here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+    """Whether this can be an id on a hub, and is nothing here; `runs` holds runs."""
+    return re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -273,8 +273,7 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
     what = f"the {'data' if is_data else kind} {name!r}"
     page = f"{constants.ENDPOINT}/{'datasets/' if is_data else ''}{name}"
     login = "log in with `hf auth login` or set HF_TOKEN"
-    setting, variable = ("dataset_name", "DATA") if is_data else ("model_name_or_path", "MODEL")
-    folder = f"pass a {'file or ' if is_data else ''}folder: --{setting} PATH (make: {variable}=PATH)"
+    folder = f"pass a {'file or folder' if is_data else 'folder'} (make: {'DATA' if is_data else 'MODEL'}=PATH)"
     nowhere = f"{what} is no file or folder here and cannot be had from a hub"
     status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
 
@@ -300,6 +299,8 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
         return f"{what} brings code of its own: read it at {where}, then trust it with --trust_remote_code true"
     if "scripts are no longer supported" in text:
         return f"{what} is a script ({text.split()[-1]}), which does not run; take {name}@refs/convert/parquet"
+    if not is_data and Path(name).is_dir() and not any(Path(name).glob("*config.json")):
+        return f"{what} holds no config.json; give the folder of a model, such as a run's `merged` or `model`"
     inner = next((e for e in chain if type(e).__module__.startswith(("pyarrow", "httpx2"))), chain[-1])
     said = (text if inner is error else f"{text}: {one_line(inner)}")[:400]
     for word, settings in {"onfig": "dataset_config, or name", "split": "dataset_train_split, or split"}.items():

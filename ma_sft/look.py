@@ -8,7 +8,9 @@ from ma_sft.labels.check import CheckReport
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.pages.preview import show_rows
+from ma_sft.training.checkpoints import with_date
 from ma_sft.training.prepare import as_trained, check_as_trained
+from ma_sft.training.rehearsal import rehearse
 from ma_sft.utils import progress
 
 
@@ -23,10 +25,9 @@ def check(recipe: Recipe, args: Sequence[str] = (), *, every_row: bool = False) 
     Raises:
         MaSftError: anything wrong with settings, rows or the rehearsed run; wrong labels are in the report.
     """
-    from ma_sft.training.rehearsal import rehearse
-
     settings = recipe.resolve(args)
     tokenizer, added_tokens = load_tokenizer(settings)
+    settings = with_date(settings, tokenizer)
     progress(rehearse(settings, tokenizer, added_tokens))
     return check_as_trained(settings, tokenizer, label(settings, tokenizer), every_row=every_row)
 
@@ -51,4 +52,5 @@ def preview(
     """
     settings = recipe.resolve(args)
     tokenizer, _ = load_tokenizer(settings)
+    settings = with_date(settings, tokenizer)
     show_rows(as_trained(settings, label(settings, tokenizer), n), tokenizer, n=n, html=html, borders=borders)

@@ -19,12 +19,12 @@ from ma_sft.release.manifest import make_manifest, save, write_manifest
 from ma_sft.release.merge import merge
 from ma_sft.release.publish import check_login, publish, write_cards
 from ma_sft.tools.memory import peak_memory
-from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, claimed
+from ma_sft.training.checkpoints import CheckpointCallback, JsonlLogger, SignalHandler, claimed, recipe_of, with_date
 from ma_sft.training.distributed import agree, leave_together, once, outside_zero3
 from ma_sft.training.evaluation import EvalCallback
 from ma_sft.training.prepare import prepare_once
 from ma_sft.training.rehearsal import rehearse
-from ma_sft.training.trainer import build_trainer, check_early, early_stopping, with_same_date
+from ma_sft.training.trainer import build_trainer, check_early, early_stopping
 from ma_sft.utils import say, timed, write_whole
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(
         folder.restore_revisions()
         settings = at_commit(settings)
         tokenizer, added_tokens = load_tokenizer(settings)
-        settings = with_same_date(settings)
+        settings = with_date(settings, tokenizer)
         peft = check_early(settings)
         rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
@@ -73,7 +73,7 @@ def run(
         tests = held_out.by_source() if held_out else None
         trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, peft_config=peft)
         evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
-        checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": folder.recipe()})
+        checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": recipe_of(settings)})
         logger = JsonlLogger(out / "log.jsonl")
         for callback in (logger, evaluation, checkpoints, *early_stopping(settings)):
             trainer.add_callback(callback)

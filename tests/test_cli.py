@@ -45,7 +45,7 @@ def test_preview_writes_a_page(recipe, tmp_path, capsys):
 def test_tools_are_functions_of_python_too(recipe, capsys):
     loaded = ma_sft.Recipe.load(recipe)
     report = ma_sft.check(loaded, ["--seed", "3"], every_row=True)
-    assert report.proven and f"every label is right: {report.judged}" in repr(report) == str(report)
+    assert report.proven and f"every label is right: {report.verified}" in repr(report) == str(report)
     ma_sft.preview(loaded, n=1)
     assert "rows.jsonl:" in capsys.readouterr().out
 

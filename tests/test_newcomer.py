@@ -141,14 +141,16 @@ FILES = {
     "gbk.csv": "question,answer\n你好吗,很好\n".encode("gbk"),
     "semicolon.csv": "question;answer\nWhy?;So.\nHow?\n",  # no table of two columns
     "latin.csv": "question,answer\nGrüße und Äpfel?,Schön für Öl \n".encode("cp1252"),
+    "text.csv": "Kunde,Text,Reaktion\nIch,Hallo,Ja\n",
     "sheet.xlsx": b"PK\3\4" + bytes(range(256)),
 }
 WRONG = [  # settings, flags, and what the line says
     ({"dataset_name": "row.jsonl"}, [], "'row.jsonl' does not exist (counted from /"),
-    ({"dataset_name": "rows"}, [], "pass a file or folder: --dataset_name PATH"),
+    ({"dataset_name": "rows"}, [], "pass a file or folder (make: DATA=PATH)"),
     ({"dataset_name": "trl-lib/Capybara"}, [], "cannot be had from a hub ... DATA=PATH"),
-    ({"model_name_or_path": "my/modle"}, [], "cannot be had from a hub ... MODEL=PATH ... --model_name_or_path PATH"),
+    ({"model_name_or_path": "my/modle"}, [], "cannot be had from a hub ... pass a folder (make: MODEL=PATH)"),
     ({"model_name_or_path": "./modle"}, [], "the model './modle' does not exist"),
+    ({"model_name_or_path": "."}, [], "holds no config.json; give the folder of a model"),
     ({"dataset_name": "columns.jsonl"}, [], "map columns to these names"),
     ({"dataset_name": "two.jsonl"}, [], "two.jsonl, line 2: field 'instruction' is missing or null; "),
     ({"dataset_name": "two.jsonl"}, [], "needs it; this row looks like 'question-answer'"),
@@ -206,10 +208,9 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
     [
         (["train", "mine.py"], "the recipe 'mine.py' does not exist (counted from /"),
         (["check", "rows.jsonl"], "is no recipe; give a .py or .yaml file"),
-        (["chat", "runs/none"], "runs/none"),
+        (["chat", "runs/none"], "the folder 'runs/none' does not exist (counted from /"),
         (["chat", ".", "--prompt", "Hi"], "holds no model"),
         (["report", "runs/none"], "give one that `ma-sft train` made"),
-        (["merge", "runs/none", "-o", "out"], "runs/none"),
         (["merge", "./none", "-o", "out"], "the folder 'none' does not exist (counted from /"),
         (["merge", "rows.jsonl", "-o", "out"], "'rows.jsonl' is a file, not a folder"),
         (["merge", ".", "-o", "out"], "holds no adapter"),
@@ -224,10 +225,11 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
         (["recipes", "copy", "alpacca"], "there are alpaca, "),
         (
             ["init", "--data", "gbk.csv"],
-            "line 2: not UTF-8 text: ... set encoding: (such as gb18030",
+            "line 2: not UTF-8 text: save it as UTF-8, or name its encoding: datasets: [{path: FILE, encoding: ",
         ),
-        (["init", "--data", "semicolon.csv"], 'delimiter: ";" in its entry of `datasets`'),
-        (["init", "--data", "latin.csv"], "if it is in another encoding, set encoding: "),
+        (["init", "--data", "semicolon.csv"], 'datasets: [{path: FILE, delimiter: ";"}]'),
+        (["init", "--data", "latin.csv"], "save it as UTF-8, or name its encoding: "),
+        (["init", "--task", "chat", "--data", "text.csv"], "the rows are plain text; pass --task text"),
         (["init", "--data", "sheet.xlsx"], "'sheet.xlsx' exists, but it is none of .jsonl"),
     ],
     ids=str,
@@ -375,8 +377,9 @@ def installed(tmp_path):
 
     def ma_sft(*words):
         command = [tmp_path / "venv" / "bin" / "ma-sft", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, cwd=tmp_path, env=bare, **how)
+        assert done.returncode == 0, done.stdout
         return done.stdout
 
     return ma_sft
@@ -400,4 +403,5 @@ def test_wheel_alone_trains_the_demo(installed, tmp_path):
     shown = installed("train", "demo.py", "--launcher", "cpu", *short)
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2 and str(folder.name) in shown
+    assert not re.search(r"Warning|WARN|not passed|[Ff]ailed|RANK|DeepSpeed|Generating|dequant|de-quant|it/s\]", shown)
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size > 0

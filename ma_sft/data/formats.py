@@ -409,7 +409,9 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
 def _foreign_roles(turns: Any) -> dict[str, str]:
     """Roles that no chat template knows, and as what they are read."""
     roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)} if isinstance(turns, list) else set()
-    return {f"role {role}": f"read as {ROLES[role.lower()]}" for role in roles if ROLES.get(role.lower(), role) != role}
+    return {
+        f"role {role}": f"is read as {ROLES[role.lower()]}" for role in roles if ROLES.get(role.lower(), role) != role
+    }
 
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
@@ -468,18 +470,18 @@ def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
 
 
 def unused_of(row: TrackedRow) -> dict[str, str]:
-    """The columns, and the keys of turns, that nothing read and that may mean something; each with its value, short."""
-    found = {}
+    """The columns, and the keys of turns, that nothing read and that may mean something, with what to say of them."""
+    found: dict[str, Any] = {}
     for column, value in row.items():
         if column not in row.used:
             if not is_empty(value) and not _matches(HARMLESS, column):
-                found[column] = show(value)
+                found[column] = value
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
             keys = unknown_keys(value)
             # ChatGLM names the tool that a turn calls in a text of metadata.
             calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
-            found |= {f"{column}[].{k}": show(v) for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
-    return found
+            found |= {f"{column}[].{k}": v for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
+    return {column: f"is not used ({show(value)})" for column, value in found.items()}
 
 
 def to_messages_batch(

@@ -68,7 +68,7 @@ def load_object(name: str) -> Callable[..., Any]:
         raise RecipeError(f"cannot load the function {name!r}: {failed_in(module, error)}") from error
     if not callable(found):
         raise RecipeError(
-            f"{name!r} is neither a known format (docs/formats.md) or optimiser (docs/trainer.md), nor module:name or "
+            f"{name!r} is neither a known format (docs/formats.md) nor optimiser (docs/trainer.md), module:name or "
             "file.py:name"
         )
     return found  # type: ignore[no-any-return]

@@ -57,8 +57,8 @@ OF_ANY_FILE = ("field", "encoding", "delimiter", "sample_by")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 MANY_ROWS, EACH = 20_000, 5_000  # rows for which other processes are worth it, and of each process at least
 ENCODING = (
-    "if it is in another encoding, set encoding: (such as gb18030, cp1252, utf-16, utf-16-le, utf-16-be or utf-32) in "
-    "its entry of `datasets`, or save it as UTF-8"
+    "save it as UTF-8, or name its encoding: datasets: [{path: FILE, encoding: cp1252}] (or gb18030, utf-16, "
+    "utf-16-le, utf-16-be, utf-32, ...)"
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
@@ -93,7 +93,7 @@ class Source:
     merge_turns: bool = False  # join neighbouring turns of one role
     field: str | None = None  # key of the JSON object that holds the list of rows
     encoding: str | None = None  # of text files; UTF-8 by default
-    delimiter: str | None = None  # between the cells of a CSV file
+    delimiter: str | None = None  # between the cells of a CSV file; a comma by default
     sample_by: Literal["line", "paragraph", "document"] = "line"  # what one row of a .txt file is
     limit: int | None = None  # take this many rows, drawn with the mixture's seed (the first ones of a stream)
     weight: float | int | None = None  # share of this source among the rows drawn, relative to the other weights
@@ -351,8 +351,11 @@ def _json_document(text: str, where: str, field: str | None) -> Rows:
 
 def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     csv.field_size_limit(sys.maxsize)
+    first = next(stream, "")
+    if SURROGATE.search(first):
+        raise FormatError(f"{where}, line 1: not UTF-8 text: {ENCODING}")
     delimiter = how["delimiter"] or ("\t" if kind_of(where) == ".tsv" else ",")
-    reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
     line = 1
     try:
         names = list(reader.fieldnames or [])
@@ -361,7 +364,7 @@ def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
         if len(names) == 1 and (mark := re.search(r"[;|\t]", names[0])):
             raise FormatError(
                 f"{where}, line 1: one column {names[0]!r}; if {mark[0]!r} parts its cells, set delimiter: "
-                f"{json.dumps(mark[0])} in its entry of `datasets`, or save it with commas"
+                f"datasets: [{{path: FILE, delimiter: {json.dumps(mark[0])}}}], or save it with commas"
             )
         # A first column without a name is the index that pandas writes; any other holds something.
         reader.fieldnames = [name or (f"column {at}" if at > 1 else "") for at, name in enumerate(names, 1)]

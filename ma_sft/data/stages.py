@@ -32,7 +32,7 @@ class Stage:
     seconds: float = 0.0
     removed: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)  # columns that a conversion did not read, with an example
+    unused: dict[str, str] = field(default_factory=dict)  # columns that a conversion did not read, roles of other names
 
     def remove(self, why: str, count: int, examples: Iterable[str] = ()) -> None:
         if count:
@@ -52,11 +52,13 @@ class Stage:
                 self.remove(why, 1, [error])
                 if say and str(self.removed[why]).strip("0") == "1":
                     logger.warning("%s: %d removed so far by %s: %s", self.name, self.removed[why], why, error)
-        found = {column: shown for text in rows["unused"] if text for column, shown in json.loads(text).items()}
-        new = {column: shown for column, shown in found.items() if column not in self.unused}
+        found = {column: what for text in rows["unused"] if text for column, what in json.loads(text).items()}
+        new = {column: what for column, what in found.items() if column not in self.unused}
         self.unused |= new
-        for line in unused_lines(unused_columns([Stage(self.name, unused=new)])):
-            logger.warning(line)
+        if new:
+            more = f" and {len(new) - SHOWN_COLUMNS:,} more columns" if len(new) > SHOWN_COLUMNS else ""
+            words = ", ".join(f"{column} {what}" for column, what in list(new.items())[:SHOWN_COLUMNS])
+            logger.warning("%s: %s%s", self.name.rpartition(": convert")[0], words, more)
         self.rows_in += len(rows["removed_by"])
         self.rows_out = self.rows_in - sum(self.removed.values())
         return [not why for why in rows["removed_by"]]
@@ -115,23 +117,9 @@ class Report(Readable):
             for why, count in stage.removed.items():
                 table.add_row(f"  {why}", "", f"{count:,}", "", "")
                 examples += [Text(f"{why}: {example}") for example in stage.examples.get(why, [])[:2]]
-        return Group(table, *examples, *map(Text, unused_lines(self.unused)))
+        return Group(table, *examples)
 
 
 def unused_columns(stages: Iterable[Stage]) -> dict[str, dict[str, str]]:
-    """Of each source, the columns that nothing read and that may mean something, with an example."""
+    """Of each source, the columns that nothing read and that may mean something, and roles of other names."""
     return {stage.name.rpartition(": convert")[0]: stage.unused for stage in stages if stage.unused}
-
-
-def unused_lines(unused: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each source whose rows have columns that are not used."""
-    lines = []
-    for source, found in unused.items():
-        columns = {name: example for name, example in found.items() if not name.startswith("role ")}
-        lines += [f"{source}: {name} is {what}" for name, what in found.items() if name not in columns]
-        if not columns:
-            continue
-        shown = ", ".join(f"{column} ({example})" for column, example in list(columns.items())[:SHOWN_COLUMNS])
-        more = f" and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else ""
-        lines.append(f"{source}: columns that are not used: {shown}{more}")
-    return lines

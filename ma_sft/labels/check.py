@@ -22,7 +22,6 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, processes
-from ma_sft.data.stages import unused_lines
 from ma_sft.errors import LabelError, TemplateError
 from ma_sft.labels.encoder import parsed
 from ma_sft.labels.templates import control_tokens
@@ -118,9 +117,9 @@ class CheckReport(Readable):
     """Counts over all rows, and findings. What trains wrong labels, nothing, or never an end is an error.
 
     `turns` are stretches of labels; `compared_turns` of them came before the verifier, which proved `proven_turns`.
-    `judged` says which rows were verified, `sampled` whether others
-    were not. `histogram` maps a power of two to the number of rows that are at most so many tokens long and longer than
-    half of it. `unused_columns` are those of each source that nothing read, with an example.
+    `verified` says which rows were verified, `sampled` whether others were not. `histogram` maps a power of two to the
+    number of rows that are at most so many tokens long and longer than half of it. `unused_columns` are those of each
+    source that nothing read, and roles of other names.
     """
 
     rows: int = 0
@@ -129,8 +128,8 @@ class CheckReport(Readable):
     turns: int = 0
     rows_without_label: int = 0
     compared_turns: int = 0
-    judged_rows: int = 0
-    judged: str = ""
+    verified_rows: int = 0
+    verified: str = ""
     sampled: bool = False
     proven_turns: int = 0
     unused_columns: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -162,7 +161,7 @@ class CheckReport(Readable):
     @property
     def proven(self) -> bool:
         """Whether rows were verified, and every one of them was found right."""
-        return bool(self.judged_rows) and not self.errors and not self.not_proven
+        return bool(self.verified_rows) and not self.errors and not self.not_proven
 
     @property
     def verdict(self) -> str:
@@ -173,7 +172,7 @@ class CheckReport(Readable):
             reasons = "; ".join(f"{why} ({n:,})" for why, n in self.not_proven.items())
             return f"nothing wrong was found; not proven: {reasons or 'no row was verified'}"
         ends = f", but turns lose their end ({self.cut_turns:,})" if self.cut_turns else ""
-        return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.judged}"
+        return f"{'no wrong label was found' if self.sampled else 'every label is right'}{ends}: {self.verified}"
 
     def raise_errors(self) -> None:
         """Raise `LabelError` with all errors in one line, if there are any."""
@@ -206,7 +205,6 @@ class CheckReport(Readable):
         for finding in self.findings:
             colour = "bold red" if finding.level == "error" else "yellow"
             lines.append(Text.assemble((f"{finding.level:>7} ", colour), str(finding)))
-        lines += [Text(f"warning {line}", style="yellow") for line in unused_lines(self.unused_columns)]
         right = self.proven and not self.cut_turns
         lines.append(Text(self.verdict, style="bold red" if self.errors else "green" if right else "yellow"))
         return Group(*lines)
@@ -342,7 +340,7 @@ class _Check:
         rows = np.setdiff1d(np.arange(total), np.setdiff1d(self.owner, left))
         forms = [tuple(facts["form"][begin:end]) for begin, end in pairwise(bounds)]
         numbers = {form: number for number, form in enumerate(dict.fromkeys(forms))}
-        report.judged = f"all {len(rows):,} rows were verified"
+        report.verified = f"all {len(rows):,} rows were verified"
         if sample is not None and sample < len(rows):
             shapes = np.array([numbers[form] for form in forms])[rows]
             chosen = draw_sample(shapes, sample)
@@ -351,12 +349,12 @@ class _Check:
             if wanted > BY_SHAPE:  # as of conversations with many calls, each of which is a shape of its own
                 of_shapes = f"{len(np.unique(shapes[chosen])):,} of {len(numbers):,} shapes at least once"
             report.sampled = True
-            report.judged = (
+            report.verified = (
                 f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and {of_shapes}; "
                 "--all verifies every row"
             )
             rows = rows[chosen]
-        report.judged_rows = len(rows)
+        report.verified_rows = len(rows)
         report.compared_turns = int(facts["all turns"][np.isin(self.owner, rows)].sum())
         sequences = [slice(bounds[row], bounds[row + 1]) for row in rows.tolist()]
         verified = self._verified(conversations.select(rows), sequences, verifier, num_proc)

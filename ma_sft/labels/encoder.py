@@ -23,9 +23,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ma_sft.errors import MaSftError, TemplateError
+from ma_sft.hub import stop_ids
 from ma_sft.labels.backend import Backend
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
@@ -435,3 +436,9 @@ def tokenize_conversation(
         if not turn.trained:
             warnings.warn(f"message {turn.message} is not trained: {turn.reason}", stacklevel=2)
     return {"input_ids": example.input_ids, "labels": example.labels}
+
+
+def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a turn: the chat template's end-of-turn token (EOS without a template) and the model's own."""
+    end = ChatEncoder(tokenizer).end_token_id if tokenizer.chat_template else tokenizer.eos_token_id
+    return list(dict.fromkeys([end, *stop_ids(generation)]))

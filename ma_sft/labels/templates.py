@@ -1,10 +1,5 @@
-"""The tokenizer of a recipe and its chat template: the model's own, one that ships (`templates/*.jinja`), or a file.
+"""The tokenizer of a recipe and its chat template: the model's own, one that ships (`templates/*.jinja`), or a file."""
 
-And the date that `strftime_now` gives in labels, verifier, evaluation, resume and hand-off: `template_now`.
-"""
-
-import json
-from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +80,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The recipe's tokenizer with the recipe's chat template and clock, and the special tokens added for it.
+    """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
 
     Raises:
         RecipeError: as `ma_sft.hub.load_pretrained`.
@@ -112,7 +107,6 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
         _check_end(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    set_clock(settings, tokenizer)
     return tokenizer, added
 
 
@@ -160,32 +154,3 @@ def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
             f"eos_token: the chat template ends a turn with {text!r}, not with {tokenizer.eos_token!r}; "
             "set template or chat_template_path to one that does, or remove eos_token"
         )
-
-
-def set_clock(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> None:
-    """Settle `template_now` of a recipe: its own, that of the run in its output folder, or today.
-
-    Raises:
-        RecipeError: it is set, and the template reads no clock.
-    """
-    labels = settings.labels
-    if "strftime_now" in str(tokenizer.chat_template or ""):
-        recall_clock(settings)
-        labels.template_now = labels.template_now or date.today().isoformat()
-        settings.chosen["template_now"] = labels.template_now  # goes into the run's recipe.json
-    elif labels.template_now is not None:
-        raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
-
-
-def recall_clock(settings: "Settings") -> None:
-    """Let a run that goes on, and whoever looks at it, have the date with which it was first prepared."""
-    labels, run = settings.labels, settings.run
-    if labels.template_now is not None or run.overwrite_output_dir or run.resume == "never":
-        return
-    try:
-        kept = json.loads((Path(settings.training.output_dir) / "recipe.json").read_text(encoding="utf-8"))
-        found = kept["template_now"]
-        datetime.fromisoformat(found)
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    settings.chosen["template_now"] = labels.template_now = found

@@ -113,7 +113,7 @@ def write_start(
         "stages": [asdict(stage) for stage in data.stages],
         "packing": packing and {**asdict(packing), "density": packing.density, "text": str(packing)},
         "findings": check and [{"level": f.level, "text": str(f)} for f in check.findings],
-        "proof": check and {"proven": check.proven, "judged": check.judged, "verdict": check.verdict},
+        "proof": check and {"proven": check.proven, "verdict": check.verdict},
         "hardware": _hardware(settings),
         "versions": versions(),
     }

@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from ma_sft.data.messages import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
-from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.encoder import ChatEncoder, end_ids
 from ma_sft.labels.turns import Message
 from ma_sft.release.manifest import read_manifest, read_weights, trained_encoder
-from ma_sft.release.merge import load_adapter
-from ma_sft.training.evaluation import end_ids
 from ma_sft.utils import as_written, say
 
 HELP = "Talk to the model. /reset (or /new) begins again, /exit or an empty line ends, /help says this."
@@ -35,6 +33,8 @@ def load(folder: Path, base: str | None = None, *, code: bool = False) -> tuple[
         read_weights(folder)
         model = load_pretrained(AutoModelForCausalLM, str(folder), code=code, dtype="auto", device_map=device).eval()
     else:
+        from ma_sft.release.merge import load_adapter
+
         model = load_adapter(folder, base, device_map=device, code=code)
     tokenizer = load_pretrained(AutoTokenizer, str(folder), code=code)
     return model, trained_encoder(tokenizer, manifest), manifest.get("system_prompt")

@@ -6,28 +6,29 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from ma_sft.config import Settings, shown
 from ma_sft.errors import MaSftError, RecipeError, first_line
 from ma_sft.hub import generation_config, load_pretrained, model_folder, refuse_pickles, saved_folder, weight_files
-from ma_sft.labels.encoder import ChatEncoder
+from ma_sft.labels.encoder import ChatEncoder, end_ids
 from ma_sft.labels.tokenize import describe_tokenizer, make_encoder
-from ma_sft.training.adapters import name_base, read_adapter_config, save_converted
-from ma_sft.training.evaluation import end_ids
-from ma_sft.training.prepare import Prepared
 from ma_sft.utils import read_json, write_whole
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+    from ma_sft.training.prepare import Prepared
 
 NAME = "sft_manifest.json"
 
 
-def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> dict[str, Any]:
+def make_manifest(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: "Prepared") -> dict[str, Any]:
     """The manifest of a run, but for what saving and evaluation add: `kind`, `end_of_turn_ids` and `metrics`."""
     model, training, labels = settings.model, settings.training, settings.labels
     nested = ", double" if model.use_bnb_nested_quant else ""
@@ -93,8 +94,10 @@ def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
     return ChatEncoder(tokenizer, template_kwargs=kwargs, template_now=now, add_eos=add_eos)
 
 
-def save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
+def save(trainer: "SFTTrainer", tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model with its manifest, under another name first; every process must call it."""
+    from ma_sft.training.adapters import name_base, save_converted
+
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
     manifest["kind"] = folder.name
@@ -198,6 +201,8 @@ def find_base(
         RecipeError: the base is missing, incomplete, quantised, or not the one that the adapter was trained on; the
             tokenizer has tokens without an embedding row.
     """
+    from ma_sft.training.adapters import read_adapter_config
+
     peft = read_adapter_config(adapter)
     name = base or str(peft.base_model_name_or_path)
     revision = peft.revision if name == peft.base_model_name_or_path else None

@@ -31,9 +31,9 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from ma_sft.errors import RecipeError, RunError, first_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
+from ma_sft.labels.encoder import end_ids
 from ma_sft.release.manifest import Weights, copy_processor, find_base, read_manifest, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
-from ma_sft.training.evaluation import end_ids
 from ma_sft.training.trainer import as_it_was
 from ma_sft.utils import atomic_dir, must_be_new, no_bar_for_weights
 

@@ -99,6 +99,11 @@ def init(
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
     sources, form, total = _sources(data, split, columns)  # before the next question
+    if form == "text" and task not in (None, "text"):
+        raise RecipeError(
+            f"--task {task}: the rows are plain text; pass --task text, or say what columns mean: "
+            "--columns THEIRS=question,THEIRS=answer"
+        )
     model = model or _ask("model", "Model: a hub id or a folder", "demo")
     extra: dict[str, Any] = {"dataset_train_split": split} if split != "train" else {}
     extra |= {"trust_remote_code": True} if code else {}
@@ -333,7 +338,7 @@ def _parse_hardware(text: str) -> tuple[int, str]:
     """How many GPUs, and the memory of each."""
     if text.lower() == "cpu":
         return 0, ""
-    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]?i?b?)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+\.?\d*\s*[kmgt]i?b?)\s*", text.lower())
     if match is None or int(match[1]) < 1:
         raise RecipeError(f"--hardware: cpu, or GPUs as 1x24GB expected, found {text!r}")
     return int(match[1]), match[2]

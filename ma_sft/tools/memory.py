@@ -5,6 +5,7 @@ model runs on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtype
 and death is counted. So any architecture, attention implementation, checkpointing and TRL's tiled logits are in it.
 """
 
+import copy
 import re
 import resource
 import shlex
@@ -12,7 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ma_sft.config import Recipe, Settings
 from ma_sft.errors import RecipeError
-from ma_sft.labels.templates import load_tokenizer
 from ma_sft.training.adapters import adapted_layers, fitting_adapter, freeze, model_skeleton
 from ma_sft.training.quantized import quantization
 from ma_sft.utils import console
@@ -42,7 +42,7 @@ from ma_sft.utils import console
 # they are freed; benchmarks/memory.py measures both.
 CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
 CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -364,10 +364,10 @@ def bytes_of(text: str) -> float:
     Raises:
         RecipeError: not such a text.
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)b?\s*", text.lower())
     if match is None:
         raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
-    return float(match[1]) * UNITS[match[2] or ""]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
@@ -454,9 +454,9 @@ def _smaller(settings: Settings) -> Iterator[dict[str, Any]]:
 def _changed(settings: Settings, gpus: int, **changes: Any) -> Settings:
     """The recipe with other settings, for so many GPUs; what is given stays as it is."""
     changed = Recipe(**{**settings.chosen, **changes}).resolve()
-    load_tokenizer(changed)
-    changed.training.use_cpu = gpus == 0
-    return changed
+    training = copy.copy(changed.training)
+    training.use_cpu = gpus == 0
+    return replace(changed, training=training)
 
 
 def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
@@ -513,7 +513,7 @@ def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Seq
         words = " ".join(f"{key}={value}" for key, value in changes.items())
         screen.print(f"too large as it is; {choice} fits with {words}: {_gb(found['total'])}", soft_wrap=True)
     for line in advice(settings, found) if not changes else ():
-        screen.print(f"for nothing: {line}", soft_wrap=True)
+        screen.print(f"faster: {line}", soft_wrap=True)
     more = [word for key, value in changes.items() for word in (f"--{key}", value)]
     screen.print(start_command(choice, gpus, recipe, [*flags, *more]), soft_wrap=True)
 

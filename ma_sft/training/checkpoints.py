@@ -17,21 +17,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils.logging import tqdm
 
 from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.hub import commits, recall
-from ma_sft.labels.templates import recall_clock
 from ma_sft.training.distributed import largest, once
 from ma_sft.utils import not_there, say, write_whole
 
@@ -122,15 +121,13 @@ class RunFolder:
         except Timeout:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
         self.anew = known and (run.overwrite_output_dir or run.resume == "never")
-        if not run.overwrite_output_dir:
-            recall_clock(self.settings)
-            if known and newest(out) and (changes := self._changes(_read(out / "recipe.json"))):
-                way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-                raise RecipeError(f"{out} holds an unfinished run of another recipe ({changes}); {way_out}")
+        goes_on = known and not run.overwrite_output_dir and newest(out)
+        if goes_on and (changes := self._changes(_read(out / "recipe.json"))):
+            way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
+            raise RecipeError(f"{out} holds an unfinished run of another recipe ({changes}); {way_out}")
         if self.anew:
             self._check_removable()
         else:
-            self._write_recipe()
             _remove_cut_off(out)
         return self._checkpoint_to_resume()
 
@@ -150,11 +147,10 @@ class RunFolder:
             RecipeError: the content is not what the checkpoint was trained on, so that going on would train some rows
                 twice and others never.
         """
-        self.settings = settings
-        once(lambda: self._begin(content))
+        once(lambda: self._begin(content, settings))
         return str(self.checkpoint) if self.checkpoint else None
 
-    def _begin(self, content: dict[str, Any]) -> None:
+    def _begin(self, content: dict[str, Any], settings: Settings) -> None:
         if self.anew:
             self._check_removable()  # once more: reading the data may have taken hours
         for path in self.out.iterdir():
@@ -176,21 +172,14 @@ class RunFolder:
                 f"the data is not what {self.checkpoint} was trained on; bring the old rows back, or start anew with "
                 "--resume never"
             )
-        self._write_recipe()  # now with the date of its template
+        write_whole(self.out / "recipe.json", json.dumps(recipe_of(settings), indent=2, ensure_ascii=False))
         write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
-
-    def _write_recipe(self) -> None:
-        write_whole(self.out / "recipe.json", json.dumps(self.recipe(), indent=2, ensure_ascii=False))
-
-    def recipe(self) -> Any:
-        """The settings that were set by hand and say what is trained."""
-        return shown({key: value for key, value in self.settings.chosen.items() if key not in _NOT_THE_RUN})
 
     def _changes(self, before: Any) -> str:
         """What differs from the recipe of the run to go on with, but for a longer training: `key old -> new, ...`."""
-        now, before = json.loads(json.dumps(self.recipe())), before if isinstance(before, dict) else {}
+        now, before = json.loads(json.dumps(recipe_of(self.settings))), before if isinstance(before, dict) else {}
         differing = {key for key in {*before, *now}.difference(_NOT_TRAINED) if before.get(key) != now.get(key)}
-        if "template_now" not in now:  # a day that is not settled yet; the digest of the data tells
+        if "template_now" not in now:  # found once the tokenizer is known; the digest of the data tells
             differing.discard("template_now")
         for key in _LENGTH:
             old, new = before.get(key), now.get(key)
@@ -225,6 +214,29 @@ class RunFolder:
             used = settings.chosen.get(key)
             if used and Path(used).resolve().is_relative_to(out.resolve()):
                 raise RecipeError(f"{key}: {used} would be removed with {out}; pass another --name or --output_dir")
+
+
+def recipe_of(settings: Settings) -> Any:
+    """The settings that were set by hand and say what is trained."""
+    return shown({key: value for key, value in settings.chosen.items() if key not in _NOT_THE_RUN})
+
+
+def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Settings:
+    """The settings with the date of a template that reads the clock: their own, the run's to go on with, or today.
+
+    Raises:
+        RecipeError: a date is set, and the template reads no clock.
+    """
+    labels, run = settings.labels, settings.run
+    if "strftime_now" not in str(tokenizer.chat_template or ""):
+        if labels.template_now is not None:
+            raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
+        return settings
+    anew = run.overwrite_output_dir or run.resume == "never"
+    kept = None if anew else _read(Path(settings.training.output_dir) / "recipe.json")
+    first = kept.get("template_now") if isinstance(kept, dict) else None
+    now = labels.template_now or once(lambda: first or date.today().isoformat())
+    return replace(settings, labels=replace(labels, template_now=now), chosen={**settings.chosen, "template_now": now})
 
 
 def newest(out: Path) -> Path | None:

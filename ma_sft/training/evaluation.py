@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -24,8 +23,7 @@ from transformers.utils.logging import tqdm
 from ma_sft.config import Settings
 from ma_sft.data.functions import load_function
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.hub import stop_ids
-from ma_sft.labels.encoder import ChatEncoder, parsed
+from ma_sft.labels.encoder import ChatEncoder, end_ids, parsed
 from ma_sft.labels.tokenize import make_encoder
 from ma_sft.labels.turns import Message
 from ma_sft.training.checkpoints import SignalHandler, watched
@@ -231,12 +229,6 @@ def grade(answers: Sequence[Answer], references: Sequence[str], metric: str = "e
             why = error.__cause__ or error  # what the user's own function raised
             raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
     return grades
-
-
-def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a turn: the chat template's end-of-turn token (EOS without a template) and the model's own."""
-    end = ChatEncoder(tokenizer).end_token_id if tokenizer.chat_template else tokenizer.eos_token_id
-    return list(dict.fromkeys([end, *stop_ids(generation)]))
 
 
 class TokenByToken(StoppingCriteria):

@@ -10,7 +10,6 @@ import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -42,11 +41,11 @@ from ma_sft.data.functions import load_function
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
-from ma_sft.labels.templates import load_tokenizer, set_clock
+from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
-from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_before
-from ma_sft.training.distributed import PaddedSampler, available_attention, fill_up, gather, once
+from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_before, with_date
+from ma_sft.training.distributed import PaddedSampler, available_attention, fill_up, gather
 from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
 from ma_sft.utils import no_bar_for_weights
@@ -76,9 +75,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
-    else:
-        set_clock(settings, tokenizer)
-    settings = with_same_date(settings)
+    settings = with_date(settings, tokenizer)
     model, peft = given.get("model"), given.get("peft_config")
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
@@ -116,13 +113,6 @@ def _settings_for(recipe: Recipe, args: Sequence[str], given: dict[str, Any], ro
 
 def _is_labelled(rows: Any) -> bool:
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
-
-
-def with_same_date(settings: Settings) -> Settings:
-    """The settings with the first process' date for the chat template, which others may have read past midnight."""
-    date = once(lambda: settings.labels.template_now)
-    chosen = {**settings.chosen, "template_now": date} if date is not None else settings.chosen
-    return replace(settings, labels=replace(settings.labels, template_now=date), chosen=chosen)
 
 
 def check_early(settings: Settings) -> PeftConfig | None:

@@ -128,7 +128,7 @@ LINE = b'{"instruction": "x", "output": "y"}\n'
         ("a.csv", b'instruction,output\nx,"y', "a.csv, line 2: not valid CSV"),
         ("a.csv", b"instruction,output\nx\n", "line 2: unknown format: columns ['instruction']; nearest: alpaca"),
         ("a.csv", b"instruction,reply\nx,y\n", "line 2: unknown format: columns ['instruction', 'reply']"),
-        ("a.csv", b"instruction;output\na;b\n", "one column 'instruction;output'; if ';' parts its cells, set delim"),
+        ("a.csv", "instruction\toutput\na\tb\n".encode("utf-16"), "a.csv, line 1: not UTF-8 text: save it as UTF-8"),
         ("a.csv", b"q,a,q\n1,2,3\n", "line 1: column 'q' stands twice"),
         ("a.csv", b"question,answer\nq,a\nquestion,answer\n", "a.csv, line 3: the names of the columns once more"),
     ],

@@ -121,7 +121,7 @@ def prepared(chats, change=lambda ids, labels: (ids, labels)):
     return Dataset.from_list(rows)
 
 
-def test_a_folder_is_judged_with_and_without_its_rows(tmp_path, capsys, smollm2):
+def test_a_folder_is_verified_with_and_without_its_rows(tmp_path, capsys, smollm2):
     prepared(CHATS).save_to_disk(tmp_path / "prepared" / "0123")
     rows = write_rows(tmp_path / "rows.jsonl", ({"messages": chat} for chat in CHATS))
     assert audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).verdict.startswith("every label is right")

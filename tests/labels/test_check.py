@@ -49,7 +49,7 @@ def test_several_processes_find_what_one_finds():
     wrong = broken(tokenised(encoder, conversations), 170, without_a_token)
     tokenizer = encoder.tokenizer
     one, two = (check_dataset(wrong, tokenizer, conversations=conversations, num_proc=n).to_json() for n in (1, 2))
-    assert one == two and "line 170: " in one and json.loads(one)["judged_rows"] == 250
+    assert one == two and "line 170: " in one and json.loads(one)["verified_rows"] == 250
 
 
 def codes(findings) -> set[str]:
@@ -201,8 +201,10 @@ def test_a_sample_is_not_called_every_label():
     conversations = Dataset.from_dict({"messages": chats})
     rows = tokenised(ChatEncoder(tokenizer), conversations)
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert re.match(rf"no wrong label was found: {report.judged_rows} of 300 rows were verified, 10 at", report.verdict)
-    assert report.proven and 10 <= report.judged_rows < 20 and "--all" in report.verdict
+    assert re.match(
+        rf"no wrong label was found: {report.verified_rows} of 300 rows were verified, 10 at", report.verdict
+    )
+    assert report.proven and 10 <= report.verified_rows < 20 and "--all" in report.verdict
     assert check_dataset(rows, tokenizer, conversations=conversations).verdict.startswith(
         "every label is right: all 300"
     )
@@ -291,14 +293,14 @@ def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged(monkeypa
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
     conversations = Dataset.from_dict({"messages": chats})
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert 11 <= report.judged_rows <= 20  # each of two shapes, and ten at random
-    assert "10 at random, and each of 2 shapes at least 5 times or wholly" in report.judged
+    assert 11 <= report.verified_rows <= 20  # each of two shapes, and ten at random
+    assert "10 at random, and each of 2 shapes at least 5 times or wholly" in report.verified
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
     monkeypatch.setattr(check_module, "BY_SHAPE", 5)
     rows = rows.add_column("shape", [str(n) for n in range(300)])  # as where each conversation has many calls
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert f"10 at random, and {report.judged_rows} of 300 shapes at least once" in report.judged
+    assert f"10 at random, and {report.verified_rows} of 300 shapes at least once" in report.verified
 
 
 def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():

@@ -17,6 +17,7 @@ from ma_sft.labels.tokenize import check, label
 from ma_sft.labels.verify import Verifier
 from ma_sft.release.chat import load as load_chat
 from ma_sft.release.manifest import check_handoff
+from ma_sft.training.checkpoints import with_date
 
 DATED = (
     "{% if strftime_now is defined %}{% set now = strftime_now('%d %b %Y %H:%M:%S') %}"
@@ -49,7 +50,7 @@ def days_later(monkeypatch):
             today = staticmethod(lambda: Later.now().date())
 
         monkeypatch.setattr(chat_templates, "datetime", Later)
-        monkeypatch.setattr("ma_sft.labels.templates.date", LaterDay)
+        monkeypatch.setattr("ma_sft.training.checkpoints.date", LaterDay)
         return Later.now().strftime("%d %b %Y")
 
     return shift
@@ -65,10 +66,15 @@ def recipe(model, **settings):
     return Recipe(**{**QUICK, **given, "use_cpu": True, "max_length": 256, "max_steps": 4, **settings})
 
 
+def dated(given):
+    settings = given.resolve()
+    tokenizer, _ = load(settings)
+    return with_date(settings, tokenizer), tokenizer
+
+
 def prepared(model, **settings) -> list[str]:
     """The texts of the rows, whose labels the judge approved of."""
-    found = recipe(model, **settings).resolve()
-    tokenizer, _ = load(found)
+    found, tokenizer = dated(recipe(model, **settings))
     labelled = label(found, tokenizer)
     report = check(found, tokenizer, labelled)
     assert not report.errors, report
@@ -107,13 +113,12 @@ def test_values_of_the_setting(folder, tiny):
     with pytest.raises(RecipeError, match=r"template_now: a date as .* expected, found 'yesterday'"):
         recipe(tiny, template_now="yesterday").resolve()
     with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
-        load(recipe(tiny, template="chatml", template_now="2024-02-29").resolve())
+        dated(recipe(tiny, template="chatml", template_now="2024-02-29"))
 
 
 def test_workers_and_streams_have_the_same_clock(folder, tiny):
     texts = prepared(tiny, template_now="2024-02-29", dataset_num_proc=2)
-    found = recipe(tiny, template_now="2024-02-29", dataset_streaming=True).resolve()
-    tokenizer, _ = load(found)
+    found, tokenizer = dated(recipe(tiny, template_now="2024-02-29", dataset_streaming=True))
     assert [tokenizer.decode(ids) for ids in label(found, tokenizer).dataset["input_ids"]] == texts
 
 

@@ -117,8 +117,8 @@ def test_shows_the_mask_token_by_token(finished):
     assert re.search(r'<span class="c" title="\d+">&lt;\|im_start\|&gt;</span>', row)
 
 
-def test_does_not_call_labels_right_that_nobody_judged(tiny_bpe, tmp_path):
-    """A `formatting_func` without a response template trains whole texts: there is no boundary to be judged."""
+def test_does_not_call_labels_right_that_nobody_verified(tiny_bpe, tmp_path):
+    """A `formatting_func` without a response template trains whole texts: there is no boundary to be verified."""
     (tmp_path / "texts.py").write_text(
         "def texts(rows):\n    return [f'Q: {q} A: {a}' for q, a in zip(rows['q'], rows['a'])]\n"
     )

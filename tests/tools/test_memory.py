@@ -275,7 +275,7 @@ def test_sizes(three_layers):
     with pytest.raises(RecipeError, match="--gpus: 0 or more expected, found -1"):
         plan(settings(model_name_or_path=three_layers), -1)
     with pytest.raises(RecipeError, match="a size like 80GB"):
-        bytes_of("much")
+        bytes_of("24")
 
 
 @pytest.mark.slow

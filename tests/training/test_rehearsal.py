@@ -1,5 +1,7 @@
 """The rehearsal: what would go wrong after the labels are proven is one line before a row is read."""
 
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 import torch
 from helpers import refusal, write_rows
@@ -243,7 +245,9 @@ def test_it_can_be_turned_off_and_is_done_once(tiny_bpe, tmp_path, monkeypatch):
     settings = Recipe(model_name_or_path=str(tiny_bpe), dataset_name="x").resolve(["--rehearse", "false"])
     tokenizer, added = load_tokenizer(settings)
     assert rehearse(settings, tokenizer, added) == "not rehearsed: rehearse=false"
-    settings.run.rehearse = True
+    with pytest.raises(FrozenInstanceError):  # nothing writes into settings once they are resolved
+        settings.run.rehearse = True
+    settings = replace(settings, run=replace(settings.run, rehearse=True))
     line = rehearse(settings, tokenizer, added)
     assert line.startswith("rehearsed on a twin")
     monkeypatch.setattr(rehearsal, "rehearse_here", None)
