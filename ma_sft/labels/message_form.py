@@ -89,7 +89,7 @@ class MessageForm:
 
     def messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template wants them; arguments are objects, or text that is no JSON object."""
-        return [self._message(m) for m in messages]
+        return [m if is_plain(m) and not self._parts else self._message(m) for m in messages]
 
     def end_in(self, text: str) -> int | None:
         """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
@@ -192,6 +192,11 @@ class MessageForm:
             text = self._try([_USER])  # some templates end every text with the generation prompt, asked for or not
             last = found[0 if text and text == self._try([_USER], prompt=True) else -1]
         return End(last.group(), alone[last.end() :])
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message is a role and a text."""
+    return len(message) == 2 and isinstance(message.get("content"), str)
 
 
 def shared_length(a: str, b: str) -> int:

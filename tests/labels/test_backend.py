@@ -2,8 +2,8 @@
 
 import logging
 import pickle
+from array import array
 
-import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import ROOT, load_tokenizer
@@ -21,8 +21,7 @@ TEXTS = [
 
 def test_same_ids_as_the_standard_backend(tokenizer):
     backend, standard = Backend(tokenizer, from_characters=0), Backend(tokenizer, fast=False)
-    for ids, expected in zip(backend(TEXTS), standard(TEXTS), strict=True):
-        assert ids.dtype == np.int32 and ids.tolist() == expected.tolist()
+    assert backend(TEXTS) == standard(TEXTS)
     assert backend([]) == []
 
 
@@ -36,22 +35,22 @@ def test_takes_the_faster_one_where_it_can_and_says_where_not():
 
 def test_a_few_texts_do_not_wait_for_the_faster_one():
     backend = Backend(load_tokenizer("qwen3"), from_characters=20)
-    assert [backend(["Hi there"])[0].tolist() for _ in range(3)] == [[13048, 1052]] * 3
-    assert backend._fast is not None and Backend(load_tokenizer("qwen3"))(["Hi"])[0].tolist() == [13048]
+    assert [backend(["Hi there"]) for _ in range(3)] == [[array("i", (13048, 1052)).tobytes()]] * 3
+    assert backend._fast is not None and Backend(load_tokenizer("qwen3"))(["Hi"]) == [array("i", [13048]).tobytes()]
 
 
 def test_truncation_of_an_earlier_call_does_not_count():
     tokenizer = load_tokenizer("qwen3")
     tokenizer(["one two three"], truncation=True, max_length=1, padding="max_length")
     for fast in (True, False):
-        assert len(Backend(tokenizer, fast=fast, from_characters=0)(["one two three"])[0]) == 3
+        assert len(Backend(tokenizer, fast=fast, from_characters=0)(["one two three"])[0]) == 3 * 4
 
 
 def test_goes_to_other_processes():
     backend = Backend(load_tokenizer("smollm2"), from_characters=0)
     backend(["Hi"])
     again = pickle.loads(pickle.dumps(backend))
-    assert again.name == backend.name and again(["Hi"])[0].tolist() == backend(["Hi"])[0].tolist()
+    assert again.name == backend.name and again(["Hi"]) == backend(["Hi"])
 
 
 def other_ids(backend: Backend) -> Backend:
