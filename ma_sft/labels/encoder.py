@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import MaSftError, TemplateError
 from ma_sft.labels.backend import Backend
+from ma_sft.labels.message_form import is_plain
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
@@ -408,6 +409,8 @@ def check_messages(messages: list[Message]) -> None:
 
 def _without_nulls(message: Message) -> Message:
     """Arrow gives every row every key of the column; what a message does not have must not reach the template."""
+    if is_plain(message):
+        return message
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "tool_calls" in message:
         calls = message["tool_calls"]
