@@ -497,7 +497,7 @@ def processes(num_proc: int | None, rows: int) -> int | None:
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Let the garbage collector leave alone what is there, and come rarely: else it takes a tenth of the preparation."""
+    """Let the garbage collector leave alone what is there and come rarely: it takes a tenth of the time else."""
     gc.freeze()
     threshold = gc.get_threshold()
     gc.set_threshold(100_000)

@@ -14,8 +14,8 @@ breaks this for some turns; those get a sequence of their own (`history="split"`
 import json
 import re
 import warnings
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, cast
@@ -95,27 +95,23 @@ class _Text:
     ids: bytes = b""
     at: list[int] = field(default_factory=list)
 
-
-class _Answer(NamedTuple):
-    """A turn as it writes itself, or as history has it, in the text in which it follows its prompt.
-
-    `opening` is what the prompt has of the stretch `first`; the answer's last token begins the stretch `last`.
-    """
-
-    target: str
-    text: _Text
-    first: int
-    opening: Stretch
-    last: int
+    def last(self, end: int) -> tuple[int, Stretch]:
+        """The last stretch of the first `end` characters, and what they have of it."""
+        number = bisect_right(self.starts, end) - 1
+        before, text, _ = self.stretches[number]
+        return number, (before, text[: end - self.starts[number]], "")
 
 
 class _Plan(NamedTuple):
-    """A conversation's text, and the answers of each turn that may be trained."""
+    """A conversation's text, and the turns that may be trained.
+
+    Each has its targets, as it writes itself or as history has it, with the text in which they follow its prompt.
+    """
 
     chat: Chat
-    written: str
-    text: _Text
-    turns: list[tuple[TurnText, list[_Answer]]]
+    text: str
+    main: _Text
+    turns: list[tuple[TurnText, dict[str, _Text]]]
 
 
 class ChatEncoder:
@@ -161,14 +157,7 @@ class ChatEncoder:
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
         self._known: dict[Stretch, bytes] = {}
-        self._turns = Turns(
-            tokenizer,
-            self.control,
-            train_on=train_on,
-            template_kwargs=self.template_kwargs,
-            template_now=template_now,
-            add_eos=add_eos,
-        )
+        self._turns = Turns(tokenizer, self.control, train_on, self.template_kwargs, template_now, add_eos)
         self.end_token = self._turns.end_token
         self._split = re.compile(f"({self._turns.control_pattern.pattern})").split
 
@@ -208,9 +197,7 @@ class ChatEncoder:
                 except MaSftError as error:
                     error.index = index  # type: ignore[attr-defined]
                     raise
-            answers = [answer for plan in plans for _, found in plan.turns for answer in found]
-            texts = [plan.text for plan in plans] + [answer.text for answer in answers]
-            self._learn([stretch for text in texts for stretch in text.stretches] + [a.opening for a in answers])
+            self._learn([stretch for plan in plans for stretch in _stretches(plan)])
             examples += [self._join(plan) for plan in plans]
             self._known.clear()
         return examples
@@ -252,18 +239,15 @@ class ChatEncoder:
         return {name: [values[n] for values in made] for n, name in enumerate(names)}
 
     def encode_prompt(
-        self,
-        messages: list[Message],
-        tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        self, messages: list[Message], tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
         text = self._cut(self._turns.render(chat, len(messages), prompt=True), chat.marker)
         self._learn(text.stretches)
-        ids = np.frombuffer(self._joined(text.stretches), np.int32)
+        ids = np.frombuffer(self._ids_of(text), np.int32).tolist()
         self._known.clear()
-        return cast(list[int], ids.tolist())
+        return cast(list[int], ids)
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
@@ -277,38 +261,33 @@ class ChatEncoder:
             target = f"{chat.messages[0]['content']}{self.tokenizer.eos_token}"
             text, turns = prompt + target, [TurnText(0, prompt, target)]
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
-        cut, found = self._cut(text, chat.marker), list[tuple[TurnText, list[_Answer]]]()
+        main, found = self._cut(text, chat.marker), list[tuple[TurnText, dict[str, _Text]]]()
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says
-            targets = (
-                dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1))) if turn.target else ()
-            )
+            targets = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1)) * bool(turn.target))
             begin, follows = len(turn.prompt), text.startswith(turn.prompt)
-            written = next((each for each in targets if follows and text.startswith(each, begin)), None)
-            if written is not None:
-                answers = [_answer(cut, begin, written)]
+            if written := [each for each in targets if follows and text.startswith(each, begin)]:
+                found.append((turn, {written[0]: main}))
             else:
-                answers = [_answer(self._cut(turn.prompt + each, chat.marker), begin, each) for each in targets]
-            found.append((turn, answers))
-        return _Plan(chat, text, cut, found)
+                found.append((turn, {each: self._cut(turn.prompt + each, chat.marker) for each in targets}))
+        return _Plan(chat, text, main, found)
 
     def _join(self, plan: _Plan) -> list[Example]:
         """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""
-        chat, text, cut, turns = plan
-        self._measure(cut)
-        sequences: list[tuple[bytes, list[Turn]]] = [(cut.ids, [])]
-        for turn, answers in reversed(turns):
-            ids = [self._ids_of(answer, chat.marker) for answer in answers]
-            written = bool(answers) and answers[0].text is cut
+        chat, text, main, turns = plan
+        sequences: list[tuple[bytes, list[Turn]]] = [(self._ids_of(main), [])]
+        for turn, targets in reversed(turns):
+            ids = [self._answer(turn, *each, chat.marker) for each in targets.items()]
+            written = main in targets.values()
             if turn is turns[-1][0] and ids:
                 # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
                 # inference saw: the main sequence is then the last prompt with its answer.
-                behind = cut.ids[cut.at[answers[0].last] + 4 :] if written else b""
+                behind = main.ids[self._length(main, len(turn.prompt) + len(next(iter(targets)))) :] if written else b""
                 sequences = [(ids[0][1] + behind, [])]
             fits = ((n, s) for s in sequences for n, (_, whole) in enumerate(ids) if s[0].startswith(whole))
             n, (_, own) = next(fits, (None, sequences[0]))
             if n is not None:
-                unthought = answers[n].target != turn.target
+                unthought = [*targets][n] != turn.target
                 own.append(Turn(turn.message, ids[n][0], len(ids[n][1]) // 4, unthought=unthought))
                 continue
             if turn.reason or self.history == "mask" or written:
@@ -331,25 +310,29 @@ class ChatEncoder:
 
     # -- ids, as the bytes of int32 arrays ----------------------------------------------------------------------
 
-    def _ids_of(self, answer: _Answer, marker: str) -> tuple[int, bytes]:
-        """How many ids the prompt has, and they with those of the answer."""
-        text, opening = answer.text, self._known[answer.opening]
-        self._measure(text)
-        start = text.at[answer.first] + len(opening)
-        if self._known[text.stretches[answer.first]].startswith(opening):
-            return start // 4, text.ids[: text.at[answer.last] + 4]
+    def _answer(self, turn: TurnText, target: str, text: _Text, marker: str) -> tuple[int, bytes]:
+        """How many ids the prompt has, and they with those of the target, which follows it in a text."""
+        ids, begin = self._ids_of(text), len(turn.prompt)
+        number, opening = text.last(begin)
+        start = self._length(text, begin)
+        if self._known[text.stretches[number]].startswith(self._known[opening]):
+            return start // 4, ids[: self._length(text, begin + len(target))]
         # The answer's first characters merge into the prompt's last token
-        (_, first, after), *rest = self._cut(answer.target, marker).stretches
+        (_, first, after), *rest = self._cut(target, marker).stretches
         self._learn(continued := [(None, first, after), *rest])
-        return start // 4, text.ids[: text.at[answer.first]] + opening + self._joined(continued)
+        prompt = ids[: text.at[number]] + self._known[opening]
+        return start // 4, prompt + b"".join([self._known[each] for each in continued])
 
-    def _measure(self, text: _Text) -> None:
+    def _length(self, text: _Text, end: int) -> int:
+        """How long the ids of the first `end` characters are."""
+        number, part = text.last(end)
+        return text.at[number] + len(self._known[part])
+
+    def _ids_of(self, text: _Text) -> bytes:
         if not text.at:
             known = [self._known[stretch] for stretch in text.stretches]
             text.ids, text.at = b"".join(known), [0, *accumulate(map(len, known))]
-
-    def _joined(self, stretches: list[Stretch]) -> bytes:
-        return b"".join([self._known[stretch] for stretch in stretches])
+        return text.ids
 
     def _cut(self, text: str, marker: str) -> _Text:
         cut, at = _Text([], []), 0
@@ -389,11 +372,15 @@ class ChatEncoder:
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
 
 
-def _answer(text: _Text, begin: int, target: str) -> _Answer:
-    """The answer that stands in a text from a character on, to the control token that ends it."""
-    first, last = bisect_right(text.starts, begin) - 1, bisect_left(text.starts, begin + len(target))
-    before, opening, _ = text.stretches[first]
-    return _Answer(target, text, first, (before, opening[: begin - text.starts[first]], ""), last)
+def _stretches(plan: _Plan) -> Iterator[Stretch]:
+    """All that has to be tokenised of a conversation."""
+    yield from plan.main.stretches
+    for turn, targets in plan.turns:
+        for target, text in targets.items():
+            if text is not plan.main:
+                yield from text.stretches
+            begin = len(turn.prompt)
+            yield from (text.last(end)[1] for end in (begin, begin + len(target)))
 
 
 def check_messages(messages: list[Message]) -> None:

@@ -79,7 +79,6 @@ class Turns:
         self,
         tokenizer: PreTrainedTokenizerBase,
         control: Collection[str],
-        *,
         train_on: str,
         template_kwargs: dict[str, Any],
         template_now: str | None,
@@ -161,9 +160,7 @@ class Turns:
                 return self.renderer.render(messages, tools, kwargs, prompt=prompt)
 
             eos = self.tokenizer.eos_token
-            self._forms[key] = MessageForm(
-                render, self.control_pattern, eos, with_tools=bool(tools), add_eos=self.add_eos
-            )
+            self._forms[key] = MessageForm(render, self.control_pattern, eos, bool(tools), self.add_eos)
         return self._forms[key]
 
     # -- one turn -----------------------------------------------------------------------------------------------
@@ -240,15 +237,12 @@ class Turns:
     def _dropped(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
         """What the template does not write of the turns that are trained and of what stands before them."""
 
-        def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
-            return self.renderer.render(chat.form.messages(messages), tools, chat.kwargs, prompt=prompt)
-
         key = (chat.kinds, id(chat.form), bool(chat.tools), chat.tagged)
         if key not in self._lost:
             if len(self._lost) >= _SHAPES:
                 self._lost.clear()
             try:
-                found = dropped_content(render, chat.messages, chat.tools, self._tags)[0]
+                found = dropped_content(chat.form.render, chat.messages, chat.tools, self._tags)[0]
             except TemplateError:  # of the words, not of the row
                 found = []
             self._lost[key] = [lost for lost in found if not lost[2]]
@@ -269,7 +263,11 @@ class Turns:
         targets = {turn.message: turn.target for turn in turns if not turn.reason}
         for i, message in enumerate(chat.messages):
             content, own = message.get("content"), message["role"] == "assistant"
-            if not isinstance(content, str) or (own and i not in targets) or content.strip() in targets.get(i, full):
+            if not isinstance(content, str) or (own and i not in targets):
+                continue
+            stripped, written = content.strip(), targets.get(i, full)
+            # Its first characters show where it stands: to search for all of it would take longer
+            if written.startswith(stripped, written.find(stripped[:20])) or stripped in written:
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
             places = [text.replace(chat.marker, "") for text in places]
