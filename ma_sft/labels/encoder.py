@@ -15,9 +15,9 @@ import json
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -106,12 +106,14 @@ class _Plan(NamedTuple):
     """A conversation's text, and the turns that may be trained.
 
     Each has its targets, as it writes itself or as history has it, with the text in which they follow its prompt.
+    `stretches` is all that has to be tokenised.
     """
 
     chat: Chat
     text: str
     main: _Text
     turns: list[tuple[TurnText, dict[str, _Text]]]
+    stretches: list[Stretch]
 
 
 class ChatEncoder:
@@ -197,7 +199,7 @@ class ChatEncoder:
                 except MaSftError as error:
                     error.index = index  # type: ignore[attr-defined]
                     raise
-            self._learn([stretch for plan in plans for stretch in _stretches(plan)])
+            self._learn(chain.from_iterable(plan.stretches for plan in plans))
             examples += [self._join(plan) for plan in plans]
             self._known.clear()
         return examples
@@ -262,19 +264,23 @@ class ChatEncoder:
             text, turns = prompt + target, [TurnText(0, prompt, target)]
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
         main, found = self._cut(text, chat.marker), list[tuple[TurnText, dict[str, _Text]]]()
+        stretches = [*main.stretches]
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says
             targets = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1)) * bool(turn.target))
             begin, follows = len(turn.prompt), text.startswith(turn.prompt)
             if written := [each for each in targets if follows and text.startswith(each, begin)]:
-                found.append((turn, {written[0]: main}))
+                texts = {written[0]: main}
             else:
-                found.append((turn, {each: self._cut(turn.prompt + each, chat.marker) for each in targets}))
-        return _Plan(chat, text, main, found)
+                texts = {each: self._cut(turn.prompt + each, chat.marker) for each in targets}
+                stretches += chain.from_iterable(each.stretches for each in texts.values())
+            stretches += [each.last(begin)[1] for each in texts.values()]
+            found.append((turn, texts))
+        return _Plan(chat, text, main, found, stretches)
 
     def _join(self, plan: _Plan) -> list[Example]:
         """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""
-        chat, text, main, turns = plan
+        chat, text, main, turns, _ = plan
         sequences: list[tuple[bytes, list[Turn]]] = [(self._ids_of(main), [])]
         for turn, targets in reversed(turns):
             ids = [self._answer(turn, *each, chat.marker) for each in targets.items()]
@@ -282,8 +288,8 @@ class ChatEncoder:
             if turn is turns[-1][0] and ids:
                 # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
                 # inference saw: the main sequence is then the last prompt with its answer.
-                behind = main.ids[self._length(main, len(turn.prompt) + len(next(iter(targets)))) :] if written else b""
-                sequences = [(ids[0][1] + behind, [])]
+                end = main.last(len(turn.prompt + next(iter(targets))))[0] if written else -1
+                sequences = [(ids[0][1] + main.ids[main.at[end] + 4 :], [])]
             fits = ((n, s) for s in sequences for n, (_, whole) in enumerate(ids) if s[0].startswith(whole))
             n, (_, own) = next(fits, (None, sequences[0]))
             if n is not None:
@@ -312,21 +318,17 @@ class ChatEncoder:
 
     def _answer(self, turn: TurnText, target: str, text: _Text, marker: str) -> tuple[int, bytes]:
         """How many ids the prompt has, and they with those of the target, which follows it in a text."""
-        ids, begin = self._ids_of(text), len(turn.prompt)
-        number, opening = text.last(begin)
-        start = self._length(text, begin)
-        if self._known[text.stretches[number]].startswith(self._known[opening]):
-            return start // 4, ids[: self._length(text, begin + len(target))]
+        ids, known = self._ids_of(text), self._known
+        number, part = text.last(len(turn.prompt))
+        opening, stretch = known[part], known[text.stretches[number]]
+        start = text.at[number] + len(opening)
+        if stretch.startswith(opening):
+            end, _ = text.last(len(turn.prompt) + len(target))  # the stretch that begins with the target's last token
+            return start // 4, ids[: text.at[end] + 4]
         # The answer's first characters merge into the prompt's last token
         (_, first, after), *rest = self._cut(target, marker).stretches
         self._learn(continued := [(None, first, after), *rest])
-        prompt = ids[: text.at[number]] + self._known[opening]
-        return start // 4, prompt + b"".join([self._known[each] for each in continued])
-
-    def _length(self, text: _Text, end: int) -> int:
-        """How long the ids of the first `end` characters are."""
-        number, part = text.last(end)
-        return text.at[number] + len(self._known[part])
+        return start // 4, ids[: text.at[number]] + opening + b"".join([known[each] for each in continued])
 
     def _ids_of(self, text: _Text) -> bytes:
         if not text.at:
@@ -344,7 +346,7 @@ class ChatEncoder:
             at += len(piece) + len(marker)
         return cut
 
-    def _learn(self, stretches: list[Stretch]) -> None:
+    def _learn(self, stretches: Iterable[Stretch]) -> None:
         """Tokenise all that is new, each stretch once."""
         known, control = self._known, self._control_ids
         new = [stretch for stretch in dict.fromkeys(stretches) if stretch not in known]
@@ -370,17 +372,6 @@ class ChatEncoder:
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
-
-
-def _stretches(plan: _Plan) -> Iterator[Stretch]:
-    """All that has to be tokenised of a conversation."""
-    yield from plan.main.stretches
-    for turn, targets in plan.turns:
-        for target, text in targets.items():
-            if text is not plan.main:
-                yield from text.stretches
-            begin = len(turn.prompt)
-            yield from (text.last(end)[1] for end in (begin, begin + len(target)))
 
 
 def check_messages(messages: list[Message]) -> None:

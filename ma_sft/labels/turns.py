@@ -114,12 +114,9 @@ class Turns:
         formed = form.messages(messages)
         kinds, tagged = (*map(describe, formed), describe([tools, kwargs])), None
         if None in kinds or self._tags.search(everything) or any("tool_calls" in m for m in messages):
-            tagged = repr([(i, shape(m, self._tags)) for i, m in enumerate(messages) if self._has_parts(m)])
+            parted = (i for i, m in enumerate(messages) if not is_plain(m) or self._tags.search(m["content"]))
+            tagged = repr([(i, shape(messages[i], self._tags)) for i in parted])
         return Chat(messages, formed, kinds, tools, kwargs, untrained, form, tagged, marker, special)
-
-    def _has_parts(self, message: Message) -> bool:
-        """Whether a template may write some of the message and not all."""
-        return not is_plain(message) or self._tags.search(message["content"]) is not None
 
     def _cut_message(self, message: Message, marker: str) -> Message:
         own = self._overlapping_assistant if message["role"] == "assistant" else self._overlapping
@@ -263,11 +260,7 @@ class Turns:
         targets = {turn.message: turn.target for turn in turns if not turn.reason}
         for i, message in enumerate(chat.messages):
             content, own = message.get("content"), message["role"] == "assistant"
-            if not isinstance(content, str) or (own and i not in targets):
-                continue
-            stripped, written = content.strip(), targets.get(i, full)
-            # Its first characters show where it stands: to search for all of it would take longer
-            if written.startswith(stripped, written.find(stripped[:20])) or stripped in written:
+            if not isinstance(content, str) or (own and i not in targets) or content.strip() in targets.get(i, full):
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
             places = [text.replace(chat.marker, "") for text in places]
