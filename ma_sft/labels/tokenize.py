@@ -282,6 +282,9 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
         *(encoder.add_eos, encoder.backend.wanted),
     )
     key = label_fingerprint(fingerprint_of(conversations), encoder.tokenizer, encoder, *settings)
+    each = conversations.data.nbytes / (processes(num_proc, len(conversations)) or 1)
+    if each > 4 * encoder.backend.from_characters:  # so many will come that the faster tokenizer is built at once
+        encoder.backend.from_characters = 0
     try:
         return _mapped(conversations, partial(_as_table, encoder), key, "tokenising", num_proc)
     except DifferentIdsError as error:
