@@ -500,11 +500,14 @@ def processes(num_proc: int | None, rows: int) -> int | None:
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Let the garbage collector leave alone what is there already: a tenth of the preparation goes into such walks."""
+    """Let the garbage collector leave alone what is there and come rarely: it takes a tenth of the time else."""
     gc.freeze()
+    threshold = gc.get_threshold()
+    gc.set_threshold(100_000)
     try:
         yield
     finally:
+        gc.set_threshold(*threshold)
         gc.unfreeze()
 
 

@@ -14,10 +14,10 @@ breaks this for some turns; those get a sequence of their own (`history="split"`
 import json
 import re
 import warnings
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -28,16 +28,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ma_sft.errors import MaSftError, TemplateError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.backend import Backend
+from ma_sft.labels.message_form import is_plain
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
 Ids = NDArray[np.int32]
-Stretch = tuple[str | None, str, str]  # what stands before a text (None: another text), the text, what stands after it
+# A text between control tokens: the token before it ("" at the beginning, None after other text), it, the one after it
+Stretch = tuple[str | None, str, str]
 
 IGNORE_INDEX = -100
 
 _BATCH = 250  # conversations
-_FEW = 200  # stretches for which the faster tokenizer is not built: that takes longer
+_FEW = 200  # stretches that are left to the standard tokenizer
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _MERGED = "the turn's first characters merge into the prompt's last token"
 
@@ -82,22 +84,37 @@ class Example:
         return cast(list[int], self.label_ids.tolist())
 
 
-class _Answer(NamedTuple):
-    """What a turn writes after its prompt, as an answer or as history has it; stretches of the prompt and of both."""
+@dataclass(slots=True)
+class _Text:
+    """A text cut at its control tokens and markers; once they are tokenised, its ids as bytes.
 
-    text: str
-    prompt: list[Stretch]
-    whole: list[Stretch]
-    written: bool  # the conversation's text goes on so
+    `starts` and `at` are where each stretch begins, in characters without its control token, in bytes with it.
+    """
+
+    stretches: list[Stretch]
+    starts: list[int]
+    ids: bytes = b""
+    at: list[int] = field(default_factory=list)
+
+    def last(self, end: int) -> tuple[int, Stretch]:
+        """The last stretch of the first `end` characters, and what they have of it."""
+        number = bisect_right(self.starts, end) - 1
+        before, text, _ = self.stretches[number]
+        return number, (before, text[: end - self.starts[number]], "")
 
 
 class _Plan(NamedTuple):
-    """A conversation's text, its stretches, and the answers of each turn that may be trained."""
+    """A conversation's text, and the turns that may be trained.
+
+    Each has its targets, as it writes itself or as history has it, with the text in which they follow its prompt.
+    `stretches` is all that has to be tokenised.
+    """
 
     chat: Chat
     text: str
+    main: _Text
+    turns: list[tuple[TurnText, dict[str, _Text]]]
     stretches: list[Stretch]
-    turns: list[tuple[TurnText, list[_Answer]]]
 
 
 class ChatEncoder:
@@ -139,19 +156,13 @@ class ChatEncoder:
         self.template_kwargs, self.template_now = template_kwargs or {}, template_now
         self.backend = Backend(tokenizer)
         self.control = control_tokens(tokenizer)
+        self._control_ids = {token: np.int32(i).tobytes() for token, i in self.control.items()}
         # sentencepiece-like tokenizers put a space before a text; one that continues another must not get it
         self._adds_prefix = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
         self._known: dict[Stretch, bytes] = {}
-        self._turns = Turns(
-            tokenizer,
-            self.control,
-            train_on=train_on,
-            template_kwargs=self.template_kwargs,
-            template_now=template_now,
-            add_eos=add_eos,
-        )
+        self._turns = Turns(tokenizer, self.control, train_on, self.template_kwargs, template_now, add_eos)
         self.end_token = self._turns.end_token
-        self._cuts: dict[str, re.Pattern[str]] = {}  # by the marker of a conversation
+        self._split = re.compile(f"({self._turns.control_pattern.pattern})").split
 
     @property
     def end_token_id(self) -> int:
@@ -189,9 +200,7 @@ class ChatEncoder:
                 except MaSftError as error:
                     error.index = index  # type: ignore[attr-defined]
                     raise
-            self._learn(stretch for plan in plans for stretch in plan.stretches)
-            answers = [answer for plan in plans for _, answers in plan.turns for answer in answers]
-            self._learn(stretch for a in answers for stretch in (a.prompt[-1], *a.whole[-1 if a.written else 0 :]))
+            self._learn(chain.from_iterable(plan.stretches for plan in plans))
             examples += [self._join(plan) for plan in plans]
             self._known.clear()
         return examples
@@ -233,18 +242,15 @@ class ChatEncoder:
         return {name: [values[n] for values in made] for n, name in enumerate(names)}
 
     def encode_prompt(
-        self,
-        messages: list[Message],
-        tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        self, messages: list[Message], tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
         chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
-        stretches, _ = self._cut(self._turns.render(chat, len(messages), prompt=True), chat.marker)
-        self._learn(stretches)
-        raw = self._raw(stretches)
+        text = self._cut(self._turns.render(chat, len(messages), prompt=True), chat.marker)
+        self._learn(text.stretches)
+        ids = np.frombuffer(self._ids_of(text), np.int32).tolist()
         self._known.clear()
-        return cast(list[int], np.frombuffer(raw, np.int32).tolist())
+        return cast(list[int], ids)
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
@@ -258,36 +264,37 @@ class ChatEncoder:
             target = f"{chat.messages[0]['content']}{self.tokenizer.eos_token}"
             text, turns = prompt + target, [TurnText(0, prompt, target)]
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
-        stretches, starts = self._cut(text, chat.marker)
-        found: list[tuple[TurnText, list[_Answer]]] = []
+        main, found = self._cut(text, chat.marker), list[tuple[TurnText, dict[str, _Text]]]()
+        stretches = [*main.stretches]
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says
-            texts = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1))) if turn.target else ()
-            begin = len(turn.prompt)
-            written = [each for each in texts if text.startswith(turn.prompt + each)][:1]
-            answers = [_answer(begin, each, stretches, starts, written=True) for each in written]
-            if not written:
-                cuts = [(each, *self._cut(turn.prompt + each, chat.marker)) for each in texts]
-                answers = [_answer(begin, *cut, written=False) for cut in cuts]
-            found.append((turn, answers))
-        return _Plan(chat, text, stretches, found)
+            targets = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1)) * bool(turn.target))
+            begin, follows = len(turn.prompt), text.startswith(turn.prompt)
+            if written := [each for each in targets if follows and text.startswith(each, begin)]:
+                texts = {written[0]: main}
+            else:
+                texts = {each: self._cut(turn.prompt + each, chat.marker) for each in targets}
+                stretches += chain.from_iterable(each.stretches for each in texts.values())
+            stretches += [each.last(begin)[1] for each in texts.values()]
+            found.append((turn, texts))
+        return _Plan(chat, text, main, found, stretches)
 
     def _join(self, plan: _Plan) -> list[Example]:
         """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""
-        chat, text, stretches, turns = plan
-        sequences: list[tuple[bytes, list[Turn]]] = [(self._raw(stretches), [])]
-        for turn, answers in reversed(turns):
-            ids = [self._ids_of(answer, chat.marker) for answer in answers]
-            written = bool(answers) and answers[0].written
+        chat, text, main, turns, _ = plan
+        sequences: list[tuple[bytes, list[Turn]]] = [(self._ids_of(main), [])]
+        for turn, targets in reversed(turns):
+            ids = [self._answer(turn, *each, chat.marker) for each in targets.items()]
+            written = main in targets.values()
             if turn is turns[-1][0] and ids:
                 # What is rewritten already when the last turn is answered (gpt-oss drops reasoning then) is not what
                 # inference saw: the main sequence is then the last prompt with its answer.
-                behind = sequences[0][0][len(self._raw(answers[0].whole)) :] if written else b""
-                sequences = [(ids[0][1] + behind, [])]
+                end = main.last(len(turn.prompt + next(iter(targets))))[0] if written else -1
+                sequences = [(ids[0][1] + main.ids[main.at[end] + 4 :], [])]
             fits = ((n, s) for s in sequences for n, (_, whole) in enumerate(ids) if s[0].startswith(whole))
             n, (_, own) = next(fits, (None, sequences[0]))
             if n is not None:
-                unthought = answers[n].text != turn.target
+                unthought = [*targets][n] != turn.target
                 own.append(Turn(turn.message, ids[n][0], len(ids[n][1]) // 4, unthought=unthought))
                 continue
             if turn.reason or self.history == "mask" or written:
@@ -310,44 +317,51 @@ class ChatEncoder:
 
     # -- ids, as the bytes of int32 arrays ----------------------------------------------------------------------
 
-    def _ids_of(self, answer: _Answer, marker: str) -> tuple[int, bytes]:
-        """How many ids the prompt has, and they with those of the answer."""
-        prompt, whole = self._raw(answer.prompt), self._raw(answer.whole)
-        if not whole.startswith(prompt):  # the answer's first characters merge into the prompt's last token
-            (_, text, after), *rest = self._cut(answer.text, marker)[0]
-            self._learn(continued := [(None, text, after), *rest])
-            whole = prompt + self._raw(continued)
-        return len(prompt) // 4, whole
+    def _answer(self, turn: TurnText, target: str, text: _Text, marker: str) -> tuple[int, bytes]:
+        """How many ids the prompt has, and they with those of the target, which follows it in a text."""
+        ids, known = self._ids_of(text), self._known
+        number, part = text.last(len(turn.prompt))
+        opening, stretch = known[part], known[text.stretches[number]]
+        start = text.at[number] + len(opening)
+        if stretch.startswith(opening):
+            end, _ = text.last(len(turn.prompt) + len(target))  # the stretch that begins with the target's last token
+            return start // 4, ids[: text.at[end] + 4]
+        # The answer's first characters merge into the prompt's last token
+        (_, first, after), *rest = self._cut(target, marker).stretches
+        self._learn(continued := [(None, first, after), *rest])
+        return start // 4, ids[: text.at[number]] + opening + b"".join([known[each] for each in continued])
 
-    def _raw(self, stretches: list[Stretch]) -> bytes:
-        known = self._known
-        return b"".join([known[stretch] for stretch in stretches])
+    def _ids_of(self, text: _Text) -> bytes:
+        if not text.at:
+            known = [self._known[stretch] for stretch in text.stretches]
+            text.ids, text.at = b"".join(known), [0, *accumulate(map(len, known))]
+        return text.ids
 
-    def _cut(self, text: str, marker: str) -> tuple[list[Stretch], list[int]]:
-        """The stretches of text between control tokens and markers, and where each text begins."""
-        if marker not in self._cuts:
-            self._cuts[marker] = re.compile(f"({self._turns.control_pattern.pattern}{'|' * bool(marker)}{marker})")
-        parts = ["", *self._cuts[marker].split(text), ""]  # control token, text, control token, text ... control token
-        starts = [*accumulate(map(len, parts))][:-1:2]
-        return [*zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True)], starts
+    def _cut(self, text: str, marker: str) -> _Text:
+        cut, at = _Text([], []), 0
+        for piece in text.split(marker) if marker else [text]:
+            parts = self._split(piece)  # text, control token, text ... text
+            control = parts[1::2]
+            cut.stretches += zip([None if at else "", *control], parts[::2], [*control, ""], strict=True)
+            cut.starts += [*accumulate(map(len, parts), initial=at)][:-1:2]
+            at += len(piece) + len(marker)
+        return cut
 
     def _learn(self, stretches: Iterable[Stretch]) -> None:
         """Tokenise all that is new, each stretch once."""
-        new, texts, control = [], list[str](), self.control
-        for stretch in dict.fromkeys(stretches):
+        known, control = self._known, self._control_ids
+        new = [stretch for stretch in dict.fromkeys(stretches) if stretch not in known]
+        if self._adds_prefix:
+            continued = [stretch for stretch in new if stretch[0] is None and stretch[1]]
+            known.update((each, np.array(self._ids_after(each[1]), np.int32).tobytes()) for each in continued)
+            new = [stretch for stretch in new if stretch not in known]
+        tokenize = self.backend if len(new) >= _FEW else self.backend.standard
+        found = tokenize([f"{before or ''}{text}{after}" for before, text, after in new])
+        for stretch, ids in zip(new, found, strict=True):
             before, text, after = stretch
-            if stretch in self._known:
-                continue
-            if self._adds_prefix and text and before not in control and before != "":
-                self._known[stretch] = np.array(self._ids_after(text), np.int32).tobytes()
-                continue
-            new.append(stretch)
-            texts.append(f"{before if before in control else ''}{text}{after if after in control else ''}")
-        found = self.backend(texts) if len(texts) >= _FEW else [np.array(self._ids(t), np.int32) for t in texts]
-        for (before, text, after), ids in zip(new, found, strict=True):
-            if any(ids.item(at) != control[token] for at, token in ((0, before), (-1, after)) if token in control):
+            if (before and ids[:4] != control[before]) or (after and ids[-4:] != control[after]):
                 raise TemplateError(f"the tokenizer finds other control tokens than the template wrote: {text[:80]!r}")
-            self._known[before, text, after] = (ids[:-1] if after in control else ids).tobytes()
+            known[stretch] = ids[:-4] if after else ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -359,14 +373,6 @@ class ChatEncoder:
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
-
-
-def _answer(begin: int, text: str, stretches: list[Stretch], starts: list[int], *, written: bool) -> _Answer:
-    """The answer that stands in stretches from a character on, to the control token that ends it."""
-    first, last = bisect_right(starts, begin) - 1, bisect_left(starts, begin + len(text))
-    before, opening, _ = stretches[first]
-    prompt = [*stretches[:first], (before, opening[: begin - starts[first]], "")]
-    return _Answer(text, prompt, [*stretches[:last], (stretches[last][0], "", "")], written)
 
 
 def check_messages(messages: list[Message]) -> None:
@@ -382,6 +388,8 @@ def check_messages(messages: list[Message]) -> None:
 
 def _without_nulls(message: Message) -> Message:
     """Arrow gives every row every key of the column; what a message does not have must not reach the template."""
+    if is_plain(message):
+        return message
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "tool_calls" in message:
         calls = message["tool_calls"]

@@ -72,9 +72,8 @@ class MessageForm:
         render: Callable[[list[Message], list[Any] | None, bool], str],
         control: re.Pattern[str],
         eos: str | None,
-        *,
         with_tools: bool,
-        add_eos: bool = False,
+        add_eos: bool,
     ) -> None:
         self._render, self._control, self._eos, self._add_eos = render, control, eos, add_eos
         self._refusal: TemplateError | None = None
@@ -89,7 +88,11 @@ class MessageForm:
 
     def messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template wants them; arguments are objects, or text that is no JSON object."""
-        return [self._message(m) for m in messages]
+        return [m if is_plain(m) and not self._parts else self._message(m) for m in messages]
+
+    def render(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
+        """The template's text of messages in any form."""
+        return self._render(self.messages(messages), tools, prompt)
 
     def end_in(self, text: str) -> int | None:
         """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
@@ -115,7 +118,7 @@ class MessageForm:
 
     def _try(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         try:
-            return self._render(self.messages(messages), tools or self._tools, prompt)
+            return self.render(messages, tools or self._tools, prompt)
         except TemplateError as error:
             self._refusal = error
             return ""
@@ -192,6 +195,11 @@ class MessageForm:
             text = self._try([_USER])  # some templates end every text with the generation prompt, asked for or not
             last = found[0 if text and text == self._try([_USER], prompt=True) else -1]
         return End(last.group(), alone[last.end() :])
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message is a role and a text."""
+    return len(message) == 2 and isinstance(message.get("content"), str)
 
 
 def shared_length(a: str, b: str) -> int:

@@ -31,7 +31,7 @@ _STEPS = 100_000
 _REFUSALS = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, IndexError)
 
 _MARKS = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
-_ODD = re.compile("[\x1c-\x1f\ud800-\udfff]")  # space for Python alone; not representable in Rust
+_ODD = ("\x1c", "\x1d", "\x1e", "\x1f")  # space for Python alone
 _USERS_NAMES = ("arguments", "properties", "parameters")  # whose keys are the user's
 
 
@@ -53,7 +53,7 @@ class Renderer:
         self.tokenizer, self.fast = tokenizer, True
         self.date = date or datetime.now().isoformat()
         self._special = dict(tokenizer.special_tokens_map)
-        self._environments: dict[str, minijinja.Environment | None] = {}
+        self._environments: dict[bool, minijinja.Environment | None] = {}  # with tools and without
         self._agreed: dict[Any, int] = {}  # renderings with each step on which both agreed
         self._alone = 0  # renderings by minijinja alone
 
@@ -92,12 +92,13 @@ class Renderer:
         except _REFUSALS as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
-        if steps and self._quick(messages, tools, variables, prompt) == slow:
+        quick = self._quick(messages, tools, variables, prompt) if steps else None
+        if quick == slow:
             if len(self._agreed) >= _STEPS:
                 self._agreed.clear()
             self._agreed |= {step: self._agreed.get(step, 0) + 1 for step in steps}
             self._alone += trusted
-        elif trusted:
+        elif trusted and quick is not None:
             raise DifferentTextError(f"minijinja renders {slow[:80]!r} otherwise")
         return slow
 
@@ -105,10 +106,9 @@ class Renderer:
         self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool
     ) -> str | None:
         """minijinja's text; None if it refuses."""
-        source = self.tokenizer.get_chat_template(tools=tools)
-        if source not in self._environments:
-            self._environments[source] = self._compile(source)
-        environment = self._environments[source]
+        if (has_tools := tools is not None) not in self._environments:
+            self._environments[has_tools] = self._compile(self.tokenizer.get_chat_template(tools=tools))
+        environment = self._environments[has_tools]
         if environment is None:
             return None
         names = {"documents": None, **variables, "messages": messages, "tools": tools}
@@ -156,10 +156,11 @@ def _describe(value: Any, key: str = "") -> str:
     if isinstance(value, str):
         if key == "role":
             return value
-        if _ODD.search(value):
-            raise _OddError
         if not value:
             return "t0"
+        a, b, c, d = _ODD  # a loop would take longer than these searches
+        if a in value or b in value or c in value or d in value:
+            raise _OddError
         return ("t " if value.isspace() else "t") + ("<" if "think>" in value else "")
     if isinstance(value, dict):
         if key in _USERS_NAMES:

@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -280,8 +282,11 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
         *(encoder.add_eos, encoder.backend.wanted),
     )
     key = label_fingerprint(fingerprint_of(conversations), encoder.tokenizer, encoder, *settings)
+    each = conversations.data.nbytes / (processes(num_proc, len(conversations)) or 1)
+    if each > 4 * encoder.backend.from_characters:  # so many will come that the faster tokenizer is built at once
+        encoder.backend.from_characters = 0
     try:
-        return _mapped(conversations, encoder.tokenize_batch, key, "tokenising", num_proc)
+        return _mapped(conversations, partial(_as_table, encoder), key, "tokenising", num_proc)
     except DifferentIdsError as error:
         logger.warning("tokenising again, not by %s: %s", encoder.backend.name, error)
         encoder.backend = Backend(encoder.tokenizer, fast=False)
@@ -290,6 +295,15 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
         logger.warning("rendering again, not by minijinja: %s", error)
         encoder.render_by_transformers()
         return tokenize(conversations, encoder, num_proc=num_proc)
+
+
+def _as_table(encoder: ChatEncoder, batch: dict[str, list[Any]], rows: list[int]) -> pa.Table:
+    """`encoder.tokenize_batch` in Arrow, which `datasets` would make of each row's ids for itself."""
+    columns: dict[str, Any] = encoder.tokenize_batch(batch, rows)
+    offsets = pa.array(np.cumsum([0, *map(len, columns["input_ids"])]), pa.int32())
+    ids = {name: pa.ListArray.from_arrays(offsets, np.concatenate(columns[name])) for name in ("input_ids", "labels")}
+    texts = {name: pa.array(columns[name], pa.list_(pa.string())) for name in ("untrained", "special_text")}
+    return pa.table({**columns, **ids, **texts})
 
 
 def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_proc: int | None) -> Dataset:

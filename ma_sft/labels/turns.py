@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
 from ma_sft.errors import TemplateError
-from ma_sft.labels.message_form import MessageForm, shared_length
+from ma_sft.labels.message_form import MessageForm, is_plain, shared_length
 from ma_sft.labels.placeholders import Lost, dropped_content, named, shape, tags_of
 from ma_sft.labels.render import Renderer, describe, digest
 
@@ -30,7 +30,8 @@ _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 _SHUT_THOUGHT = re.compile(
     r"(<(?!/|\|END)[^<>]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*\Z", re.IGNORECASE
 )
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
+# What may cut a control token's text: no space, and no part of a text. The first keeps a text ASCII, which is faster.
+_MARKERS = ["\x7f", *map(chr, range(0xE000, 0xF900))]
 _FORMS = 1024  # of a template with the variables of rows
 _SHAPES = 4096
 
@@ -78,7 +79,6 @@ class Turns:
         self,
         tokenizer: PreTrainedTokenizerBase,
         control: Collection[str],
-        *,
         train_on: str,
         template_kwargs: dict[str, Any],
         template_now: str | None,
@@ -87,7 +87,6 @@ class Turns:
         self.tokenizer, self.train_on, self.template_kwargs = tokenizer, train_on, template_kwargs
         self.add_eos, self.control_pattern = add_eos, _any_of(control)
         self.renderer = Renderer(tokenizer, template_now)
-        self._control_as_json = _any_of(json.dumps(token, ensure_ascii=False)[1:-1] for token in control)
         self._overlapping = _overlapping(control)
         self._overlapping_assistant = _overlapping(t for t in control if t not in ASSISTANT_MARKUP)
         self._tags = tags_of(str(tokenizer.chat_template))
@@ -103,20 +102,20 @@ class Turns:
         messages = [_with_objects(m) for m in messages]
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
         row, marker, special = kwargs or {}, "", ()
-        everything = json.dumps([messages, tools, row], ensure_ascii=False, default=str)
+        everything = "\0".join(_texts([messages, tools, row]))
         form = self._form(tools, {**self.template_kwargs, **row})
-        if found := self._control_as_json.findall(everything):
-            marker = next(c for c in _PRIVATE_USE if c not in everything and _as_json(c) not in everything)
+        if found := self.control_pattern.findall(everything):
+            marker = next(c for c in _MARKERS if not any(each in everything for each in (c, *_escaped(c))))
             given = messages, row, tools
             messages = [self._cut_message(m, marker) for m in messages]
             row, tools = (_cut(each, marker, self._overlapping) for each in (row, tools))
-            if (messages, row, tools) != given:
-                special = tuple(json.loads(f'"{text}"') for text in dict.fromkeys(found))
+            special = () if (messages, row, tools) == given else tuple(dict.fromkeys(found))
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
         kinds, tagged = (*map(describe, formed), describe([tools, kwargs])), None
         if None in kinds or self._tags.search(everything) or any("tool_calls" in m for m in messages):
-            tagged = repr(shape(messages, self._tags))
+            parted = (i for i, m in enumerate(messages) if not is_plain(m) or self._tags.search(m["content"]))
+            tagged = repr([(i, shape(messages[i], self._tags)) for i in parted])
         return Chat(messages, formed, kinds, tools, kwargs, untrained, form, tagged, marker, special)
 
     def _cut_message(self, message: Message, marker: str) -> Message:
@@ -142,8 +141,9 @@ class Turns:
         """The template's text of the first `count` messages."""
         kinds = (*chat.kinds[:count], chat.kinds[-1])
         text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
-        # A template may write JSON in ASCII alone, the marker among it
-        return text.replace(_as_json(chat.marker), chat.marker) if chat.marker else text
+        for escaped in _escaped(chat.marker) if chat.marker else ():  # as JSON in ASCII or Python write it
+            text = text.replace(escaped, chat.marker)
+        return text
 
     def _form(self, tools: list[Any] | None, kwargs: dict[str, Any]) -> MessageForm:
         """What the template asks for with these variables, which may change what it writes."""
@@ -157,9 +157,7 @@ class Turns:
                 return self.renderer.render(messages, tools, kwargs, prompt=prompt)
 
             eos = self.tokenizer.eos_token
-            self._forms[key] = MessageForm(
-                render, self.control_pattern, eos, with_tools=bool(tools), add_eos=self.add_eos
-            )
+            self._forms[key] = MessageForm(render, self.control_pattern, eos, bool(tools), self.add_eos)
         return self._forms[key]
 
     # -- one turn -----------------------------------------------------------------------------------------------
@@ -236,15 +234,12 @@ class Turns:
     def _dropped(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
         """What the template does not write of the turns that are trained and of what stands before them."""
 
-        def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
-            return self.renderer.render(chat.form.messages(messages), tools, chat.kwargs, prompt=prompt)
-
         key = (chat.kinds, id(chat.form), bool(chat.tools), chat.tagged)
         if key not in self._lost:
             if len(self._lost) >= _SHAPES:
                 self._lost.clear()
             try:
-                found = dropped_content(render, chat.messages, chat.tools, self._tags)[0]
+                found = dropped_content(chat.form.render, chat.messages, chat.tools, self._tags)[0]
             except TemplateError:  # of the words, not of the row
                 found = []
             self._lost[key] = [lost for lost in found if not lost[2]]
@@ -361,8 +356,14 @@ def _writes(text: str, value: str) -> bool:
     return value in text or any(json.dumps(value, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 
-def _as_json(character: str) -> str:
-    return f"\\u{ord(character):04x}"
+def _texts(value: Any) -> list[str]:
+    """All texts of a value, keys included."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
+
+
+def _escaped(character: str) -> tuple[str, str]:
+    return json.dumps(character)[1:-1], repr(character)[1:-1]
 
 
 def _any_of(tokens: Any) -> re.Pattern[str]:
@@ -371,13 +372,16 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
 
 def _overlapping(tokens: Any) -> re.Pattern[str]:
     """Matches the first character of every occurrence of a token, overlaps included."""
-    return re.compile(f"(?=(?:{_any_of(tokens).pattern}))(.)", re.DOTALL)
+    rest: dict[str, list[str]] = {}
+    for token in sorted(tokens, key=len, reverse=True):
+        rest.setdefault(token[0], []).append(re.escape(token[1:]))
+    return re.compile("|".join(f"{re.escape(c)}(?={'|'.join(each)})" for c, each in rest.items()) or r"(?!)")
 
 
 def _cut(value: Any, marker: str, overlapping: re.Pattern[str]) -> Any:
     """The value with `marker` behind the first character of every control token in its texts, keys included."""
     if isinstance(value, str):
-        return overlapping.sub(rf"\1{marker}", value)
+        return overlapping.sub(lambda found: found.group() + marker, value)
     if isinstance(value, dict):
         return {_cut(key, marker, overlapping): _cut(item, marker, overlapping) for key, item in value.items()}
     return [_cut(item, marker, overlapping) for item in value] if isinstance(value, list | tuple) else value
