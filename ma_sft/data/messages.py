@@ -46,16 +46,25 @@ WEIGHTS = (
     *("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss"),
     *("train", "training", "trainable", "train_on_turn"),
 )
-GOOD = ("good", "correct", "accepted", "valid", "safe", "is_good", "is_correct", "is_accepted", "is_valid", "is_safe")
+GOOD = (
+    *("good", "correct", "accepted", "valid", "safe", "is_good", "is_correct", "is_accepted", "is_valid", "is_safe"),
+    *("problem_is_valid", "solution_is_valid"),
+)
 BAD = ("rejected", "deleted", "is_rejected", "is_deleted", "is_bad", "is_wrong")
 MARKS = frozenset((*WEIGHTS, *GOOD, *BAD))
-TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # as the cells of CSV, too
+TRUTH = {**dict.fromkeys(("true", "yes", "1", "1.0"), True), **dict.fromkeys(("false", "no", "0", "0.0"), False)}
 TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, REASONING_KEYS, CALL_KEYS, MEDIA, PARTIAL, PAIR_ROLES)
-TURN_KEYS |= {"tool_call_id", "name", "tools"}
+TURN_KEYS |= {"tool_call_id", "name", "tools", "channel"}
 
 # Columns of a row that hold its system message, or a text to answer from.
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction")
-CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
+SYSTEM = (
+    *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction"),
+    "developer_content",
+)
+CONTEXT = (
+    *("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph"),
+    *("definition", "sql_context"),
+)
 
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # what LLaMA-Factory's data have before the call
 BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
@@ -103,7 +112,7 @@ def is_blank(text: str) -> bool:
 
 
 def truth(value: Any) -> bool | None:
-    """What a mark means: true, false, 1 or 0, as a value or as text; None for anything else."""
+    """What a mark means: true, false, yes, no, 1 or 0, as a value or as text; None for anything else."""
     return TRUTH.get(str(value).strip().lower())
 
 
@@ -168,7 +177,10 @@ def from_json(value: Any, field: str, begins: str | tuple[str, ...] = "") -> Any
     except FormatError as error:
         raise FormatError(f"field {field!r}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(value)}") from None
+        hint = (
+            "; lists that Python printed are no JSON: save the rows as JSON Lines or Parquet" if "{'" in value else ""
+        )
+        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(value)}{hint}") from None
 
 
 def to_json(value: Any, field: str) -> str:
@@ -262,6 +274,9 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         role, calls, calls_at, content = "assistant", calls if isinstance(calls, list) else [calls], at, ""
     if role is None:
         raise expected(f"one of {sorted(ROLES)}", f"{where}.{role_key}", named)
+    if turn.get("channel") not in (None, "", "final"):
+        what = "a turn of its own has no place; write it into the answer's turn, an analysis as 'thinking'"
+        raise FormatError(f"field '{where}.channel': {what}, found {show(turn['channel'])}")
     message: Message = {"role": role, "content": "", "reasoning_content": thought, "tool_calls": calls}
     results = _read_content(message, content, at, optional=bool(calls) or role == "tool")
     if message["tool_calls"] and role != "assistant":
@@ -392,7 +407,7 @@ def check_order(messages: list[Message], field: str) -> None:
         if before not in BEFORE[role]:
             where = f"after {before!r}" if before else "first"
             hint = "; merge_turns: true joins neighbours of one role" if role == before else ""
-            if before in (None, "system"):
+            if before in (None, "system") and not hint:
                 hint = "; what is trained answers something: put that before it, or remove it"
             what = f"roles out of order: message {i + 1} is {role!r}, which cannot come {where}{hint}"
             raise FormatError(f"field {field!r}: {what}")
@@ -422,9 +437,12 @@ def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
     return found
 
 
-def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
-    """The messages of a row with its columns of context: system message, `history`, a text to answer from."""
-    messages = _with_text(row, messages)
+def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = False) -> list[Message]:
+    """The messages of a row with its columns of context: system message, `history`, a text to answer from.
+
+    Whether the turns of a conversation that is `whole` hold that text already is uncertain.
+    """
+    messages = _with_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
     messages = [*messages[:start], *_history(row), *messages[start:]]
     systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
@@ -454,17 +472,15 @@ def _history(row: TrackedRow) -> list[Message]:
     return conversation(history, "history")
 
 
-def _with_text(row: TrackedRow, messages: list[Message]) -> list[Message]:
+def _with_text(row: TrackedRow, messages: list[Message], whole: bool) -> list[Message]:
     """The question with the text that it asks about before it, where the row has one that was not read yet."""
     for field in CONTEXT:
         if field not in row or field in row.used or is_empty(text := row[field]):
             continue
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if len(asked) != 1:
-            raise FormatError(
-                f"field {field!r}: a text to answer from has no place in a conversation of {len(asked)} questions; "
-                f"write it into a message, or leave it out (ignore: [{field}])"
-            )
+        if whole or len(asked) != 1:
+            what = "a text to answer from has no place in a conversation"
+            raise FormatError(f"field {field!r}: {what}; write it into a message, or leave it out (ignore: [{field}])")
         texts = text if isinstance(text, list | tuple) else [text]
         question = messages[asked[0]]
         content = "\n\n".join((*(check_text(part, field) for part in texts), question["content"]))
@@ -492,6 +508,7 @@ def to_tools(row: Row) -> str | None:
 def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
     """Schemas in OpenAI's form, of OpenAI's older, Anthropic's or Vertex' form; those of another one as they are."""
     tools = from_json(tools, field) or []
+    tools = [from_json(tool, field, begins="{") for tool in tools] if isinstance(tools, list | tuple) else tools
     if not are_objects(tools):
         raise expected("a list of JSON schemas", field, tools)
     schemas: list[dict[str, Any]] = []

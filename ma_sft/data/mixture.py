@@ -303,7 +303,7 @@ def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
             return {"error": "neither side is better", "removed_by": NO_BETTER}
         if source.format in PREFERENCES:
             refuse_changing(tracked, str(source.format))
-            unused = unused_of(tracked)
+            unused = unused_of(tracked, sides["prompt"] + sides["chosen"])
     else:
         read = read_row(row, source.format, merge=source.merge_turns)
         sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused

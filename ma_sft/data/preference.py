@@ -7,11 +7,13 @@
 | `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
+    ROLES,
     Message,
     Row,
     TrackedRow,
@@ -31,7 +33,7 @@ from ma_sft.errors import FormatError
 # The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,
 # ms-swift's, OpenAI's.
 ALIASES = {
-    "prompt": ("prompt", "question", "instruction", "query", "conversations", "conversation", "messages"),
+    "prompt": ("prompt", "question", "instruction", "query", "input", "conversations", "conversation", "messages"),
     "chosen": ("chosen", "pos_resp", "chosen_response", "chosen_messages", "preferred_output"),
     "rejected": ("rejected", "neg_resp", "rejected_response", "rejected_messages", "non_preferred_output"),
 }
@@ -76,7 +78,7 @@ def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) ->
 
 def detect_preference(row: Row) -> str:
     """The format of a preference row, by its columns."""
-    if "prompt" in row and any(column in row for column in PKU):
+    if "prompt" in row and any(column in row for column in PKU[2:]):
         return "pku-saferlhf"
     row = _spread(TrackedRow(row))
     missing = [column for column, aliases in ALIASES.items() if row.first(aliases) is None]
@@ -115,20 +117,30 @@ def _plain(row: TrackedRow) -> Preference:
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
     if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
         return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
-    text = turns_in_text(row[prompt])
+    text = row[prompt]
     if prompt == "instruction" and row.get("input"):
         text = "\n\n".join(text_of(row, field) for field in ("instruction", "input"))
-    if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
-        messages = [m for m in hh_turns(text, prompt) if m["content"]]
-        sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
-    else:
-        messages = conversation(text, prompt)
-    messages = with_context(row, messages)
-    return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
+    messages = with_context(row, prompt_turns(text, prompt))
+    return {"prompt": messages, **{name: completion(messages, side, name, text) for name, side in sides.items()}}
 
 
-def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
-    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
+def _speaks(text: Any, speaker: str) -> bool:
+    return isinstance(text, str) and text.lstrip("\n").startswith(f"{speaker}:")
+
+
+def prompt_turns(value: Any, field: str) -> list[Message]:
+    """The turns that ask: a text, also one of hh-rlhf that is cut before the answer; or a list of turns."""
+    if _speaks(value, "Human"):
+        return [m for m in speaker_turns(value, field) if m["content"]]
+    return conversation(turns_in_text(value), field)
+
+
+def completion(prompt: list[Message], value: Any, field: str, asked: Any = None) -> list[Message]:
+    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself.
+
+    What follows `asked`, a text of hh-rlhf that ends in `Assistant:`, begins with a space that is none of the answer's.
+    """
+    value = value.strip() if isinstance(value, str) and _speaks(asked, "Human") else value
     messages = conversation(turns_in_text(value), field, "assistant")
     for start in (prompt, [m for m in prompt if m["role"] != "system"]):
         if start and messages[: len(start)] == start:
@@ -136,19 +148,22 @@ def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
     return messages
 
 
-def hh_turns(text: Any, field: str) -> list[Message]:
-    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+def speaker_turns(text: Any, field: str) -> list[Message]:
+    """The turns of hh-rlhf's `\\n\\nHuman: ...\\n\\nAssistant: ...`; of Glaive's `USER: ...`, whose calls are text."""
     text = check_text(text, field)
-    pieces = ("\n\n" + text.lstrip("\n")).replace("\n\nAssistant:", "\0A").replace("\n\nHuman:", "\0H").split("\0")
-    if pieces[0].strip() or len(pieces) < 2:
+    names = "USER|ASSISTANT|FUNCTION RESPONSE" if _speaks(text, "USER") else "Human|Assistant"
+    before, *pieces = re.split(rf"\n\n({names}):", "\n\n" + text.lstrip("\n"))
+    if before.strip() or not pieces:
         raise expected("'\\n\\nHuman: ...\\n\\nAssistant: ...'", field, text)
-    return [{"role": {"H": "user", "A": "assistant"}[p[0]], "content": p[1:].strip()} for p in pieces[1:]]
+    roles = [ROLES[name.lower().replace(" ", "_")] for name in pieces[::2]]
+    texts = [piece.strip().removesuffix("<|endoftext|>").strip() for piece in pieces[1::2]]
+    return [{"role": role, "content": piece} for role, piece in zip(roles, texts, strict=True)]
 
 
 def dialogue(row: TrackedRow, field: str) -> list[Message]:
     """A whole dialogue of one side: hh-rlhf's text, or messages."""
     value = row[field]
-    return hh_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
+    return speaker_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
 
 
 def _hh_rlhf(row: TrackedRow) -> Preference:

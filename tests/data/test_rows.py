@@ -101,6 +101,7 @@ def test_tools_of_a_system_turn_and_of_old_are_the_rows_tools():
     tool = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
     expected = {"name": "f", "description": "d", "parameters": {"type": "object"}}
     assert json.loads(to_tools({"tools": [tool]})) == [{"type": "function", "function": expected}]
+    assert to_tools({"tools": ['{"name": "f"}']}) == '[{"name": "f"}]'  # When2Call's
     with pytest.raises(FormatError, match="two different lists of tools, in tools and functions"):
         to_tools({"tools": [{"name": "f"}], "functions": [{"name": "g"}]})
 
@@ -215,7 +216,7 @@ def test_turns_marked_not_to_be_trained(mark):
         said = dict.fromkeys(mark, nothing)
         assert to_messages({"messages": [user("a"), {**assistant("b"), **said}]}) == [user("a"), assistant("b")]
         assert to_messages({"question": "a", "answer": "b", **said}) == [user("a"), assistant("b")]
-    for wrong in (0.5, "no", 2):
+    for wrong in (0.5, "maybe", 2):
         with pytest.raises(FormatError, match="a turn is trained"):
             to_messages({"messages": [user("a"), {**assistant("b"), **dict.fromkeys(mark, wrong)}]})
     with pytest.raises(FormatError, match="contradict each other"):
@@ -312,19 +313,60 @@ def test_turns_marked_not_to_be_trained(mark):
             {"messages": [user("q"), assistant("I look."), {"role": "tool_call", "content": '{"name": "f"}'}]},
             [user("q"), assistant("I look.", tool_calls=[call("f")])],
         ),
+        (
+            {"system": "S", "chat": "USER: q\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\n"
+             "FUNCTION RESPONSE: 1\n\n\nASSISTANT: x <|endoftext|>\n\n\n"},
+            [system("S"), user("q"), assistant("<functioncall> {}"), {"role": "tool", "content": "1"}, assistant("x")],
+        ),
+        ({"input": [user("q")], "output": "a", "system_prompt": "S", "reasoning": "on"},
+         [system("S"), user("q"), assistant("a")]),
+        ({"system": "S", "input": "q", "chosen": "a", "rejected": "b"}, [system("S"), user("q"), assistant("a")]),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, [user("q"), assistant("a")]),
+        ({"messages": [user("q")], "reasoning": "t", "answer": "a"},
+         [user("q"), assistant("a", reasoning_content="t")]),
+        ({"developer_content": "S", "messages": [user("q"), assistant("a", thinking="t")]},
+         [system("S"), user("q"), assistant("a", reasoning_content="t")]),
+        *(
+            (row, [user("q"), assistant("a")])
+            for row in (
+                {"problem": "q", "solution": "b", "messages": [user("q"), assistant("a")]},  # OpenR1-Math, NuminaMath
+                {"instruction": "q", "response": "a", "conversations": [user("q"), assistant("a")]},  # Magpie
+                {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
+                 "messages": [user("q"), assistant("a")]},  # UltraFeedback
+                {"instruction": "q", "input": "", "output": "a", "prompt": "### q\n### a"},
+                {"question": "q", "solution": "a", "answer": "4"},  # LIMO
+                {"problem": "q", "generated_solution": "a", "expected_answer": "4"},  # OpenMathInstruct
+                {"kind": "NLI", "input": "q", "target": "a"},  # Firefly
+                {"inputs": [1], "inputs_pretokenized": "q", "targets": [2], "targets_pretokenized": "a"},  # P3
+                {"inputs": "q", "targets": "a"},  # FLAN, xP3, Aya
+                {"query": "q", "answer": "a"},  # CodeFeedback
+                {"instruction": "q", "generation": "a"},  # distilabel
+                {"user": "q", "assistant": "a"},
+                {"conversations": ["q", "a"]},  # LIMA
+                {"question": "q", "answers": {"text": ["a"], "answer_start": [0]}},  # SQuAD
+            )
+        ),
+        ({"definition": "D", "inputs": "q", "targets": "a"}, [user("D\n\nq"), assistant("a")]),
+        ({"sql_prompt": "q", "sql_context": "T", "sql": "a"}, [user("T\n\nq"), assistant("a")]),
+        ({"ctx": "q", "endings": ["x", "y"], "label": "1"}, [user("q\nA. x\nB. y"), assistant("B. y")]),
+        ({"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+         [user("q\nA. x\nB. y"), assistant("B. y")]),
     ],
-)
+)  # fmt: skip
 def test_what_a_row_says(row, messages):
     assert to_messages(row) == messages
-    assert read_row(row).unused == {}
+    # what is the same once more in another form, or a part of what is trained
+    told = {"reasoning", "solution", "prompt", "answer", "expected_answer", "inputs", "targets"}
+    assert told.issuperset(read_row(row).unused)
 
 
 def test_an_ambiguous_format_names_only_formats_that_work():
     both = {"messages": [user("q"), assistant("a")], "question": "q", "answer": "a"}
-    with pytest.raises(FormatError, match="fit messages and question-answer; say which"):
-        detect_format(both)
-    assert detect_format({**both, "answer": ["a"]}) == "messages"
+    assert read_row(both).unused == {}
+    assert detect_format(both) == detect_format({**both, "answer": ["a"]}) == "messages"
     assert detect_format({**both, "messages": "see attachment"}) == "question-answer"
+    with pytest.raises(FormatError, match="fit question-answer and question-response; say which"):
+        detect_format({"question": "q", "answer": "a", "response": "a"})
 
 
 def test_template_variables_of_a_row(tmp_path):
@@ -578,12 +620,12 @@ def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
 
 def test_marks_of_a_row_are_followed(tmp_path):
     plain = {"question": "q", "answer": "a"}
-    for bad in ({"rejected": True}, {"is_correct": False}, {"is_safe": "False"}, {"weight": 0}, {"train": False}):
+    for bad in ({"rejected": True}, {"is_correct": False}, {"is_safe": "False"}, {"weight": 0}, {"train": "no"}):
         with pytest.raises(BadAnswer, match="marks a bad answer"):
             to_messages({**plain, **bad})
         with pytest.raises(BadAnswer):
             to_messages({"text": "x", **bad}, "text")
-        good = {key: not (value and value != "False") for key, value in bad.items()}
+        good = {key: value in (False, 0, "False", "no") for key, value in bad.items()}
         assert read_row({**plain, **good}).unused == {}
     for other in ({"loss_mask": [0, 1]}, {"weight": 0.5}):
         with pytest.raises(FormatError, match=rf"leave it out \(ignore: \[{next(iter(other))}\]\)"):
