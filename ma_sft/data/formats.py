@@ -399,12 +399,14 @@ def _nearest(columns: set[str]) -> str:
     if "text" in columns:
         advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"
     telling = [column for column in sorted(columns) if not HARMLESS.fullmatch(column)]
-    theirs = {next(filter(meaning.match, telling), ""): ours for ours, meaning in MEANINGS.items()}
-    columns_map = ", ".join(f"{name}: {ours}" for name, ours in theirs.items())
-    hint = " if that is a question and its answer" if len(theirs) == 2 and "" not in theirs else ""
+    asked, said = ([*filter(meaning.match, telling)] for meaning in MEANINGS.values())
+    question = min(asked, key=lambda column: column in said, default="")
+    answers = [column for column in said if column != question]
+    certain = bool(question) and len(answers) == 1
+    columns_map = f"{question}: question, {answers[0]}: answer" if certain else "theirs: ours"
     return (
-        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: "
-        f"{{{columns_map if hint else 'theirs: ours'}}}}}]{hint}), or pass format (dataset_format in a recipe), "
+        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: {{{columns_map}}}}}])"
+        f"{' if that is a question and its answer' * certain}, or pass format (dataset_format in a recipe), "
         "the name of one or a function of yours (file.py:function)"
     )
 

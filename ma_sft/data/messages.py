@@ -138,7 +138,8 @@ def expected(what: str, field: str, value: Any) -> FormatError:
 def check_text(text: Any, field: str) -> str:
     """The value, if it is a text that can be trained on; raises `FormatError` at a NUL or a lone surrogate, too."""
     if not isinstance(text, str):
-        raise expected("text", field, text)
+        hint = "" if text is None else "; a function of yours can make one of it (format: file.py:function)"
+        raise FormatError(f"{expected('text', field, text)}{hint}")
     if "\0" in text:
         raise FormatError(f"field {field!r} holds a NUL character; remove it")
     try:

@@ -95,7 +95,7 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, ASSISTANT], "context": "c"}, "field 'context': a text to answer from has no place"),
         ({"question": "q", "solution": "4", "thinking_trajectories": ["t"]}, "'thinking_trajectories': only text"),
         ({"dialog": ["Hi", "Hello"], "speakers": ["A", "B"]}, "leave it out (ignore: [speakers])"),
-        ({"question": "q", "answers": {"text": ["a", "b"]}}, "field 'answers': text expected, found dict"),
+        ({"question": "q", "answers": {"text": ["a", "b"]}}, "function of yours can make one of it (format: file.py"),
         ({"text": "Add two numbers.", "code": "a + b"}, "beside ['code'] is trained only where asked: format: text"),
         ({"text": "Long.", "summary": "Short."}, "columns: {text: question, summary: answer}"),
         ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),
@@ -167,9 +167,10 @@ def test_headers_in_other_cases_and_in_chinese(row, format, tmp_path):
     [
         (
             ["Kundenfrage (Ask)", "Reply"],
-            "columns: {Kundenfrage (Ask): question, Reply: answer}}] if that is a question",
+            "columns: {Kundenfrage (Ask): question, Reply: answer}}]) if that is a question",
         ),
         (["客户的问题", "标准回复"], "columns: {客户的问题: question, 标准回复: answer}"),
+        (["prompt_text", "reply_1", "reply_2"], "columns: {theirs: ours}}])"),
         (["note", "memo"], "known are a question and its answer, messages, text; map columns to these names"),
     ],
 )
