@@ -41,7 +41,7 @@ from ma_sft.data.messages import (
     unknown_keys,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue, prompt_turns, speaker_turns
+from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, prompt_turns
 from ma_sft.errors import FormatError
 
 SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
@@ -141,10 +141,7 @@ class Format:
 def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
     def convert(row: TrackedRow) -> list[Message]:
         field = row.first(columns) or columns[0]
-        turns = row[field]
-        if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):  # LIMA's
-            turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
-        return with_context(row, conversation(list_of_turns(turns, field), field), whole=True)
+        return with_context(row, conversation(list_of_turns(row[field], field), field), whole=True)
 
     return convert
 
@@ -195,10 +192,6 @@ def _steps(row: TrackedRow) -> list[Message]:
             raise BadAnswer(f"field 'labels[{wrong[0]}]': {show(labels[wrong[0]])} marks a wrong step")
     separator = check_text(row.get("step_separator", "\n"), "step_separator")
     return with_context(row, [*prompt, {"role": "assistant", "content": separator.join(texts)}])
-
-
-def _chosen(row: TrackedRow) -> list[Message]:
-    return with_context(row, dialogue(row, row.first(ALIASES["chosen"]) or "chosen"))
 
 
 def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
@@ -266,14 +259,9 @@ def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
 
 
 def _moss(row: TrackedRow) -> list[Message]:
-    """MOSS' `{"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": "<|MOSS|>: ...<eom>", ...}, ...}`; or turns.
-
-    Or Glaive's text, `USER: ... ASSISTANT: ... <|endoftext|> FUNCTION RESPONSE: ...`.
-    """
+    """MOSS' `{"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": "<|MOSS|>: ...<eom>", ...}, ...}`; or turns."""
     if not isinstance(row["chat"], dict):
-        text = isinstance(row["chat"], str) and row["chat"].lstrip().startswith("USER:")
-        turns = speaker_turns(row["chat"], "chat") if text else list_of_turns(row["chat"], "chat")
-        return with_context(row, conversation(turns, "chat"), whole=True)
+        return _turns("chat")(row)
     turns = []
     # A tool that sorts keys writes turn_10 before turn_2.
     for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
@@ -318,7 +306,9 @@ FORMATS = {
     "prompt-completion": _pair("prompt completion", rich=True),
     "steps": Format("prompt completions", _steps, rich=True, also="labels step_separator"),
     "preference": Format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
-    "hh-rlhf": Format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
+    "hh-rlhf": Format(
+        "chosen|chosen_messages rejected|rejected_messages", _turns("chosen", "chosen_messages"), rich=True
+    ),
     "pku-saferlhf": Format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
     "calls": Format("query tools answers", _calls, rich=True),
     "question-answer": _pair("question|problem|sql_prompt answer|answers|sql"),

@@ -20,7 +20,10 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bard", "claude", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
+    "function response": "tool",
 }
+# Of a text of turns, by who speaks first: hh-rlhf's and Glaive's, whose calls stay text.
+SPEAKERS = {"Human": "Human|Assistant", "USER": "USER|ASSISTANT|FUNCTION RESPONSE"}
 CALL_ROLES = ("function_call", "tool_call")  # an assistant turn whose text is the call, or the calls, as JSON
 PAIR_ROLES = {
     "system": "system",
@@ -204,14 +207,27 @@ def turns_in_text(value: Any) -> Any:
 
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """The turns of a column: a list of objects; its JSON text, as in CSV; or `datasets`' older object of lists."""
+    """The turns of a column: a list of objects; its JSON text, as in CSV; `datasets`' older object of lists; a list of
+    texts, the user's and the assistant's in turn (LIMA's); or a text in which `SPEAKERS` take turns.
+    """
     turns = from_json(value, field, begins="[")
     lists = list(turns.values()) if isinstance(turns, dict) else []
     if lists and all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*lists, strict=True)]
+    elif isinstance(turns, str) and (first := spoken(turns)):
+        _, *pieces = re.split(rf"\n\n({SPEAKERS[first]}):", "\n\n" + turns.lstrip("\n"))
+        texts = (piece.strip().removesuffix("<|endoftext|>").strip() for piece in pieces[1::2])
+        turns = [{"role": name, "content": text} for name, text in zip(pieces[::2], texts, strict=True)]
+    elif isinstance(turns, list | tuple) and all(isinstance(turn, str) for turn in turns):
+        turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
     if not turns or not are_objects(turns):
         raise expected("a list of turns", field, turns)
     return list(turns)
+
+
+def spoken(text: Any) -> str | None:
+    """Who speaks first in a text of `SPEAKERS`; None if it is none."""
+    return next((who for who in SPEAKERS if isinstance(text, str) and text.lstrip("\n").startswith(f"{who}:")), None)
 
 
 def conversation(value: Any, field: str, role: str = "user") -> list[Message]:

@@ -7,23 +7,21 @@
 | `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
-    ROLES,
     Message,
     Row,
     TrackedRow,
     check_order,
-    check_text,
     conversation,
     expected,
     is_blank,
     list_of_turns,
     show_columns,
+    spoken,
     text_of,
     turns_in_text,
     with_context,
@@ -115,23 +113,19 @@ def _plain(row: TrackedRow) -> Preference:
     row = _spread(row)
     prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
-    if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
-        return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
+    if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two dialogues begin with
+        return _shared_prompt(row, *(conversation(list_of_turns(sides[name], name), name) for name in sides))
     text = row[prompt]
     if prompt == "instruction" and row.get("input"):
-        text = "\n\n".join(text_of(row, field) for field in ("instruction", "input"))
+        text = f"{text_of(row, prompt)}\n\n{text_of(row, 'input')}"
     messages = with_context(row, prompt_turns(text, prompt))
     return {"prompt": messages, **{name: completion(messages, side, name, text) for name, side in sides.items()}}
 
 
-def _speaks(text: Any, speaker: str) -> bool:
-    return isinstance(text, str) and text.lstrip("\n").startswith(f"{speaker}:")
-
-
 def prompt_turns(value: Any, field: str) -> list[Message]:
     """The turns that ask: a text, also one of hh-rlhf that is cut before the answer; or a list of turns."""
-    if _speaks(value, "Human"):
-        return [m for m in speaker_turns(value, field) if m["content"]]
+    if spoken(value) == "Human":
+        return [m for m in conversation(list_of_turns(value, field), field) if m["content"]]
     return conversation(turns_in_text(value), field)
 
 
@@ -140,34 +134,12 @@ def completion(prompt: list[Message], value: Any, field: str, asked: Any = None)
 
     What follows `asked`, a text of hh-rlhf that ends in `Assistant:`, begins with a space that is none of the answer's.
     """
-    value = value.strip() if isinstance(value, str) and _speaks(asked, "Human") else value
+    value = value.strip() if isinstance(value, str) and spoken(asked) == "Human" else value
     messages = conversation(turns_in_text(value), field, "assistant")
     for start in (prompt, [m for m in prompt if m["role"] != "system"]):
         if start and messages[: len(start)] == start:
             return messages[len(start) :]
     return messages
-
-
-def speaker_turns(text: Any, field: str) -> list[Message]:
-    """The turns of hh-rlhf's `\\n\\nHuman: ...\\n\\nAssistant: ...`; of Glaive's `USER: ...`, whose calls are text."""
-    text = check_text(text, field)
-    names = "USER|ASSISTANT|FUNCTION RESPONSE" if _speaks(text, "USER") else "Human|Assistant"
-    before, *pieces = re.split(rf"\n\n({names}):", "\n\n" + text.lstrip("\n"))
-    if before.strip() or not pieces:
-        raise expected("'\\n\\nHuman: ...\\n\\nAssistant: ...'", field, text)
-    roles = [ROLES[name.lower().replace(" ", "_")] for name in pieces[::2]]
-    texts = [piece.strip().removesuffix("<|endoftext|>").strip() for piece in pieces[1::2]]
-    return [{"role": role, "content": piece} for role, piece in zip(roles, texts, strict=True)]
-
-
-def dialogue(row: TrackedRow, field: str) -> list[Message]:
-    """A whole dialogue of one side: hh-rlhf's text, or messages."""
-    value = row[field]
-    return speaker_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
-
-
-def _hh_rlhf(row: TrackedRow) -> Preference:
-    return _shared_prompt(row, dialogue(row, "chosen"), dialogue(row, "rejected"))
 
 
 def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Message]) -> Preference:
@@ -198,4 +170,4 @@ def _pku(row: TrackedRow) -> Preference | None:
 
 
 SIDES: dict[str, Callable[[TrackedRow], Preference | None]]
-SIDES = {"preference": _plain, "hh-rlhf": _hh_rlhf, "pku-saferlhf": _pku}
+SIDES = {"preference": _plain, "hh-rlhf": _plain, "pku-saferlhf": _pku}
