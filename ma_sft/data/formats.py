@@ -37,7 +37,6 @@ from ma_sft.data.messages import (
     to_template_kwargs,
     to_tools,
     truth,
-    turns_in_text,
     unknown_keys,
     with_context,
 )
@@ -67,26 +66,25 @@ HARMLESS = re.compile(
     r"rating|type|category|source|identifier|fingerprint|moderation|sha\d+)|Unnamed: 0|"
     r"|(data_?)?set|split|subset|config|origin|raw|lang|langdetect|language|locale|country|state|header|license|licence|"
     r"copyright|author|creator|generator|categories|kind|task|topics?|domain|subject|tags?|difficulty|level|quality|"
-    r"created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|turns?|num_turns|group|title|toxic|toxicity|"
+    r"created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|turn|num_turns|group|title|toxic|toxicity|"
     r"redacted|key|keywords|rank|reward|stars|(score|rating)_.*|upvotes|used_in.*|synthetic|_.*",
     re.IGNORECASE,
 )
 
 # Chinese headers of tables, and what a column may mean that has none of the known names.
 CHINESE = {
-    **dict.fromkeys(("问题", "提问", "题目", "问"), "question"),
-    **dict.fromkeys(("答案", "回答", "答"), "answer"),
-    **dict.fromkeys(("指令", "任务"), "instruction"),
-    **dict.fromkeys(("回复", "响应"), "response"),
-    **{
-        "输入": "input",
-        "输出": "output",
-        "提示": "prompt",
-        "提示词": "prompt",
-        "上下文": "context",
-        "系统提示": "system",
-    },
-    **{"文本": "text", "对话": "conversations", "选项": "options"},
+    theirs: ours
+    for ours, names in {
+        **{
+            "question": "问题 提问 题目 问",
+            "answer": "答案 回答 答",
+            "instruction": "指令 任务",
+            "response": "回复 响应",
+        },
+        **{"input": "输入", "output": "输出", "prompt": "提示 提示词", "context": "上下文", "system": "系统提示"},
+        **{"text": "文本", "conversations": "对话", "options": "选项"},
+    }.items()
+    for theirs in names.split()
 }
 MEANINGS = {
     "question": re.compile(
@@ -180,7 +178,7 @@ def _single(value: Any) -> Any:
 
 def _steps(row: TrackedRow) -> list[Message]:
     """MA-RLHF's and TRL's steps of a solution: one answer, each step of which is trained."""
-    prompt = conversation(turns_in_text(row["prompt"]), "prompt")
+    prompt = prompt_turns(row["prompt"], "prompt")
     steps, labels = (from_json(row.get(name), name, begins="[") for name in ("completions", "labels"))
     if not steps or not isinstance(steps, list | tuple):
         raise expected("a list of steps", "completions", steps)
@@ -449,12 +447,11 @@ def _foreign_roles(turns: Any) -> dict[str, str]:
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     known = FORMATS[name]
-    for column in known.missing(set(row)):
-        if (name, column) != ("preference", "prompt"):  # a preference's prompt may be implicit
-            like = ""
-            with suppress(FormatError):
-                like = f"; this row looks like {detect_format(set(row))!r}"
-            raise FormatError(f"field {column!r} is missing or null; format {name!r} needs it{like}")
+    if missing := known.missing({*row}):
+        like = ""
+        with suppress(FormatError):
+            like = f"; this row looks like {detect_format({*row})!r}"
+        raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it{like}")
     messages = known.convert(row)
     refuse_changing(row, name)
     if name == "text":
@@ -514,10 +511,9 @@ def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
             if not is_empty(value) and not _matches(HARMLESS, column) and value not in said:
                 found[column] = show(value)
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
-            keys = unknown_keys(value)
-            # ChatGLM names the tool that a turn calls in a text of metadata.
-            calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
-            found |= {f"{column}[].{k}": show(v) for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
+            # ChatGLM names the tool that a turn calls in its metadata.
+            keys = {k: v for k, v in unknown_keys(value).items() if k == "metadata" or not _matches(HARMLESS, k)}
+            found |= {f"{column}[].{key}": show(value) for key, value in keys.items()}
     return found
 
 

@@ -49,10 +49,8 @@ WEIGHTS = (
     *("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss"),
     *("train", "training", "trainable", "train_on_turn"),
 )
-GOOD = (
-    *("good", "correct", "accepted", "valid", "safe", "is_good", "is_correct", "is_accepted", "is_valid", "is_safe"),
-    *("problem_is_valid", "solution_is_valid"),
-)
+GOOD = [prefix + word for prefix in ("", "is_") for word in ("good", "correct", "accepted", "valid", "safe")]
+GOOD += ["problem_is_valid", "solution_is_valid"]
 BAD = ("rejected", "deleted", "is_rejected", "is_deleted", "is_bad", "is_wrong")
 MARKS = frozenset((*WEIGHTS, *GOOD, *BAD))
 TRUTH = {**dict.fromkeys(("true", "yes", "1", "1.0"), True), **dict.fromkeys(("false", "no", "0", "0.0"), False)}
@@ -240,8 +238,6 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
     for i, turn in enumerate(list_of_turns(value, field)):
         found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
         if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _role(turn) in CALL_ROLES:
-            if last.get("train") != found[0].get("train"):
-                raise FormatError(f"field '{field}[{i}]': calls of one message are trained together or not at all")
             last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
         else:
             messages += found
@@ -278,23 +274,24 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         return _pair(turn, where)
     role_key = "role" if "role" in turn or "from" not in turn else "from"
     name, named = _role(turn), turn.get(role_key)
-    if role_key == "role" and ROLES.get(str(turn.get("from", named)).lower()) != ROLES.get(str(named).lower()):
-        raise FormatError(f"field {where!r}: role {show(named)} and from {show(turn['from'])} contradict each other")
     content_key = _pick(turn, CONTENT_KEYS, where) or ("value" if role_key == "from" else "content")
     content, at = turn.get(content_key), f"{where}.{content_key}"
-    role, thought, calls_key = ROLES.get(name), "", _pick(turn, CALL_KEYS, where)
-    calls, calls_at = _calls(turn, calls_key, where) if calls_key else ([], f"{where}.tool_calls")
+    role, thought, calls_key = ROLES.get(name), "", _pick(turn, CALL_KEYS, where) or "tool_calls"
+    calls, calls_at = turn.get(calls_key), f"{where}.{calls_key}"
     if name in CALL_ROLES:
         if isinstance(content, str) and (thinking := THINKING.match(content)):
             thought, content = thinking[1].strip(), content[thinking.end() :]
-        calls = from_json(content, at)
-        role, calls, calls_at, content = "assistant", calls if isinstance(calls, list) else [calls], at, ""
+        role, calls, calls_at, content = "assistant", content, at, ""
+    calls = [] if is_empty(calls) else from_json(calls, calls_at)
+    calls = [calls] if isinstance(calls, dict) else calls or []
+    if not isinstance(calls, list | tuple):
+        raise expected("a list of calls", calls_at, calls)
     if role is None:
         raise expected(f"one of {sorted(ROLES)}", f"{where}.{role_key}", named)
     if turn.get("channel") not in (None, "", "final"):
         what = "a turn of its own has no place; write it into the answer's turn, an analysis as 'thinking'"
         raise FormatError(f"field '{where}.channel': {what}, found {show(turn['channel'])}")
-    message: Message = {"role": role, "content": "", "reasoning_content": thought, "tool_calls": calls}
+    message: Message = {"role": role, "content": "", "reasoning_content": thought, "tool_calls": [*calls]}
     results = _read_content(message, content, at, optional=bool(calls) or role == "tool")
     if message["tool_calls"] and role != "assistant":
         raise FormatError(f"field {calls_at!r}: only an assistant calls tools, not {named!r}")
@@ -335,8 +332,6 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
     for key, value in marks.items():
         if value is None:
             raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(turn[key])}")
-    if len({value != (key in BAD) for key, value in marks.items()}) > 1:
-        raise FormatError(f"field {where!r}: {' and '.join(marks)} contradict each other")
     return all(value != (key in BAD) for key, value in marks.items())
 
 
@@ -389,15 +384,6 @@ def _result(result: dict[str, Any], where: str) -> Message:
         if value:
             message[key] = check_text(value, f"{where}.{key}")
     return message
-
-
-def _calls(turn: dict[str, Any], key: str, where: str) -> tuple[list[Any], str]:
-    """A turn's calls under `tool_calls` or, of old, one under `function_call`; and the field's name."""
-    calls = from_json(turn[key], f"{where}.{key}", begins="[") or []
-    calls = [calls] if calls and key == "function_call" else calls
-    if not isinstance(calls, list | tuple):
-        raise expected("a list of calls", f"{where}.{key}", calls)
-    return list(calls), f"{where}.{key}"
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -459,7 +445,7 @@ def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = Fals
 
     Whether the turns of a conversation that is `whole` hold that text already is uncertain.
     """
-    messages = _with_text(row, messages, whole)
+    _add_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
     messages = [*messages[:start], *_history(row), *messages[start:]]
     systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
@@ -489,20 +475,17 @@ def _history(row: TrackedRow) -> list[Message]:
     return conversation(history, "history")
 
 
-def _with_text(row: TrackedRow, messages: list[Message], whole: bool) -> list[Message]:
-    """The question with the text that it asks about before it, where the row has one that was not read yet."""
+def _add_text(row: TrackedRow, messages: list[Message], whole: bool) -> None:
+    """Put before the question the text that it asks about, where the row has one that was not read yet."""
     for field in CONTEXT:
         if field not in row or field in row.used or is_empty(text := row[field]):
             continue
-        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        asked = [message for message in messages if message["role"] == "user"]
         if whole or len(asked) != 1:
             what = "a text to answer from has no place in a conversation"
             raise FormatError(f"field {field!r}: {what}; write it into a message, or leave it out (ignore: [{field}])")
         texts = text if isinstance(text, list | tuple) else [text]
-        question = messages[asked[0]]
-        content = "\n\n".join((*(check_text(part, field) for part in texts), question["content"]))
-        messages = [{**m, "content": content} if m is question else m for m in messages]
-    return messages
+        asked[0]["content"] = "\n\n".join((*(check_text(part, field) for part in texts), asked[0]["content"]))
 
 
 def to_tools(row: Row) -> str | None:

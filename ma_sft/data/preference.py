@@ -103,9 +103,9 @@ def _spread(row: TrackedRow) -> TrackedRow:
             parted = {"messages": None, "chosen": messages}
     if not parted:
         return row
+    row.used |= {key for key, value in parted.items() if value is None}
     found = TrackedRow({**row, **parted})
     found.used = row.used  # what is read of the one is read of the other
-    found.used |= {key for key, value in parted.items() if value is None}
     return found
 
 

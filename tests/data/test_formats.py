@@ -101,7 +101,7 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, {"role": "tool", "content": "4"}, ASSISTANT]}, "message 2 is 'tool'"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "field 'messages[1].weight': a turn is"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every answer is marked not to be trained"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': a list of calls"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': not valid JSON"),
         (
             {"messages": [USER, {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "not valid",
