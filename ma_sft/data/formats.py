@@ -18,6 +18,7 @@ from ma_sft.data.messages import (
     MARKS,
     ROLES,
     WEIGHTS,
+    BadAnswer,
     Message,
     Row,
     TrackedRow,
@@ -27,7 +28,6 @@ from ma_sft.data.messages import (
     conversation,
     expected,
     from_json,
-    is_blank,
     is_empty,
     list_of_turns,
     merge_turns,
@@ -96,10 +96,6 @@ MEANINGS = {
 }
 
 MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
-
-
-class BadAnswer(FormatError):
-    """A row whose answer is marked as a bad one: nothing to learn from here, and no fault of the file."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +191,6 @@ def _steps(row: TrackedRow) -> list[Message]:
 def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
     def convert(row: TrackedRow) -> list[Message]:
         sides = SIDES[name](row)
-        if sides is None:
-            raise BadAnswer("neither answer is a good one")
         return sides["prompt"] + sides["chosen"]
 
     return convert
@@ -279,6 +273,7 @@ def _calls(row: TrackedRow) -> list[Message]:
     return with_context(row, [{"role": "user", "content": text_of(row, "query")}, *conversation(call, "answers")])
 
 
+ASKED = "question|problem|prompt|instruction|query|input|messages"
 THOUGHTS = "reasoning_content|reasoning|thinking|complex_cot"
 FORMATS = {
     "messages": Format("messages", _turns("messages"), rich=True),
@@ -288,12 +283,7 @@ FORMATS = {
     "alpaca": _pair("instruction output", "input", also="prompt answer"),
     "alpaca-zh": _pair("instruction_zh output_zh", "input_zh"),
     "dolly": _pair("instruction response|completion|answer|generation", "input context", also="prompt"),
-    "reasoning": _pair(
-        f"question|problem|prompt|instruction|query|input|messages {THOUGHTS} "
-        "answer|response|output|solution|completion|content",
-        "input",
-        rich=True,
-    ),
+    "reasoning": _pair(f"{ASKED} {THOUGHTS} answer|response|output|solution|completion|content", "input", rich=True),
     "multiple-choice": Format("question|question_stem choices answerKey", _multiple_choice),
     "mmlu": Format("question choices answer", _multiple_choice),
     "options": Format(
@@ -304,9 +294,7 @@ FORMATS = {
     "prompt-completion": _pair("prompt completion", rich=True),
     "steps": Format("prompt completions", _steps, rich=True, also="labels step_separator"),
     "preference": Format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
-    "hh-rlhf": Format(
-        "chosen|chosen_messages rejected|rejected_messages", _turns("chosen", "chosen_messages"), rich=True
-    ),
+    "hh-rlhf": Format("chosen|chosen_messages rejected|rejected_messages", _turns(*ALIASES["chosen"]), rich=True),
     "pku-saferlhf": Format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
     "calls": Format("query tools answers", _calls, rich=True),
     "question-answer": _pair("question|problem|sql_prompt answer|answers|sql"),
@@ -434,7 +422,7 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
+    if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
 

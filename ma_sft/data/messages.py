@@ -68,8 +68,11 @@ CONTEXT = (
 )
 
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # what LLaMA-Factory's data have before the call
-BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 SHOWN_COLUMNS = 20
+
+
+class BadAnswer(FormatError):
+    """A row whose answer is marked as a bad one: nothing to learn from here, and no fault of the file."""
 
 
 class TrackedRow(Row):
@@ -105,11 +108,6 @@ def is_empty(value: Any) -> bool:
 def are_objects(value: Any) -> bool:
     """Whether a value is a list of JSON objects."""
     return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: it has spaces and characters without width alone."""
-    return BLANK.fullmatch(text) is not None
 
 
 def truth(value: Any) -> bool | None:
@@ -206,7 +204,7 @@ def turns_in_text(value: Any) -> Any:
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
     """The turns of a column: a list of objects; its JSON text, as in CSV; `datasets`' older object of lists; a list of
-    texts, the user's and the assistant's in turn (LIMA's); or a text in which `SPEAKERS` take turns.
+    texts, the user's and the assistant's in turn (LIMA's), or of pairs of them; or a text of `SPEAKERS`.
     """
     turns = from_json(value, field, begins="[")
     lists = list(turns.values()) if isinstance(turns, dict) else []
@@ -218,6 +216,8 @@ def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
         turns = [{"role": name, "content": text} for name, text in zip(pieces[::2], texts, strict=True)]
     elif isinstance(turns, list | tuple) and all(isinstance(turn, str) for turn in turns):
         turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
+    elif isinstance(turns, list | tuple) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        turns = [{"human": question, "assistant": answer} for question, answer in turns]
     if not turns or not are_objects(turns):
         raise expected("a list of turns", field, turns)
     return list(turns)
@@ -465,14 +465,7 @@ def _system(value: Any, field: str) -> list[Message]:
 
 def _history(row: TrackedRow) -> list[Message]:
     history = from_json(row.get("history"), "history", begins="[")
-    if is_empty(history):
-        return []
-    if not are_objects(history):
-        pairs = history if isinstance(history, list | tuple) else [history]
-        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
-            raise expected("a list of [question, answer] pairs", "history", history)
-        history = [{"human": question, "assistant": answer} for question, answer in pairs]
-    return conversation(history, "history")
+    return [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
 
 
 def _add_text(row: TrackedRow, messages: list[Message], whole: bool) -> None:

@@ -1,24 +1,17 @@
-"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer` and `DPOTrainer` take it.
-
-| format | columns |
-| --- | --- |
-| `preference` | a prompt, a good and a bad answer under one of `ALIASES`, as texts, turns or messages |
-| `hh-rlhf` | `chosen, rejected`: two dialogues that differ in their last answer |
-| `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
-"""
+"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer`, `DPOTrainer` take it."""
 
 from collections.abc import Callable
 from typing import Any
 
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
+    BadAnswer,
     Message,
     Row,
     TrackedRow,
     check_order,
     conversation,
     expected,
-    is_blank,
     list_of_turns,
     show_columns,
     spoken,
@@ -56,18 +49,24 @@ def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) ->
     Raises:
         FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
     """
-    row = row if isinstance(row, TrackedRow) else TrackedRow(row)
+    try:
+        return read_sides(TrackedRow(row), format)
+    except BadAnswer:
+        return None
+
+
+def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Preference:
+    """`to_preference`; raises `BadAnswer` where neither answer should be learned."""
     name = format or detect_preference(row)
     if isinstance(name, str) and name in SIDES:
         found = SIDES[name](row)
+    elif given := load_function(name)(dict(row)):
+        found = _plain(TrackedRow(given))
     else:
-        given = load_function(name)(dict(row))
-        found = given and _plain(TrackedRow(given))
-    if found is None:
-        return None
+        raise BadAnswer("neither answer is a good one")
     for side in ("chosen", "rejected"):
         check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if all(is_blank(m["content"]) and not m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
+        if not any(m["content"].strip() or m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
             raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
     if found["chosen"] == found["rejected"]:
         raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
@@ -155,7 +154,7 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
     return {"prompt": with_context(row, chosen[:at]), "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
-def _pku(row: TrackedRow) -> Preference | None:
+def _pku(row: TrackedRow) -> Preference:
     *answers, _, _, better = values = [row[field] for field in PKU]
     safe = values[2:4]
     for field, value in zip(PKU[2:4], safe, strict=True):
@@ -164,10 +163,9 @@ def _pku(row: TrackedRow) -> Preference | None:
     if better not in (0, 1) or isinstance(better, bool):
         raise expected("0 or 1", PKU[4], better)
     if not any(safe):
-        return None
+        raise BadAnswer("neither answer is a good one")
     best = int(better) if all(safe) else safe.index(True)
     return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
 
 
-SIDES: dict[str, Callable[[TrackedRow], Preference | None]]
 SIDES = {"preference": _plain, "hh-rlhf": _plain, "pku-saferlhf": _pku}

@@ -114,8 +114,8 @@ def test_to_messages(row, format, messages):
         ),
         ({"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "A"}, "equally many texts"),
         (
-            {"instruction": "x", "output": "y", "history": ["a", "b"]},
-            "field 'history': a list of [question, answer] pairs",
+            {"instruction": "x", "output": "y", "history": [["a", "b", "c"]]},
+            "field 'history': a list of turns expected",
         ),
         ({"question": "q", "choices": ["a", "b"], "answerKey": "Z"}, "field 'answerKey': one of ['A', 'B'] expected"),
         ({"instruction": "a\0b", "output": "y"}, "field 'instruction' holds a NUL character"),

@@ -88,5 +88,5 @@ def test_mixture_counts_what_has_no_better_side():
     assert len(mixture.train) == sum(len(read(path)) for path in FIXTURES) - 1
     assert mixture.report.skipped == 1
     (stage,) = [s for s in mixture.report.stages if s.removed]
-    assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"no better side": 1}
+    assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"bad answers": 1}
     assert all(row["prompt"][0]["role"] == "system" for row in mixture.train)

@@ -13,10 +13,10 @@ from helpers import ROOT, assistant, system, user
 from rich.console import Console
 
 from ma_sft import FormatError, RecipeError, to_messages, to_preference
-from ma_sft.data.formats import BadAnswer, detect_format, read_row
+from ma_sft.data.formats import detect_format, read_row
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.load import Source
-from ma_sft.data.messages import to_tools
+from ma_sft.data.messages import BadAnswer, to_tools
 from ma_sft.data.mixture import load_mixture
 
 CASES = ROOT / "tests/files/rows"
@@ -334,6 +334,7 @@ def test_turns_marked_not_to_be_trained(mark):
                 {"instruction": "q", "generation": "a"},  # distilabel
                 {"user": "q", "assistant": "a"},
                 {"conversations": ["q", "a"]},  # LIMA
+                {"conversation": [["q", "a"]]},
                 {"question": "q", "answers": {"text": ["a"], "answer_start": [0]}},  # SQuAD
             )
         ),
@@ -643,7 +644,7 @@ def test_marks_of_a_row_are_followed(tmp_path):
         (assistant("", tool_calls=[call("f", '{"a": NaN}')]), "a number that JSON does not have"),
         (assistant("", tool_calls=[call("f", '{"a": 1e999}')]), "a number that JSON does not have"),
         (assistant("", tool_calls=[call("f", '{"a": 1, "a": 2}')]), "the key 'a' stands twice in one object"),
-        (assistant("\u200b\ufeff "), "the response is empty"),
+        (assistant(" \n"), "the response is empty"),
     ],
 )
 def test_turns_that_say_two_things_or_nothing(turn, message):
