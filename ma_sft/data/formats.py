@@ -6,7 +6,7 @@ further columns is used (`ma_sft.data.messages`), known to be harmless, refused,
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +40,7 @@ from ma_sft.data.messages import (
     unknown_keys,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, prompt_turns
+from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
 SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
@@ -325,7 +325,13 @@ def known_names(columns: frozenset[str], format: str | None = None) -> dict[str,
     return {theirs: ours for theirs, ours in names.items() if theirs != ours}
 
 
-def detect_format(row: Iterable[str]) -> str:
+def renamed(row: TrackedRow, format: str) -> TrackedRow:
+    """The row under the names that the format wants."""
+    names = known_names(frozenset(row), format)
+    return TrackedRow({names.get(column, column): value for column, value in row.items()}) if names else row
+
+
+def detect_format(row: Iterable[str], among: Collection[str] = FORMATS) -> str:
     """Name of the one format in `FORMATS` whose columns are all there, if need be under their `known_names`.
 
     Of two that fit, one that needs all columns of the other and more wins (`mmlu` over `question-answer`). `text` is
@@ -333,15 +339,17 @@ def detect_format(row: Iterable[str]) -> str:
 
     Args:
         row: the row, or the names of its columns alone; of several formats that fit, the row shows which ones work.
+        among: names of `FORMATS`; those of preferences alone, where both answers are wanted.
 
     Raises:
         FormatError: none fits, or several do; the message lists the columns and the formats that come nearest.
     """
     given = dict(row.items()) if isinstance(row, Mapping) else dict.fromkeys(row)
+    given = given if among is FORMATS else spread(TrackedRow(given))
     names = known_names(frozenset(given))
     values = {names.get(name, name): value for name, value in given.items()}
     columns = {*values}
-    fits = {name: known.found(columns) for name, known in FORMATS.items() if not known.missing(columns)}
+    fits = {name: FORMATS[name].found(columns) for name in among if not FORMATS[name].missing(columns)}
     if isinstance(row, Mapping):
         fits = {name: own for name, own in fits.items() if _may_hold({key: values[key] for key in own}, name)} or fits
     fits = {name: own for name, own in fits.items() if not any(own < other for other in fits.values())}
@@ -356,7 +364,7 @@ def detect_format(row: Iterable[str]) -> str:
             f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(fits)}; "
             "say which: format (dataset_format in a recipe)"
         )
-    raise FormatError(f"unknown format: columns {show_columns(given)}; {_nearest({*given})}")
+    raise FormatError(f"unknown format: columns {show_columns(given)}; {_nearest({*given}, among)}")
 
 
 def _may_hold(values: Row, name: str) -> bool:
@@ -366,9 +374,9 @@ def _may_hold(values: Row, name: str) -> bool:
     return name != "reasoning" or values.get("reasoning") not in ("on", "off", True, False)
 
 
-def _nearest(columns: set[str]) -> str:
+def _nearest(columns: set[str], among: Collection[str]) -> str:
     """What to do about columns that no format has: by their names, else by what they seem to mean."""
-    near = {name: known.missing(columns) for name, known in FORMATS.items() if name != "text"}
+    near = {name: FORMATS[name].missing(columns) for name in among if name != "text"}
     near = {name: missing for name, missing in near.items() if len(missing) < len(FORMATS[name].needs)}
     best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
     advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
@@ -378,7 +386,7 @@ def _nearest(columns: set[str]) -> str:
     asked, said = ([*filter(meaning.match, telling)] for meaning in MEANINGS.values())
     question = min(asked, key=lambda column: column in said, default="")
     answers = [column for column in said if column != question]
-    certain = bool(question) and len(answers) == 1
+    certain = bool(question) and len(answers) == 1 and among is FORMATS
     columns_map = f"{question}: question, {answers[0]}: answer" if certain else "theirs: ours"
     return (
         f"{advice}; map columns to these names (datasets: [{{path: ..., columns: {{{columns_map}}}}}])"
@@ -410,8 +418,7 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
     tracked = TrackedRow(row)
     name = format or detect_format(tracked)
     if isinstance(name, str) and name in FORMATS:
-        if names := known_names(frozenset(tracked), name):
-            tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
+        tracked = renamed(tracked, name)
         messages = _known(tracked, name, merge)
     else:
         messages = conversation(load_function(name)(row), f"{name} gave messages")
@@ -425,6 +432,47 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
     if not any(m["content"].strip() or m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
+
+
+def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
+    """One raw row as `{"prompt": messages, "chosen": messages, "rejected": messages}`.
+
+    `prompt` ends with the user's (or a tool's) turn; `chosen` and `rejected` are the two answers.
+
+    Args:
+        row: column -> value; null columns count as missing.
+        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns,
+            itself or as `module:function` or `file.py:function`; None to go by the columns.
+
+    Returns:
+        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
+        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
+
+    Raises:
+        FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
+    """
+    try:
+        return read_sides(TrackedRow(row), format)
+    except BadAnswer:
+        return None
+
+
+def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Preference:
+    """`to_preference`; raises `BadAnswer` where neither answer should be learned."""
+    name = format or detect_format(row, SIDES)
+    if isinstance(name, str) and name in SIDES:
+        found = SIDES[name](renamed(row, name))
+    elif given := load_function(name)(dict(row)):
+        found = SIDES["preference"](TrackedRow(given))
+    else:
+        raise BadAnswer("neither answer is a good one")
+    for side in ("chosen", "rejected"):
+        check_order(found["prompt"] + found[side], f"prompt, {side}")
+        if not any(m["content"].strip() or m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
+            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
+    if found["chosen"] == found["rejected"]:
+        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
+    return found
 
 
 def _foreign_roles(turns: Any) -> dict[str, str]:

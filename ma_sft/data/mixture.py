@@ -18,14 +18,15 @@ from ma_sft.data.formats import (
     detect_format,
     message_features,
     read_row,
+    read_sides,
     refuse_changing,
+    renamed,
     unused_of,
 )
 from ma_sft.data.functions import code_of
 from ma_sft.data.load import Source, load_rows, processes, rows_of
 from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns, to_template_kwargs, to_tools
 from ma_sft.data.preference import SIDES as PREFERENCES
-from ma_sft.data.preference import detect_preference, read_sides
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
@@ -180,7 +181,7 @@ class _Mixer:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                return (detect_preference if self.kind == "preference" else detect_format)(TrackedRow(row))
+                return detect_format(TrackedRow(row), PREFERENCES if self.kind == "preference" else FORMATS)
             except FormatError as error:
                 first = first or FormatError(f"{where}: {error}")
                 if self.on_error == "raise":
@@ -295,10 +296,11 @@ class _Converter:
 def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     """The columns of a converted row."""
     if preference:
-        tracked = TrackedRow(row)
+        known = source.format in PREFERENCES
+        tracked = renamed(TrackedRow(row), source.format) if known else TrackedRow(row)
         sides: Row = read_sides(tracked, source.format)
         tools, kwargs, unused = to_tools(tracked), to_template_kwargs(tracked), {}
-        if source.format in PREFERENCES:
+        if known:
             refuse_changing(tracked, str(source.format))
             unused = unused_of(tracked, sides["prompt"] + sides["chosen"])
     else:

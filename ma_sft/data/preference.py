@@ -1,19 +1,15 @@
 """Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer`, `DPOTrainer` take it."""
 
-from collections.abc import Callable
 from typing import Any
 
-from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BadAnswer,
     Message,
     Row,
     TrackedRow,
-    check_order,
     conversation,
     expected,
     list_of_turns,
-    show_columns,
     spoken,
     text_of,
     turns_in_text,
@@ -32,62 +28,7 @@ PKU = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "
 Preference = dict[str, list[Message]]
 
 
-def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
-    """One raw row as `{"prompt": messages, "chosen": messages, "rejected": messages}`.
-
-    `prompt` ends with the user's (or a tool's) turn; `chosen` and `rejected` are the two answers.
-
-    Args:
-        row: column -> value; null columns count as missing.
-        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns,
-            itself or as `module:function` or `file.py:function`; None to go by the columns.
-
-    Returns:
-        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
-        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
-
-    Raises:
-        FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
-    """
-    try:
-        return read_sides(TrackedRow(row), format)
-    except BadAnswer:
-        return None
-
-
-def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Preference:
-    """`to_preference`; raises `BadAnswer` where neither answer should be learned."""
-    name = format or detect_preference(row)
-    if isinstance(name, str) and name in SIDES:
-        found = SIDES[name](row)
-    elif given := load_function(name)(dict(row)):
-        found = _plain(TrackedRow(given))
-    else:
-        raise BadAnswer("neither answer is a good one")
-    for side in ("chosen", "rejected"):
-        check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if not any(m["content"].strip() or m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
-            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
-    if found["chosen"] == found["rejected"]:
-        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
-    return found
-
-
-def detect_preference(row: Row) -> str:
-    """The format of a preference row, by its columns."""
-    if "prompt" in row and any(column in row for column in PKU[2:]):
-        return "pku-saferlhf"
-    row = _spread(TrackedRow(row))
-    missing = [column for column, aliases in ALIASES.items() if row.first(aliases) is None]
-    if missing in ([], ["prompt"]):
-        return "preference" if not missing or not isinstance(row.get("chosen"), str) else "hh-rlhf"
-    raise FormatError(
-        f"unknown preference format: columns {show_columns(row)}; nearest: preference (misses {', '.join(missing)}); "
-        "known formats: preference, hh-rlhf, pku-saferlhf; rename columns, or pass format"
-    )
-
-
-def _spread(row: TrackedRow) -> TrackedRow:
+def spread(row: TrackedRow) -> TrackedRow:
     """The row with three columns, where one column holds two of them."""
     output, request, messages = (dict.get(row, column) for column in ("output", "input", "messages"))
     chosen, rejected = (row.first(ALIASES[side]) for side in ("chosen", "rejected"))
@@ -109,7 +50,7 @@ def _spread(row: TrackedRow) -> TrackedRow:
 
 
 def _plain(row: TrackedRow) -> Preference:
-    row = _spread(row)
+    row = spread(row)
     prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
     if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two dialogues begin with

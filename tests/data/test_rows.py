@@ -412,6 +412,7 @@ def test_turns_are_merged_where_asked(tmp_path):
             "good",
         ),
         ({"instruction": "q", "input": "i", "output": ["good", "bad"]}, [user("q\n\ni")], "good"),
+        ({"instruction": "q", "chosen-response": "good", "rejected-response": "bad"}, [user("q")], "good"),
         ({"system": "S", "history": [["a", "b"]], "question": "q", "chosen": "good", "rejected": "bad"},
          [system("S"), user("a"), assistant("b"), user("q")], "good"),
     ],
