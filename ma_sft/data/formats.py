@@ -43,7 +43,6 @@ from ma_sft.data.messages import (
 from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
-SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
 TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column holds the whole conversation
 QUESTIONS = ("question", "Question", "question_stem", "query", "ctx")  # of choices
 CHOICES = ("choices", "options", "endings")
@@ -132,12 +131,15 @@ class Format:
         return sorted(names[0] for names in self.needs if columns.isdisjoint(names))
 
 
-def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
+def _turns(columns: str) -> Format:
+    """A conversation in turns, under one of the names of the first column."""
+    names = columns.split()[0].split("|")
+
     def convert(row: TrackedRow) -> list[Message]:
-        field = row.first(columns) or columns[0]
+        field = row.first(names) or names[0]
         return with_context(row, conversation(list_of_turns(row[field], field), field), whole=True)
 
-    return convert
+    return Format(columns, convert, rich=True)
 
 
 def _pair(columns: str, extra: str = "", *, rich: bool = False, also: str = "") -> Format:
@@ -189,11 +191,7 @@ def _steps(row: TrackedRow) -> list[Message]:
 
 
 def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
-    def convert(row: TrackedRow) -> list[Message]:
-        sides = SIDES[name](row)
-        return sides["prompt"] + sides["chosen"]
-
-    return convert
+    return lambda row: (sides := SIDES[name](row))["prompt"] + sides["chosen"]
 
 
 def _multiple_choice(row: TrackedRow) -> list[Message]:
@@ -253,7 +251,7 @@ def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
 def _moss(row: TrackedRow) -> list[Message]:
     """MOSS' `{"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": "<|MOSS|>: ...<eom>", ...}, ...}`; or turns."""
     if not isinstance(row["chat"], dict):
-        return _turns("chat")(row)
+        return _turns("chat").convert(row)
     turns = []
     # A tool that sorts keys writes turn_10 before turn_2.
     for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
@@ -276,9 +274,9 @@ def _calls(row: TrackedRow) -> list[Message]:
 ASKED = "question|problem|prompt|instruction|query|input|messages"
 THOUGHTS = "reasoning_content|reasoning|thinking|complex_cot"
 FORMATS = {
-    "messages": Format("messages", _turns("messages"), rich=True),
-    "sharegpt": Format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
-    "contents": Format("contents", _turns("contents"), rich=True),
+    "messages": _turns("messages"),
+    "sharegpt": _turns("conversations|conversation|dialogue|dialog"),
+    "contents": _turns("contents"),
     "moss": Format("chat", _moss, rich=True),
     "alpaca": _pair("instruction output", "input", also="prompt answer"),
     "alpaca-zh": _pair("instruction_zh output_zh", "input_zh"),
@@ -294,7 +292,7 @@ FORMATS = {
     "prompt-completion": _pair("prompt completion", rich=True),
     "steps": Format("prompt completions", _steps, rich=True, also="labels step_separator"),
     "preference": Format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
-    "hh-rlhf": Format("chosen|chosen_messages rejected|rejected_messages", _turns(*ALIASES["chosen"]), rich=True),
+    "hh-rlhf": _turns("chosen|chosen_messages rejected|rejected_messages"),
     "pku-saferlhf": Format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
     "calls": Format("query tools answers", _calls, rich=True),
     "question-answer": _pair("question|problem|sql_prompt answer|answers|sql"),
@@ -536,12 +534,9 @@ def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
 
 
 def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
-    """The columns, and the keys of turns, that nothing read and that may mean something; each with its value, short.
-
-    A text that stands in the messages as a whole is not lost.
-    """
+    """The columns, and the keys of turns, that nothing read and that may mean something; each with its value, short."""
     found: dict[str, str] = {}
-    said = [messages, *(message["content"] for message in messages)]
+    said = [messages, *(message["content"] for message in messages)]  # what stands there once more is not lost
     for column, value in row.items():
         if column not in row.used:
             if not is_empty(value) and not _matches(HARMLESS, column) and value not in said:

@@ -441,10 +441,7 @@ def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
 
 
 def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = False) -> list[Message]:
-    """The messages of a row with its columns of context: system message, `history`, a text to answer from.
-
-    Whether the turns of a conversation that is `whole` hold that text already is uncertain.
-    """
+    """The messages of a row with its system message, its `history` and, unless `whole` turns may have it, its text."""
     _add_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
     messages = [*messages[:start], *_history(row), *messages[start:]]

@@ -70,10 +70,8 @@ def prompt_turns(value: Any, field: str) -> list[Message]:
 
 
 def completion(prompt: list[Message], value: Any, field: str, asked: Any = None) -> list[Message]:
-    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself.
-
-    What follows `asked`, a text of hh-rlhf that ends in `Assistant:`, begins with a space that is none of the answer's.
-    """
+    """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
+    # What follows hh-rlhf's `Assistant:` begins with a space that is none of the answer's.
     value = value.strip() if isinstance(value, str) and spoken(asked) == "Human" else value
     messages = conversation(turns_in_text(value), field, "assistant")
     for start in (prompt, [m for m in prompt if m["role"] != "system"]):
