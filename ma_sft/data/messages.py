@@ -234,8 +234,10 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
         value = [value]
     if not isinstance(value, list | tuple):
         return [{"role": role, "content": check_text(value, field)}]
+    if not value or not are_objects(value):  # a list of texts is a conversation only where one is sure to be
+        raise expected("a list of turns", field, value)
     messages: list[Message] = []
-    for i, turn in enumerate(list_of_turns(value, field)):
+    for i, turn in enumerate(value):
         found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
         if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _role(turn) in CALL_ROLES:
             last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
