@@ -4,16 +4,8 @@ import copy
 
 JUNK = [None, 0, -1, 7.5, True, "", " ", "x", "\0", "a\0b", "\ud800", "\udfff tail", [], {}, [[]], [None], {"a": None}]
 JUNK += [["x", "y"], [{"role": "user"}], [{"role": "user", "content": "x"}], {"text": ["x"], "label": []}, 10**400]
-JUNK += [
-    "user",
-    "assistant",
-    "system",
-    "tool",
-    "function_call",
-    "<|im_end|>",
-    "\n\nHuman: x\n\nAssistant: y",
-    '{"name": 1}',
-]
+JUNK += ["user", "assistant", "system", "tool", "function_call", "<|im_end|>", "\n\nHuman: x\n\nAssistant: y"]
+JUNK += ['{"name": 1}']
 
 
 def places(value, path=()):

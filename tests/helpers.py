@@ -1,10 +1,13 @@
 """What tests of several folders share: the root, real tokenizers, a tiny model, a command as a user runs it."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from real_tokenizers import TOKENIZERS, load_tokenizer
 from transformers import (
     PreTrainedConfig,
@@ -15,12 +18,22 @@ from transformers import (
     set_seed,
 )
 
-__all__ = ["FUZZ", "ROOT", "TOKENIZERS", "assistant", "load_tokenizer", "save_tiny", "start", "system", "user"]
+from ma_sft.cli import main
+
+__all__ = ["FUZZ", "QUICK", "ROOT", "TOKENIZERS", "assistant", "load_tokenizer", "refusal", "save_tiny", "start"]
+__all__ += ["system", "user", "write_rows"]
 
 ROOT = Path(__file__).parents[1]
 
 # `make fuzz` asks for many more examples, and other ones each time.
 FUZZ = int(os.environ.get("MA_SFT_FUZZ", "0"))
+
+# Settings of a training of seconds
+QUICK = {
+    **{"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True},
+    **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+    **{"bf16": False, "dtype": "float32", "rehearse": False},
+}
 
 
 def user(content: object) -> dict[str, object]:
@@ -61,6 +74,22 @@ def save_tiny(
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, object] | str]) -> str:
+    """Write rows, or lines as they are, to a JSON Lines file; the path as text."""
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line in which the command ends with exit code 2."""
+    assert main([str(word) for word in words]) == 2, words
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in error
+    return line
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """Rows, a model and a trainer for the tests of packing."""
 
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -32,6 +33,15 @@ def tiny_model(attention: str) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=400, **sizes, attn_implementation=attention)
     return LlamaForCausalLM(config).float()
+
+
+def trainer_settings(folder: Path) -> dict[str, Any]:
+    """Of TRL's trainer for rows that are ready."""
+    return {
+        **{"output_dir": str(folder), "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        **{"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False},
+        **{"save_strategy": "no", "disable_tqdm": True},
+    }
 
 
 class Recorder(SFTTrainer):

@@ -1,5 +1,6 @@
 """Runs on CPUs in processes of their own that a test can kill; forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -22,6 +23,7 @@ def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> Non
     from ma_sft import Recipe, run
     from ma_sft.utils import guard
 
+    gc.freeze()  # what is imported is no garbage
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.resources
+from collections.abc import Iterable
 
 from fetch_tokenizers import fetch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,16 +39,32 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_tokenizer(name: str, *, own: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, own: bool = False, special: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """One of TOKENIZERS with its real chat template; each call gives a copy that the test may change.
 
-    All share one vocabulary, which takes seconds to copy; a test that adds tokens asks for its `own`.
+    All share one vocabulary, which takes a second to copy, and one for each set of `special` tokens that were not
+    special; a test that adds other tokens asks for its `own`.
     """
     shared = _load_tokenizer(name)
+    known = {token.content for token in shared.added_tokens_decoder.values() if token.special} if special else set()
+    if new := tuple(sorted(set(special) - known)):
+        shared = _with_special_tokens(name, new)
     copied = copy_without_vocabulary(shared)
     if own:
         copied._tokenizer = copy.deepcopy(shared._tokenizer)
     return copied
+
+
+@functools.lru_cache(maxsize=8)
+def _with_special_tokens(name: str, tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(name, own=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return tokenizer
+
+
+def missing(name: str, tokens: Iterable[str]) -> list[str]:
+    """Those that the vocabulary lacks."""
+    return [token for token in tokens if _load_tokenizer(name)._tokenizer.token_to_id(token) is None]
 
 
 def copy_without_vocabulary(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

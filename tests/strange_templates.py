@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 from fetch_templates import fetch_templates
-from helpers import load_tokenizer
+from real_tokenizers import load_tokenizer, missing
 from transformers import PreTrainedTokenizerBase
 
 # Tags that are text in the families that write them: parts of a system prompt, XML inside a call or a result
@@ -32,14 +32,13 @@ def templates() -> dict[str, str]:
 
 def strange_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer with the template `name` and its tokens; its EOS is the family's end of turn."""
-    tokenizer = load_tokenizer("qwen3", own=True)
-    tokenizer.chat_template = templates()[name]
-    end = next((end for end in ENDS if end in tokenizer.chat_template), "</s>")
-    written = set(WRITTEN.findall(tokenizer.chat_template))
+    template = templates()[name]
+    end = next((end for end in ENDS if end in template), "</s>")
+    written = set(WRITTEN.findall(template))
     if name.startswith("tencent"):
         written, end = set(HUNYUAN), HUNYUAN[0]
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(written - set(tokenizer.get_vocab()))})
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": end})
+    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), "<s>", end])
+    tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = template, "<s>", end
     return tokenizer
 
 

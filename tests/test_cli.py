@@ -1,9 +1,7 @@
 """`ma-sft check` and `preview` on a recipe, as a script would call them."""
 
-import json
-
-import pandas
 import pytest
+from helpers import assistant, user, write_rows
 
 import ma_sft
 from ma_sft.cli import main
@@ -13,18 +11,10 @@ GOOD = {"instruction": "Say hi", "input": "", "output": "hi <|im_end|> there"}
 
 @pytest.fixture
 def recipe(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({**GOOD, "input": str(i)}) + "\n" for i in range(20)))
+    rows = write_rows(tmp_path / "rows.jsonl", ({**GOOD, "input": str(i)} for i in range(20)))
     path = tmp_path / "mine.yaml"
     path.write_text(f"model_name_or_path: demo\ndataset_name: {rows}\n")
     return path
-
-
-def test_check_as_json(recipe, capsys):
-    assert main(["check", str(recipe), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["rows"] == 20 and report["turns"] == 20
-    assert report["trained_tokens"] > 20 * 5
 
 
 def test_check_finds_what_a_setting_breaks(recipe, capsys):
@@ -60,20 +50,13 @@ def test_tools_are_functions_of_python_too(recipe, capsys):
     assert "rows.jsonl:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["list", "frame", "generator", "function", "format"])
-def test_rows_in_memory_are_a_source(kind, tiny_bpe):
-    rows = [{**GOOD, "input": str(i)} for i in range(5)]
-    pairs = [{"q": f"{i}?", "a": "Yes."} for i in range(5)]
+def test_rows_in_memory_and_a_function_are_a_source(tiny_bpe):
+    """In every container, says `data/test_load.py`."""
 
     def to_messages(row):
-        return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+        return [user(row["q"]), assistant(row["a"])]
 
-    source = {
-        "list": rows,
-        "frame": pandas.DataFrame(rows),
-        "generator": (row for row in rows),
-        "function": lambda: iter(rows),
-        "format": {"path": "pairs", "rows": pairs, "format": to_messages},
-    }[kind]
-    report = ma_sft.check(ma_sft.Recipe(model_name_or_path=str(tiny_bpe), dataset_name=source))
-    assert report.proven and report.rows == 5
+    source = {"path": "pairs", "rows": [{"q": f"{i}?", "a": "Yes."} for i in range(5)], "format": to_messages}
+    for given in (source, [{**GOOD, "input": str(i)} for i in range(5)]):
+        report = ma_sft.check(ma_sft.Recipe(model_name_or_path=str(tiny_bpe), dataset_name=given))
+        assert report.proven and report.rows == 5

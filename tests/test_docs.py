@@ -23,7 +23,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from fetch_converter import fetch_converter
-from helpers import ROOT, load_tokenizer
+from helpers import ROOT, assistant, load_tokenizer, user, write_rows
 from transformers import AutoTokenizer
 
 from ma_sft import Recipe, RecipeError, run
@@ -68,7 +68,8 @@ def test_python_on_the_page_prints_what_it_says(page, tmp_path, monkeypatch):
 ROWS = [{"instruction": f"What is {i} and {i}?", "input": "", "output": f"So it is {2 * i}."} for i in range(50)]
 SHORT = (
     "--max_steps 1 --max_length 128 --generate_eval 2 --max_new_tokens 2 --gradient_accumulation_steps 1 "
-    "--per_device_train_batch_size 1 --save_strategy no --eval_strategy no --logging_steps 1 --report_to none"
+    "--per_device_train_batch_size 1 --save_strategy no --eval_strategy no --logging_steps 1 --report_to none "
+    "--rehearse false"
 ).split()
 
 
@@ -165,27 +166,24 @@ class Shell:
 def finished(tiny_bpe, tmp_path_factory):
     """A finished run of a tiny model."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    settings = {"model_name_or_path": str(tiny_bpe), "dataset_name": str(folder / "rows.jsonl"), "test_size": 5}
-    run(Recipe(name="demo", output_dir=str(folder / "run"), use_peft=True, **settings), SHORT)
+    rows = write_rows(folder / "rows.jsonl", ROWS)
+    settings = {"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "test_size": 5, "use_peft": True}
+    run(Recipe(name="demo", output_dir=str(folder / "run"), **settings), SHORT)
     return folder / "run"
 
 
 @pytest.fixture
 def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
     """A folder as the pages assume it."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    for name, rows in (("rows", ROWS), ("heldout", ROWS[:4])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "mixture.yaml").write_text(
         "datasets: [rows.jsonl]\nfilters: {exact_duplicates: true}\ntest_size: 0.1\n"
     )
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
-    chats = [
-        [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in ROWS
-    ]
-    prepared = [example for chat in ChatEncoder(tokenizer).encode(chats) for example in chat]
-    columns = {"input_ids": [e.input_ids for e in prepared], "labels": [e.labels for e in prepared]}
-    Dataset.from_dict(columns).save_to_disk(tmp_path / "prepared")
+    chats = [[user(row["instruction"]), assistant(row["output"])] for row in ROWS]
+    encoded = ChatEncoder(AutoTokenizer.from_pretrained(tiny_bpe)).encode(chats)
+    prepared = [{"input_ids": e.input_ids, "labels": e.labels} for examples in encoded for e in examples]
+    Dataset.from_list(prepared).save_to_disk(tmp_path / "prepared")
     (tmp_path / "overrides.yaml").write_text("learning_rate: 0.001\n")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     (readme,) = (code for _, code, _ in blocks(Path("README.md")) if code.startswith("# recipes/mine.py"))
@@ -203,11 +201,12 @@ def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP", str(fetch_converter()))
     # Who is asked says: the tiny model, what is offered twice, one question, nothing more.
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    answers = {"Model": str(tiny_bpe), "> ": iter(["Hello", *[""] * 99])}
-    monkeypatch.setattr(
-        "builtins.input",
-        lambda text: next((next(a) if text == "> " else a for key, a in answers.items() if text.startswith(key)), ""),
-    )
+    questions = iter(["Hello", *[""] * 99])
+
+    def say(text):
+        return next(questions) if text == "> " else str(tiny_bpe) if text.startswith("Model") else ""
+
+    monkeypatch.setattr("builtins.input", say)
     return Shell(tmp_path, {"/models/x": str(tiny_bpe)})
 
 

@@ -2,12 +2,11 @@
 
 import ast
 import json
-import re
 from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, load_tokenizer, save_tiny
+from helpers import ROOT, assistant, load_tokenizer, save_tiny, start, user, write_rows
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
@@ -40,64 +39,39 @@ FAMILIES = {
     "google/gemma-3": "gemma3",
 }
 
-ALPACA = [{"instruction": f"Double {i}", "input": "", "output": f"That makes {2 * i}."} for i in range(40)]
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"name": "weather", "description": "The weather of a city", "parameters": CITY}
 ALPACA_ZH = [{"instruction": f"把数字{i}翻倍", "input": "", "output": f"结果是{2 * i}。"} for i in range(40)]
-SHAREGPT = [
-    {
-        "conversations": [
-            {"from": "human", "value": f"Is {i} even?"},
-            {"from": "gpt", "value": "Yes." if i % 2 == 0 else "No."},
-            {"from": "human", "value": f"And what is word number {i} of your favourite poem?"},
-            {"from": "gpt", "value": f"I would say word {i}."},
-        ]
-    }
-    for i in range(40)
-]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-TOOLS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"How is the weather in city {i}?"},
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [
-                    {"type": "function", "function": {"name": "weather", "arguments": {"city": f"city {i}"}}}
-                ],
-            },
-            {"role": "tool", "name": "weather", "content": "sunny"},
-            {"role": "assistant", "content": f"It is sunny in city {i}."},
-        ],
-        "tools": [TOOL],
-    }
-    for i in range(40)
-]
-REASONING = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {i} + {i}?"},
-            {"role": "assistant", "content": f"<think>\nTwice {i} is {2 * i}.\n</think>\n\n{2 * i}"},
-        ]
-    }
-    for i in range(120)
-]
-CSV = "Question,Answer\n" + "".join(
-    f'"Does article {i} fit, and how?","Yes, article {i}: see page {i * 7}."\n' for i in range(40)
-)
+
+
+def sharegpt(*texts):
+    return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]}
+
+
+def with_a_call(i):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": f"city {i}"}}}
+    result = {"role": "tool", "name": "weather", "content": "sunny"}
+    turns = [assistant("", tool_calls=[call]), result, assistant(f"It is sunny in city {i}.")]
+    return {"messages": [user(f"How is the weather in city {i}?"), *turns]}
+
+
+def with_reasoning(i):
+    answer = f"<think>\nTwice {i} is {2 * i}.\n</think>\n\n{2 * i}"
+    return {"messages": [user(f"What is {i} + {i}?"), assistant(answer)]}
+
+
+REASONING = [with_reasoning(i) for i in range(120)]
 ROWS = {
-    "alpaca": ALPACA,
+    "alpaca": [{"instruction": f"Double {i}", "input": "", "output": f"That makes {2 * i}."} for i in range(40)],
     "alpaca_zh": ALPACA_ZH,
-    "sharegpt": SHAREGPT,
-    "tools": TOOLS,
+    "sharegpt": [
+        sharegpt(f"Is {i} even?", "No." if i % 2 else "Yes.", f"And what is word number {i}?", f"I would say word {i}.")
+        for i in range(40)
+    ],
+    "tools": [{**with_a_call(i), "tools": [{"type": "function", "function": TOOL}]} for i in range(40)],
     "reasoning": REASONING,
-    "csv_qa": CSV,
+    "csv_qa": "Question,Answer\n"
+    + "".join(f'"Does article {i} fit, and how?","Yes, article {i}: see page {i * 7}."\n' for i in range(40)),
     "base_chatml": REASONING,
     "continue_adapter": ALPACA_ZH,
     "moe": REASONING,
@@ -123,15 +97,11 @@ def train(tmp_path):
         recipe = Recipe.load(ROOT / "recipes" / f"{name}.py")
         rows = ROWS[name] if rows is None else rows
         data = tmp_path / ("faq.csv" if isinstance(rows, str) else "rows.jsonl")
-        data.write_text(
-            rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-            encoding="utf-8",
-        )
+        data.write_text(rows, encoding="utf-8") if isinstance(rows, str) else write_rows(data, rows)
         settings = recipe.settings
         if "datasets" in settings:  # keep what the recipe says of its sources, but for where they are
-            settings["datasets"] = [
-                {**({} if isinstance(s, str) else s), "path": str(data), "name": None} for s in settings["datasets"]
-            ]
+            sources = ({} if isinstance(source, str) else source for source in settings["datasets"])
+            settings["datasets"] = [{**source, "path": str(data), "name": None} for source in sources]
         else:
             settings["dataset_name"] = str(data)
         family = next(family for start, family in FAMILIES.items() if settings["model_name_or_path"].startswith(start))
@@ -167,8 +137,8 @@ def test_alpaca_zh_trains_what_a_chat_without_thinking_sees(train):
 
 @pytest.mark.slow
 def test_sharegpt_counts_broken_rows_and_trains_every_turn(train):
-    broken = {"conversations": [{"from": "human", "value": "Nobody answers"}]}
-    out, summary = train("sharegpt", "--generate_eval", "2", "--max_new_tokens", "4", rows=[*SHAREGPT, broken])
+    broken = sharegpt("Nobody answers")
+    out, summary = train("sharegpt", "--generate_eval", "2", "--max_new_tokens", "4", rows=[*ROWS["sharegpt"], broken])
     assert summary["rows"] == 36
     manifest = json.loads((out / "adapter" / "sft_manifest.json").read_text())
     assert manifest["base_model"]["quantization"].startswith("4-bit") and manifest["data"]["skipped_rows"] == 1
@@ -255,29 +225,32 @@ def test_continue_adapter_begins_where_the_adapter_ended(train, tmp_path):
         train("continue_adapter", "--lora_r", "4", "--overwrite_output_dir", "true", **again)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["alpaca_qlora", "alpaca_pack"])
+def test_scripts_of_ma_rlhf_train_the_answers_alone(recipe, tmp_path):
+    """As a launcher starts them."""
+    rows = ({"instruction": "Double it", "input": str(i), "output": f"That is {2 * i}."} for i in range(40))
+    done = start(
+        *("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", f"recipes/{recipe}.py"),
+        *("--model_name_or_path", "demo", "--dataset_name", write_rows(tmp_path / "rows.jsonl", rows)),
+        *("--output_dir", tmp_path / "run", "--max_steps", "1", "--max_length", "64"),
+        *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # "That is 2i." and the end token; nothing of the question
+    assert summary["steps"] == 1 and 40 * 6 <= summary["trained_tokens"] <= 40 * 8
+
+
 def test_all_recipes_are_tested_short_and_tell_what_they_are():
     recipes = [item for item in shipped().values() if item.kind == "recipe"]
-    tested_elsewhere = {"demo", "qwen3", "alpaca_qlora", "alpaca_pack"}  # tests/e2e
+    tested_elsewhere = {"demo", "qwen3", "alpaca_qlora", "alpaca_pack"}  # in the slow set
     assert {item.name for item in recipes} == set(ROWS) | tested_elsewhere
+    demo = Recipe.load(ROOT / "recipes" / "demo.py").settings
+    assert 2 <= demo["max_steps"] // demo["eval_steps"] <= 4  # a curve of held-out rows, of which each costs a pass
     for item in recipes:
         source = item.path.read_text(encoding="utf-8")
         lines = [line for line in source.splitlines() if line.strip()]
         assert len(lines) <= 30, item.name
         assert 20 < len(item.about) < 120 and item.model, item.name
         assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For | ast.FunctionDef)]
-
-
-@pytest.mark.slow
-def test_demo_draws_a_held_out_curve_while_it_trains(tmp_path):
-    recipe = Recipe.load(ROOT / "recipes" / "demo.py")
-    assert 2 <= recipe.settings["max_steps"] // recipe.settings["eval_steps"] <= 4  # a few times, as each costs a pass
-    places = ["--model_name_or_path", make_model(tmp_path / "model", "smollm2"), "--output_dir", tmp_path / "run"]
-    for name in ("datasets", "eval_dataset"):
-        paths = recipe.settings[name] if isinstance(recipe.settings[name], list) else [recipe.settings[name]]
-        recipe.settings[name] = [{"path": str(ROOT / path), "limit": 12} for path in paths]
-    short = "--max_steps 3 --eval_steps 1 --generate_eval 0 --merge false --report_to none --warmup_steps 0".split()
-    run(recipe, [*map(str, places), *short])
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {entry["step"] for entry in log if "eval_loss" in entry} == {0, 1, 2, 3}
-    lines = re.findall(r'<polyline class="held" points="([^"]+)"', (tmp_path / "run" / "report.html").read_text())
-    assert [len(points.split()) for points in lines] == [4, 4]  # loss and token accuracy

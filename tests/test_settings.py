@@ -1,14 +1,16 @@
 """Every setting does what it says, or is refused in one line: the table of all of them, and each row's proof."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset, DatasetDict
-from helpers import ROOT, save_tiny
+from helpers import ROOT, assistant, save_tiny, user, write_rows
 from processes import launcher
 from settings_page import settings_page, settings_types
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -21,7 +23,6 @@ from ma_sft.config import (
     NEEDS,
     PRESETS,
     all_settings,
-    json_schema,
     known_settings,
     settings_of,
     shown,
@@ -39,18 +40,21 @@ def resolve(*args, **settings):
     return Recipe(**{**BASE, **settings}).resolve(args)
 
 
-def refused(*args, **settings):
+def error_of(function):
     with pytest.raises(RecipeError) as error:
-        resolve(*args, **settings)
-    assert "\n" not in str(error.value)
+        function()
     return str(error.value)
+
+
+def refused(*args, **settings):
+    message = error_of(lambda: resolve(*args, **settings))
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
 # the table
@@ -89,24 +93,18 @@ def test_table_is_made_anew_where_it_is_broken_or_of_other_versions(tmp_path, mo
     tmp_path.chmod(0o700)
 
 
-def test_schema_knows_every_setting():
-    schema = json_schema()
-    assert schema["properties"].keys() - {"allow_code"} == known_settings().keys()
-    assert schema["properties"]["train_on"]["enum"] == ["all", "last"]
-    assert schema["properties"]["max_length"]["type"] == ["integer", "null"]
-    json.dumps(schema)
-
-
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
         ("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size"),
         ("per_device_batch_size", "per_device_train_batch_size"), ("max_seq_length", "max_length"),
+        ("max_step", "max_steps"), ("learnin_rate", "learning_rate"),
     ],
 )  # fmt: skip
-def test_names_of_other_tools_lead_to_the_right_one(wrong, right):
+def test_wrong_names_and_those_of_other_tools_lead_to_the_right_one(wrong, right):
     assert f"unknown setting '{wrong}'; did you mean '{right}'?" in refused(**{wrong: 1})
     assert f"did you mean '{right}'?" in refused(f"--{wrong.replace('_', '-')}", "1")
+    assert f"unknown setting '--{wrong}'; did you mean '{right}'?" in refused(f"--{wrong}=1")
 
 
 def test_every_setting_may_be_given_its_own_default():
@@ -127,10 +125,17 @@ def test_settings_command_shows_class_and_the_default_that_holds(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["check"]["default"] is True and found["merge"]["default"] is True
     assert found["do_predict"]["class"] == "refused" and found["lora_r"]["class"] == "trainer"
-    assert main(["settings", "lora_r"]) == 0
-    assert "lora_r = 16" in capsys.readouterr().out
+    assert main(["settings", "max_length", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["max_length"]["help"] and "lora_r" not in found
+    assert main(["settings", "adapter_name"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("[adapter]\nadapter_name_or_path = None  (ours)\n    Go on with this adapter")
     assert main(["schema"]) == 0
-    assert "lora_r" in json.loads(capsys.readouterr().out)["properties"]
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"].keys() - {"allow_code"} == known_settings().keys()
+    assert schema["properties"]["train_on"]["enum"] == ["all", "last"]
+    assert schema["properties"]["max_length"]["type"] == ["integer", "null"]
 
 
 CONTRARY = {
@@ -225,12 +230,6 @@ def test_the_last_of_a_repeated_flag_wins():
 def test_later_way_to_say_one_thing_replaces_the_other():
     assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
     assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
-    assert "two ways" in refused(eval_dataset="held.jsonl", test_size=2)
-
-
-@pytest.mark.parametrize("name", ["check", "max_steps", "learning_rate", "packing", "train_on", "lora_r", "datasets"])
-def test_null_where_none_is_meant_is_refused(name):
-    assert f"{name}: a value is missing" in refused(**{name: None})
 
 
 def test_null_stands_for_our_own_default():
@@ -258,6 +257,59 @@ def test_null_stands_for_our_own_default():
 def test_wrong_value_names_its_setting(name, value):
     more = {"use_peft": True} if name.startswith("lora") else {}
     assert name in refused(**{name: value, **more})
+
+
+# files
+
+
+def test_recipe_then_yaml_then_flags(tmp_path):
+    for name, text in {"a": "learning_rate: 1e-4\nmax_steps: 7\nsave_steps: 3\n", "b": "learning_rate: 1e-3\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    flags = ["--config", f"{tmp_path}/a.yaml", f"--config={tmp_path}/b.yaml", "--max_steps", "9"]
+    found = resolve(*flags, learning_rate=5e-5, seed=3).training
+    assert (found.seed, found.learning_rate, found.save_steps, found.max_steps) == (3, 1e-3, 3, 9)
+    assert found.output_dir == "runs/x"
+
+
+@pytest.mark.parametrize("form", ["yaml", "json", "config"])
+def test_wrong_setting_of_a_file_names_its_line(form, tmp_path):
+    path = tmp_path / f"mine.{form}"
+    lines = {
+        "yaml": "model_name_or_path: demo\ndataset_name: rows.jsonl\n# the steps\nmax_steps: many\n",
+        "json": '{\n  "model_name_or_path": "demo",\n  "dataset_name": "rows.jsonl",\n  "max_steps": "many"\n}',
+        "config": "seed: 3\n\n\n'max_steps' : many\n",
+    }
+    path.write_text(lines[form])
+    with pytest.raises(RecipeError, match=r"mine\.\w+, line 4: max_steps: int expected, found 'many'"):
+        resolve("--config", str(path)) if form == "config" else Recipe.load(path).resolve()
+
+
+@pytest.mark.parametrize(("missing", "message"), [("model_name_or_path", "no model"), ("dataset_name", "no data")])
+def test_model_and_data_are_needed(missing, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**{key: value for key, value in BASE.items() if key != missing}).resolve()
+
+
+def test_yaml_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: demo\ndatasets:\n- path: a.jsonl\n  limit: 5\n- b.jsonl\nuse_peft: true\n")
+    settings = Recipe.load(path).resolve()
+    assert settings.rows.datasets == [{"path": "a.jsonl", "limit": 5}, "b.jsonl"]
+    assert settings.training.output_dir == "runs/mine" and settings.model.use_peft
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("mine.yaml", "- a\n- b\n", "mine.yaml"),
+        ("mine.yaml", "a: [1\n", "mine.yaml"),
+        ("mine.py", "x = 1\n", "has no variable `recipe"),
+    ],
+)
+def test_file_that_is_no_recipe(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(tmp_path / name)
 
 
 def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
@@ -292,23 +344,20 @@ def test_spellings_of_fsdp(spelling):
 def test_parallelism_config_is_a_mapping():
     assert resolve("--parallelism_config", '{"sp_size": 2}').training.parallelism_config.sp_size == 2
     assert resolve(parallelism_config=ParallelismConfig(cp_size=4)).training.parallelism_config.cp_size == 4
-    assert "unexpected keyword argument 'cp'" in refused(parallelism_config={"cp": 2})
 
 
-def test_launchers_that_split_rows(monkeypatch):
-    for name in ("cp", "sp"):
-        for key, value in launcher(name).items():
-            if "PARALLELISM" in key:
-                monkeypatch.setenv(key, value)
-        config = ParallelismConfig()
-        assert getattr(config, f"{name}_size") == config.total_size == 2
-        if name == "cp":
-            message = refused(packing=True, max_length=64)
-            assert message.startswith(
-                "packing keeps documents apart by a mask, which context parallelism drops; set it"
-            )
-        else:
-            assert resolve(packing=True, max_length=64).training.packing
+@pytest.mark.parametrize("name", ["cp", "sp"])
+def test_launchers_that_split_rows(name, monkeypatch):
+    for key, value in launcher(name).items():
+        if "PARALLELISM" in key:
+            monkeypatch.setenv(key, value)
+    config = ParallelismConfig()
+    assert getattr(config, f"{name}_size") == config.total_size == 2
+    if name == "cp":
+        apart = "packing keeps documents apart by a mask, which context parallelism drops; set it"
+        assert refused(packing=True, max_length=64).startswith(apart)
+    else:
+        assert resolve(packing=True, max_length=64).training.packing
 
 
 def test_rows_may_be_handed_over():
@@ -322,6 +371,12 @@ def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
     recipe = Recipe(**BASE, model_init_kwargs={"x": 1})
     recipe.resolve().training.model_init_kwargs.clear()
     assert recipe.settings["model_init_kwargs"] == {"x": 1}
+
+
+def test_a_recipe_shows_what_it_sets_and_help_shows_what_can_be_set():
+    recipe = Recipe(model_name_or_path="demo", hub_token="hf_x", dataset_name=[{"text": "a"}], use_peft=True)
+    assert repr(recipe) == "Recipe(model_name_or_path='demo', dataset_name='list with 1 rows', use_peft=True)"
+    assert inspect.signature(Recipe).parameters["train_on"].annotation == Literal["all", "last"]
 
 
 def test_model_init_kwargs_that_are_settings_become_them():
@@ -339,8 +394,11 @@ def test_model_init_kwargs_that_are_settings_become_them():
 # what is not installed, or does not go together, is said before any data is read
 
 
+NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("given", "message"),
     [
         ({"optim": "lomo"}, "optim=lomo"),
         ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "optim=galore_adamw"),
@@ -364,10 +422,32 @@ def test_model_init_kwargs_that_are_settings_become_them():
         ({"include_num_input_tokens_seen": "some"}, "one of all, non_padding, no"),
         ({"dataset_test_split": "dev"}, "dataset_test_split does nothing without eval_dataset"),
         ({"model_name_or_path": ".", "model_revision": "v1"}, "model_revision is for a model on a hub"),
+        ({"eval_dataset": "held.jsonl", "test_size": 2}, "two ways"),
+        ({"parallelism_config": {"cp": 2}}, "unexpected keyword argument 'cp'"),
+        *(({name: None}, f"{name}: a value is missing") for name in NOT_NONE.split()),
+        (["--max_steps", "many"], "max_steps: int expected, found 'many'"),
+        (["--packing_strategy", "best"], "invalid choice: 'best'"),
+        (["--config", "no.yaml"], "'no.yaml' does not exist"),
+        (["--config"], "--config: expected one argument"),
     ],
 )
-def test_what_cannot_be_is_one_line(settings, message):
-    assert message in refused(**settings)
+def test_what_cannot_be_is_one_line(given, message):
+    assert message in (refused(**given) if isinstance(given, dict) else refused(*given))
+
+
+def test_bf16_without_the_hardware_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "bf16" in refused(bf16=True, use_cpu=False)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_missing_tracker(monkeypatch, tracker):
+    available = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr("ma_sft.config.find_spec", lambda name: None)
+    monkeypatch.setattr(available, list)
+    message = refused("--report_to", tracker)
+    assert f"report_to: {tracker} is not installed; " in message and "'ma-sft[trackers]'" in message
+    assert resolve().training.report_to == []
 
 
 # secrets
@@ -379,20 +459,16 @@ def test_secrets_are_not_shown():
     args = "--hub_token hf_1 --hub-token=hf_2 --model_init_kwargs {'token':'hf_3'} --eos_token </s>".split()
     line = " ".join(shown_command(args))
     assert "hf_" not in line and "</s>" in line
-
-
-def test_secret_is_not_in_an_error():
-    assert "hf_secret" not in refused("--hub_tokn=hf_secret")
-    assert "hf_secret" not in refused(hub_token=["hf_secret"])
+    assert "hf_secret" not in refused("--hub_tokn=hf_secret") + refused(hub_token=["hf_secret"])
 
 
 # what ma_sft does with TRL's settings
 
 
-def labelled(model, rows, **settings):
+def labelled(model, rows, *, held_out=False, **settings):
     settings = resolve(**{"model_name_or_path": str(model), "dataset_name": rows, **settings})
     tokenizer, added = load_tokenizer(settings)
-    return label(settings, tokenizer), tokenizer, added, settings
+    return label(settings, tokenizer, held_out=held_out), tokenizer, added, settings
 
 
 def test_completion_only_loss_false_trains_every_token(tiny_bpe, rows):
@@ -420,10 +496,10 @@ def test_what_is_for_hub_data_sets_is_refused_for_files(tiny_bpe, rows, setting)
 
 
 def test_eos_and_pad_token(tiny_bpe, rows):
-    with pytest.raises(RecipeError, match=r"eos_token: the chat template ends a turn with '<\|im_end\|>"):
-        labelled(tiny_bpe, rows, eos_token="<|endoftext|>")
-    with pytest.raises(RecipeError, match="eos_token: the tokenizer has no token '<end>'"):
-        labelled(tiny_bpe, rows, eos_token="<end>")
+    for token, message in (("<|endoftext|>", r"the chat template ends a turn with '<\|im_end\|>"),
+                           ("<end>", "the tokenizer has no token '<end>'")):  # fmt: skip
+        with pytest.raises(RecipeError, match=f"eos_token: {message}"):
+            labelled(tiny_bpe, rows, eos_token=token)
     found, tokenizer, *_ = labelled(tiny_bpe, rows, eos_token="<|endoftext|>", template="question-answer")
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert all(labels[-1] == end for labels in found.dataset["labels"])
@@ -441,24 +517,16 @@ def test_chat_template_path_takes_a_file_or_a_tokenizer(tiny_bpe, tiny_qwen3, ro
     _, tokenizer, added, _ = labelled(tiny_bpe, rows, chat_template_path=str(tiny_qwen3))
     assert "enable_thinking" in tokenizer.chat_template and "<think>" in added
     assert tokenizer.convert_tokens_to_ids(added) == list(range(len(tokenizer) - len(added), len(tokenizer)))
-    with pytest.raises(MaSftError):
-        labelled(tiny_bpe, rows, chat_template_path=str(tmp_path / "none.jinja"))
-    with pytest.raises(MaSftError):
-        labelled(tiny_bpe, rows, chat_template_path=str(tmp_path / "none"))
-
-
-def test_missing_column_in_a_formatting_func_is_one_line(tiny_bpe, rows, tmp_path):
-    (tmp_path / "mine.py").write_text("def texts(rows):\n    return [a for a in rows['question']]\n")
-    with pytest.raises(MaSftError, match=r"instruction, input, output: .*mine.py, line 2: KeyError: 'question'"):
-        labelled(tiny_bpe, rows, formatting_func=f"{tmp_path}/mine.py:texts")
+    for none in ("none.jinja", "none"):
+        with pytest.raises(MaSftError):
+            labelled(tiny_bpe, rows, chat_template_path=str(tmp_path / none))
 
 
 # Each setting that ma_sft does itself, with what shows it.
 
-SYSTEM = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}
-TWO_TURNS = {"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]}
-SAID = ("1", "<think>\nso\n</think>\n\none", "2", "<think>\nso\n</think>\n\ntwo")
-THOUGHTS = {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(SAID)]}
+SYSTEM = {"messages": [user("a"), user("b"), assistant("c")]}
+TWO_TURNS = {"messages": [user("user"), assistant("assistant")] * 2}
+THOUGHTS = {"messages": [t for n in "12" for t in (user(n), assistant(f"<think>\nso\n</think>\n\n{n}"))]}
 
 
 @pytest.fixture(scope="module")
@@ -468,13 +536,10 @@ def see(tiny_bpe, tiny_qwen3, rows, tmp_path_factory):
 
     def look(content=None, *, held_out=False, thinks=False, **settings):
         if content is not None:
-            path = folder / f"{len(list(folder.iterdir()))}.jsonl"
-            path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in content))
-            settings = {"dataset_name": str(path), **settings}
+            path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", content)
+            settings = {"dataset_name": path, **settings}
         model = tiny_qwen3 if thinks else tiny_bpe
-        settings = resolve(**{"model_name_or_path": str(model), "dataset_name": rows, **settings})
-        tokenizer, _ = load_tokenizer(settings)
-        found = label(settings, tokenizer, held_out=held_out)
+        found, tokenizer, *_ = labelled(model, rows, held_out=held_out, **settings)
         texts = [tokenizer.decode(ids) for ids in found.dataset["input_ids"]]
         trained = [tokenizer.decode([i for i in ids if i != -100]) for ids in found.dataset["labels"]]
         return texts, trained, found
@@ -491,15 +556,8 @@ def splits(see):
 
 
 def weighted(see, **settings):
-    few = see.folder / "few.jsonl"
-    few.write_text(json.dumps(ROWS[0]) + "\n")
-    return len(see(datasets=[{"path": p, "weight": 1} for p in (see.rows, str(few))], dataset_name=None, **settings)[0])
-
-
-def near_duplicates_stay_together(see):
-    with pytest.raises(RecipeError, match="1 groups that stay together"):
-        see([ROWS[0]] * 4, test_size=2, test_near_duplicates=0.9)
-    return True
+    few = write_rows(see.folder / "few.jsonl", ROWS[:1])
+    return len(see(datasets=[{"path": p, "weight": 1} for p in (see.rows, few)], dataset_name=None, **settings)[0])
 
 
 def marked(see):
@@ -516,7 +574,9 @@ LABELS = {
     "datasets": lambda see: len(see(dataset_name=None, datasets=[see.rows, see.rows])[0]) == 8,
     "eval_dataset": lambda see: len(see(ROWS[:1], eval_dataset=[see.rows], held_out=True)[0]) == 4,
     "test_size": lambda see: len(see(test_size=1)[0]) == 3,
-    "test_near_duplicates": lambda see: near_duplicates_stay_together(see),
+    "test_near_duplicates": lambda see: "1 groups that stay together" in error_of(
+        lambda: see([ROWS[0]] * 4, test_size=2, test_near_duplicates=0.9)
+    ),
     "filters": lambda see: len(see([*ROWS, *ROWS], filters={"exact_duplicates": True})[0]) == 4,
     "stopping_strategy": lambda see: weighted(see, stopping_strategy="all_exhausted") > weighted(see),
     "dataset_streaming": lambda see: (
@@ -569,12 +629,9 @@ class Run:
 
 def train(tmp_path_factory, model, rows, **settings):
     out = tmp_path_factory.mktemp("run") / "out"
-    recipe = Recipe(
-        **{
-            "model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out), "max_steps": 2,
-            "per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "bf16": False, **settings,
-        }
-    )  # fmt: skip
+    given = {"model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out)}
+    recipe = Recipe(**{**given, "max_steps": 2, "per_device_train_batch_size": 2, "report_to": [],
+                       "disable_tqdm": True, "bf16": False, **settings})  # fmt: skip
     kept = []
     summary = run(recipe, on_trainer=kept.append)
     return Run(recipe.resolve(), kept[0], out, summary)
@@ -588,7 +645,7 @@ def full(tiny_bpe, rows, tmp_path_factory):
         learning_rate=1.0, report_to=["tensorboard"], save_strategy="steps", save_steps=1, save_total_limit=1,
         dataloader_drop_last=True, test_size=1, generate_eval=1, max_new_tokens=3, freeze=["embed"],
         metric=f"{tmp_path_factory.getbasetemp()}/grade.py:one", model_init_kwargs={"attn_implementation": "eager"},
-        padding_free=True, logging_nan_inf_filter=False, check=False, logging_steps=1, hub_token="hf_secret",
+        padding_free=True, logging_nan_inf_filter=False, check=False, logging_steps=1,
     )  # fmt: skip
 
 
@@ -607,7 +664,9 @@ def lora_layers(trainer):
 
 
 def learning_rates(trainer):
-    return {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
+    """(whether it is LoRA's B, its learning rate) of the trained parameters"""
+    names = {id(p): "lora_B" in name for name, p in trainer.model.named_parameters()}
+    return {(names[id(p)], group["initial_lr"]) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
 FULL = {
@@ -639,8 +698,8 @@ ADAPTER = {
     "lora_preset": lambda run: set(lora_layers(run.trainer)) == {"q_proj", "k_proj", "v_proj", "o_proj"},
     "lora_config": lambda run: run.trainer.model.peft_config["default"].r == 3,
     "lora_dropout": lambda run: lora_layers(run.trainer)["q_proj"].lora_dropout["default"].p == 0.25,
-    "loraplus_lr_ratio": lambda run: learning_rates(run.trainer) == {1e-3, 4e-3},
-    "learning_rate": lambda run: min(learning_rates(run.trainer)) == 1e-3,
+    "loraplus_lr_ratio": lambda run: learning_rates(run.trainer) == {(False, 1e-3), (True, 4e-3)},
+    "learning_rate": lambda run: run.trainer.args.learning_rate == 1e-3,
     "merge": lambda run: not (run.out / "merged").exists(),
     "dtype": lambda run: run.trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16,
     "packing": lambda run: len(run.trainer.train_dataset) < 3 + 2,
@@ -651,19 +710,11 @@ ADAPTER = {
 }
 
 
-@pytest.mark.parametrize("name", FULL)
-def test_setting_shows_in_a_run(name, full):
-    assert FULL[name](full)
-
-
-@pytest.mark.parametrize("name", ADAPTER)
-def test_setting_shows_in_an_adapters_run(name, adapter):
-    assert ADAPTER[name](adapter)
-
-
-def test_secret_is_in_no_file_of_a_run(full):
-    for path in full.out.rglob("*"):
-        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("full", name) for name in FULL), *(("adapter", name) for name in ADAPTER)]
+)
+def test_setting_shows_in_a_run(kind, name, request):
+    assert {**FULL, **ADAPTER}[name](request.getfixturevalue(kind))
 
 
 def test_adapter_is_tried_out_before_any_row_is_read(tiny_bpe, tmp_path):
@@ -703,16 +754,16 @@ PROVEN = {
     "overflow": "training/test_prepare.py::test_overflow_is_a_setting",
     "truncation_mode": "training/test_prepare.py::test_keep_end_is_trls_truncation_mode",
     "use_bnb_nested_quant": "training/test_methods.py::test_adapter",
-    "add_eos": "labels/test_encoder.py::test_a_template_without_an_end_trains_eos_if_the_recipe_says_so",
+    "add_eos": "labels/test_encoder.py::test_add_eos_ends_the_turns_of_a_template_that_writes_no_end",
     "rehearse": "training/test_rehearsal.py::test_it_can_be_turned_off_and_is_done_once",
     "peft_config": "training/test_rehearsal.py::test_methods_of_peft",
     "quantization_config": "training/test_methods.py::test_quantisations_of_transformers",
-    "predict_with_generate": "training/test_measures.py::test_answers_at_each_evaluation",
-    "early_stopping_patience": "training/test_measures.py::test_the_best_model_by_the_answers",
+    "predict_with_generate": "training/test_evaluation.py::test_answers_at_each_evaluation",
+    "early_stopping_patience": "training/test_evaluation.py::test_the_best_model_by_the_answers",
     "fsdp": "test_settings.py::test_spellings_of_fsdp",
     "parallelism_config": "test_settings.py::test_parallelism_config_is_a_mapping",
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
-    "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_a_run_and_nothing_else",
+    "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_all_that_a_run_left_inside_its_folder",
     "save_only_model": "training/test_folder.py::test_a_model_alone_is_nothing_to_go_on_from",
     "resume": "training/test_checkpoints.py::test_changed_data_is_refused",
     "resume_from_checkpoint": "training/test_streams.py::test_a_stream_goes_on_where_it_stopped_or_refuses",

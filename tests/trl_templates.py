@@ -3,7 +3,7 @@
 import re
 from importlib.resources import files
 
-from helpers import load_tokenizer
+from real_tokenizers import load_tokenizer, missing
 from transformers import PreTrainedTokenizerBase
 
 SHELF = files("trl") / "chat_templates"
@@ -18,26 +18,19 @@ WRITTEN = re.compile(
 )
 # In the order in which an end of turn is looked for in a template
 ENDS = (
-    "<|END_OF_TURN_TOKEN|>",
-    "<|return|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<turn|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
+    *("<|END_OF_TURN_TOKEN|>", "<|return|>", "<|im_end|>", "<|eot_id|>", "<turn|>", "<end_of_turn>"),
+    *("<end_of_utterance>", "<｜end▁of▁sentence｜>", "</s>"),
 )
 
 
-def trl_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def trl_tokenizer(name: str, *more: str) -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer with TRL's template `name`; its EOS is the template's end of turn, else `<|endoftext|>`."""
-    tokenizer = load_tokenizer("qwen3", own=True)
-    tokenizer.chat_template = (SHELF / f"{name}.jinja").read_text(encoding="utf-8")
-    written = {token.replace("\\", "") for token in WRITTEN.findall(tokenizer.chat_template)}
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(written - set(tokenizer.get_vocab()))})
-    if "bos_token" in tokenizer.chat_template:
-        tokenizer.add_special_tokens({"bos_token": "<s>"})
-    end = next((end for end in ENDS if end in tokenizer.chat_template), "<|endoftext|>")
-    tokenizer.add_special_tokens({"eos_token": end})
+    template = (SHELF / f"{name}.jinja").read_text(encoding="utf-8")
+    end = next((end for end in ENDS if end in template), "<|endoftext|>")
+    written = {token.replace("\\", "") for token in WRITTEN.findall(template)}
+    bos = ["<s>"] if "bos_token" in template else []
+    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), *bos, end, *more])
+    tokenizer.chat_template, tokenizer.eos_token = template, end
+    if bos:
+        tokenizer.bos_token = "<s>"
     return tokenizer

@@ -344,13 +344,18 @@ class _Check:
         numbers = {form: number for number, form in enumerate(dict.fromkeys(forms))}
         report.judged = f"all {len(rows):,} rows were verified"
         if sample is not None and sample < len(rows):
-            chosen = rows[draw_sample(np.array([numbers[form] for form in forms])[rows], sample)]
+            shapes = np.array([numbers[form] for form in forms])[rows]
+            chosen = draw_sample(shapes, sample)
+            wanted = np.minimum(np.bincount(shapes), EACH_SHAPE).sum()
+            of_shapes = f"each of {len(numbers):,} shapes at least {EACH_SHAPE} times or wholly"
+            if wanted > BY_SHAPE:  # as of conversations with many calls, each of which is a shape of its own
+                of_shapes = f"{len(np.unique(shapes[chosen])):,} of {len(numbers):,} shapes at least once"
             report.sampled = True
             report.judged = (
-                f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and each of "
-                f"{len(numbers):,} shapes at least {EACH_SHAPE} times or wholly; --all verifies every row"
+                f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and {of_shapes}; "
+                "--all verifies every row"
             )
-            rows = chosen
+            rows = rows[chosen]
         report.judged_rows = len(rows)
         report.compared_turns = int(facts["all turns"][np.isin(self.owner, rows)].sum())
         sequences = [slice(bounds[row], bounds[row + 1]) for row in rows.tolist()]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from datasets import DatasetDict, load_from_disk
-from helpers import ROOT
+from helpers import QUICK, ROOT, refusal, write_rows
 from huggingface_hub import DatasetCard
 from patience import PATIENCE
 
@@ -23,8 +23,8 @@ ROWS = [{"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2
 
 @pytest.fixture
 def mixture(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0], {"instruction": "x"}]))
-    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "Why?", "answer": "Because."}) + "\n")
+    write_rows(tmp_path / "a.jsonl", [*ROWS, ROWS[0], {"instruction": "x"}])
+    write_rows(tmp_path / "b.jsonl", [{"question": "Why?", "answer": "Because."}])
     path = tmp_path / "mixture.yaml"
     path.write_text(
         "on_error: skip\ntest_size: 6\nfilters: {exact_duplicates: true}\ndatasets:\n"
@@ -34,8 +34,9 @@ def mixture(tmp_path):
 
 
 def test_build(mixture, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+    assert main(["data", "build", str(mixture), "-o", str(out), "--num_proc", "2"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "exact_duplicates" in capsys.readouterr().out
     saved = load_from_disk(str(out))
     assert isinstance(saved, DatasetDict) and (len(saved["train"]), len(saved["test"])) == (55, 6)
@@ -47,17 +48,13 @@ def test_build(mixture, tmp_path, capsys):
     convert, duplicates = report["stages"][2], report["stages"][4]
     assert convert["removed"] == {"broken rows": 1} and "line 62" in convert["examples"]["broken rows"][0]
     assert duplicates["removed"] == {"exact_duplicates": 1} and "a.jsonl:61" in str(duplicates["examples"])
-    assert [(s["license"], s["format"]) for s in report["sources"]] == [
-        ("mit", "alpaca"),
-        ("apache-2.0", "question-answer"),
-    ]
+    sources = [(source["license"], source["format"]) for source in report["sources"]]
+    assert sources == [("mit", "alpaca"), ("apache-2.0", "question-answer")]
 
     card = DatasetCard.load(out / "README.md")
     assert card.data.license == "other"
     assert "| mit |" in card.text and "exact_duplicates: 1" in card.text
-
-    assert main(["data", "build", str(mixture), "-o", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in refusal(capsys, "data", "build", mixture, "-o", out)
 
 
 def test_build_preferences(tmp_path, capsys):
@@ -71,26 +68,15 @@ def test_build_preferences(tmp_path, capsys):
 
 
 def test_bad_mixture_is_one_line_and_nothing_stays(mixture, tmp_path, capsys):
+    build = ("data", "build", mixture, "-o", tmp_path / "out")
     mixture.write_text(mixture.read_text().replace("on_error: skip", "on_error: raise"))
-    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "a.jsonl, line 62: field 'output' is missing or null" in line
+    assert "a.jsonl, line 62: field 'output' is missing or null" in refusal(capsys, *build)
     mixture.write_text("datasets: [a.jsonl]\nfilter: {}\n")
-    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 2
-    assert "did you mean 'filters'" in capsys.readouterr().err
+    assert "did you mean 'filters'" in refusal(capsys, *build)
     assert not (tmp_path / "out").exists()
 
 
-def test_build_with_workers_leaves_signals_as_they_were(mixture, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out"), "--num_proc", "2"]) == 0
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 55
-
-
-@pytest.mark.parametrize(
-    ("stop", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
-)
+@pytest.mark.parametrize(("stop", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)])
 def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     """A filter of the user's says when the build is under way, and then waits to be killed."""
     code = tmp_path / "slow.py"
@@ -100,11 +86,10 @@ def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     )
     text = mixture.read_text()
     mixture.write_text(text.replace("exact_duplicates: true", f"function: '{code}:slow'"))
-    command = [sys.executable, "-m", "ma_sft.cli", "data", "build", str(mixture), "-o", str(tmp_path / "out")]
-    command += ["--allow_code", "true"]  # the mixture names a Python file
-    command += ["--num_proc", "2"] if workers == 2 else []
+    build = ["data", "build", str(mixture), "-o", str(tmp_path / "out")]
+    flags = ["--allow_code", "true", *(["--num_proc", "2"] if workers == 2 else [])]  # it names a Python file
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "ma_sft.cli", *build, *flags],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -120,7 +105,7 @@ def test_killed_in_the_middle(mixture, tmp_path, stop, workers):
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
     mixture.write_text(text)
-    assert main(["data", "build", str(mixture), "-o", str(tmp_path / "out")]) == 0
+    assert main(build) == 0
     assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 55
 
 
@@ -140,53 +125,31 @@ def test_killed_while_writing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.other"]
 
 
-def settings(tmp_path, smollm2, **data):
-    return Recipe(
-        name="built",
-        model_name_or_path=str(smollm2),
-        output_dir=str(tmp_path / "run"),
-        max_steps=2,
-        per_device_train_batch_size=1,
-        max_length=64,
-        packing=True,
-        use_peft=True,
-        merge=False,
-        gradient_checkpointing=False,
-        attn_implementation="eager",
-        report_to="none",
-        save_strategy="no",
-        **data,
-    )
+def settings(tmp_path, model, **data):
+    more = {"name": "built", "max_length": 256, "packing": True, "use_peft": True, "merge": False}
+    given = {"model_name_or_path": str(model), "output_dir": str(tmp_path / "run"), **more}
+    return Recipe(**{**QUICK, **given, "per_device_train_batch_size": 1, **data})
 
 
-def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny):
+def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny_bpe):
     out = tmp_path / "out"
     assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
-    summary = run(settings(tmp_path, tiny, dataset_name=str(out), eval_dataset=str(out)))
+    summary = run(settings(tmp_path, tiny_bpe, dataset_name=str(out), eval_dataset=str(out)))
     assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
     again = load_mixture([str(out)]).train
     assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
 
 
-def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny):
-    pairs = [{"question": f"Why {i}?", "answer": "Because."} for i in range(9)]
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_bpe):
+    write_rows(tmp_path / "b.jsonl", ({"question": f"Why {i}?", "answer": "Because."} for i in range(9)))
+    columns = {"answer": "response", "question": "query"}
     sources = [
         {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filters": {"min_response_chars": 1}},
-        {"path": str(tmp_path / "b.jsonl"), "weight": 1, "columns": {"answer": "response", "question": "query"}},
+        {"path": str(tmp_path / "b.jsonl"), "weight": 1, "columns": columns},
     ]
-    recipe = settings(
-        tmp_path,
-        tiny,
-        datasets=sources,
-        on_error="skip",
-        filters={"exact_duplicates": True, "max_tokens": 500},
-        test_size=10,
-        stopping_strategy="all_exhausted",
-        generate_eval=2,
-        max_new_tokens=2,
-    )
-    summary = run(recipe)
+    filters = {"exact_duplicates": True, "max_tokens": 500}
+    more = {"test_size": 10, "stopping_strategy": "all_exhausted", "generate_eval": 2, "max_new_tokens": 2}
+    summary = run(settings(tmp_path, tiny_bpe, datasets=sources, on_error="skip", filters=filters, **more))
     assert summary["rows"] > 80 and summary["eval_loss"] > 0  # b's rows are repeated
     assert "exact_match_after" in summary
     page = (tmp_path / "run" / "report.html").read_text()
@@ -194,42 +157,18 @@ def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_recipe_streams(mixture, tmp_path, tiny, packing, capsys):
-    recipe = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl"), on_error="skip", dataset_streaming=True)
-    summary = run(recipe, ["--packing", str(packing)])
+def test_recipe_streams(mixture, tmp_path, tiny_bpe, packing, capsys):
+    rows = {"dataset_name": str(tmp_path / "a.jsonl"), "on_error": "skip", "dataset_streaming": True}
+    recipe = settings(tmp_path, tiny_bpe, **rows, packing=packing)
+    summary = run(recipe)
     assert summary["steps"] == 2 and summary["tokens"] > 50
     shown = " ".join(capsys.readouterr().out.split())
     assert "checked rows of the stream" in shown and "every label is right" in shown
-
-
-def test_stream_needs_an_end(mixture, tmp_path, tiny):
-    recipe = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl"), dataset_streaming=True)
-    with pytest.raises(ValueError, match="set max_steps"):
-        run(recipe, ["--max_steps", "-1"])
-
-
-def test_check_and_preview_a_stream(mixture, tmp_path, capsys):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"model_name_or_path: demo\ndataset_name: {tmp_path}/a.jsonl\ndataset_streaming: true\n"
-        "max_steps: 1\non_error: skip\n"
+    (tmp_path / "recipe.yaml").write_text(
+        f"{{model_name_or_path: {tiny_bpe}, dataset_name: {tmp_path}/a.jsonl, dataset_streaming: true, max_steps: 1, "
+        "on_error: skip}"
     )
-    assert main(["check", str(path), "--json"]) == 0
+    assert main(["check", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 61
-
-
-def test_plain_text_is_trained_whole(tmp_path, tiny):
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.training.prepare import prepare
-
-    texts = ["It rained all night.", "A line with <|im_end|> in it."]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    resolved = settings(tmp_path, tiny, dataset_name=str(tmp_path / "a.jsonl")).resolve(["--packing", "false"])
-    tokenizer, _ = load_tokenizer(resolved)
-    rows = prepare(resolved, tokenizer).dataset
-    assert sorted(tokenizer.decode(row["input_ids"]) for row in rows) == sorted(
-        f"{t}{tokenizer.eos_token}" for t in texts
-    )
-    for row in rows:
-        assert row["labels"] == row["input_ids"]
-        assert row["input_ids"].count(tokenizer.eos_token_id) == 1  # text does not become structure
+    with pytest.raises(ValueError, match="set max_steps"):
+        run(recipe, ["--max_steps", "-1", "--output_dir", str(tmp_path / "other")])

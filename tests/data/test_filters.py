@@ -1,11 +1,9 @@
 """Each filter removes what its name says, counts it, shows it, and leaves the rest."""
 
-import json
-
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import assistant, user
+from helpers import assistant, user, write_rows
 
 from ma_sft.data.filters import hashes_of, near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
@@ -14,9 +12,7 @@ LONG = "The museum opens at nine in the morning and closes at six in the evening
 
 
 def write(path, pairs):
-    rows = ({"question": question, "answer": answer} for question, answer in pairs)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return write_rows(path, ({"question": question, "answer": answer} for question, answer in pairs))
 
 
 def rows_of(pairs):
@@ -28,7 +24,7 @@ GOOD = [
     ("How are you?", "Fine, thanks."),
     ("你好吗？", "我很好，谢谢。"),
     ("2 + 2?", "4"),
-    ("Sorry?", "Sorry, I meant Tuesday."),
+    ("Sorry?", "I meant Tuesday."),
 ]
 
 
@@ -66,11 +62,8 @@ def test_exact_duplicates_across_sources_keep_the_first(tmp_path):
     one = write(tmp_path / "1.jsonl", [("a?", "x"), ("b?", "y"), ("a?", "x")])
     two = write(tmp_path / "2.jsonl", [("b?", "y"), ("b?", "other")])
     mixture = load_mixture([one, two], filters={"exact_duplicates": True})
-    assert sorted(origin.rsplit("/")[-1] for origin in mixture.train["origin"]) == [
-        "1.jsonl:1",
-        "1.jsonl:2",
-        "2.jsonl:2",
-    ]
+    kept = sorted(origin.rsplit("/")[-1] for origin in mixture.train["origin"])
+    assert kept == ["1.jsonl:1", "1.jsonl:2", "2.jsonl:2"]
     (stage,) = (s for s in mixture.report.stages if s.removed)
     assert stage.removed == {"exact_duplicates": 2} and "like " in stage.examples["exact_duplicates"][0]
 
@@ -103,20 +96,12 @@ def test_near_duplicates_agree_with_the_similarity_itself():
 
 
 def test_near_duplicates_keep_the_first_of_a_group(tmp_path):
-    pairs = [
-        ("When?", f"{LONG}."),
-        ("When?", f"{LONG}!!"),
-        ("when", LONG.upper()),
-        ("Why?", "No idea."),
-        ("When?", "Never."),
-    ]
-    mixture = load_mixture([write(tmp_path / "a.jsonl", pairs)], filters={"near_duplicates": 0.8})
+    answers = (("When?", f"{LONG}."), ("When?", f"{LONG}!!"), ("when", LONG.upper()), ("Why?", "No idea."))
+    path = write(tmp_path / "a.jsonl", [*answers, ("When?", "Never.")])
+    mixture = load_mixture([path], filters={"near_duplicates": 0.8})
     assert sorted(origin[-1] for origin in mixture.train["origin"]) == ["1", "4", "5"]
-    chinese = [
-        ("介绍长城", "长城是中国古代的伟大工程，绵延万里，气势磅礴。"),
-        ("介绍长城", "长城是中国古代的伟大工程，绵延万里，气势磅礴！"),
-        ("介绍长江", "长江很长。"),
-    ]
+    wall = "长城是中国古代的伟大工程，绵延万里，气势磅礴"
+    chinese = [("介绍长城", f"{wall}。"), ("介绍长城", f"{wall}！"), ("介绍长江", "长江很长。")]
     assert len(load_mixture([write(tmp_path / "b.jsonl", chinese)], filters={"near_duplicates": 0.8}).train) == 2
 
 
@@ -127,14 +112,10 @@ def test_filters_of_one_source_leave_the_others(tmp_path):
 
 
 def test_preferences_are_filtered_by_their_chosen_side(tmp_path):
-    rows = [
-        {"prompt": "Hi", "chosen": "Hello!", "rejected": "I can not help with that."},
-        {"prompt": "Hi", "chosen": "I can not help with that.", "rejected": "Hello!"},
-    ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    sides = ("Hello!", "I can not help with that.")
+    rows = [{"prompt": "Hi", "chosen": one, "rejected": other} for one, other in (sides, sides[::-1])]
     filters = {"max_chars": 10, "exact_duplicates": True}
-    mixture = load_mixture([str(path)], kind="preference", filters=filters)
+    mixture = load_mixture([write_rows(tmp_path / "a.jsonl", rows * 2)], kind="preference", filters=filters)
     assert [row["chosen"][0]["content"] for row in mixture.train] == ["Hello!"]
     assert mixture.report.filtered == {"max_chars": 2, "exact_duplicates": 1}
 

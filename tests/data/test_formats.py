@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers import ROOT, assistant, system, user
 
 from ma_sft import FormatError, to_messages, to_messages_batch
-from ma_sft.data.formats import FORMATS, detect_format, message_features
+from ma_sft.data.formats import FORMATS, BadAnswer, detect_format, message_features
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.messages import to_tools
 from ma_sft.data.mixture import load_mixture
@@ -19,45 +19,32 @@ USER = user("What is 2+2?")
 ASSISTANT = assistant("4")
 SYSTEM = system("Be brief.")
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+PARTS = [{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "yes"}]
+
+
+def calling(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [user("q"), assistant("", tool_calls=[call])]}
 
 
 @pytest.mark.parametrize(
     ("row", "format", "messages"),
     [
         ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 2+2?"}]}, ASSISTANT]},
-            "messages",
-            [USER, ASSISTANT],
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-            "messages",
-            [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
-        ),
-        (
-            {
-                "system": "Be brief.",
-                "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}],
-            },
-            "sharegpt",
-            [SYSTEM, user("x"), assistant("y")],
-        ),
+        ({"messages": [user([{"type": "text", "text": "What is 2+2?"}]), ASSISTANT]}, "messages", [USER, ASSISTANT]),
+        ({"messages": [USER, assistant(None, tool_calls=[CALL])]}, "messages",
+         [USER, assistant("", tool_calls=[CALL])]),
+        ({"system": "Be brief.", "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}]},
+         "sharegpt", [SYSTEM, user("x"), assistant("y")]),
         ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
         ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
         ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
-            "hh-rlhf",
-            [USER, ASSISTANT, user("Sure?"), assistant("Yes")],
-        ),
-        (
-            {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
-            "multiple-choice",
-            [user("Sky?\n1. red\n2. blue"), assistant("2. blue")],
-        ),
+        ({"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
+         "hh-rlhf", [USER, ASSISTANT, user("Sure?"), assistant("Yes")]),
+        ({"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
+         "multiple-choice", [user("Sky?\n1. red\n2. blue"), assistant("2. blue")]),
     ],
-)
+)  # fmt: skip
 def test_to_messages(row, format, messages):
     assert detect_format(row) == format
     assert to_messages(row) == messages
@@ -134,14 +121,32 @@ def test_to_messages(row, format, messages):
         ({"conversation": [{"input": "a", "question": "b", "output": "c"}]}, "one question and one answer expected"),
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
         ({"question": "q", "answer": "a", "chat_template_kwargs": "on"}, "'chat_template_kwargs': not valid JSON"),
+        ({"messages": [user("q"), assistant(PARTS)]}, "a whole with"),
+        ({"messages": [user("q"), assistant([{**PARTS[1], "image": "x"}])]}, "messages[1].content[0].image': only"),
+        ({"messages": [user("q"), assistant("a", value="b")]}, "content and value hold different texts"),
+        (calling(0), "a JSON object expected, found int 0"),
+        (calling('{"a": NaN}'), "a number that JSON does not have"),
+        (calling('{"a": 1e999}'), "a number that JSON does not have"),
+        (calling('{"a": 1, "a": 2}'), "the key 'a' stands twice in one object"),
+        ({"messages": [user("q"), assistant(" \n")]}, "the response is empty"),
+        ({"question": "q", "options": ["x", "y"], "answer": "A", "answer_index": 1},
+         "'answer_index' and 'answer' mean different choices: 1, 'A'"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "'labels[1]': bool false marks a wrong"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True]}, "field 'labels': one for each of 2 completions"),
+        ({"prompt": "q", "completions": ["a", 2]}, "field 'completions[1]': text expected"),
+        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "scripts/sft_vlm.py trains on images"),
+        ({"messages": [{**user("x"), "images": ["1.jpg"]}, ASSISTANT]}, "field 'messages[0].images'"),
+        *(({"question": "q", "answer": "a", "label": number}, "write true or false") for number in (0, 1)),
+        *(({"question": "q", "answer": "a", **mark}, f"leave it out (ignore: [{name}])")
+          for name, mark in (("loss_mask", {"loss_mask": [0, 1]}), ("weight", {"weight": 0.5}))),
         ({"x" * i: "y" for i in range(1, 60)}, "and 39 more"),
     ],
-)
+)  # fmt: skip
 def test_refused(row, message):
     with pytest.raises(FormatError) as error:
         to_messages(row)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert isinstance(error.value, BadAnswer) == ("marks a wrong" in message)
 
 
 @pytest.mark.parametrize(
@@ -186,23 +191,11 @@ def test_explicit_format_wins_over_the_columns():
         to_messages(row, "alpaca")
 
 
-def test_own_function_by_name(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def turns(row):\n"
-        "    return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]\n"
-    )
-    assert to_messages({"q": "What is 2+2?", "a": "4"}, f"{path}:turns") == [USER, ASSISTANT]
-
-
 def test_formatting_func_on_rows_and_batches():
-    assert (
-        formatting_func({"instruction": "Add", "input": "2+2", "output": "4"}) == "###Question: Add 2+2\n###Answer: 4"
-    )
-    assert formatting_func({"instruction": ["Add", "Hi"], "input": ["2+2", ""], "output": ["4", "Yo"]}) == [
-        "###Question: Add 2+2\n###Answer: 4",
-        "###Question: Hi\n###Answer: Yo",
-    ]
+    said = formatting_func({"instruction": "Add", "input": "2+2", "output": "4"})
+    assert said == "###Question: Add 2+2\n###Answer: 4"
+    batch = formatting_func({"instruction": ["Add", "Hi"], "input": ["2+2", ""], "output": ["4", "Yo"]})
+    assert batch == [said, "###Question: Hi\n###Answer: Yo"]
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.jsonl")), ids=lambda path: path.stem)

@@ -8,20 +8,20 @@ import threading
 import multiprocess
 import pandas as pd
 import pytest
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from helpers import assistant, user
+from helpers import assistant, user, write_rows
 
 from ma_sft import FormatError, RecipeError
 from ma_sft.data.functions import TextFunction
-from ma_sft.data.load import Inherited, Source, fingerprint_of, load_rows, pklregister, processes, rows_of, table_rows
+from ma_sft.data.load import Inherited, fingerprint_of, pklregister, processes, table_rows
 from ma_sft.data.mixture import load_mixture
 
 CALLS = [
     {
         "messages": [
             user("4"),
-            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            assistant(None, tool_calls=[{"function": {"name": "f", "arguments": arguments}}]),
             {"role": "tool", "content": '{"n": 1.0}'},
             assistant("2024-01-02"),
         ],
@@ -51,20 +51,19 @@ KINDS = "jsonl list parquet arrow saved dataset stream rows indexed iterator fra
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     rows = Dataset.from_list(CALLS, on_mixed_types="use_json")
-    lines = tmp_path / "rows.jsonl"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in CALLS))
+    stream = IterableDataset.from_generator(lambda: ({"id": 1, **row} for row in CALLS))
     if kind == "stream" and not streaming:
         with pytest.raises(RecipeError, match="is a stream: set dataset_streaming"):
-            load_mixture([IterableDataset.from_generator(lambda: iter(CALLS))])
+            load_mixture([stream])
         return
     source = {
-        "jsonl": lambda: lines,
+        "jsonl": lambda: write_rows(tmp_path / "rows.jsonl", CALLS),
         "list": lambda: (tmp_path / "a.json").write_text(json.dumps(CALLS, indent=1)) and tmp_path / "a.json",
         "parquet": lambda: rows.to_parquet(tmp_path / "a.parquet") and tmp_path / "a.parquet",
         "arrow": lambda: rows.save_to_disk(tmp_path / "s") or next((tmp_path / "s").glob("*.arrow")),
         "saved": lambda: rows.save_to_disk(tmp_path / "s") or tmp_path / "s",
         "dataset": lambda: rows,
-        "stream": lambda: IterableDataset.from_generator(lambda: ({"id": 1, **row} for row in CALLS)),
+        "stream": lambda: stream,
         "rows": lambda: CALLS,
         "indexed": Indexed,
         "iterator": lambda: (row for row in CALLS),
@@ -78,20 +77,11 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     assert [json.loads(row["tools"]) for row in found] == [row["tools"] for row in CALLS]
 
 
-def test_rows_as_they_were_saved(tmp_path):
-    Dataset.from_list(CALLS, on_mixed_types="use_json").save_to_disk(tmp_path / "s")
-    assert load_from_disk(tmp_path / "s").features["tools"] is not None
-    source = Source.of(tmp_path / "s")
-    rows, _ = load_rows(source)
-    assert next(row for _, _, row in rows_of(rows[:2], [0, 1], source))["tools"] == CALLS[0]["tools"]
-
-
 def test_a_table_of_pandas_and_a_function_as_format():
     frame = pd.DataFrame({"Q": ["2+2?", "3+3?"], "A": ["4", None], "n": [1, 2]})
 
     def chat(row):
-        answer = {"role": "assistant", "content": row["A"] or "?"}
-        return [user(f"{row['n']}: {row['Q']}"), answer]
+        return [user(f"{row['n']}: {row['Q']}"), assistant(row["A"] or "?")]
 
     for streaming in (False, True):
         rows = load_mixture([{"path": frame, "format": chat}], streaming=streaming).train
@@ -105,17 +95,12 @@ def test_a_table_of_pandas_and_a_function_as_format():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_both_forms_of_formatting_func(count):
-    def of_a_row(row):
-        return f"{row['q']}!"
-
-    def of_a_row_in_a_list(row):
-        return [f"{row['q']}!"]
-
-    def of_a_batch(batch):
-        return [f"{text}!" for text in batch["q"]]
-
     rows = [{"q": f"Red {i}?"} for i in range(count)]
-    for function in (of_a_row, of_a_row_in_a_list, of_a_batch):
+    for function in (
+        lambda row: f"{row['q']}!",
+        lambda row: [f"{row['q']}!"],  # as `formatting_func` of a row was written
+        lambda batch: [f"{text}!" for text in batch["q"]],
+    ):
         assert TextFunction(function)(rows) == [f"Red {i}?!" for i in range(count)]
     assert TextFunction("question-answer")([{"instruction": "a", "output": "b"}]) == ["###Question: a\n###Answer: b"]
 

@@ -3,20 +3,15 @@
 import json
 
 import pytest
-from helpers import ROOT, assistant
+from helpers import ROOT
 
 from ma_sft import FormatError, to_preference
 from ma_sft.data.mixture import load_mixture
 
 FIXTURES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
 PKU = {
-    "prompt": "p",
-    "response_0": "zero",
-    "response_1": "one",
-    "is_response_0_safe": True,
-    "is_response_1_safe": True,
-    "better_response_id": 1,
-    "safer_response_id": 0,
+    **{"prompt": "p", "response_0": "zero", "response_1": "one", "better_response_id": 1, "safer_response_id": 0},
+    **{"is_response_0_safe": True, "is_response_1_safe": True},
 }
 
 
@@ -31,23 +26,19 @@ def test_golden(path):
 
 
 @pytest.mark.parametrize(
-    ("safe", "better", "chosen"),
+    ("safe", "better", "sides"),
     [
-        ((True, True), 0, "zero"),
-        ((True, True), 1, "one"),
-        ((True, False), 1, "zero"),  # safety comes before quality
-        ((False, True), 0, "one"),
+        ((True, True), 0, ("zero", "one")),
+        ((True, True), 1, ("one", "zero")),
+        ((True, False), 1, ("zero", "one")),  # safety comes before quality
+        ((False, True), 0, ("one", "zero")),
         ((False, False), 1, None),
     ],
 )
-def test_safety_rule(safe, better, chosen):
+def test_safety_rule(safe, better, sides):
     row = {**PKU, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1], "better_response_id": better}
     found = to_preference(row)
-    if chosen is None:
-        assert found is None
-    else:
-        assert found["chosen"] == [assistant(chosen)]
-        assert found["rejected"][0]["content"] == {"zero": "one", "one": "zero"}[chosen]
+    assert (found and (found["chosen"][0]["content"], found["rejected"][0]["content"])) == sides
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,28 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from helpers import ROOT, assistant, system, user
+from helpers import ROOT, assistant, system, user, write_rows
 from rich.console import Console
 
-from ma_sft import FormatError, RecipeError, to_messages, to_preference
+from ma_sft import FormatError, Recipe, RecipeError, to_messages, to_preference
+from ma_sft.cli import main
 from ma_sft.data.formats import detect_format, read_row
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.load import Source
 from ma_sft.data.messages import BadAnswer, to_tools
 from ma_sft.data.mixture import load_mixture
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.labels.tokenize import label
 
 CASES = ROOT / "tests/files/rows"
 
 
 def call(name, arguments="{}", **more):
     return {**more, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(content, **more):
+    return {"role": "tool", "content": content, **more}
 
 
 def present(value):
@@ -40,9 +47,14 @@ def load(path, **source):
     return [present(row) for row in rows], mixture.report
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+CALLED = [
+    user("q"),
+    assistant("", tool_calls=[call("f")]),
+    {"role": "tool", "name": "f", "content": "1"},
+    assistant("x"),
+]
+FENCED = [[user(f"问{i}"), assistant(f"答{i}\n```py\n  x = 1\n```\n ")] for i in range(3)]
+HALF = [user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]
 
 
 @pytest.mark.parametrize(
@@ -53,40 +65,18 @@ def write(path, *rows):
         ("context.jsonl", [[user("In 1998 France beat Brazil.\n\nWho won?"), assistant("France")]]),
         ("system_column.jsonl", [[system("Answer only in French."), user("Hello"), assistant("Bonjour")]]),
         ("system_prompt_column.jsonl", [[system("S"), user("q"), assistant("r")], [user("q2"), assistant("r2")]]),
-        ("loss_false.jsonl", [[user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]]),
-        ("train_false.jsonl", [[user("a"), assistant("WRONG", train=False), user("b"), assistant("right")]]),
+        *((name, [HALF]) for name in ("loss_false.jsonl", "train_false.jsonl")),
         ("text_parts_loss_weight.jsonl", [[user("hi"), assistant("yo")]]),
         ("glm4_tools.jsonl", [[user("q"), assistant('{"name": "f"}')]]),
-        (
-            "openai_functions.jsonl",
-            [
-                [
-                    user("q"),
-                    assistant("", tool_calls=[call("f")]),
-                    {"role": "tool", "name": "f", "content": "1"},
-                    assistant("x"),
-                ]
-            ],
-        ),
+        ("openai_functions.jsonl", [CALLED]),
         (
             "parallel_calls.jsonl",
-            [
-                [
-                    user("q"),
-                    assistant("", tool_calls=[call("f"), call("g")]),
-                    {"role": "tool", "content": "1"},
-                    {"role": "tool", "content": "2"},
-                    assistant("x"),
-                ]
-            ],
+            [[user("q"), assistant("", tool_calls=[call("f"), call("g")]), tool("1"), tool("2"), assistant("x")]],
         ),
         ("trl_implicit_prompt.jsonl", [[user("q"), assistant("good")]]),
         ("human_assistant_list.jsonl", [[user("q"), assistant("a")]]),
         ("pretty_object.json", [[user("a"), assistant("b")]]),
-        *(
-            (name, [[user(f"问{i}"), assistant(f"答{i}\n```py\n  x = 1\n```\n ")] for i in range(3)])
-            for name in ("list_named.jsonl", "wrapped.json", "alpaca.ndjson")
-        ),
+        *((name, FENCED) for name in ("list_named.jsonl", "wrapped.json", "alpaca.ndjson")),
     ],
 )
 def test_cases(name, conversations):
@@ -94,47 +84,56 @@ def test_cases(name, conversations):
 
 
 def test_tools_of_a_system_turn_and_of_old_are_the_rows_tools():
-    for name, parameters in (("glm4_tools.jsonl", {}), ("openai_functions.jsonl", {})):
+    for name in ("glm4_tools.jsonl", "openai_functions.jsonl"):
         ((row,), _) = load(CASES / name)
-        schema = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-        assert json.loads(row["tools"]) == [schema]
+        assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     tool = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
     expected = {"name": "f", "description": "d", "parameters": {"type": "object"}}
     assert json.loads(to_tools({"tools": [tool]})) == [{"type": "function", "function": expected}]
     assert to_tools({"tools": ['{"name": "f"}']}) == '[{"name": "f"}]'  # When2Call's
-    with pytest.raises(FormatError, match="two different lists of tools, in tools and functions"):
-        to_tools({"tools": [{"name": "f"}], "functions": [{"name": "g"}]})
 
 
 def test_images_are_refused():
     with pytest.raises(FormatError, match=r"images\.jsonl, line 1: field 'images': only text can be trained on"):
         load(CASES / "images.jsonl")
-    with pytest.raises(FormatError, match=r"'image': only .*; TRL's examples/scripts/sft_vlm.py trains on images; if"):
-        to_messages({"messages": [user("?"), assistant("x")], "image": {"bytes": b"x"}})
     # where the user says that they do not matter, the text is trained
     assert len(load(CASES / "images.jsonl", ignore=["images"])[0]) == 1
     assert to_messages({"messages": [user("<image>?"), assistant("x")], "images": [], "audio": None})
-    with pytest.raises(FormatError, match=r"field 'messages\[0\].images'"):
-        to_messages({"messages": [{**user("x"), "images": ["1.jpg"]}, assistant("x")]})
+
+
+@pytest.mark.parametrize("name", ["rejected", "is_correct", "is_safe", "weight", "train", "kto_tag", "label"])
+def test_marks_of_a_row_are_followed(name):
+    for bad in {"rejected": (True,), "is_safe": ("False",), "label": ("False",), "weight": (0,)}.get(name, (False, 0)):
+        for row, form in (({"question": "q", "answer": "a"}, None), ({"text": "x"}, "text")):
+            if name == "label" and (bad == 0 or form):  # which may be a class of a text
+                continue
+            with pytest.raises(BadAnswer, match="marks a bad answer"):
+                to_messages({**row, name: bad}, form)
+    good = {"question": "q", "answer": "a", name: name != "rejected"}
+    assert read_row(good).unused == {}
 
 
 def test_bad_answers_are_counted_and_never_trained(tmp_path):
     good = {"prompt": "Capital of France?", "completion": "Paris", "label": True}
     bad = json.loads((CASES / "kto.jsonl").read_text())
-    rows, report = load(write(tmp_path / "kto.jsonl", good, bad))
+    rows, report = load(write_rows(tmp_path / "kto.jsonl", [good, bad]))
     assert [row["messages"][1]["content"] for row in rows] == ["Paris"]
     assert report.skipped == 1 and report.stages[1].removed == {"bad answers": 1}
     assert "line 2: field 'label': bool false marks a bad answer" in report.stages[1].examples["bad answers"][0]
     assert report.unused == {}
     with pytest.raises(FormatError, match="every row was skipped"):
         load(CASES / "kto.jsonl")
-    for mark in ({"kto_tag": False}, {"kto_tag": 0}, {"label": "False"}):
-        with pytest.raises(BadAnswer):
-            to_messages({"messages": [user("q"), assistant("x")], **mark})
-    for label in (0, 1):
-        with pytest.raises(FormatError, match="write true or false"):
-            to_messages({"question": "q", "answer": "a", "label": label})
     assert read_row({"question": "q", "answer": "a", "label": "positive"}).unused == {"label": 'str "positive"'}
+    for mark in ({"deleted": True}, {"is_correct": False}, {"trainable": False}):
+        row = {"messages": [user("a"), assistant("b", **mark), user("c"), assistant("d")]}
+        assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write_rows(tmp_path / "pairs.jsonl", [pair, {**pair, "is_valid": False}])
+    assert load_mixture([path], kind="preference").report.stages[1].removed == {"bad answers": 1}
+    # the marks in a table are text
+    (tmp_path / "a.csv").write_text("question,answer,is_correct\nq,a,True\nr,b,False\n")
+    rows, report = load(tmp_path / "a.csv")
+    assert [row["messages"][1]["content"] for row in rows] == ["a"] and report.skipped == 1
 
 
 def test_columns_that_change_the_meaning_are_never_left_out():
@@ -158,32 +157,21 @@ def test_a_bare_text_is_not_a_part_of_something_else():
 def test_nulls_that_arrow_adds_are_not_learned(tmp_path, kind):
     """The same rows as text, in a file of Parquet and in a saved folder are the same conversations."""
     table = pq.read_table(CASES / "tool_calls_mixed.parquet")
-    if kind == "parquet":
-        path = CASES / "tool_calls_mixed.parquet"
-    elif kind == "saved":
+    path = CASES / "tool_calls_mixed.parquet"
+    if kind == "saved":
         Dataset(table).save_to_disk(str(path := tmp_path / "saved"))
-    else:
-        path = write(tmp_path / "a.jsonl", *(present(row) for row in table.to_pylist()))
+    elif kind == "jsonl":
+        path = write_rows(tmp_path / "a.jsonl", (present(row) for row in table.to_pylist()))
     rows, _ = load(path)
     calls = [c["function"] for row in rows for m in row["messages"] for c in m.get("tool_calls", [])]
     assert [c["arguments"] for c in calls] == ['{"city": "Paris"}', '{"n": 3, "opts": {"deep": true}}', "{}"]
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    number = {"type": "object", "properties": {"n": {"type": "integer"}, "opts": {"type": "object"}}}
     assert [json.loads(row["tools"])[0]["function"] for row in rows[:2]] == [
-        {
-            "name": "f",
-            "description": "d",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-        {
-            "name": "g",
-            "parameters": {"type": "object", "properties": {"n": {"type": "integer"}, "opts": {"type": "object"}}},
-        },
+        {"name": "f", "description": "d", "parameters": city},
+        {"name": "g", "parameters": number},
     ]
     assert all("tools" not in row for row in rows[2:])
-
-
-def test_a_null_that_was_written_stays():
-    message = assistant(None, tool_calls=[{"function": {"name": "f", "arguments": {"n": None}}}])
-    assert to_messages({"messages": [user("q"), message]})[1]["tool_calls"] == [call("f", '{"n": null}')]
 
 
 def test_bytes_are_text_or_refused(tmp_path):
@@ -195,115 +183,81 @@ def test_bytes_are_text_or_refused(tmp_path):
         load(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize(
-    "mark", [{key: 0} for key in ("weight", "loss", "loss_scale", "loss_weight", "train", "training")]
-)
+@pytest.mark.parametrize("mark", ["weight", "loss", "loss_scale", "loss_weight", "train", "training"])
 def test_turns_marked_not_to_be_trained(mark):
+    human, gpt = ({"from": name, "value": text} for name, text in (("human", "a"), ("gpt", "b")))
+    last = [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d", mark: 1.0}]
     for row in (
-        {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]},
-        {
-            "conversations": [
-                {"from": "human", "value": "a"},
-                {"from": "gpt", "value": "b", **dict.fromkeys(mark, False)},
-                {"from": "human", "value": "c"},
-                {"from": "gpt", "value": "d", **dict.fromkeys(mark, 1.0)},
-            ]
-        },
-        {"conversation": [{"input": "a", "output": "b", **mark}, {"input": "c", "output": "d"}]},
+        {"messages": [user("a"), assistant("b", **{mark: 0}), user("c"), assistant("d")]},
+        {"conversations": [human, {**gpt, mark: False}, *last]},
+        {"conversation": [{"input": "a", "output": "b", mark: 0}, {"input": "c", "output": "d"}]},
     ):
         assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
     for nothing in (None, ""):  # an empty cell of a CSV file
-        said = dict.fromkeys(mark, nothing)
-        assert to_messages({"messages": [user("a"), {**assistant("b"), **said}]}) == [user("a"), assistant("b")]
-        assert to_messages({"question": "a", "answer": "b", **said}) == [user("a"), assistant("b")]
+        assert to_messages({"messages": [user("a"), assistant("b", **{mark: nothing})]}) == [user("a"), assistant("b")]
+        assert to_messages({"question": "a", "answer": "b", mark: nothing}) == [user("a"), assistant("b")]
     for wrong in (0.5, "maybe", 2):
         with pytest.raises(FormatError, match="a turn is trained"):
-            to_messages({"messages": [user("a"), {**assistant("b"), **dict.fromkeys(mark, wrong)}]})
+            to_messages({"messages": [user("a"), assistant("b", **{mark: wrong})]})
+
+
+THINKING = [
+    {"type": "thinking", "thinking": "hm", "signature": "s"},
+    {"type": "text", "text": "Let me see."},
+    {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+    {"type": "tool_use", "id": "c2", "name": "g", "input": {}},
+]
+BROUGHT = [
+    {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "1"}]},
+    {"type": "tool_result", "tool_use_id": "c2", "content": "2"},
+    {"type": "text", "text": "Well?"},
+]
+
+
+def old_call(arguments):
+    return assistant(None, tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
 
 
 @pytest.mark.parametrize(
     ("row", "messages"),
     [
-        (
-            {"question": "And?", "answer": "6", "history": [user("2+2?"), assistant("4")], "system": "S"},
-            [system("S"), user("2+2?"), assistant("4"), user("And?"), assistant("6")],
-        ),
-        (
-            {"prompt": "And?", "completion": "6", "history": '[["2+2?", "4"]]'},
-            [user("2+2?"), assistant("4"), user("And?"), assistant("6")],
-        ),
-        (
-            {"system": "S", "messages": [system("S"), user("q"), assistant("a")]},
-            [system("S"), user("q"), assistant("a")],
-        ),
+        ({"question": "And?", "answer": "6", "history": [user("2+2?"), assistant("4")], "system": "S"},
+         [system("S"), user("2+2?"), assistant("4"), user("And?"), assistant("6")]),
+        ({"prompt": "And?", "completion": "6", "history": '[["2+2?", "4"]]'},
+         [user("2+2?"), assistant("4"), user("And?"), assistant("6")]),
+        ({"system": "S", "messages": [system("S"), user("q"), assistant("a")]},
+         [system("S"), user("q"), assistant("a")]),
         ({"question": "q", "answer": "a", "knowledge": ["k1", "k2"]}, [user("k1\n\nk2\n\nq"), assistant("a")]),
-        (
-            {"passage": "p", "question": "q", "options": ["x", "y"], "answer": "B"},
-            [user("p\n\nq\nA. x\nB. y"), assistant("B. y")],
-        ),
+        ({"passage": "p", "question": "q", "options": ["x", "y"], "answer": "B"},
+         [user("p\n\nq\nA. x\nB. y"), assistant("B. y")]),
         ({"question": "q", "options": {"A": "x", "B": "y"}, "answer": "y"}, [user("q\nA. x\nB. y"), assistant("B. y")]),
         ({"question": "q", "choices": ["3", "4"], "answer": "4"}, [user("q\nA. 3\nB. 4"), assistant("B. 4")]),
+        ({"question": "q", "options": ["x", "y"], "answer": "A", "answer_index": 0},
+         [user("q\nA. x\nB. y"), assistant("A. x")]),
         ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, [user("q"), assistant("a")]),
         ({"conversation": [{"system": "S", "input": "q", "output": "a"}]}, [system("S"), user("q"), assistant("a")]),
-        (
-            {
-                "messages": [
-                    user([{"type": "text", "text": "q"}]),
-                    assistant(
-                        [
-                            {"type": "thinking", "thinking": "hm", "signature": "s"},
-                            {"type": "text", "text": "Let me see."},
-                            {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
-                            {"type": "tool_use", "id": "c2", "name": "g", "input": {}},
-                        ]
-                    ),
-                    user(
-                        [
-                            {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "1"}]},
-                            {"type": "tool_result", "tool_use_id": "c2", "content": "2"},
-                            {"type": "text", "text": "Well?"},
-                        ]
-                    ),
-                    assistant([{"type": "text", "text": "x"}]),
-                ]
-            },
-            [
-                user("q"),
-                assistant(
-                    "Let me see.",
-                    reasoning_content="hm",
-                    tool_calls=[call("f", '{"a": 1}', id="c1"), call("g", id="c2")],
-                ),
-                {"role": "tool", "content": "1", "tool_call_id": "c1"},
-                {"role": "tool", "content": "2", "tool_call_id": "c2"},
-                user("Well?"),
-                assistant("x"),
-            ],
-        ),
-        (
-            {
-                "messages": [
-                    user("q"),
-                    assistant(None, tool_calls=[{"function": {"name": "f", "arguments": ""}}]),
-                    {"role": "tool", "content": {"rain": None}},
-                    assistant(None, tool_calls=[{"function": {"name": "f", "arguments": '"{\\"a\\": 1}"'}}]),
-                    {"role": "tool", "content": None},
-                    assistant("x"),
-                ]
-            },
-            [
-                user("q"),
-                assistant("", tool_calls=[call("f")]),
-                {"role": "tool", "content": '{"rain": null}'},
-                assistant("", tool_calls=[call("f", '{"a": 1}')]),
-                {"role": "tool", "content": ""},
-                assistant("x"),
-            ],
-        ),
-        (
-            {"messages": [user("q"), assistant("I look."), {"role": "tool_call", "content": '{"name": "f"}'}]},
-            [user("q"), assistant("I look.", tool_calls=[call("f")])],
-        ),
+        ({"messages": [user([{"type": "text", "text": "q"}]), assistant(THINKING), user(BROUGHT),
+                       assistant([{"type": "text", "text": "x"}])]},
+         [user("q"), assistant("Let me see.", reasoning_content="hm",
+                               tool_calls=[call("f", '{"a": 1}', id="c1"), call("g", id="c2")]),
+          tool("1", tool_call_id="c1"), tool("2", tool_call_id="c2"), user("Well?"), assistant("x")]),
+        ({"messages": [user("q"), old_call(""), tool({"rain": None}), old_call('"{\\"a\\": 1}"'), tool(None),
+                       assistant("x")]},
+         [user("q"), assistant("", tool_calls=[call("f")]), tool('{"rain": null}'),
+          assistant("", tool_calls=[call("f", '{"a": 1}')]), tool(""), assistant("x")]),
+        ({"messages": [user("q"), old_call({"n": None})]},  # a null that was written
+         [user("q"), assistant("", tool_calls=[call("f", '{"n": null}')])]),
+        ({"messages": [user("q"), assistant("I look."), {"role": "tool_call", "content": '{"name": "f"}'}]},
+         [user("q"), assistant("I look.", tool_calls=[call("f")])]),
+        ({"messages": [{**user(None), "text": "q"}, assistant(None, text="a", value=None)]},
+         [user("q"), assistant("a")]),
+        ({"chat": {f"turn_{i}": {"Human": f"q{i}", "MOSS": f"a{i}"} for i in (1, 10, 2)}},
+         [turn for i in (1, 2, 10) for turn in (user(f"q{i}"), assistant(f"a{i}"))]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value":
+                            '<think>\nhm\n</think>\n\n{"name": "f", "arguments": {}}'}]},
+         [user("q"), assistant("", tool_calls=[call("f")], reasoning_content="hm")]),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": None, "step_separator": " "},
+         [user("q"), assistant("a b")]),
         (
             {"system": "S", "chat": "USER: q\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\n"
              "FUNCTION RESPONSE: 1\n\n\nASSISTANT: x <|endoftext|>\n\n\n"},
@@ -363,72 +317,52 @@ def test_an_ambiguous_format_names_only_formats_that_work():
 
 def test_template_variables_of_a_row(tmp_path):
     plain = {"question": "q", "answer": "a"}
-    path = write(tmp_path / "a.jsonl", {**plain, "chat_template_kwargs": {"enable_thinking": False}}, plain)
+    path = write_rows(tmp_path / "a.jsonl", [{**plain, "chat_template_kwargs": {"enable_thinking": False}}, plain])
     rows, _ = load(path)
     assert [row.get("chat_template_kwargs") for row in rows] == ['{"enable_thinking": false}', None]
-    assert "chat_template_kwargs" not in load(write(tmp_path / "b.jsonl", plain))[0][0]
+    assert "chat_template_kwargs" not in load(write_rows(tmp_path / "b.jsonl", [plain]))[0][0]
 
 
 def test_turns_are_merged_where_asked(tmp_path):
     row = {"messages": [user("a"), user("b"), assistant("c"), assistant("d")]}
-    rows, _ = load(write(tmp_path / "a.jsonl", row), merge_turns=True)
+    rows, _ = load(write_rows(tmp_path / "a.jsonl", [row]), merge_turns=True)
     assert rows[0]["messages"] == [user("a\n\nb"), assistant("c\n\nd")]
     row["messages"][2]["train"] = False  # what must not be trained is not joined with what must
     with pytest.raises(FormatError, match="message 3 is 'assistant', which cannot come after 'assistant'"):
-        load(write(tmp_path / "b.jsonl", row), merge_turns=True)
+        load(write_rows(tmp_path / "b.jsonl", [row]), merge_turns=True)
+
+
+GOOD, BAD = [user("q"), assistant("good")], [user("q"), assistant("bad")]
 
 
 @pytest.mark.parametrize(
-    ("row", "prompt", "chosen"),
+    ("row", "prompt"),
     [
-        (json.loads((CASES / "trl_implicit_prompt.jsonl").read_text()), [user("q")], "good"),
-        (
-            {
-                "conversations": [{"from": "human", "value": "q"}],
-                "chosen": {"from": "gpt", "value": "good"},
-                "rejected": {"from": "gpt", "value": "bad"},
-            },
-            [user("q")],
-            "good",
-        ),
-        ({"messages": [user("q"), assistant("good")], "rejected_response": "bad"}, [user("q")], "good"),
-        (
-            {"messages": [user("q"), assistant("good")], "rejected_messages": [user("q"), assistant("bad")]},
-            [user("q")],
-            "good",
-        ),
-        (
-            {"chosen_messages": [user("q"), assistant("good")], "rejected_messages": [user("q"), assistant("bad")]},
-            [user("q")],
-            "good",
-        ),
-        (
-            {
-                "input": {"messages": [user("q")], "tools": []},
-                "preferred_output": [assistant("good")],
-                "non_preferred_output": [assistant("bad")],
-            },
-            [user("q")],
-            "good",
-        ),
-        ({"instruction": "q", "input": "i", "output": ["good", "bad"]}, [user("q\n\ni")], "good"),
-        ({"instruction": "q", "chosen-response": "good", "rejected-response": "bad"}, [user("q")], "good"),
+        (json.loads((CASES / "trl_implicit_prompt.jsonl").read_text()), GOOD[:1]),
+        ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
+          "rejected": {"from": "gpt", "value": "bad"}}, GOOD[:1]),
+        ({"messages": GOOD, "rejected_response": "bad"}, GOOD[:1]),
+        ({"messages": GOOD, "rejected_messages": BAD}, GOOD[:1]),
+        ({"chosen_messages": GOOD, "rejected_messages": BAD}, GOOD[:1]),
+        ({"input": {"messages": GOOD[:1], "tools": []}, "preferred_output": GOOD[1:], "non_preferred_output": BAD[1:]},
+         GOOD[:1]),
+        ({"instruction": "q", "input": "i", "output": ["good", "bad"]}, [user("q\n\ni")]),
+        ({"instruction": "q", "chosen-response": "good", "rejected-response": "bad"}, [user("q")]),
         ({"system": "S", "history": [["a", "b"]], "question": "q", "chosen": "good", "rejected": "bad"},
-         [system("S"), user("a"), assistant("b"), user("q")], "good"),
+         [system("S"), user("a"), assistant("b"), user("q")]),
     ],
 )  # fmt: skip
-def test_preferences_of_every_shape(row, prompt, chosen):
-    rejected = [assistant("bad")]
-    assert to_preference(row) == {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": rejected}
+def test_preferences_of_every_shape(row, prompt):
+    assert to_preference(row) == {"prompt": prompt, "chosen": GOOD[1:], "rejected": BAD[1:]}
     if "output" not in row and "input" not in row:
-        assert to_messages(row) == [*prompt, assistant(chosen)]
+        assert to_messages(row) == [*prompt, GOOD[1]]
 
 
 def test_columns_that_are_not_used_are_told(tmp_path, caplog):
     rows = [{"id": i, "question": "q", "answer": f"a{i}", "url": "u", "rationale": None} for i in range(3000)]
     rows[1500]["rationale"] = "because"
     messages = {"messages": [{**user("q"), "citations": ["c"]}, assistant("a")], "split": "train"}
-    sources = [str(write(tmp_path / "a.jsonl", *rows)), str(write(tmp_path / "b.jsonl", messages))]
+    sources = [(write_rows(tmp_path / "a.jsonl", [*rows])), (write_rows(tmp_path / "b.jsonl", [messages]))]
     report = load_mixture(sources).report
     expected = {sources[0]: {"rationale": 'str "because"'}, sources[1]: {"messages[].citations": 'list ["c"]'}}
     assert report.unused == expected
@@ -453,24 +387,24 @@ def test_compact_lists_name_the_row():
         load(CASES / "compact_list.json")
 
 
+PAIR = '{"instruction": "a", "output": "b"}'
+TURNS = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "source"),
     [
-        ("a.json", '{"version": 1, "data": [{"instruction": "a", "output": "b"}]}', {}),
-        ("a.json", '{"x": [{"a": 1}], "y": [{"instruction": "a", "output": "b"}]}', {"field": "y"}),
-        ("a.json", '{\n  "instruction": "a",\n  "output": "b"\n}\n', {}),
-        ("a.jsonl", '[{"instruction": "a", "output": "b"}]', {}),
-        ("a.jsonl", '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n', {}),
-        ("a.json", '[[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]', {}),
-        ("rows", '{"instruction": "a", "output": "b"}\n', {}),
+        ("a.json", f'{{"version": 1, "data": [{PAIR}]}}', {}),
+        ("a.json", f'{{"x": [{{"a": 1}}], "y": [{PAIR}]}}', {"field": "y"}),
+        ("a.json", PAIR.replace(", ", ",\n"), {}),
+        ("a.jsonl", f"[{PAIR}]", {}),
+        ("a.jsonl", f"{TURNS}\n", {}),
+        ("a.json", f"[{TURNS}]", {}),
+        ("rows", f"{PAIR}\n", {}),
         ("a.csv", "instruction;output\na;b\n", {"delimiter": ";"}),
-        ("a.jsonl", '{"instruction": "a", "output": "b"}\n'.encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.jsonl", f"{PAIR}\n".encode("utf-16"), {"encoding": "utf-16"}),
         ("a.csv", "instruction,output\na,b\n".encode("utf-16-le"), {"encoding": "utf-16-le"}),
-        (
-            "a.csv",
-            'messages\n"[{""role"": ""user"", ""content"": ""a""}, {""role"": ""assistant"", ""content"": ""b""}]"\n',
-            {},
-        ),
+        ("a.csv", 'messages\n"{}"\n'.format(TURNS.replace('"', '""')), {}),
     ],
 )
 def test_containers(tmp_path, name, content, source):
@@ -497,24 +431,17 @@ def test_plain_text(tmp_path, sample_by, texts):
     ]
 
 
-def test_text_in_another_encoding(tmp_path):
-    line = json.dumps({"instruction": "你好", "output": "好"}, ensure_ascii=False) + "\n"
-    (tmp_path / "a.jsonl").write_text(line, encoding="gb18030")
-    (tmp_path / "a.csv").write_text("instruction,output\n你好,好\n", encoding="gb18030")
-    for name in ("a.jsonl", "a.csv"):
-        with pytest.raises(FormatError, match=r"not UTF-8 text: .* set encoding: \(such as gb18030"):
-            load(tmp_path / name)
-        rows, _ = load(tmp_path / name, encoding="gb18030")
-        assert rows[0]["messages"] == [user("你好"), assistant("好")]
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
-def test_text_with_nulls_for_letters(tmp_path, encoding):
-    line = json.dumps({"instruction": "a", "output": "b"}) + "\n"
-    (tmp_path / "a.jsonl").write_text(line, encoding=encoding)
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [("a.csv", "gb18030"), *(("a.jsonl", name) for name in ("gb18030", "utf-16-le", "utf-16-be", "utf-32"))],
+)
+def test_text_in_another_encoding(tmp_path, name, encoding):
+    text = '{"instruction": "你好", "output": "好"}\n' if name == "a.jsonl" else "instruction,output\n你好,好\n"
+    (tmp_path / name).write_text(text if encoding == "gb18030" else text.replace("你", "ab "), encoding=encoding)
     with pytest.raises(FormatError, match=f"set encoding: .such as .*{encoding}"):
-        load(tmp_path / "a.jsonl")
-    assert load(tmp_path / "a.jsonl", encoding=encoding)[0][0]["messages"] == [user("a"), assistant("b")]
+        load(tmp_path / name)
+    ((row,), _) = load(tmp_path / name, encoding=encoding)
+    assert row["messages"] == [user("你好" if encoding == "gb18030" else "ab 好"), assistant("好")]
 
 
 @pytest.mark.parametrize("mark", [";", "|", "\t"])
@@ -528,7 +455,8 @@ def test_delimiter_as_the_message_gives_it(tmp_path, mark):
 
 
 def test_column_maps(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"answer": "q", "question": "a", "ctx": "c"}, {"answer": "q", "question": "a"})
+    row = {"answer": "q", "question": "a"}
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "ctx": "c"}, row])
     swapped, _ = load(path, columns={"answer": "question", "question": "answer", "ctx": "context"})
     assert [row["messages"] for row in swapped] == [[user("c\n\nq"), assistant("a")], [user("q"), assistant("a")]]
     with pytest.raises(FormatError, match=r"the column map would write 'ctx' over 'answer'; ignore: \[answer\]"):
@@ -539,7 +467,7 @@ def test_column_maps(tmp_path):
 
 def test_data_sets_and_paths_are_sources(tmp_path):
     rows = Dataset.from_list([{"question": "q", "answer": str(i)} for i in range(5)])
-    path = write(tmp_path / "a.jsonl", *rows)
+    path = write_rows(tmp_path / "a.jsonl", [*rows])
     streams = rows.to_iterable_dataset()
     for source in (rows, DatasetDict({"train": rows}), {"path": rows, "limit": 5}, path, {"path": path}):
         assert sorted(m[1]["content"] for m in load_mixture([source]).train["messages"]) == list("01234")
@@ -557,51 +485,35 @@ def test_missing_paths_say_what_they_count_from(tmp_path, monkeypatch):
         load_mixture(["no.jsonl"])
 
 
-def test_formatting_func_never_trains_none():
-    for example in (
-        {"instruction": "a", "output": None},
-        {"instruction": ["a"], "output": [None]},
-        {"instruction": None},
-    ):
-        with pytest.raises(FormatError, match="text expected, found NoneType null"):
-            formatting_func(example)
-
-
 def test_check_tells_columns_that_are_not_used_and_roles_of_another_name(tmp_path, capsys):
-    from ma_sft.cli import main
-
-    rows = [{"question": f"{i}?", "answer": f"{i}", "rationale": "because"} for i in range(4)]
-    path = write(tmp_path / "a.jsonl", *rows)
-    recipe = tmp_path / "r.yaml"
+    path = write_rows(tmp_path / "a.jsonl", ({"question": f"{i}?", "answer": f"{i}", "why": "so"} for i in range(4)))
     turns = [{"role": "user", "content": "Why?"}, {"role": "Bot", "content": "So."}]
-    bot = write(tmp_path / "b.jsonl", {"messages": turns})
+    bot = write_rows(tmp_path / "b.jsonl", [{"messages": turns}])
+    recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model_name_or_path: demo\ndatasets: [{path}, {bot}]\nreport_to: none\n")
-    found = {str(path): {"rationale": 'str "because"'}, str(bot): {"role Bot": "read as assistant"}}
     main(["check", str(recipe), "--json"])
+    found = {path: {"why": 'str "so"'}, bot: {"role Bot": "read as assistant"}}
     assert json.loads(capsys.readouterr().out)["unused_columns"] == found
     main(["check", str(recipe)])  # of the cache
     said = " ".join(capsys.readouterr().out.replace("\n", "").split())
-    assert "b.jsonl: role Bot is read as assistant" in said and "rationale (str" in said
+    assert "b.jsonl: role Bot is read as assistant" in said and "why (str" in said
 
 
 def test_a_formatting_func_that_makes_no_text_is_refused(tmp_path):
-    from ma_sft import Recipe
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.labels.tokenize import label
-
+    for example in ({"instruction": "a", "output": None}, {"instruction": ["a"], "output": [None]}):
+        with pytest.raises(FormatError, match="text expected, found NoneType null"):
+            formatting_func(example)
     (tmp_path / "mine.py").write_text("def text(example):\n    return [None for _ in example['question']]\n")
-    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
     function = f"{tmp_path}/mine.py:text"
-    settings = Recipe(model_name_or_path="demo", dataset_name=str(path), formatting_func=function).resolve()
+    settings = Recipe(model_name_or_path="demo", dataset_name=path, formatting_func=function).resolve()
     with pytest.raises(FormatError, match=r"field 'row 1 by .*mine\.py:text': text expected, found NoneType null"):
         label(settings, load_tokenizer(settings)[0])
 
 
 def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
-    from ma_sft.cli import main
-
-    path = write(tmp_path / "a.jsonl", {"question": "How are you?", "answer": "I am very " + "very " * 60 + "well."})
-    recipe = tmp_path / "r.yaml"
+    row = {"question": "How are you?", "answer": "I am very " + "very " * 60 + "well."}
+    path, recipe = write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "r.yaml"
     recipe.write_text(f"model_name_or_path: demo\ndataset_name: {path}\nreport_to: none\nmax_length: 40\n")
     main(["preview", str(recipe)])
     shown = " ".join(capsys.readouterr().out.split())
@@ -609,66 +521,6 @@ def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
     assert "well." not in shown and "✂ max_length" in shown
     main(["preview", str(recipe), "--max_length", "400"])
     assert "✂" not in (shown := capsys.readouterr().out) and "well." in shown
-
-
-def test_marks_of_a_row_are_followed(tmp_path):
-    plain = {"question": "q", "answer": "a"}
-    for bad in ({"rejected": True}, {"is_correct": False}, {"is_safe": "False"}, {"weight": 0}, {"train": "no"}):
-        with pytest.raises(BadAnswer, match="marks a bad answer"):
-            to_messages({**plain, **bad})
-        with pytest.raises(BadAnswer):
-            to_messages({"text": "x", **bad}, "text")
-        good = {key: value in (False, 0, "False", "no") for key, value in bad.items()}
-        assert read_row({**plain, **good}).unused == {}
-    for other in ({"loss_mask": [0, 1]}, {"weight": 0.5}):
-        with pytest.raises(FormatError, match=rf"leave it out \(ignore: \[{next(iter(other))}\]\)"):
-            to_messages({**plain, **other})
-    for mark in ({"deleted": True}, {"is_correct": False}, {"trainable": False}):
-        row = {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]}
-        assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
-    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    path = write(tmp_path / "pairs.jsonl", pair, {**pair, "is_valid": False})
-    assert load_mixture([str(path)], kind="preference").report.stages[1].removed == {"bad answers": 1}
-    # the marks in a table are text
-    (tmp_path / "a.csv").write_text("question,answer,is_correct\nq,a,True\nr,b,False\n")
-    rows, report = load(tmp_path / "a.csv")
-    assert [row["messages"][1]["content"] for row in rows] == ["a"] and report.skipped == 1
-
-
-@pytest.mark.parametrize(
-    ("turn", "message"),
-    [
-        (assistant([{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "yes"}]), "a whole with"),
-        (assistant([{"type": "text", "text": "see", "image": "x.png"}]), "messages[1].content[0].image': only text"),
-        (assistant("a", value="b"), "content and value hold different texts"),
-        (assistant("", tool_calls=[call("f", 0)]), "a JSON object expected, found int 0"),
-        (assistant("", tool_calls=[call("f", '{"a": NaN}')]), "a number that JSON does not have"),
-        (assistant("", tool_calls=[call("f", '{"a": 1e999}')]), "a number that JSON does not have"),
-        (assistant("", tool_calls=[call("f", '{"a": 1, "a": 2}')]), "the key 'a' stands twice in one object"),
-        (assistant(" \n"), "the response is empty"),
-    ],
-)
-def test_turns_that_say_two_things_or_nothing(turn, message):
-    with pytest.raises(FormatError) as error:
-        to_messages({"messages": [user("q"), turn]})
-    assert message in str(error.value)
-
-
-def test_a_content_under_another_key_where_the_first_is_null():
-    row = {"messages": [{**user(None), "text": "q"}, {**assistant(None), "text": "a", "value": None}]}
-    assert to_messages(row) == [user("q"), assistant("a")]
-
-
-def test_two_answers_of_a_choice_must_agree():
-    row = {"question": "q", "options": ["x", "y"], "answer": "A"}
-    assert to_messages({**row, "answer_index": 0})[1] == assistant("A. x")
-    with pytest.raises(FormatError, match="'answer_index' and 'answer' mean different choices: 1, 'A'"):
-        to_messages({**row, "answer_index": 1})
-
-
-def test_the_turns_of_moss_come_by_number():
-    turns = {f"turn_{i}": {"Human": f"q{i}", "MOSS": f"a{i}"} for i in (1, 10, 2)}
-    assert [m["content"] for m in to_messages({"chat": turns})] == ["q1", "a1", "q2", "a2", "q10", "a10"]
 
 
 def test_the_tool_that_a_turn_of_chatglm_calls_is_told():
@@ -720,23 +572,3 @@ def test_results_stand_in_the_order_of_their_calls():
 def test_what_says_nothing_of_a_source_is_refused(name, more, what):
     with pytest.raises(RecipeError, match=f"{what}; remove it"):
         Source.of({"path": name, **more})
-
-
-def test_thoughts_before_a_call():
-    call_text = '<think>\nhm\n</think>\n\n{"name": "f", "arguments": {}}'
-    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": call_text}]
-    assert to_messages({"conversations": turns}) == [
-        user("q"),
-        assistant("", tool_calls=[call("f")], reasoning_content="hm"),
-    ]
-
-
-def test_steps_are_one_answer():
-    row = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
-    with pytest.raises(BadAnswer, match=r"field 'labels\[1\]': bool false marks a wrong step"):
-        to_messages(row)
-    with pytest.raises(FormatError, match="field 'labels': one for each of 2 completions"):
-        to_messages({**row, "labels": [True]})
-    with pytest.raises(FormatError, match=r"field 'completions\[1\]': text expected"):
-        to_messages({**row, "completions": ["a", 2]})
-    assert to_messages({**row, "labels": None, "step_separator": " "}) == [user("q"), assistant("a b")]

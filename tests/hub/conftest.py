@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,16 +14,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from helpers import assistant, user
 from hub.server import Hub
 
 # Imports everything once; each line of stdin is a command that a fork of it runs, with its own cache and token.
 WARM = """
-import json, os, sys
+import gc, json, os, sys
 import ma_sft, datasets, deepspeed, torch, transformers, trl, peft.tuners.lora, huggingface_hub.constants as constants
 import datasets.packaged_modules.json.json, transformers.models.qwen3.modeling_qwen3
 import ma_sft.cli, ma_sft.sft, ma_sft.hub, ma_sft.release.merge, ma_sft.tools.memory, ma_sft.training.checkpoints
 import ma_sft.training.prepare, ma_sft.pages.report, ma_sft.data.mixture
+ma_sft.config.known_settings()
 torch.set_num_threads(1)
+gc.freeze()
 for line in sys.stdin:
     command = json.loads(line)
     child = os.fork()
@@ -73,14 +78,7 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
 def chats(count: int, word: str = "sum") -> list[dict[str, Any]]:
     """Rows as Capybara's."""
     return [
-        {
-            "messages": [
-                {"role": "user", "content": f"The {word} of {n} and 1?"},
-                {"role": "assistant", "content": f"It is {n + 1}."},
-            ],
-            "source": "test",
-            "num_turns": 1,
-        }
+        {"messages": [user(f"The {word} of {n} and 1?"), assistant(f"It is {n + 1}.")], "source": "x", "num_turns": 1}
         for n in range(count)
     ]
 
@@ -93,8 +91,6 @@ def running_hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def warm(running_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    import os
-
     env = {**os.environ, **running_hub.env(tmp_path_factory.mktemp("warm")), "CUDA_VISIBLE_DEVICES": ""}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", WARM], env=env, **pipes) as process:
@@ -135,26 +131,17 @@ def ma_sft(hub: Hub, warm: subprocess.Popen[str], tmp_path: Path) -> Callable[..
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Path]:
-    """A recipe of a few quick steps as YAML."""
+    """A recipe of a few quick steps as YAML; a setting of None is left out."""
 
     def write(name: str = "recipe", **settings: Any) -> Path:
-        import yaml
-
         quick = {
-            "model_name_or_path": "tiny/model",
-            "dataset_name": "tiny/chats",
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "max_length": 128,
-            "per_device_train_batch_size": 1,
-            "report_to": "none",
-            "use_peft": True,
-            "lora_preset": "mini",
-            "bf16": False,
-            "save_strategy": "no",
+            **{"model_name_or_path": "tiny/model", "dataset_name": "tiny/chats", "output_dir": str(tmp_path / "run")},
+            **{"max_steps": 2, "max_length": 128, "per_device_train_batch_size": 1, "report_to": "none"},
+            **{"use_peft": True, "lora_preset": "mini", "bf16": False, "save_strategy": "no", "rehearse": False},
         }
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**quick, **settings}))
+        given = {key: value for key, value in {**quick, **settings}.items() if value is not None}
+        path.write_text(yaml.safe_dump(given))
         return path
 
     return write

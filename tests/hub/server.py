@@ -1,11 +1,13 @@
 """A hub on loopback: as much of the Hugging Face hub's HTTP interface as its clients need, with faults on demand."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,8 +85,16 @@ class Hub:
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Be a hub that is down for a while: connections are refused."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
     def stop(self) -> None:
-        """Be a hub that is down: connections are refused."""
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()

@@ -7,16 +7,13 @@ from hub.conftest import chats, parquet
 from patience import PATIENCE, patience
 
 
-def test_cached_and_the_hub_down(hub, data, model, ma_sft, recipe, running_hub):
+def test_cached_and_the_hub_down(hub, data, model, ma_sft, recipe):
     assert ma_sft("train", recipe()).code == 0
     warm = ma_sft("check", recipe()).seconds
-    running_hub.stop()
-    try:
+    with hub.down():
         done = ma_sft("check", recipe())
         again = ma_sft("train", recipe(), "--overwrite_output_dir", "true")
         empty = ma_sft("check", recipe(model_name_or_path="tiny/other"))
-    finally:
-        running_hub.start()
     assert done.code == again.code == 0, done.err + again.err
     assert "cannot be reached" in done.err and "going on with what is cached" in done.err
     assert "Retrying" not in done.err + again.err
@@ -34,10 +31,10 @@ def test_cached_and_a_hub_that_does_not_answer(hub, data, model, ma_sft, recipe)
     assert done.seconds < 25 * patience()  # 8 s of waiting, and what a check takes
 
 
-def test_offline_takes_the_revision_that_is_asked_for(hub, model, ma_sft, recipe, running_hub):
+def test_offline_takes_the_revision_that_is_asked_for(hub, model, ma_sft, recipe):
     """`datasets` alone would take whatever revision was cached last."""
-    hub.add("datasets", "tiny/chats", {"data/train-0.parquet": parquet(chats(5))}, branch="v1")
-    hub.add("datasets", "tiny/chats", {"data/train-0.parquet": parquet(chats(6))}, branch="v2")
+    for branch, count in (("v1", 5), ("v2", 6)):
+        hub.add("datasets", "tiny/chats", {"data/train-0.parquet": parquet(chats(count))}, branch=branch)
 
     def rows(revision):
         done = ma_sft("check", recipe(dataset_name=f"tiny/chats@{revision}"), "--json")
@@ -45,11 +42,8 @@ def test_offline_takes_the_revision_that_is_asked_for(hub, model, ma_sft, recipe
         return json.loads(done.out)["rows"]
 
     assert [rows("v1"), rows("v2")] == [5, 6]
-    running_hub.stop()
-    try:
+    with hub.down():
         assert [rows("v1"), rows("v2")] == [5, 6]
-    finally:
-        running_hub.start()
 
 
 @pytest.mark.slow

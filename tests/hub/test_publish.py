@@ -37,8 +37,7 @@ def test_an_adapter_with_its_card(hub, data, model, ma_sft, recipe, tmp_path):
 
 
 def test_a_whole_model(hub, data, model, ma_sft, recipe):
-    path = recipe(push_to_hub=True, use_peft=False)
-    path.write_text(path.read_text().replace("lora_preset: mini\n", ""))
+    path = recipe(push_to_hub=True, use_peft=False, lora_preset=None)
     done = ma_sft("train", path, "--name", "whole", token=TOKEN)
     assert done.code == 0, done.err
     files, _ = published(hub, "me/whole")

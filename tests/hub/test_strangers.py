@@ -78,8 +78,7 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(hub, data, ma_sft, recipe
 
 
 def test_code_of_a_tokenizer(hub, data, ma_sft, recipe, tiny_bpe, tmp_path):
-    folder = tmp_path / "custom"
-    shutil.copytree(tiny_bpe, folder)
+    folder = shutil.copytree(tiny_bpe, tmp_path / "custom")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -102,16 +101,12 @@ class Evil:
 
 
 def test_pickles(hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path):
-    files = {path.name: path.read_bytes() for path in tiny_bpe.iterdir() if path.suffix != ".safetensors"}
-    hub.add("models", "tiny/pickled", {**files, "pytorch_model.bin": pickle.dumps(Evil())})
-    folder = tmp_path / "pickled"
-    folder.mkdir()
-    for name, content in {**files, "pytorch_model.bin": pickle.dumps(Evil())}.items():
-        (folder / name).write_bytes(content)
+    folder = shutil.copytree(tiny_bpe, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    hub.add("models", "tiny/pickled", folder)
     for where, peft in (("tiny/pickled", True), (str(folder), False)):
-        path = recipe(model_name_or_path=where, overwrite_output_dir=True, use_peft=peft)
-        path.write_text(path.read_text() if peft else path.read_text().replace("lora_preset: mini\n", ""))
-        done = ma_sft("train", path)
+        adapter = {"use_peft": peft, "lora_preset": "mini" if peft else None}
+        done = ma_sft("train", recipe(model_name_or_path=where, overwrite_output_dir=True, **adapter))
         refused(done, where, "pickles can carry code")
         assert "0/2" not in done.err  # before step one
         refused(ma_sft("chat", where, "--prompt", "Hi"), "pickles can carry code")
@@ -121,9 +116,8 @@ def test_pickles(hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path):
     (tmp_path / "run/adapter/adapter_model.bin").write_bytes(pickle.dumps(Evil()))
     refused(ma_sft("merge", "run/adapter", "-o", "again"), "adapter_model.bin")
     refused(ma_sft("chat", "run/adapter", "--prompt", "Hi"), "adapter_model.bin")
-    more = recipe("more", adapter_name_or_path="run/adapter", output_dir=str(tmp_path / "more"))
-    more.write_text(more.read_text().replace("lora_preset: mini\n", ""))
-    refused(ma_sft("train", more), "adapter_model.bin")
+    more = {"adapter_name_or_path": "run/adapter", "output_dir": str(tmp_path / "more"), "lora_preset": None}
+    refused(ma_sft("train", recipe("more", **more)), "adapter_model.bin")
     assert not (tmp_path / "ran").exists()
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from helpers import load_tokenizer
+from helpers import assistant, load_tokenizer, user, write_rows
 from transformers import DataCollatorForLanguageModeling
 from trl import SFTConfig, SFTTrainer
 
@@ -16,10 +16,8 @@ from ma_sft.labels.verify import runs
 
 CHATS = [
     [
-        {"role": "user", "content": f"What is {n} plus {n}?"},
-        {"role": "assistant", "content": f"It is {n + n},\nnaturally."},
-        {"role": "user", "content": "Thanks!"},
-        {"role": "assistant", "content": "You are welcome. " * (n % 3 + 1)},
+        *(user(f"What is {n} plus {n}?"), assistant(f"It is {n + n},\nnaturally.")),
+        *(user("Thanks!"), assistant("You are welcome. " * (n % 3 + 1))),
     ]
     for n in range(8)
 ]
@@ -110,81 +108,67 @@ def test_a_collator_that_masks_the_end_with_the_padding_is_found(model, tmp_path
 
 def prepared(chats, change=lambda ids, labels: (ids, labels)):
     tokenizer = load_tokenizer("smollm2")
-    ids, labels = [], []
+    rows = []
     for chat in chats:
-        row = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-        masked = [-100] * len(row)
+        ids = tokenizer.apply_chat_template(chat, return_dict=False)
+        labels = [-100] * len(ids)
         for k in (1, 3):
-            begin, end = (
-                len(
-                    tokenizer.apply_chat_template(chat[:n], add_generation_prompt=n == k, return_dict=True)["input_ids"]
-                )
-                for n in (k, k + 1)
-            )
-            masked[begin : end - 1] = row[begin : end - 1]
-        row, masked = change(row, masked)
-        ids.append(row)
-        labels.append(masked)
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]})
+            begin = len(tokenizer.apply_chat_template(chat[:k], add_generation_prompt=True, return_dict=False))
+            end = len(tokenizer.apply_chat_template(chat[: k + 1], return_dict=False)) - 1
+            labels[begin:end] = ids[begin:end]
+        ids, labels = change(ids, labels)
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    return Dataset.from_list(rows)
 
 
 def test_a_folder_is_judged_with_and_without_its_rows(tmp_path, capsys, smollm2):
     prepared(CHATS).save_to_disk(tmp_path / "prepared" / "0123")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    rows = write_rows(tmp_path / "rows.jsonl", ({"messages": chat} for chat in CHATS))
     assert audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).verdict.startswith("every label is right")
-    command = ["audit", str(tmp_path / "prepared"), "--tokenizer", str(smollm2), "--rows", str(rows)]
+    command = ["audit", str(tmp_path / "prepared"), "--tokenizer", str(smollm2), "--rows", rows]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["proven"] is True
-    other = [[chat[0], {**chat[1], "content": "It is what it is."}, *chat[2:]] for chat in CHATS]
-    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in other))
+    other = assistant("It is what it is.")
+    write_rows(tmp_path / "rows.jsonl", ({"messages": [chat[0], other, *chat[2:]]} for chat in CHATS))
     assert main(command) == 1  # the data hold another answer than the rows
     shown = capsys.readouterr().out
     assert "unlike the template" in shown and "naturally" in shown
 
 
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        (lambda ids, labels: (ids, [*labels[1:], -100]), "foreign labels"),
-        (lambda ids, labels: (ids[1:], labels[1:]), "unlike inference"),
-        (lambda ids, labels: (ids, list(ids)), "unlike inference"),
-        (lambda ids, labels: (ids[:-2], labels[:-2]), "missing end token"),
-        (lambda ids, labels: ([*ids, ids[-2]], [*labels[:-1], *ids[-1:], ids[-2]]), "trained past the end"),
-    ],
-)
-def test_each_fault_of_a_folder_is_found_without_its_rows(tmp_path, change, code):
-    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
-    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
-    assert code in {finding.code for finding in report.errors} and "wrong" in report.verdict
+def early(tokens):
+    """A change after which each stretch of labels begins so many tokens earlier."""
 
+    def change(ids, labels):
+        trained = {at for begin, end in runs(labels) for at in range(begin - tokens, end)}
+        return ids, [index if at in trained else -100 for at, index in enumerate(ids)]
 
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (lambda ids, labels: (ids, list(ids)), "user tokens are trained (100% of the row); before message "),
-        (lambda ids, labels: (ids, early(ids, labels, 2)), "labels begin 2 tokens early; before message "),
-        (lambda ids, labels: (ids, early(ids, labels, -1)), "labels begin 1 tokens late; before message "),
-        (lambda ids, labels: (ids, holed(ids, labels)), "tokens inside a turn are not trained; before message "),
-        (lambda ids, labels: (ids, [*labels[:-2], -100, -100]), "the end token is not trained; "),
-    ],
-)
-def test_the_fault_is_said_first_in_the_users_words(tmp_path, change, fault):
-    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
-    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
-    assert any(finding.message.startswith(fault) for finding in report.errors), report.errors
-    assert all("(row 0; " in finding.message for finding in report.errors)
-
-
-def early(ids, labels, tokens):
-    """Labels of which each stretch begins so many tokens earlier."""
-    trained = {at for begin, end in runs(labels) for at in range(begin - tokens, end)}
-    return [index if at in trained else -100 for at, index in enumerate(ids)]
+    return change
 
 
 def holed(ids, labels):
     begin, _ = next(runs(labels))
-    return [-100 if at == begin + 1 else label for at, label in enumerate(labels)]
+    return ids, [-100 if at == begin + 1 else label for at, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "fault"),
+    [
+        (lambda ids, labels: (ids, [*labels[1:], -100]), "foreign labels", ""),
+        (lambda ids, labels: (ids[1:], labels[1:]), "unlike inference", ""),
+        (lambda ids, labels: (ids[:-2], labels[:-2]), "missing end token", ""),
+        (lambda ids, labels: ([*ids, ids[-2]], [*labels[:-1], *ids[-1:], ids[-2]]), "trained past the end", ""),
+        (lambda ids, labels: (ids, list(ids)), "unlike inference", "user tokens are trained (100% of the row); before"),
+        (early(2), "unlike inference", "labels begin 2 tokens early; before message "),
+        (early(-1), "", "labels begin 1 tokens late; before message "),
+        (holed, "", "tokens inside a turn are not trained; before message "),
+        (lambda ids, labels: (ids, [*labels[:-2], -100, -100]), "", "the end token is not trained; "),
+    ],
+)
+def test_each_fault_of_a_folder_is_found_without_its_rows_and_said_in_the_users_words(tmp_path, change, code, fault):
+    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
+    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
+    assert any(f.message.startswith(fault) and f.code.startswith(code) for f in report.errors), report.errors
+    assert "wrong" in report.verdict and (not fault or all("(row 0; " in f.message for f in report.errors))
 
 
 def test_what_cannot_be_read_back_is_not_proven(tmp_path):

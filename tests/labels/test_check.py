@@ -6,18 +6,18 @@ import re
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import TOKENIZERS, load_tokenizer
-from real_tokenizers import _load_tokenizer
+from helpers import TOKENIZERS, assistant, load_tokenizer, system, user, write_rows
 from rich.console import Console
 
 from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
+from ma_sft.labels import check as check_module
 from ma_sft.labels.check import BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
 from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
 from ma_sft.labels.tokenize import label
 from ma_sft.packing.truncation import label_runs, truncate
-from ma_sft.pages.preview import preview_html, show_rows
+from ma_sft.pages.preview import preview_html
 from ma_sft.training.prepare import check_as_trained
 
 CHATS = [
@@ -27,12 +27,12 @@ CHATS = [
 ]
 
 
-def chat(*texts: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+def chat(*texts: str) -> list[dict[str, object]]:
+    return [(user, assistant)[n % 2](text) for n, text in enumerate(texts)]
 
 
 def labelled(name: str, **settings) -> tuple[Dataset, Dataset, ChatEncoder]:
-    encoder = ChatEncoder(_load_tokenizer(name), **settings)
+    encoder = ChatEncoder(load_tokenizer(name), **settings)
     conversations = Dataset.from_dict({"messages": [chat(*texts) for texts in CHATS]})
     return tokenised(encoder, conversations), conversations, encoder
 
@@ -44,15 +44,11 @@ def tokenised(encoder: ChatEncoder, conversations: Dataset) -> Dataset:
 
 
 def test_several_processes_find_what_one_finds():
-    encoder = ChatEncoder(_load_tokenizer("smollm2"))
-    chats = [chat(f"q{n}", f"a{n}") for n in range(250)]
-    conversations = Dataset.from_dict({"messages": chats, "origin": [f"line {n}" for n in range(250)]})
-    wrong = broken(
-        tokenised(encoder, conversations), 170, lambda ids, labels: (ids[:4] + ids[5:], labels[:4] + labels[5:])
-    )
-    one, two = (
-        check_dataset(wrong, encoder.tokenizer, conversations=conversations, num_proc=n).to_json() for n in (1, 2)
-    )
+    encoder = ChatEncoder(load_tokenizer("smollm2"))
+    conversations = Dataset.from_list([{"messages": chat(f"q{n}", f"a{n}"), "origin": f"line {n}"} for n in range(250)])
+    wrong = broken(tokenised(encoder, conversations), 170, without_a_token)
+    tokenizer = encoder.tokenizer
+    one, two = (check_dataset(wrong, tokenizer, conversations=conversations, num_proc=n).to_json() for n in (1, 2))
     assert one == two and "line 170: " in one and json.loads(one)["judged_rows"] == 250
 
 
@@ -80,21 +76,23 @@ def broken(rows: Dataset, row: int, change) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def without_a_token(ids, labels):
+    return ids[:4] + ids[5:], labels[:4] + labels[5:]
+
+
 @pytest.mark.parametrize(
     ("code", "change"),
     [
         ("no labels", lambda ids, labels: (ids, [-100] * len(ids))),
         ("foreign labels", lambda ids, labels: (ids, [*labels[1:], -100])),
         ("missing end token", lambda ids, labels: (ids[:-2], labels[:-2])),
-        ("unlike inference", lambda ids, labels: (ids[:4] + ids[5:], labels[:4] + labels[5:])),
+        ("unlike inference", without_a_token),
     ],
 )
 def test_each_wrong_row_is_an_error_with_its_number(code, change):
     rows, conversations, encoder = labelled("smollm2")
-    wrong = broken(rows, 1, change)
-    report = check_dataset(wrong, encoder.tokenizer, conversations=conversations)
-    finding = next(f for f in report.errors if f.code == code)
-    assert finding.rows == [1]
+    report = check_dataset(broken(rows, 1, change), encoder.tokenizer, conversations=conversations)
+    assert next(f for f in report.errors if f.code == code).rows == [1]
     with pytest.raises(LabelError, match=code):
         report.raise_errors()
     assert json.loads(report.to_json())["ok"] is False
@@ -135,8 +133,8 @@ def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():
 
 def check_recipe(folder, rows, **recipe):
     """The check of a recipe's rows, as `ma-sft check` runs it."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = Recipe(dataset_name=str(folder / "rows.jsonl"), use_cpu=True, **recipe).resolve()
+    path = write_rows(folder / "rows.jsonl", rows)
+    settings = Recipe(dataset_name=path, use_cpu=True, **recipe).resolve()
     tokenizer, _ = load_recipes_tokenizer(settings)
     return check_as_trained(settings, tokenizer, label(settings, tokenizer))
 
@@ -152,8 +150,8 @@ def check_recipe(folder, rows, **recipe):
     ],
 )
 def test_a_prompt_longer_than_max_length_is_counted_as_it_is_trained(tmp_path, smollm2, settings, codes):
-    chat = [{"role": "user", "content": "why? " * 100}, {"role": "assistant", "content": "So."}]
-    report = check_recipe(tmp_path, [{"messages": chat}], model_name_or_path=str(smollm2), max_length=64, **settings)
+    row = {"messages": chat("why? " * 100, "So.")}
+    report = check_recipe(tmp_path, [row], model_name_or_path=str(smollm2), max_length=64, **settings)
     assert {finding.code for finding in report.errors} == codes
     if not codes:
         assert (report.turns, report.lost_rows, report.cut_turns, report.proven_turns) == (1, 0, 0, 1)
@@ -171,25 +169,30 @@ def test_a_finding_names_lines_of_the_file_though_rows_are_shuffled(tmp_path, sm
     assert json.loads(report.to_json())["findings"][-1]["places"] == finding.places
 
 
-def shown(report) -> str:
+def shown(what) -> str:
     console = Console(force_terminal=True, width=200, color_system="standard", legacy_windows=False)
     with console.capture() as capture:
-        console.print(report)
-    return capture.get().rstrip().splitlines()[-1]
+        console.print(what)
+    return capture.get().rstrip()
 
 
 def test_the_verdict_says_what_was_proven_and_what_was_not(smollm2):
     rows, conversations, encoder = labelled("smollm2")
     tokenizer, lengths = encoder.tokenizer, [len(ids) for ids in rows["input_ids"]]
-    whole = check_dataset(rows, tokenizer, conversations=conversations)
-    assert whole.verdict == "every label is right: all 3 rows were verified" and "\x1b[32m" in shown(whole)
-    cut = check_dataset(rows, tokenizer, conversations=conversations, kept=kept(lengths, max(lengths) - 2))
-    assert "right, but turns lose their end (1): all 3 rows" in cut.verdict and "\x1b[33m" in shown(cut)
-    gone = check_dataset(rows, tokenizer, conversations=conversations, kept=kept(lengths, sorted(lengths)[1], "drop"))
-    assert gone.verdict == "every label is right: all 2 rows were verified"  # those that are trained
-    part = check_dataset(rows, tokenizer, conversations=conversations.select([0, 0, 0]), sample=None)
-    assert part.verdict == "labels are wrong" and "\x1b[1;31m" in shown(part)
-    assert "not proven: no row was verified" in check_dataset(rows, tokenizer).verdict
+
+    def said(conversations=conversations, **settings):
+        report = check_dataset(rows, tokenizer, conversations=conversations, **settings)
+        return report.verdict, shown(report).splitlines()[-1]
+
+    verdict, line = said()
+    assert verdict == "every label is right: all 3 rows were verified" and "\x1b[32m" in line
+    verdict, line = said(kept=kept(lengths, max(lengths) - 2))
+    assert "right, but turns lose their end (1): all 3 rows" in verdict and "\x1b[33m" in line
+    verdict, _ = said(kept=kept(lengths, sorted(lengths)[1], "drop"))
+    assert verdict == "every label is right: all 2 rows were verified"  # those that are trained
+    verdict, line = said(conversations.select([0, 0, 0]), sample=None)
+    assert verdict == "labels are wrong" and "\x1b[1;31m" in line
+    assert "not proven: no row was verified" in said(None)[0]
 
 
 def test_a_sample_is_not_called_every_label():
@@ -211,14 +214,11 @@ def test_a_sample_is_not_called_every_label():
 )
 def test_text_that_the_template_writes_by_itself_is_said_once(name, text):
     tokenizer = load_tokenizer(name)
-    system = [{"role": "system", "content": "Be brief."}]
-    conversations = Dataset.from_dict({"messages": [chat("Hi", "Hello"), system + chat("a", "b"), chat("c", "d")]})
+    chats = [chat("Hi", "Hello"), [system("Be brief."), *chat("a", "b")], chat("c", "d")]
+    conversations = Dataset.from_dict({"messages": chats})
     rows = tokenised(ChatEncoder(tokenizer), conversations)
-    found = [
-        finding
-        for finding in check_dataset(rows, tokenizer, conversations=conversations).warnings
-        if finding.code == "default system prompt"
-    ]
+    warnings = check_dataset(rows, tokenizer, conversations=conversations).warnings
+    found = [finding for finding in warnings if finding.code == "default system prompt"]
     assert [(finding.count, finding.rows) for finding in found] == ([(2, [0, 2])] if text else [])
     assert all(text in finding.message and finding.message.count("You are") == 1 for finding in found)
 
@@ -248,13 +248,6 @@ def test_the_collators_report_becomes_findings():
         assert "did you mean response_template='### Answer:'" in finding.message
 
 
-def test_a_text_without_end_token_never_learns_to_stop():
-    tokenizer = _load_tokenizer("smollm2")
-    ids = tokenizer("###Question: a\n###Answer: b")["input_ids"]
-    rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * (len(ids) - 1) + ids[-1:]]})
-    assert codes(check_dataset(rows, tokenizer).errors) == {"missing end token"}
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_pieces_are_the_row_cut_up(name):
     rows, _, encoder = labelled(name)
@@ -268,7 +261,7 @@ def test_pieces_are_the_row_cut_up(name):
 
 
 def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     (example,) = ChatEncoder(tokenizer).encode([chat("<script>alert(1)</script>", "<b>no</b>")])[0]
     page = preview_html([{"input_ids": example.input_ids, "labels": example.labels}], tokenizer, title="a & b")
     body = page[page.index("<pre ") :]
@@ -280,39 +273,32 @@ def test_html_shows_trained_text_boxes_control_tokens_and_escapes():
 
 
 def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     (example,) = ChatEncoder(tokenizer).encode([chat("\x1b[31mred", "fine")])[0]
-    console = Console(force_terminal=True, width=100, color_system="standard", legacy_windows=False)
-    with console.capture() as capture:
-        rows = [{"input_ids": example.input_ids, "labels": example.labels}]
-        console.print(preview_text(rows, tokenizer, borders=True))
-    output = capture.get()
+    rows = [{"input_ids": example.input_ids, "labels": example.labels}]
+    output = shown(preview_text(rows, tokenizer, borders=True))
     assert "\x1b[31mred" not in output and "│" in output
     assert re.search(r"\x1b\[1;32mfine", output) and re.search(r"\x1b\[2mred", output)
 
 
-def test_preview_writes_the_page(tmp_path):
-    rows, _, encoder = labelled("smollm2")
-    show_rows(rows, encoder.tokenizer, n=2, html=tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<pre ") == 2
-
-
-def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged():
-    tokenizer = load_tokenizer("smollm2")
+def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged(monkeypatch):
+    tokenizer, odd = load_tokenizer("smollm2"), 151
     chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
-    ids = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-    at = [
-        len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
-        for chat in chats
-    ]
+    ids = [tokenizer.apply_chat_template(turns, return_dict=False) for turns in chats]
+    at = [len(tokenizer.apply_chat_template(c[:1], add_generation_prompt=True, return_dict=False)) for c in chats]
+    at[odd] -= 2  # the header is trained
     labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
-    odd = 151
-    labels[odd] = [-100] * (at[odd] - 2) + ids[odd][at[odd] - 2 : -1] + [-100]  # the header is trained
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    report = check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), sample=10)
+    conversations = Dataset.from_dict({"messages": chats})
+    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
     assert 11 <= report.judged_rows <= 20  # each of two shapes, and ten at random
+    assert "10 at random, and each of 2 shapes at least 5 times or wholly" in report.judged
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
+    monkeypatch.setattr(check_module, "BY_SHAPE", 5)
+    rows = rows.add_column("shape", [str(n) for n in range(300)])  # as where each conversation has many calls
+    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
+    assert f"10 at random, and {report.judged_rows} of 300 shapes at least once" in report.judged
 
 
 def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
@@ -328,4 +314,3 @@ def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
 def test_a_fault_in_half_a_percent_of_rows_is_in_the_sample_with_99_percent():
     found = [bool((draw_sample(np.zeros(20_000, dtype=np.uint64), 1_000) % 200 == k).any()) for k in range(200)]
     assert sum(found) >= 196
-    assert (1 - 0.005) ** 1_000 < 0.01

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZERS, load_tokenizer
-from real_tokenizers import _load_tokenizer
+from helpers import TOKENIZERS, assistant, load_tokenizer, user, write_rows
 from transformers import PreTrainedTokenizerBase
 
 from ma_sft import DataCollatorForCompletionOnlyLM, Recipe, ResponseTemplateError, tokenize_conversation
@@ -34,6 +33,21 @@ def trained(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> str:
     return text
 
 
+def collator_for(name, response="###Answer:", instruction=None, **settings):
+    tokenizer = load_tokenizer(name)
+    return tokenizer, DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer, **settings)
+
+
+def learned(name, text, response="###Answer:", instruction=None):
+    """What is trained of a text, which an end token follows."""
+    tokenizer, collator = collator_for(name, response, instruction)
+    return trained(tokenizer, collator.labels_for(encode(tokenizer, text)))
+
+
+ASSISTANT, HUMAN = "### Assistant:", "### Human:"
+IM = ("<|im_start|>assistant\n", "<|im_start|>user\n")
+
+
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['tokenizer']}-{c['case']}")
 def test_same_batch_as_trl_0(case):
     tokenizer = load_tokenizer(case["tokenizer"])
@@ -46,11 +60,14 @@ def test_same_batch_as_trl_0(case):
 
 
 def test_positional_tokenizer_and_padding_multiple():
-    tokenizer = _load_tokenizer("qwen3")
+    tokenizer = load_tokenizer("qwen3")
     collator = DataCollatorForCompletionOnlyLM("###Answer:", None, tokenizer, pad_to_multiple_of=16)
     batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
     assert batch["input_ids"].shape == (1, 16) and batch["input_ids"].dtype == torch.int64
     assert trained(tokenizer, batch["labels"][0].tolist()) == " b<|im_end|>|"
+    numpy = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, return_tensors="np")
+    labels = numpy([encode(tokenizer, "###Question: a\n###Answer: b")])["labels"]
+    assert trained(tokenizer, labels[0].tolist()) == " b<|im_end|>|"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -59,7 +76,7 @@ def test_positional_tokenizer_and_padding_multiple():
     ["###Answer:", "\n###Answer:", "### Answer:", "\n#ASSISTANT:", "### Response:\n", "回答：", "###Answer: "],
 )
 def test_a_template_is_found_whatever_merged_in_front(name, template):
-    tokenizer = _load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     collator = DataCollatorForCompletionOnlyLM(template, tokenizer=tokenizer)
     for before in ("Hi", "Hi.", "Hi.\n", "Hi.\n\n", "Hi ", "你好。", "", "😀\n"):
         text = before + template + ("The end" if template[-1].isspace() else " The end")
@@ -69,8 +86,7 @@ def test_a_template_is_found_whatever_merged_in_front(name, template):
 
 
 def test_a_border_inside_a_token_masks_that_token_and_is_reported():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    tokenizer, collator = collator_for("qwen3")
     ids = encode(tokenizer, "###Question: x\n###Answer:The end")
     assert tokenizer.decode([ids[-3]]) == ":The"
     assert trained(tokenizer, collator.labels_for(ids)) == " end<|im_end|>|"
@@ -78,30 +94,23 @@ def test_a_border_inside_a_token_masks_that_token_and_is_reported():
     assert (report.found, report.merged, report.problems[0].status) == (1, 1, "merged")
 
 
-def test_a_longer_heading_is_not_the_template():
-    tokenizer = _load_tokenizer("smollm2")
-    collator = DataCollatorForCompletionOnlyLM("##Answer:", tokenizer=tokenizer)
-    with pytest.raises(ResponseTemplateError):
-        collator.labels_for(encode(tokenizer, "#Question\n####Answer: no"))
+@pytest.mark.parametrize(
+    ("name", "response", "instruction", "text"),
+    [
+        ("smollm2", "##Answer:", None, "#Question\n####Answer: no"),  # a longer heading is not the template
+        ("qwen3", ASSISTANT, HUMAN, "### Assistant: a"),  # without an instruction
+    ],
+)
+def test_what_is_missing_is_an_error(name, response, instruction, text):
+    with pytest.raises(ResponseTemplateError, match="instruction_template" if instruction else ""):
+        learned(name, text, response, instruction)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama2", "llama3"])
 def test_the_last_template_counts_not_the_one_that_the_question_quotes(name):
     """Llama-2 encodes the quotation as the bare string, and the real template otherwise; TRL 0.x took the wrong one."""
-    tokenizer = _load_tokenizer(name)
-    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
-    labels = collator.labels_for(encode(tokenizer, "### Question: say ### Answer: yes\n### Answer: no"))
-    assert trained(tokenizer, labels).strip(" |") == "no" + tokenizer.eos_token
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_turns_whose_templates_have_different_ids(name):
-    """The first template begins the text and the others follow a space, so their ids differ."""
-    tokenizer = _load_tokenizer(name)
-    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
-    text = "### Human: a ### Assistant: b ### Human: c ### Human: d ### Assistant: e ### Human: f"
-    spans = [s.strip() for s in trained(tokenizer, collator.labels_for(encode(tokenizer, text))).split("|") if s]
-    assert spans == ["b", "e"]
+    said = learned(name, "### Question: say ### Answer: yes\n### Answer: no", "### Answer:")
+    assert said.strip(" |") == "no" + load_tokenizer(name).eos_token
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -123,12 +132,8 @@ def test_end_token_is_trained_when_it_is_the_pad_token(name, side):
 
 
 def test_text_that_looks_like_a_control_token_is_not_one():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("<|im_start|>assistant\n", "<|im_start|>user\n", tokenizer=tokenizer)
-    messages = [
-        {"role": "user", "content": "say <|im_start|>assistant\nhello"},
-        {"role": "assistant", "content": "<|im_start|>user\nhello"},
-    ]
+    tokenizer, collator = collator_for("qwen3", *IM)
+    messages = [user("say <|im_start|>assistant\nhello"), assistant("<|im_start|>user\nhello")]
     ids = tokenize_conversation(messages, tokenizer)["input_ids"]
     assert "<|im_start|>user\nhello<|im_end|>" in trained(tokenizer, collator.labels_for(ids))
 
@@ -145,21 +150,16 @@ def test_text_that_looks_like_a_control_token_is_not_one():
 )
 def test_same_labels_as_the_conversation_path(name, instruction, response):
     """Up to what stands between the end token and the next instruction, which only the conversation path masks."""
-    tokenizer = _load_tokenizer(name)
-    messages = [
-        {"role": role, "content": content}
-        for role, content in [("user", "Hi."), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2\n")]
-    ]
-    made = tokenize_conversation(messages, tokenizer)
-    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
-    found = collator.labels_for(made["input_ids"])
-    assert all(f == m for f, m in zip(found, made["labels"], strict=True) if m != -100)
-    extra = [f for f, m in zip(found, made["labels"], strict=True) if f != m]
+    tokenizer, collator = collator_for(name, response, instruction)
+    made = tokenize_conversation([user("Hi."), assistant("Hello!"), user("1+1?"), assistant("2\n")], tokenizer)
+    pairs = list(zip(collator.labels_for(made["input_ids"]), made["labels"], strict=True))
+    assert all(found == label for found, label in pairs if label != -100)
+    extra = [found for found, label in pairs if found != label]
     assert tokenizer.decode(extra, skip_special_tokens=True).strip() == ""
 
 
 def test_labels_that_mask_something_are_kept_and_a_plain_copy_is_not():
-    tokenizer = _load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     ids = encode(tokenizer, "###Question: a\n###Answer: b")
     collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, ignore_index=-1)
     packed, labels = ids + ids, collator.labels_for(ids) * 2
@@ -169,8 +169,7 @@ def test_labels_that_mask_something_are_kept_and_a_plain_copy_is_not():
 
 
 def test_a_missing_template_names_row_ids_place_and_remedy():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    tokenizer, collator = collator_for("qwen3")
     good, bad = encode(tokenizer, "###Answer: a"), encode(tokenizer, "###Question: a\n### Answer: b")
     near = tokenizer.encode("### Answer:")
     with pytest.raises(ResponseTemplateError) as error:
@@ -183,7 +182,7 @@ def test_a_missing_template_names_row_ids_place_and_remedy():
 
 def test_ids_that_do_not_match_the_context_get_the_ids_that_do():
     """MA-RLHF's `encode("###Answer:")` on Llama-2: the bare string has a space token that the row does not."""
-    tokenizer = _load_tokenizer("llama2")
+    tokenizer = load_tokenizer("llama2")
     row = encode(tokenizer, "###Question: a\n###Answer: b")
     bare = tokenizer.encode("###Answer:", add_special_tokens=False)
     collator = DataCollatorForCompletionOnlyLM(bare, tokenizer=tokenizer)
@@ -197,57 +196,35 @@ def test_ids_that_do_not_match_the_context_get_the_ids_that_do():
 
 
 def test_on_missing_mask_counts_and_warns():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, on_missing="mask")
+    tokenizer, collator = collator_for("qwen3", on_missing="mask")
     with pytest.warns(UserWarning, match="does not occur"):
         batch = collator([{"input_ids": encode(tokenizer, t)} for t in ("no", "###Answer: yes", "neither")])
     assert collator.missing_rows == 2
     assert (batch["labels"] != -100).any(dim=1).tolist() == [False, True, False]
 
 
-def test_a_row_without_an_instruction_is_missing_too():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
-    with pytest.raises(ResponseTemplateError, match="instruction_template"):
-        collator.labels_for(encode(tokenizer, "### Assistant: a"))
-
-
 def test_check_counts_every_row():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer)
+    tokenizer, collator = collator_for("qwen3")
     texts = ["###Question: a\n###Answer: b", "no template", "###Question: a\n###Answer: b\n###Answer: c"]
-    rows = [{"input_ids": encode(tokenizer, text)} for text in texts]
-    rows.append({"input_ids": tokenizer.encode("###Question: cut\n###Answer:")})
-    report = collator.check(rows)
+    rows = [*(encode(tokenizer, text) for text in texts), tokenizer.encode("###Question: cut\n###Answer:")]
+    report = collator.check([{"input_ids": ids} for ids in rows])
     assert (report.rows, report.found, report.missing, report.nothing_left, report.ambiguous) == (4, 2, 1, 1, 1)
-    assert not report.ok and {p.row: p.status for p in report.problems} == {
-        1: "missing",
-        2: "ambiguous",
-        3: "nothing_left",
-    }
+    statuses = {problem.row: problem.status for problem in report.problems}
+    assert not report.ok and statuses == {1: "missing", 2: "ambiguous", 3: "nothing_left"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"response_template": ""}, "empty"),
+        ({"response": ""}, "empty"),
         ({"mlm": True}, "mlm"),
-        ({"instruction_template": "###Answer:"}, "are both"),  # all would be trained
-        ({"response_template": [2, 3], "instruction_template": [2, 3]}, "are both"),
+        ({"instruction": "###Answer:"}, "are both"),  # all would be trained
+        ({"response": [2, 3], "instruction": [2, 3]}, "are both"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        DataCollatorForCompletionOnlyLM(
-            **{"response_template": "###Answer:", "tokenizer": load_tokenizer("qwen3")} | arguments
-        )
-
-
-def test_numpy_batches_are_labelled_too():
-    tokenizer = _load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("###Answer:", tokenizer=tokenizer, return_tensors="np")
-    batch = collator([encode(tokenizer, "###Question: a\n###Answer: b")])
-    assert trained(tokenizer, batch["labels"][0].tolist()) == " b<|im_end|>|"
+        collator_for("qwen3", **arguments)
 
 
 CASES = json.loads((Path(__file__).parents[1] / "files" / "response_cases.json").read_text(encoding="utf-8"))["cases"]
@@ -256,11 +233,9 @@ CASES = json.loads((Path(__file__).parents[1] / "files" / "response_cases.json")
 @pytest.mark.parametrize("case", [c for c in CASES if "trained" in c], ids=lambda case: case["name"])
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
 def test_a_quoted_template_is_no_border_or_reported(name, case):
-    tokenizer = load_tokenizer(name)
-    collator = DataCollatorForCompletionOnlyLM("### Assistant:", "### Human:", tokenizer=tokenizer)
-    ids = encode(tokenizer, case["text"])
-    runs = trained(tokenizer, collator.labels_for(ids)).replace(tokenizer.eos_token, "").split("|")[:-1]
-    report = collator.check([{"input_ids": ids}])
+    tokenizer, collator = collator_for(name, ASSISTANT, HUMAN)
+    runs = learned(name, case["text"], ASSISTANT, HUMAN).replace(tokenizer.eos_token, "").split("|")[:-1]
+    report = collator.check([{"input_ids": encode(tokenizer, case["text"])}])
     (problem,) = [problem for problem in report.problems if problem.status == "ambiguous"]
     assert report.ambiguous == 1 and problem.text.startswith(("2 response templates", "an instruction"))
     if "or" not in case:  # without an end token of its own, a turn ends where the next instruction begins
@@ -270,8 +245,7 @@ def test_a_quoted_template_is_no_border_or_reported(name, case):
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
 def test_advice_would_not_train_the_question(name):
     case = next(c for c in CASES if c["name"] == "cut-before-the-answer")
-    tokenizer = load_tokenizer(name)
-    collator = DataCollatorForCompletionOnlyLM(case["response_template"], tokenizer=tokenizer)
+    tokenizer, collator = collator_for(name, case["response_template"])
     with pytest.raises(ResponseTemplateError, match="cut off before its response") as error:
         collator.labels_for(tokenizer(case["text"], add_special_tokens=False)["input_ids"])
     assert "did you mean" not in str(error.value)
@@ -281,17 +255,11 @@ def test_advice_would_not_train_the_question(name):
 def test_clean_conversations_pass_the_check(tmp_path, smollm2, end):
     """A turn's end token that the function's own text spells is one where the recipe says so."""
     case = next(c for c in CASES if c["name"] == "clean-multi-turn-recipe")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": case["text"] + end.strip()}) + "\n")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": case["text"] + end.strip()}])
     (tmp_path / "form.py").write_text("def text(batch):\n    return batch['text']\n")
-    settings = Recipe(
-        model_name_or_path=str(smollm2),
-        dataset_name=str(tmp_path / "rows.jsonl"),
-        formatting_func=f"{tmp_path / 'form.py'}:text",
-        response_template="### Assistant:",
-        instruction_template="### Human:",
-        eos_token="<|im_end|>",
-        use_cpu=True,
-    ).resolve()
+    places = {"model_name_or_path": str(smollm2), "dataset_name": rows, "formatting_func": f"{tmp_path}/form.py:text"}
+    templates = {"response_template": ASSISTANT, "instruction_template": HUMAN, "eos_token": "<|im_end|>"}
+    settings = Recipe(**places, **templates, use_cpu=True).resolve()
     tokenizer, _ = load_recipes_tokenizer(settings)
     labelled = label_rows(settings, tokenizer)
     assert not check(settings, tokenizer, labelled).errors
@@ -322,53 +290,38 @@ def test_ids_that_are_set_later_are_looked_for():
     ],
 )
 def test_what_is_no_row_is_refused(row):
-    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"), on_missing="mask")
     with pytest.raises((ValueError, LookupError, TypeError, OverflowError)):
-        collator([row])
+        collator_for("qwen3", on_missing="mask")[1]([row])
 
 
 @pytest.mark.parametrize(
     ("response", "instruction", "text", "answer"),
     [
-        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n### Hum", "b"),
-        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n##", "b"),
-        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b ### ", "b"),
-        ("\n### Assistant:", "\n### Human:", "\n### Human: a\n### Assistant: b\n### Human", "b"),
-        ("\n### Assistant:", "\n### Human:", "\n### Human: a\n### Assistant: b\n", "b"),  # no more than a line's end
-        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n### Human: c\n### Ass", "b"),
-        ("### Assistant:", "### Human:", "### Human: a\n### Assistant: b\n####", "b\n####"),  # another heading
+        (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b\n### Hum", "b"),
+        (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b\n##", "b"),
+        (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b ### ", "b"),
+        (f"\n{ASSISTANT}", f"\n{HUMAN}", "\n### Human: a\n### Assistant: b\n### Human", "b"),
+        (f"\n{ASSISTANT}", f"\n{HUMAN}", "\n### Human: a\n### Assistant: b\n", "b"),  # no more than a line's end
+        (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b\n### Human: c\n### Ass", "b"),
+        (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b\n####", "b\n####"),  # another heading
         ("[/INST]", "[INST]", "[INST] a [/INST] b [IN", "b"),
-        ("### Assistant:", None, "### Human: a\n### Assistant: use #", "use #"),
+        (ASSISTANT, None, "### Human: a\n### Assistant: use #", "use #"),
     ],
 )
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama2"])
 def test_a_row_that_is_cut_off_in_the_next_instruction_does_not_train_it(name, response, instruction, text, answer):
     """A cut row has no end token; what it trained of a user's turn would teach the model to write the user's turns."""
-    tokenizer = load_tokenizer(name)
+    tokenizer, collator = collator_for(name, response, instruction)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    collator = DataCollatorForCompletionOnlyLM(response, instruction, tokenizer=tokenizer)
     assert trained(tokenizer, collator.labels_for(ids)).strip(" |\n") == answer
-    whole = trained(tokenizer, collator.labels_for([*ids, tokenizer.eos_token_id]))  # its answer ends so
+    whole = learned(name, text, response, instruction)  # its answer ends so
     assert instruction is None or text.count(instruction) > 1 or whole.endswith(f"{text[-2:]}{tokenizer.eos_token}|")
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_row_that_is_cut_off_in_an_instruction_of_control_tokens(cut):
-    tokenizer = load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("<|im_start|>assistant\n", "<|im_start|>user\n", tokenizer=tokenizer)
-    turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-    ids = tokenizer(turns)["input_ids"] + collator.instruction_token_ids[:cut]
-    assert trained(tokenizer, collator.labels_for(ids)) == "b<|im_end|>\n|"
-
-
-def test_an_empty_batch_is_one_line():
-    with pytest.raises(ResponseTemplateError, match="the batch is empty"):
-        DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=load_tokenizer("qwen3"))([])
-
-
 def test_batch_is_an_encoding():
-    tokenizer = load_tokenizer("qwen3")
-    collator = DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=tokenizer)
-    ids = encode(tokenizer, "### Answer: a")
+    tokenizer, collator = collator_for("qwen3")
+    ids = encode(tokenizer, "###Answer: a")
     batch = collator([{"input_ids": ids, "special_tokens_mask": [0] * len(ids)}]).to("cpu")
     assert batch.input_ids.tolist() == [ids] and "special_tokens_mask" not in batch
+    with pytest.raises(ResponseTemplateError, match="the batch is empty"):
+        collator([])

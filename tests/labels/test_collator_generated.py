@@ -32,29 +32,9 @@ PAIRS = [
 CONTROL = {"smollm2": "<|im_start|>", "qwen3": "<|im_start|>", "llama2": "<s>"}
 TEMPLATES = ("response", "instruction")
 CONTENT = (
-    *(
-        "Hi",
-        "why?",
-        "2 + 2 = 4.",
-        "def f(x):\n    return x",
-        "回答：好的。",
-        "naïve",
-        "😀",
-        "# Title\n",
-        "- a\n- b",
-        ":",
-    ),
-    *(
-        "### Summary\n",
-        "#### Assistant: no",
-        "### assistant:",
-        "# ### #",
-        "```\ncode\n```",
-        "a\n\n\nb",
-        "  two  ",
-        "\t",
-    ),
-)
+    "Hi", "why?", "2 + 2 = 4.", "def f(x):\n    return x", "回答：好的。", "naïve", "😀", "# Title\n", "- a\n- b", ":",
+    "### Summary\n", "#### Assistant: no", "### assistant:", "# ### #", "```\ncode\n```", "a\n\n\nb", "  two  ", "\t",
+)  # fmt: skip
 LEADS = ("", " ", " ", " ", "  ", "\n", "\n\n", " \n")  # before an answer
 EMPTY = ("", "  ", "\n")  # answers (one space is sentencepiece's own before a template, and nobody's)
 QUOTES = ('say "{}" now', "say {} now", "x{}", 'what is "{}"?', "see\n{}\nthere", "see\n{} there")

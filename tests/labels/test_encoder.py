@@ -7,10 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import FUZZ, load_tokenizer
+from helpers import FUZZ, assistant, load_tokenizer, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds_of_rows import TOOLS, assistant, calls, result, user
+from kinds_of_rows import TOOLS, calls, result
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError, tokenize_conversation
@@ -20,34 +20,23 @@ from ma_sft.labels.verify import Verifier
 
 NFC = partial(unicodedata.normalize, "NFC")  # some tokenizers normalise what they read
 SPECIAL = {
-    "qwen3": "<|im_end|>",
-    "llama2": "</s>",
-    "llama3": "<|eot_id|>",
-    "gemma3": "<end_of_turn>",
-    "deepseek_v3": "<｜User｜>",
-    "gptoss": "<|end|>",
-    "smollm2": "<|im_start|>",
+    **{"qwen3": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"},
+    **{"deepseek_v3": "<｜User｜>", "gptoss": "<|end|>", "smollm2": "<|im_start|>"},
 }
-TURNS = [
-    {"role": "user", "content": "What is 2+2?"},
-    {"role": "assistant", "content": "It is 4."},
-    {"role": "user", "content": "谢谢 😀"},
-    {"role": "assistant", "content": "不客气！"},
-]
+TURNS = [user("What is 2+2?"), assistant("It is 4."), user("谢谢 😀"), assistant("不客气！")]
+
+
+def learned(tokenizer, row):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
 
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_many_texts_with_special_tokens_are_tokenised_as_each_alone(name):
     encoder = ChatEncoder(load_tokenizer(name))
     said = f" {SPECIAL[name]}</think>\n{SPECIAL[name]}"
-    chats = [
-        [{"role": "user", "content": f"{n}{said * (n % 3)}"}, {"role": "assistant", "content": f"{said * (n % 2)} {n}"}]
-        for n in range(20)
-    ]
-    together = encoder.encode(chats)
-    for chat, examples in zip(chats, together, strict=True):
+    chats = [[user(f"{n}{said * (n % 3)}"), assistant(f"{said * (n % 2)} {n}")] for n in range(20)]
+    for chat, (example,) in zip(chats, encoder.encode(chats), strict=True):
         ((alone,),) = encoder.encode([chat])
-        (example,) = examples
         assert (example.input_ids, example.labels) == (alone.input_ids, alone.labels)
         assert example.ids.dtype == alone.ids.dtype == np.int32
 
@@ -66,15 +55,14 @@ said = texts.map(lambda text: text.replace("<think>", "").replace("</think>", ""
 
 @st.composite
 def conversations(draw, reasoning, tools):
-    messages = [{"role": "system", "content": draw(texts) + "S"}] if draw(st.booleans()) else []
+    messages = [system(draw(texts) + "S")] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(texts)})
+        messages.append(user(draw(texts)))
         if tools and draw(st.integers(0, 3)) == 0:
             arguments = json.dumps({"text": draw(texts)}, ensure_ascii=False)
             call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            messages.append({"role": "tool", "content": draw(texts)})
-        messages.append({"role": "assistant", "content": draw(said)})
+            messages += [assistant("", tool_calls=[call]), {"role": "tool", "content": draw(texts)}]
+        messages.append(assistant(draw(said)))
         if reasoning and draw(st.integers(0, 3)) == 0:
             messages[-1]["reasoning_content"] = draw(said) + "so"
     return messages
@@ -130,14 +118,8 @@ def test_properties(name):
     check()
 
 
-FIND = {
-    "type": "function",
-    "function": {
-        "name": "find",
-        "description": "Finds a text.",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string", "description": "What."}}},
-    },
-}
+TEXT = {"type": "object", "properties": {"text": {"type": "string", "description": "What."}}}
+FIND = {"type": "function", "function": {"name": "find", "description": "Finds a text.", "parameters": TEXT}}
 
 
 @pytest.mark.slow
@@ -183,29 +165,20 @@ def blank(message):
     return message | ({"reasoning_content": "x"} if "reasoning_content" in message else {})
 
 
-def test_all_turns_are_trained_with_their_end(tokenizer):
-    encoder = ChatEncoder(tokenizer)
-    (examples,) = encoder.encode([TURNS])
-    spans = {t.message: e.input_ids[t.start : t.end] for e in examples for t in e.turns if t.trained}
-    for message, text in ((1, "It is 4."), (3, "不客气！")):
-        assert text in tokenizer.decode(spans[message])
-        assert spans[message][-1] == encoder.end_token_id
-
-
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_v3", "smollm2"])
 def test_a_conversation_that_ends_with_the_user_trains_the_turns_before(name):
     tokenizer = load_tokenizer(name)
     row = tokenize_conversation(TURNS[:3], tokenizer)
     assert row["input_ids"] == tokenizer.apply_chat_template(TURNS[:3], return_dict=False)
-    trained = tokenizer.decode([i for i in row["labels"] if i != -100])
-    assert "It is 4." in trained and "谢谢" not in trained
+    assert "It is 4." in learned(tokenizer, row) and "谢谢" not in learned(tokenizer, row)
 
 
 def test_consecutive_turns_of_one_role_are_kept_apart_where_the_template_allows_them():
-    tokenizer = load_tokenizer("smollm2")
-    row = tokenize_conversation([TURNS[0], TURNS[2], TURNS[1], TURNS[3]], tokenizer)
-    trained = tokenizer.decode([i for i in row["labels"] if i != -100])
-    assert trained == "It is 4.<|im_end|>不客气！<|im_end|>"
+    tokenizer, turns = load_tokenizer("smollm2"), [TURNS[0], TURNS[2], TURNS[1], TURNS[3]]
+    row = tokenize_conversation(turns, tokenizer)
+    assert learned(tokenizer, row) == "It is 4.<|im_end|>不客气！<|im_end|>"
+    row = tokenize_conversation(turns, tokenizer, train_on="last")
+    assert learned(tokenizer, row) == "不客气！<|im_end|>"
 
 
 def test_a_turn_that_the_template_does_not_open_is_not_trained():
@@ -216,13 +189,7 @@ def test_a_turn_that_the_template_does_not_open_is_not_trained():
     )
     with pytest.warns(UserWarning, match="message 2 is not trained: the template opens no turn after an assistant's"):
         row = tokenize_conversation([TURNS[0], TURNS[1], TURNS[3]], tokenizer)
-    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == "It is 4.</s>"
-
-
-def test_train_on_last():
-    tokenizer = load_tokenizer("smollm2")
-    row = tokenize_conversation(TURNS, tokenizer, train_on="last")
-    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "不客气！<|im_end|>"
+    assert learned(tokenizer, row) == "It is 4.</s>"
 
 
 def test_history_that_the_template_rewrites():
@@ -241,72 +208,37 @@ def test_history_that_the_template_rewrites():
         tokenize_conversation(messages, tokenizer)
 
 
-def test_plain_turns_of_a_reasoning_template_stay_in_one_sequence():
-    (examples,) = ChatEncoder(load_tokenizer("qwen3")).encode([TURNS])
-    assert len(examples) == 1 and all(turn.trained for turn in examples[0].turns)
-
-
-@pytest.mark.parametrize("turns", [2, 9])
-def test_turns_without_their_empty_reasoning_are_counted_in_long_conversations_too(turns):
-    batch = {"messages": [TURNS[:2] * turns]}
-    assert ChatEncoder(load_tokenizer("qwen3")).tokenize_batch(batch, [0])["unthought"] == [turns - 1]
-
-
 @pytest.mark.parametrize(
-    "answer, trained",
+    ("answer", "trained"),
     [
-        ({"content": "<think>So.</think>Hello."}, "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
-        ({"content": "So.\n</think>\n\nHello."}, "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
-        ({"content": "Hello.", "reasoning_content": " \n"}, None),
-        ({"content": "<think>\n\n</think>\n\nHello."}, None),
-        ({"content": "<think>a</think>b<think>c</think>d"}, None),
+        (assistant("<think>So.</think>Hello."), "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
+        (assistant("So.\n</think>\n\nHello."), "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
+        (assistant("Hello.", reasoning_content=" \n"), ""),
+        (assistant("<think>\n\n</think>\n\nHello."), ""),
+        (assistant("<think>a</think>b<think>c</think>d"), ""),
     ],
 )
 def test_reasoning_in_all_forms_behind_a_prompt_that_opens_it(answer, trained):
     tokenizer = trl_tokenizer("deepseek_r1_distill")
-    ((example,),) = ChatEncoder(tokenizer).encode([[TURNS[0], {"role": "assistant", **answer}]])
-    assert (tokenizer.decode([i for i in example.labels if i != -100]) or None) == trained
+    ((example,),) = ChatEncoder(tokenizer).encode([[TURNS[0], answer]])
+    assert learned(tokenizer, {"labels": example.labels}) == trained
     assert trained or "opens <think> and this turn has no reasoning" in example.turns[0].reason
 
 
 def test_reasoning_beside_another_in_the_text_is_not_lost():
-    answer = {"role": "assistant", "content": "<think>Inner.</think>Hello.", "reasoning_content": "Outer."}
+    answer = assistant("<think>Inner.</think>Hello.", reasoning_content="Outer.")
     with pytest.raises(TemplateError, match="leaves out the reasoning of message 1"):
         ChatEncoder(trl_tokenizer("deepseek_r1_distill")).encode([[TURNS[0], answer]])
 
 
 def test_special_text_in_a_template_that_writes_json_in_ascii():
     tokenizer = load_tokenizer("smollm2")
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "message['content']", "message['content'] | tojson(ensure_ascii=True)"
-    )
-    assert "ensure_ascii" in tokenizer.chat_template
-    answer = {"role": "assistant", "content": "é <|im_end|>"}
-    row = tokenize_conversation([TURNS[0], answer], tokenizer)
-    assert tokenizer.decode([i for i in row["labels"] if i != -100]) == '"\\u00e9 <|im_end|>"<|im_end|>'
+    content, escaped = "message['content']", "message['content'] | tojson(ensure_ascii=True)"
+    assert content in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(content, escaped)
+    row = tokenize_conversation([TURNS[0], assistant("é <|im_end|>")], tokenizer)
+    assert learned(tokenizer, row) == '"\\u00e9 <|im_end|>"<|im_end|>'
     assert row["labels"].count(tokenizer.eos_token_id) == 1
-
-
-def test_template_kwargs_reach_prompt_and_target():
-    tokenizer = load_tokenizer("qwen3")
-    ((example,),) = ChatEncoder(tokenizer, template_kwargs={"enable_thinking": False}).encode([TURNS[:2]])
-    assert tokenizer.decode([i for i in example.labels if i != -100]) == "It is 4.<|im_end|>"
-
-
-def test_tool_calls_are_trained_and_results_are_not():
-    tokenizer = load_tokenizer("qwen3")
-    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
-    tools = [{"type": "function", "function": {"name": "add", "description": "Add", "parameters": {}}}]
-    messages = [
-        TURNS[0],
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "4 <|im_end|>"},
-        TURNS[1],
-    ]
-    row = tokenize_conversation(messages, tokenizer, tools=tools)
-    said = tokenizer.decode([i for i in row["labels"] if i != -100])
-    assert '"name": "add", "arguments": {"a": 2, "b": 2}' in said and said.count("<|im_end|>") == 2
-    assert "tool_response" not in said and said.endswith("It is 4.<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -315,18 +247,10 @@ def test_tool_calls_are_trained_and_results_are_not():
         ("qwen3", TURNS[:1], "no assistant turn"),
         ("qwen3", [], "no assistant turn"),
         ("qwen3", [{"content": "x"}], "message 0 must be a dict with a 'role'"),
-        ("qwen3", [TURNS[0], {"role": "assistant", "content": None}], "message 1 (role 'assistant') has no content"),
-        (
-            "qwen3",
-            [{"role": "narrator", "content": "Once"}, *TURNS],
-            "leaves out the text 'Once' of message 0 (role 'narrator')",
-        ),
+        ("qwen3", [TURNS[0], assistant(None)], "message 1 (role 'assistant') has no content"),
+        ("qwen3", [{"role": "narrator", "content": "Once"}, *TURNS], "the text 'Once' of message 0 (role 'narrator')"),
         ("gemma3", [TURNS[0], TURNS[0], TURNS[1]], "Conversation roles must alternate"),
-        (
-            "gemma3",
-            [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}],
-            "leaves out the call 'add' of message 1",
-        ),
+        ("gemma3", [TURNS[0], calls(("add", "Rome"))], "leaves out the call 'add' of message 1"),
     ],
 )
 def test_refused_with_a_reason(name, messages, message):
@@ -346,14 +270,6 @@ def test_a_turn_without_an_end_token_is_not_trained():
     with pytest.warns(UserWarning, match="the template writes no end-of-turn token after this turn"):
         row = tokenize_conversation(messages, tokenizer, template=template)
     assert set(row["labels"]) == {-100}
-
-
-def test_template_without_an_end_of_turn_token_is_refused():
-    tokenizer = load_tokenizer("qwen3")
-    with pytest.raises(TemplateError, match=r"never learn to stop"):
-        tokenize_conversation(
-            TURNS, tokenizer, template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        )
 
 
 ALPACA = (
@@ -428,23 +344,10 @@ def test_named_templates(name, template):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = tokenize_conversation(TURNS, tokenizer)
-    said = tokenizer.decode([i for i in row["labels"] if i != -100])
-    assert said.replace(" ", "") == f"Itis4.{tokenizer.eos_token}不客气！{tokenizer.eos_token}"
+    end = tokenizer.eos_token
+    assert learned(tokenizer, row).replace(" ", "") == f"Itis4.{end}不客气！{end}"
     bos = tokenizer("")["input_ids"]
     assert row["input_ids"][: len(bos)] == bos or template == "chatml"
-
-
-@pytest.mark.parametrize("template", ["chatmal", "missing.jinja"])
-def test_unknown_template(template):
-    with pytest.raises(TemplateError, match=r"unknown template|does not exist"):
-        set_chat_template(load_tokenizer("qwen3"), template)
-
-
-def test_tokenizer_without_a_template_says_what_to_choose():
-    tokenizer = load_tokenizer("llama2")
-    tokenizer.chat_template = None
-    with pytest.raises(TemplateError, match=r"has no chat template; choose one with template=chatml"):
-        tokenize_conversation(TURNS, tokenizer)
 
 
 def test_plain_text_has_no_template(tokenizer):
@@ -458,25 +361,5 @@ def test_plain_text_has_no_template(tokenizer):
         assert tokenizer.decode(example.input_ids[len(start) : -1]).strip() == text
 
 
-def test_reasoning_that_a_template_leaves_out_is_an_error():
-    turns = [
-        {"role": "user", "content": "7 * 8?"},
-        {"role": "assistant", "content": "56", "reasoning_content": "Seven eights make fifty-six."},
-    ]
-    ((example,),) = ChatEncoder(load_tokenizer("qwen3")).encode([turns])
-    assert "fifty-six" in load_tokenizer("qwen3").decode([i for i in example.labels if i != -100])
-    with pytest.raises(TemplateError, match="leaves out the reasoning of message 1"):
-        ChatEncoder(load_tokenizer("smollm2")).encode([turns])
-
-
-def test_a_template_without_an_end_trains_eos_if_the_recipe_says_so():
-    tokenizer = load_tokenizer("smollm2")
-    tokenizer.chat_template = (
-        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
-    )
-    with pytest.raises(TemplateError, match=r"writes no end-of-turn token.*add_eos"):
-        ChatEncoder(tokenizer)
-    (examples,) = ChatEncoder(tokenizer, add_eos=True).encode([TURNS])
-    spans = {t.message: e.input_ids[t.start : t.end] for e in examples for t in e.turns if t.trained}
-    assert [tokenizer.decode(spans[k]) for k in (1, 3)] == ["It is 4.<|im_end|>", "不客气！<|im_end|>"]
+def test_turns_without_their_empty_reasoning_are_counted():
+    assert ChatEncoder(load_tokenizer("qwen3")).tokenize_batch({"messages": [TURNS[:2] * 9]}, [0])["unthought"] == [8]

@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, load_tokenizer
-from kinds_of_rows import ASK, ROWS, TOOLS, assistant, calls, result, user
+from helpers import ROOT, assistant, load_tokenizer, user
+from kinds_of_rows import ASK, ROWS, TOOLS, calls, judged, result
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError
@@ -16,18 +16,12 @@ from ma_sft.labels.verify import Verifier
 FAST = ("cohere2", "deepseek_r1_distill", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "nemotron_3_nano")
 FAST += ("phi3", "qwen3", "qwen3_8", "smolvlm")
 # What a template is known to take; a refusal of it is a fault of ours. Everybody takes one turn.
+PLAIN = {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"}
 TAKEN = {
+    **{name: {*ROWS} for name in ("glm4moe", "qwen3", "qwen3_8", "lfm2_2_5", "gemma4_v5", "nemotron_3_nano")},
+    **{name: PLAIN for name in ("cohere2", "phi3", "smolvlm")},
     "gptoss": {"one turn", "three turns", "system", "a call", "reasoning", "reasoning before", "agent"},
-    "glm4moe": set(ROWS),
-    "qwen3": set(ROWS),
-    "qwen3_8": set(ROWS),
-    "lfm2_2_5": set(ROWS),
-    "gemma4_v5": set(ROWS),
-    "cohere2": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
-    "phi3": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
-    "smolvlm": {"one turn", "three turns", "system", "empty", "whitespace", "chinese", "special text"},
-    "llama3_1": {"one turn", "three turns", "system", "a call", "empty", "whitespace", "chinese", "special text"},
-    "nemotron_3_nano": set(ROWS),
+    "llama3_1": PLAIN | {"a call"},
     "deepseek_r1_distill": {"one turn", "three turns", "reasoning", "reasoning before"},
 }
 # Reasons that no encoder can do anything about: they name what to change.
@@ -48,18 +42,10 @@ def test_every_kind_of_row_is_right_or_refused(name):
             assert kind not in TAKEN.get(name, {"one turn"}), f"{kind}: {error}"
             assert str(error).startswith(("the chat template leaves out ", "the chat template refuses "))
             continue
-        turns = {turn.message: turn for example in examples for turn in example.turns if turn.trained}
-        reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in turns}
+        _, reasons = judged(judge, messages, tools, examples)
         assert all(any(true in reason for true in TRUE_REASONS) for reason in reasons.values()), (kind, reasons)
-        assert {*turns, *reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}, kind
         if kind != "special text":
             assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind)
-        verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools)
-        assert verdict.errors == [] and (sorted(verdict.untrained) == sorted(reasons) or verdict.unproven), (
-            kind,
-            verdict,
-        )
-        assert len(verdict.proven) == len(turns) or verdict.unproven, (kind, verdict)
 
 
 def assert_begins_as_inference_does(name, tokenizer, examples, messages, tools, kind):
@@ -132,11 +118,10 @@ CASES = json.loads((ROOT / "tests/files/labels/cases.json").read_text(encoding="
 @pytest.mark.parametrize("as_text", [False, True], ids=["objects", "json"])
 def test_cases(case, as_text):
     """`as_text`: the arguments of calls are JSON text, as rows from files carry them."""
-    tokenizer = load_tokenizer("qwen3", own=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": case.get("add_special_tokens", [])})
-    if "template" in case:
-        tokenizer.chat_template = case["template"]
-        tokenizer.add_special_tokens({"eos_token": case["eos_token"]})
+    end = [case["eos_token"]] if "template" in case else []
+    tokenizer = load_tokenizer("qwen3", special=[*case.get("add_special_tokens", []), *end])
+    if end:
+        tokenizer.chat_template, tokenizer.eos_token = case["template"], case["eos_token"]
     else:
         tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
     encoder = ChatEncoder(tokenizer)
@@ -177,22 +162,20 @@ def with_json(message):
     return {**message, "tool_calls": made}
 
 
-def test_content_goes_through_what_a_trace_cannot_follow():
-    """`~`, a set block, a join: the second row of a shape takes another way than the first."""
+@pytest.mark.parametrize(
+    "how",
+    ["{% set c = '' ~ m.content %}", "{% set c %}{{ m.content }}{% endset %}", "{% set c = [m.content] | join %}"],
+)
+def test_the_second_row_of_a_shape_takes_another_way_than_the_first(how):
+    tokenizer = load_tokenizer("qwen3")
     cut = (
         "{% if m.role == 'assistant' and '!' in c %}{% set c = c ~ '?' %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    for how in (
-        "{% set c = '' ~ m.content %}",
-        "{% set c %}{{ m.content }}{% endset %}",
-        "{% set c = [m.content] | join %}",
-    ):
-        tokenizer = load_tokenizer("qwen3")
-        tokenizer.chat_template = "{% for m in messages %}" + how + cut
-        rows = [[user("Name a river."), assistant(text)] for text in ("The Rhine", "The Po!", "The Rhone", "The Ebro!")]
-        for messages, (example,) in zip(rows, ChatEncoder(tokenizer).encode(rows), strict=True):
-            assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    tokenizer.chat_template = "{% for m in messages %}" + how + cut
+    rows = [[user("Name a river."), assistant(text)] for text in ("The Rhine", "The Po!", "The Rhone", "The Ebro!")]
+    for messages, (example,) in zip(rows, ChatEncoder(tokenizer).encode(rows), strict=True):
+        assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_a_message_that_the_row_forbids_to_train_is_context():
@@ -224,11 +207,9 @@ def test_long_conversations_are_labelled_as_short_ones(shape):
         "agent": [calls(("weather", "Rome"), reasoning_content="Look."), result("20 degrees")],
         "reasoning": [user("Why?"), assistant("So.", reasoning_content="A question.")],
     }[shape]
-    messages = [ASK, *turn * 7, assistant("It is 20 degrees.")] if shape == "agent" else turn * 8
-    encoder = ChatEncoder(tokenizer)
-    (examples,) = encoder.encode([messages], [TOOLS if shape == "agent" else None])
+    tools = TOOLS if shape == "agent" else None
+    messages = [ASK, *turn * 7, assistant("It is 20 degrees.")] if tools else turn * 8
+    (examples,) = ChatEncoder(tokenizer).encode([messages], [tools])
     assert len(examples) == (8 if shape == "reasoning" else 1)
-    verdict = Verifier(tokenizer).verify(
-        messages, [(e.input_ids, e.labels) for e in examples], tools=TOOLS if shape == "agent" else None
-    )
-    assert verdict.errors == [] and verdict.untrained == [] and len(verdict.proven) == 8
+    trained, _ = judged(Verifier(tokenizer), messages, tools, examples)
+    assert len(trained) == 8

@@ -1,16 +1,17 @@
 """A change of what decides ids and labels is noticed, however it comes about; what decides nothing is not."""
 
-import json
 import shutil
 import sys
 
 import datasets
 import pytest
+from helpers import write_rows
 
 from ma_sft import Recipe
 from ma_sft.data.functions import code_of
 from ma_sft.labels.templates import load_tokenizer as load
-from ma_sft.labels.tokenize import label
+from ma_sft.labels.tokenize import check, label
+from ma_sft.labels.verify import Verifier
 
 ROWS = [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(6)]
 BRACKETS = (
@@ -23,7 +24,7 @@ BRACKETS = (
 def rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     return tmp_path
 
 
@@ -46,12 +47,21 @@ def forget(*modules: str) -> None:
         sys.modules.pop(module, None)
 
 
-def test_end_token_of_the_tokenizer(rows, tiny):
+@pytest.fixture
+def m(rows, tiny):
+    """A model's folder that a test may change, with a template that writes the tokenizer's EOS."""
     shutil.copytree(tiny, rows / "m")
     (rows / "m" / "chat_template.jinja").write_text(BRACKETS)
-    assert all(text.endswith("<|im_end|>") for text in texts(rows / "m"))
-    edit(rows / "m" / "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
-    assert all(text.endswith("<|endoftext|>") for text in texts(rows / "m"))
+    return rows / "m"
+
+
+def test_end_token_of_the_tokenizer_and_template_variables(m):
+    assert all(text.endswith("<|im_end|>") for text in texts(m))
+    edit(m / "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
+    assert all(text.endswith("<|endoftext|>") for text in texts(m))
+    edit(m / "chat_template.jinja", "eos_token }}", "(mood or '') + eos_token }}")
+    for mood in "!?":
+        assert texts(m, template_kwargs={"mood": mood})[0] == f"a0{mood}<|endoftext|>"
 
 
 def test_formatting_func_of_a_module(rows, tiny):
@@ -68,21 +78,19 @@ def test_formatting_func_of_a_module(rows, tiny):
 
 @pytest.mark.parametrize("name", ["conv:chat", "conv.py:chat"])
 def test_helper_that_a_format_function_imports(rows, tiny, name):
-    forget("conv", "helper", "deep", "deep.words")
     (rows / "deep").mkdir()
-    (rows / "deep" / "__init__.py").write_text("")
-    (rows / "deep" / "words.py").write_text("SUFFIX = ' one'\n")
-    (rows / "helper.py").write_text(
-        "from deep import words\n\n\ndef answer(row):\n    return row['answer'] + words.SUFFIX\n"
-    )
-    (rows / "conv.py").write_text(
-        "def chat(row):\n    from helper import answer\n"
-        "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': answer(row)}]\n"
-    )
-    assert "a0 one" in texts(tiny, dataset_format=name)[0]
-    edit(rows / "deep" / "words.py", "one", "two")
-    forget("conv", "helper", "deep", "deep.words")
-    assert "a0 two" in texts(tiny, dataset_format=name)[0]
+    for path, code in {
+        "deep/__init__.py": "",
+        "deep/words.py": "SUFFIX = ' one'\n",
+        "helper.py": "from deep import words\n\ndef answer(row):\n    return row['answer'] + words.SUFFIX\n",
+        "conv.py": "def chat(row):\n    from helper import answer as say\n    question = row['question']\n"
+        "    return [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': say(row)}]\n",
+    }.items():
+        (rows / path).write_text(code)
+    for word, next_word in (("one", "two"), ("two", "six")):
+        forget("conv", "helper", "deep", "deep.words")
+        assert f"a0 {word}" in texts(tiny, dataset_format=name)[0]
+        edit(rows / "deep" / "words.py", word, next_word)
 
 
 def test_code_of_a_function_is_its_own_and_not_the_libraries(rows):
@@ -111,19 +119,8 @@ def test_tokens_are_written_once(rows, tiny, monkeypatch):
     assert sum("input_ids" in names for names in columns) == 1
 
 
-def test_template_variables(rows, tiny):
-    shutil.copytree(tiny, rows / "m")
-    template = BRACKETS.replace("eos_token }}", "(mood or '') + eos_token }}")
-    (rows / "m" / "chat_template.jinja").write_text(template)
-    assert texts(rows / "m", template_kwargs={"mood": "!"})[0] == "a0!<|im_end|>"
-    assert texts(rows / "m", template_kwargs={"mood": "?"})[0] == "a0?<|im_end|>"
-
-
 def test_report_without_errors_is_kept_with_what_was_verified(rows, tiny, monkeypatch):
     """All is verified again where rows, stop tokens, the sample or a byte of the cache is another."""
-    from ma_sft.labels.tokenize import check
-    from ma_sft.labels.verify import Verifier
-
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
     shutil.copytree(tiny, rows / "m")
     verified = []

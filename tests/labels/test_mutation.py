@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from helpers import load_tokenizer
-from transformers import AddedToken
+from helpers import assistant, load_tokenizer, user
+from kinds_of_rows import result
 from trl_templates import trl_tokenizer
 
 from ma_sft.labels.encoder import ChatEncoder
@@ -17,44 +17,30 @@ TRL += ("nemotron_3_nano", "phi3_5", "qwen2_5", "qwen3_5_think", "qwen3_8", "smo
 WITH_TOOLS = ("gemma4_v5", "glm4moe", "lfm2_v2", "qwen2_5", "qwen3_8")
 
 CHAT = [
-    {"role": "user", "content": "Name two rivers, please."},
-    {"role": "assistant", "content": "The Rhine,\nthe Danube."},
-    {"role": "user", "content": "And a third one, 谢谢?"},
-    {"role": "assistant", "content": "The Elbe flows to the North Sea."},
+    *(user("Name two rivers, please."), assistant("The Rhine,\nthe Danube.")),
+    *(user("And a third one, 谢谢?"), assistant("The Elbe flows to the North Sea.")),
 ]
 
 
-def _call(name, arguments, number):
-    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
+PLACE = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": f"Looks up the {name}.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
-        },
-    }
+    {"type": "function", "function": {"name": name, "description": f"Looks up the {name}.", "parameters": PLACE}}
     for name in ("weather", "clock")
 ]
+ASKED = [
+    {"id": f"call0000{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
+    for n, (name, arguments) in enumerate((("weather", {"city": "Rome", "days": 2}), ("clock", {"city": "Rome"})))
+]
 AGENT = [
-    {"role": "user", "content": "Weather and time in Rome?"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            _call("weather", {"city": "Rome", "days": 2}, "call00001"),
-            _call("clock", {"city": "Rome"}, "call00002"),
-        ],
-    },
-    {"role": "tool", "name": "weather", "content": "20 degrees", "tool_call_id": "call00001"},
-    {"role": "tool", "name": "clock", "content": "noon", "tool_call_id": "call00002"},
-    {"role": "assistant", "content": "It is noon, at 20 degrees."},
+    *(user("Weather and time in Rome?"), assistant("", tool_calls=ASKED)),
+    *(result("20 degrees"), result("noon", "clock", 1), assistant("It is noon, at 20 degrees.")),
 ]
 
 # -- the sequence that trains the last turn, broken: (ids, labels, begin, end of its last turn) -> ids, labels --------
+
+
+def _middle(begin, end):
+    return (begin + end) // 2
 
 
 def _relabel(ids, spans):
@@ -62,10 +48,6 @@ def _relabel(ids, spans):
     for begin, end in spans:
         labels[begin:end] = ids[begin:end]
     return ids, labels
-
-
-def _middle(begin, end):
-    return (begin + end) // 2
 
 
 def _put(ids, labels, at, token, trained):
@@ -105,9 +87,8 @@ BROKEN = {
     "only the end is trained": lambda i, y, b, e, t: _relabel(i, [(e - 1, e)]),
     "two tokens are swapped": lambda i, y, b, e, t: _swap(i, y, _middle(b, e)),
     "a token is doubled": lambda i, y, b, e, t: _put(i, y, _middle(b, e), i[_middle(b, e)], True),
-    "a token of the answer is dropped": lambda i, y, b, e, t: (
-        i[: _middle(b, e)] + i[_middle(b, e) + 1 :],
-        y[: _middle(b, e)] + y[_middle(b, e) + 1 :],
+    "a token of the answer is dropped": lambda i, y, b, e, t: tuple(
+        each[: _middle(b, e)] + each[_middle(b, e) + 1 :] for each in (i, y)
     ),
     "a token of the answer is another": lambda i, y, b, e, t: _set(i, y, _middle(b, e), i[b]),
     "a token of the prompt is dropped": lambda i, y, b, e, t: (i[: b - 6] + i[b - 5 :], y[: b - 6] + y[b - 5 :]),
@@ -145,10 +126,7 @@ MISREAD = {
 MISTHOUGHT = {
     "the reasoning is lost": _said(3, reasoning_content=""),
     "the reasoning is another": _said(3, reasoning_content="Of the sea."),
-    "the reasoning is said": lambda rows: [
-        *rows[:3],
-        {"role": "assistant", "content": "One more. " + rows[3]["content"]},
-    ],
+    "the reasoning is said": lambda rows: [*rows[:3], assistant("One more. " + rows[3]["content"])],
 }
 
 
@@ -180,9 +158,8 @@ MISCALLED = {
 
 
 def _tokenizer(name):
-    tokenizer = load_tokenizer(name, own=True) if name in REAL + SLOW else trl_tokenizer(name)
-    tokenizer.add_tokens([AddedToken("<|unused|>", special=True)])
-    return tokenizer
+    own = name in REAL + SLOW
+    return load_tokenizer(name, special=["<|unused|>"]) if own else trl_tokenizer(name, "<|unused|>")
 
 
 def _sequences(encoder, messages, tools=None):

@@ -1,10 +1,11 @@
 """Which shapes of conversations minijinja renders, of every template of TRL and of seventy families: all but these."""
 
 from contextlib import suppress
+from itertools import product
 from unittest.mock import MagicMock
 
 import pytest
-from kinds_of_rows import ROWS
+from kinds_of_rows import ROWS, TOOLS, assistant, calls, result, user
 from strange_templates import strange_tokenizer, templates
 from trl_templates import NAMES, trl_tokenizer
 
@@ -36,3 +37,21 @@ def test_shapes_that_are_rendered_fast(name, monkeypatch):
                 encoder.encode([messages], [tools])
             slow |= {kind} if by_transformers.called else set()
     assert slow == SLOW.get(name, set())
+
+
+def test_a_conversation_of_known_steps_is_rendered_fast(monkeypatch):
+    """Conversations of many calls are each a shape of their own; a loop goes by neighbours, which few differ in."""
+    encoder = ChatEncoder(trl_tokenizer("qwen3"))
+    by_transformers = MagicMock(wraps=render.apply_template)
+    monkeypatch.setattr(render, "apply_template", by_transformers)
+
+    def conversation(*kinds):
+        steps = {"text": [calls(("clock", {"place": "Rome"})), result("noon", "clock")]}
+        steps["number"] = [calls(("clock", {"zone": 2})), result("one", "clock")]
+        return [user("When?"), *(message for kind in kinds for message in steps[kind]), assistant("Now.")]
+
+    some = [conversation(*kinds) for n in (1, 2, 3) for kinds in product(("text", "number"), repeat=n)]
+    encoder.encode(some, [TOOLS] * len(some))
+    by_transformers.reset_mock()
+    encoder.encode([conversation(*["text", "number", "number", "text"] * 3)], [TOOLS])
+    assert not by_transformers.called

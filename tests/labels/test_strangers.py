@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from kinds_of_rows import ROWS
+from kinds_of_rows import ROWS, judged
 from strange_templates import stops, strange_tokenizer, templates
 
 from ma_sft import TemplateError
@@ -69,17 +69,6 @@ REASONS = (
     "the template writes <|message_sep|> inside this turn",
 )
 ADVICE = re.compile(r"set (\w+)=(\S+) in template_kwargs, or in the row's chat_template_kwargs")
-
-
-def judged(judge, messages, tools, examples, kwargs=None):
-    """Messages that are trained, and why the others are not; the judge has proven the former."""
-    trained = {turn.message for example in examples for turn in example.turns if turn.trained}
-    reasons = {t.message: t.reason for e in examples for t in e.turns if t.message not in trained}
-    assert trained | {*reasons} == {i for i, m in enumerate(messages) if m["role"] == "assistant"}
-    verdict = judge.verify(messages, [(e.input_ids, e.labels) for e in examples], tools=tools, kwargs=kwargs)
-    assert (verdict.errors, verdict.unproven) == ([], []), verdict
-    assert len(verdict.proven) == len(trained) and sorted(verdict.untrained) == sorted(reasons), verdict
-    return trained, reasons
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])

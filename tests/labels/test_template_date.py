@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
-from helpers import load_tokenizer
+from helpers import QUICK, assistant, load_tokenizer, user, write_rows
 from transformers import AutoTokenizer, TrainerCallback
 
 from ma_sft import Recipe, RecipeError, make_trainer, run
@@ -31,7 +31,7 @@ ROWS = [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(6)]
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "date.jinja").write_text(DATED)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     return tmp_path
 
 
@@ -56,11 +56,13 @@ def days_later(monkeypatch):
 
 
 def recipe(model, **settings):
-    return Recipe(**{
-        "model_name_or_path": str(model), "dataset_name": "rows.jsonl", "template": "date.jinja", "use_cpu": True,
-        "bf16": False, "max_length": 256, "max_steps": 4, "per_device_train_batch_size": 2, "report_to": [],
-        "output_dir": "o", **settings,
-    })  # fmt: skip
+    given = {
+        "model_name_or_path": str(model),
+        "dataset_name": "rows.jsonl",
+        "output_dir": "o",
+        "template": "date.jinja",
+    }
+    return Recipe(**{**QUICK, **given, "use_cpu": True, "max_length": 256, "max_steps": 4, **settings})
 
 
 def prepared(model, **settings) -> list[str]:
@@ -86,7 +88,7 @@ def test_template_now_is_what_the_template_writes(folder, tiny, caplog):
 
 
 def test_many_rows_of_one_date_are_warned_about(folder, tiny, caplog):
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS * 50)))
+    write_rows(folder / "rows.jsonl", ROWS * 50)
     prepared(tiny, template_now="2024-02-29")
     assert "300 rows with one date teach the model that it is always that day" in caplog.text
 
@@ -98,15 +100,10 @@ def test_date_that_is_not_written_is_not_told(folder, tiny, caplog):
     assert "template_now" not in caplog.text
 
 
-def test_recipe_in_yaml(folder, tiny):
+def test_values_of_the_setting(folder, tiny):
     for written in ("2024-02-29", "2024-02-29 13:14:00"):
-        (folder / "r.yaml").write_text(
-            f"model_name_or_path: {tiny}\ndataset_name: rows.jsonl\ntemplate_now: {written}\n"
-        )
+        write_rows(folder / "r.yaml", [f"{{model_name_or_path: x, dataset_name: x, template_now: {written}}}"])
         assert Recipe.load("r.yaml").resolve().labels.template_now == written.replace(" ", "T")
-
-
-def test_wrong_values_are_refused(folder, tiny):
     with pytest.raises(RecipeError, match=r"template_now: a date as .* expected, found 'yesterday'"):
         recipe(tiny, template_now="yesterday").resolve()
     with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
@@ -122,15 +119,16 @@ def test_workers_and_streams_have_the_same_clock(folder, tiny):
 
 def test_real_template():
     """gpt-oss writes the date into every system message."""
-    tokenizer, question = load_tokenizer("gptoss"), [{"role": "user", "content": "Hi"}]
+    tokenizer, question = load_tokenizer("gptoss"), [user("Hi")]
     own = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     encoder = ChatEncoder(tokenizer, template_now="2024-02-29")
     assert tokenizer.decode(encoder.encode_prompt(question)) == re.sub("(?<=date: )[0-9-]+", "2024-02-29", own)
-    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(8)]
-    rows = [(e.input_ids, e.labels) for (e,) in encoder.encode(chats)]  # the later ones by a trace
-    on_the_day, today = (Verifier(tokenizer, template_date=now) for now in ("2024-02-29", None))
-    assert all(on_the_day.verify(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
-    assert not any(today.verify(chat, [row]).proven for chat, row in zip(chats, rows, strict=True))
+    chats = [[user(f"q{n}"), assistant(f"a{n}")] for n in range(8)]
+    rows = [(e.input_ids, e.labels) for (e,) in encoder.encode(chats)]
+    for date, proven in (("2024-02-29", True), (None, False)):
+        judge = Verifier(tokenizer, template_date=date)
+        verdicts = [judge.verify(chat, [row]) for chat, row in zip(chats, rows, strict=True)]
+        assert {bool(verdict.proven) for verdict in verdicts} == {proven}
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
 
 

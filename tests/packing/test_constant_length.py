@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from helpers import load_tokenizer
-from packed_rows import Recorder, flat, make_rows, tiny_model
+from packed_rows import Recorder, flat, make_rows, tiny_model, trainer_settings
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
@@ -16,18 +16,10 @@ from ma_sft import ConstantLengthDataset, FormatError, RecipeError
 from ma_sft.packing.pack import IGNORED
 
 
-def trainer_settings(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+def trainer(folder: Path, rows: ConstantLengthDataset, kind: type[SFTTrainer] = Recorder, **settings: Any) -> Any:
+    args = SFTConfig(**trainer_settings(folder), per_device_train_batch_size=2, **settings)
+    data, tokenizer = rows.to_iterable_dataset(), load_tokenizer("smollm2")
+    return kind(model=tiny_model("sdpa"), args=args, train_dataset=data, processing_class=tokenizer)
 
 
 def stream(rows: Any, **settings: Any) -> ConstantLengthDataset:
@@ -94,32 +86,13 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert trained(stream(rows, seed=1)) == trained(stream(rows, seed=2)) == labels_of(rows)
 
 
-def test_sft_trainer_takes_the_stream(tmp_path: Path) -> None:
-    args = SFTConfig(
-        **trainer_settings(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-    )
-    trainer = Recorder(
-        model=tiny_model("sdpa"),
-        args=args,
-        train_dataset=stream(make_rows([30] * 6), shuffle=False).to_iterable_dataset(),
-        processing_class=load_tokenizer("smollm2"),
-    )
-    assert trainer.train().global_step == 2
-    assert trainer.seen["input_ids"].tolist() == [list(range(26, 34)), list(range(34, 42))]
-    assert trainer.seen["labels"].tolist()[1][6] == IGNORED
-
-
-def test_a_trainer_counts_the_steps_of_its_epochs_by_the_length(tmp_path: Path) -> None:
-    args = SFTConfig(**trainer_settings(tmp_path), num_train_epochs=2, per_device_train_batch_size=2)
-    trainer = SFTTrainer(
-        model=tiny_model("sdpa"),
-        args=args,
-        train_dataset=stream(make_rows([30] * 6)).to_iterable_dataset(),
-        processing_class=load_tokenizer("smollm2"),
-    )
-    assert trainer.train().global_step == 24  # 180 tokens are 23 rows of 8: 12 batches an epoch
+def test_sft_trainer_takes_the_stream_and_counts_the_steps_of_its_epochs_by_the_length(tmp_path: Path) -> None:
+    mine = trainer(tmp_path, stream(make_rows([30] * 6), shuffle=False), max_steps=2)
+    assert mine.train().global_step == 2
+    assert mine.seen["input_ids"].tolist() == [list(range(26, 34)), list(range(34, 42))]
+    assert mine.seen["labels"].tolist()[1][6] == IGNORED
+    # 180 tokens are 23 rows of 8: 12 batches an epoch
+    assert trainer(tmp_path, stream(make_rows([30] * 6)), num_train_epochs=2).train().global_step == 24
     with pytest.raises(TypeError, match="set max_steps"):
         len(stream(make_rows([30]), infinite=True).to_iterable_dataset())
 
@@ -145,11 +118,7 @@ def test_each_epoch_comes_in_another_order_by_itself_and_through_the_trainer(tmp
             seen.append(inputs["input_ids"][:, 0].tolist())
             return super().training_step(model, inputs, num_items_in_batch)
 
-    items = stream(make_rows([8] * 4)).to_iterable_dataset()
-    args = SFTConfig(**trainer_settings(tmp_path), num_train_epochs=3, max_steps=6, per_device_train_batch_size=2)
-    Watched(
-        model=tiny_model("sdpa"), args=args, train_dataset=items, processing_class=load_tokenizer("smollm2")
-    ).train()
+    trainer(tmp_path, stream(make_rows([8] * 4)), Watched, num_train_epochs=3, max_steps=6).train()
     in_epochs = [flat(seen[at : at + 2]) for at in (0, 2, 4)]
     assert all(sorted(epoch) == [10, 18, 26, 34] for epoch in in_epochs)
     assert len({tuple(epoch) for epoch in in_epochs}) > 1
@@ -157,11 +126,11 @@ def test_each_epoch_comes_in_another_order_by_itself_and_through_the_trainer(tmp
 
 def test_documents_are_shuffled_before_they_are_joined() -> None:
     rows = make_rows([5, 9, 1, 30, 2, 11, 17, 4, 4, 12])
-    whole = flat(item["input_ids"].tolist() for item in stream(rows, seq_length=95))
-    assert sorted(whole) == sorted(flat(rows["input_ids"])) and whole != flat(rows["input_ids"])
-    assert flat(item["input_ids"].tolist() for item in stream(rows, seq_length=95, shuffle=False)) == flat(
-        rows["input_ids"]
+    whole, plain = (
+        flat(item["input_ids"].tolist() for item in stream(rows, seq_length=95, shuffle=shuffle))
+        for shuffle in (True, False)
     )
+    assert plain == flat(rows["input_ids"]) == sorted(whole) != whole
 
 
 def test_a_function_or_a_field_that_gives_ids() -> None:

@@ -12,7 +12,7 @@ from datasets.utils import _dill
 from helpers import load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_rows import Recorder, flat, make_rows, tiny_model
+from packed_rows import Recorder, flat, make_rows, tiny_model, trainer_settings
 from torch.utils.data import DataLoader
 from trl import SFTConfig, pack_dataset
 
@@ -101,14 +101,43 @@ def test_wrapped_is_the_stream_cut_every_seq_length_and_says_that_it_crosses_bor
     assert not pack_with_report(rows, 8, "bfd")[1].warnings[0].startswith("'wrapped'")
 
 
-def test_cut_is_counted_with_what_it_takes_away() -> None:
-    rows = make_rows([4, 8, 12], prompt=2)
-    rows = rows.add_item({"input_ids": list(range(900, 910)), "labels": [IGNORED] * 9 + [909]})
-    packed, report = pack_with_report(rows, 8)
-    assert (report.rows_cut, report.tokens, report.labels_lost) == (2, 28, 5)
-    assert (report.rows_unlabelled, report.rows_unfinished) == (1, 1)
-    assert "1 cut rows have no label left" in str(report)
-    assert (rows[2]["input_ids"][:8], rows[2]["labels"][:8]) in documents(packed)
+def turns(*sizes: tuple[int, int], first: int = 10) -> dict[str, list[int]]:
+    """A conversation of distinct tokens: of each turn so many of the prompt, and so many trained ones."""
+    ids = list(range(first, first + sum(map(sum, sizes))))
+    mask = flat([False] * prompt + [True] * answer for prompt, answer in sizes)
+    return {"input_ids": ids, "labels": [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "left", "counts", "says"),
+    [
+        ([(8,), (2,), (4,), (2,)], {"seq_length": 8}, ..., {"packs": 2, "density": 1.0}, ""),
+        ([(2, 2), (2, 6), (2, 10), (9, 1)], {"seq_length": 8}, [(0, 0, 4), (1, 0, 8), (2, 0, 8), (3, 0, 8)],
+         {"rows_cut": 2, "tokens": 28, "labels_lost": 5, "rows_unlabelled": 1, "rows_unfinished": 1},
+         "1 cut rows have no label left"),
+        ([(1, 3), (1, 19)], {"seq_length": 8, "strategy": "bfd_split"}, [(0, 0, 4), (1, 0, 8), (1, 8, 16), (1, 16, 20)],
+         {"documents": 4, "tokens": 24, "labels_lost": 2}, ""),
+        ([(1, 3), (1, 19), (1, 7)], {"seq_length": 8, "overflow": "drop"}, [(0, 0, 4), (2, 0, 8)],
+         {"rows_dropped": 1, "tokens": 12, "labels_lost": 19}, "1 rows longer than 8 tokens were dropped"),
+        ([(2, 10), (2, 3)], {"seq_length": 10, "overflow": "keep_answer"}, [(1, 0, 5)],
+         {"rows_dropped": 1, "tokens": 5, "labels_lost": 10}, ""),
+        ([(4, 8), (2, 3)], {"seq_length": 10, "overflow": "keep_end"}, [(0, 2, 12), (1, 0, 5)],
+         {"rows_cut": 1, "tokens": 15, "rows_unfinished": 0}, ""),
+        ([(12, 3), (4, 0), (2, 3)], {"seq_length": 10, "drop_unlabelled": True}, [(2, 0, 5)],
+         {"rows": 3, "documents": 1, "rows_unlabelled": 1}, ""),
+    ],
+    ids=["fits", "cut", "split", "drop", "keep_answer", "keep_end", "drop_unlabelled"],
+)  # fmt: skip
+def test_what_is_left_of_long_rows_is_counted(rows: Any, settings: Any, left: Any, counts: Any, says: str) -> None:
+    data = [turns((sum(row), 0) if len(row) == 1 else row, first=100 * n) for n, row in enumerate(rows, 1)]
+    packed, report = pack_with_report(datasets.Dataset.from_list(data), **settings)
+    if left is not ...:
+        kept = [tuple(data[row][name][start:end] for name in ("input_ids", "labels")) for row, start, end in left]
+        found = [document for document, _ in documents(packed)]
+        assert sorted(found) == sorted(ids for ids, _ in kept)
+        first = settings.get("strategy") == "bfd_split"  # whose pieces' first labels have no context
+        assert first or documents(packed) == sorted(kept)
+    assert {name: getattr(report, name) for name in counts} == counts and says in str(report)
 
 
 def test_an_answer_that_ends_at_the_cut_is_finished() -> None:
@@ -116,26 +145,6 @@ def test_an_answer_that_ends_at_the_cut_is_finished() -> None:
     end = rows[1]["input_ids"][7]
     assert pack_with_report(rows, 8, end_token_ids=[end])[1].rows_unfinished == 0
     assert pack_with_report(rows, 8, end_token_ids=[end + 1])[1].rows_unfinished == 1
-
-
-def test_split_keeps_every_token_and_counts_labels_without_context() -> None:
-    rows = make_rows([4, 20])
-    packed, report = pack_with_report(rows, 8, "bfd_split")
-    assert sorted(flat(packed["input_ids"])) == sorted(flat(rows["input_ids"]))
-    assert (report.documents, report.tokens, report.labels_lost) == (4, 24, 2)
-
-
-def test_drop_leaves_long_rows_out_and_counts_them() -> None:
-    rows = make_rows([4, 20, 8])
-    packed, report = pack_with_report(rows, 8, overflow="drop")
-    assert documents(packed) == pairs(rows.select([0, 2]))
-    assert (report.rows_dropped, report.tokens, report.labels_lost) == (1, 12, 19)
-    assert "1 rows longer than 8 tokens were dropped" in str(report)
-
-
-def test_the_report_gives_packs_and_density() -> None:
-    report = pack_with_report(make_rows([8, 2, 4, 2]), 8)[1]
-    assert (report.packs, report.density) == (2, 1.0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -187,23 +196,12 @@ def test_a_stream_packs_in_a_bounded_buffer() -> None:
 
 
 def one_step(rows: datasets.Dataset, attention: str, batch_size: int, folder: Path) -> Recorder:
-    args = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        max_steps=1,
-        packing=False,
-        padding_free=True,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    more = {"per_device_train_batch_size": batch_size, "max_steps": 1, "packing": False, "padding_free": True}
     trainer = Recorder(
-        model=tiny_model(attention), args=args, train_dataset=rows, processing_class=load_tokenizer("smollm2")
+        model=tiny_model(attention),
+        args=SFTConfig(**trainer_settings(folder), **more),
+        train_dataset=rows,
+        processing_class=load_tokenizer("smollm2"),
     )
     trainer.train()
     return trainer
@@ -244,13 +242,6 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, pac
     assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
 
 
-def turns(*sizes: tuple[int, int]) -> dict[str, list[int]]:
-    """A conversation of distinct tokens: of each turn so many of the prompt, and so many trained ones."""
-    ids = list(range(10, 10 + sum(map(sum, sizes))))
-    mask = flat([False] * prompt + [True] * answer for prompt, answer in sizes)
-    return {"input_ids": ids, "labels": [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]}
-
-
 @pytest.mark.parametrize(
     ("row", "start", "end"),
     [
@@ -258,39 +249,14 @@ def turns(*sizes: tuple[int, int]) -> dict[str, list[int]]:
         (turns((3, 2), (6, 2), (2, 2)), 13, 17),  # what would be half a turn goes with it
         (turns((9, 4)), 3, 13),  # there is one turn: the prompt's beginning goes
         (turns((2, 3), (9, 0)), 0, 10),  # the answer is there already
-        (turns((12, 0)), 2, 12),  # nothing is trained
     ],
 )
 def test_keep_answer_lets_the_oldest_turns_go(row: dict[str, list[int]], start: int, end: int) -> None:
     packed, report = pack_with_report(datasets.Dataset.from_list([row]), 10, overflow="keep_answer")
-    if not any(label != IGNORED for label in row["labels"]):
-        assert report.rows_unlabelled == 1
-        return
-    assert packed[0]["input_ids"] == row["input_ids"][start:end]
-    assert packed[0]["labels"] == row["labels"][start:end]
+    assert documents(packed) == [(row["input_ids"][start:end], row["labels"][start:end])]
     assert (report.rows_cut, report.rows_unfinished, report.rows_dropped) == (1, 0, 0)
-    assert report.tokens == end - start
-
-
-def test_keep_answer_drops_and_counts_a_row_whose_answer_does_not_fit() -> None:
-    rows = datasets.Dataset.from_list([turns((2, 10)), turns((2, 3))])
-    packed, report = pack_with_report(rows, 10, overflow="keep_answer")
-    assert documents(packed) == pairs(rows.select([1]))
-    assert (report.rows_dropped, report.tokens, report.labels_lost) == (1, 5, 10)
-
-
-def test_keep_end_cuts_the_beginning() -> None:
-    rows = datasets.Dataset.from_list([turns((4, 8)), turns((2, 3))])
-    packed, report = pack_with_report(rows, 10, overflow="keep_end")
-    assert (rows[0]["input_ids"][2:], rows[0]["labels"][2:]) in documents(packed)
-    assert (report.rows_cut, report.tokens, report.rows_unfinished) == (1, 15, 0)
-
-
-def test_rows_without_a_label_are_left_out_if_asked() -> None:
-    rows = datasets.Dataset.from_list([turns((12, 3)), turns((4, 0)), turns((2, 3))])
-    packed, report = pack_with_report(rows, 10, drop_unlabelled=True)
-    assert documents(packed) == pairs(rows.select([2]))
-    assert (report.rows, report.documents, report.rows_unlabelled) == (3, 1, 1)
+    untrained = datasets.Dataset.from_list([turns((12, 0))])
+    assert pack_with_report(untrained, 10, overflow="keep_answer")[1].rows_unlabelled == 1
 
 
 def test_groups_share_no_pack() -> None:

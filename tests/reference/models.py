@@ -17,22 +17,11 @@ def tiny(kind: str, **changes: object) -> PreTrainedModel:
     """A random float32 model: two layers, four query heads on two key/value heads, an RoPE base that is no default."""
     torch.manual_seed(0)
     settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "tie_word_embeddings": kind == "llama"},
         # large weights: attention and logits far from uniform, so that a mistake shows
-        "initializer_range": 0.2,
-        "tie_word_embeddings": kind == "llama",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": PAD,
-        **changes,
+        **{"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD, **changes},
     }
     if kind == "qwen3":
         found: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**settings))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import load_tokenizer
+from packed_rows import trainer_settings
 from reference.models import PAD, as_decoder, examples, tiny, trl_rows
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -33,26 +34,12 @@ def run_trl(
     columns = trl_rows(rows)
     if not padding_free:
         del columns["seq_lengths"]
+    same = "per_device_train_batch_size gradient_accumulation_steps max_steps learning_rate warmup_steps weight_decay"
     config = SFTConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        lr_scheduler_type="cosine",
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        train_sampling_strategy="sequential",
+        **{**trainer_settings(folder / "trl"), "dataset_kwargs": None},
+        **{name: getattr(settings, name) for name in f"{same} max_grad_norm".split()},
+        **{"lr_scheduler_type": "cosine", "train_sampling_strategy": "sequential", "logging_steps": 1},
         padding_free=padding_free,
-        max_length=None,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
     )
     tokenizer = load_tokenizer("smollm2")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)

@@ -91,16 +91,6 @@ def test_our_adapter_loads_in_peft(tmp_path: Path, normalise: bool) -> None:
     assert layer.scale == (0.5 / 4 if normalise else 0.5)
 
 
-def test_the_alpha_of_the_teaching_text_is_not_divided_by_r() -> None:
-    torch.manual_seed(0)
-    base = nn.Linear(6, 5)
-    layer = lora.LoRALinear(base, r=2, alpha=3.0, normalise=False)
-    randomise(layer)
-    x = torch.randn(4, 6)
-    expected = base(x) + 3.0 * (x @ layer.lora_A.T @ layer.lora_B.T)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
-
-
 def test_merging_keeps_the_outputs_and_unmerging_gives_the_weight_back() -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 5)

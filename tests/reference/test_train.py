@@ -1,12 +1,10 @@
 """The loop itself: packing and padding change nothing, resuming is exact, the demo runs from its command."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import load_tokenizer
+from helpers import load_tokenizer, write_rows
 from reference.models import PAD, as_decoder, examples, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -32,18 +30,14 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path: Path) 
         torch.testing.assert_close(gradients, results[0][1], rtol=1e-4, atol=1e-5)
 
 
-def test_first_fit_keeps_every_example_within_the_length() -> None:
+def test_rows_of_several_documents() -> None:
     conversations = examples(50)
     rows = collate.first_fit(conversations, 40)
     assert sorted(e.input_ids for row in rows for e in row) == sorted(e.input_ids for e in conversations)
-    assert all(sum(len(e.input_ids) for e in row) <= 40 for row in rows)
-    assert len(rows) < len(conversations)
-
-
-def test_labels_are_shifted_within_each_document() -> None:
+    assert all(sum(len(e.input_ids) for e in row) <= 40 for row in rows) and len(rows) < len(conversations)
     batch = collate.pack([[examples(1)[0]._replace(input_ids=[5, 6, 7], is_label=[False, True, True])] * 2], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 5, 6, 7]]
-    assert batch["labels"].tolist() == [[6, 7, -100, 6, 7, -100]]
+    assert batch["labels"].tolist() == [[6, 7, -100, 6, 7, -100]]  # shifted within each document
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 2, 2, 2]]
 
 
@@ -99,17 +93,13 @@ def test_bf16_is_close_and_leaves_the_weights_in_float32(tmp_path: Path) -> None
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
 
 
-def test_an_example_that_teaches_nothing_is_an_error() -> None:
+def test_what_cannot_be_trained_is_an_error(tmp_path: Path) -> None:
     example = examples(1)[0]
     with pytest.raises(InputError, match="no label"):
         collate.collate([example._replace(is_label=[True] + [False] * (len(example.input_ids) - 1))], PAD)
-
-
-def test_alpaca_rows_name_file_line_and_field(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a"}\n', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a"}\n')
     with pytest.raises(InputError, match=r"rows.jsonl, line 2: no text in field 'output'"):
-        train.read_alpaca(data)
+        train.read_alpaca(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, id="full", marks=pytest.mark.slow), pytest.param(4, id="lora")])
@@ -120,19 +110,16 @@ def test_the_command_trains_writes_and_samples(tmp_path: Path, rank: int, capsys
     theirs.save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(20)]
-    for name in ("train", "heldout"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    flags = [f"--model={tmp_path / 'start'}", f"--train={tmp_path / 'train.jsonl'}", "--packing", "--max_length=64"]
-    flags += [f"--heldout={tmp_path / 'heldout.jsonl'}", f"--output_dir={tmp_path / 'out'}", f"--lora_r={rank}"]
-    train.main([*flags, "--max_steps=8", "--learning_rate=0.02", "--warmup_steps=1", "--device=cpu"])
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "heldout")}
+    places = {**files, "model": tmp_path / "start", "output_dir": tmp_path / "out", "lora_r": rank}
+    flags = "--packing --max_length=64 --max_steps=8 --learning_rate=0.02 --warmup_steps=1 --device=cpu".split()
+    train.main([*(f"--{name}={value}" for name, value in places.items()), *flags])
     printed = capsys.readouterr().out
     before, after = (float(v) for v in printed.split("held-out loss ")[1].split("\n")[0].split(" -> "))
     assert after < before - (0.1 if rank else 0.5)
     assert "Say 0." in printed
     if rank:
-        weights = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
-        assert len(weights) == 2 * 2 * 7
+        assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 2 * 2 * 7
     else:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
         assert not torch.equal(again.model.norm.weight, theirs.model.norm.weight)
-    shutil.rmtree(tmp_path / "out")

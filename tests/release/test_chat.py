@@ -56,10 +56,3 @@ def test_one_answer_is_all_that_a_script_gets(tiny_bpe, capfd):
     model, encoder, _ = load(tiny_bpe)
     expected = reply(model, encoder, [{"role": "user", "content": "Hi"}], max_new_tokens=3, stream=False)
     assert answer == expected + "\n"
-
-
-@pytest.mark.parametrize(("folder", "message"), [("./none", "'none' does not exist"), (".", "holds no model")])
-def test_folder_that_is_no_model(folder, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["chat", folder, "--prompt", "Hi"]) == 2
-    assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """Adapters: what is trained, what is refused before any weight is loaded, and merges that say what the adapter says."""
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -24,33 +25,27 @@ from ma_sft.release.merge import find_base, load_adapter, merge
 from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
 from ma_sft.training.twin import shrink
 
+BASE = {"model_name_or_path": "demo", "dataset_name": "x"}
+
 
 def settings(**more):
-    return Recipe(**{"model_name_or_path": "demo", "dataset_name": "x", "use_peft": True, **more}).resolve()
+    return Recipe(**{**BASE, "use_peft": True, **more}).resolve()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, smollm2):
     """A two-layer Llama with the demo's tokenizer, its embedding tied or not."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    sizes = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "initializer_range": 0.2},
+    }
 
+    @functools.cache
     def make(tied=True, seed=0, **more):
         folder = tmp_path_factory.mktemp("base")
         set_seed(seed)
-        config = LlamaConfig(
-            **{
-                "vocab_size": len(tokenizer),
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "tie_word_embeddings": tied,
-                "eos_token_id": 2,
-                "initializer_range": 0.2,
-                **more,
-            }
-        )
+        config = LlamaConfig(**{**sizes, "tie_word_embeddings": tied, **more})
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -58,15 +53,20 @@ def base(tmp_path_factory, smollm2):
     return make
 
 
-def adapter(base, folder, **config):
-    """An adapter on `base` whose every trained weight was moved, as training would."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **config}))
+def moved(model):
+    """The model, each of whose trained weights was moved as training would."""
     set_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    return model
+
+
+def adapter(base, folder, **config):
+    """A trained adapter on `base`."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **config})
+    moved(get_peft_model(model, config)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
@@ -80,30 +80,36 @@ def logits(model):
 
 
 @pytest.mark.parametrize(
-    ("preset", "targets"),
+    ("more", "fields"),
     [
-        ("mini", {"q_proj", "v_proj"}),
-        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
-        ("all-linear", "all-linear"),
+        ({"lora_preset": "mini"}, {"target_modules": {"q_proj", "v_proj"}, "r": 32, "lora_alpha": 8}),
+        ({"lora_preset": "attention"}, {"target_modules": {"q_proj", "k_proj", "v_proj", "o_proj"}, "r": 16}),
+        ({"lora_preset": "all-linear"}, {"target_modules": "all-linear", "r": 16, "lora_alpha": 32}),
+        # What the recipe sets wins over the preset
+        ({"lora_preset": "mini", "lora_r": 4, "lora_target_modules": ["k_proj"]},
+         {"r": 4, "lora_alpha": 8, "target_modules": {"k_proj"}}),
+        ({"lora_config": {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]},
+          "lora_preset": "mini", "use_dora": True},
+         {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
+        ({"lora_config": '{"r": 3}'}, {"r": 3}),
     ],
-)
-def test_presets(preset, targets):
-    config = lora_config(settings(lora_preset=preset))
-    assert config.target_modules == targets
-    assert (config.r, config.lora_alpha) == ((32, 8) if preset == "mini" else (16, 32))
+)  # fmt: skip
+def test_presets_and_any_field_of_peft(more, fields):
+    given = settings(**more)
+    config = lora_config(given)
+    assert {key: getattr(config, key) for key in fields} == fields and config.task_type == "CAUSAL_LM"
+    assert given.model.lora_r == more.get("lora_r", 16), "nothing is written into the settings"
 
 
-def test_what_the_recipe_sets_wins_over_the_preset():
-    config = lora_config(settings(lora_preset="mini", lora_r=4, lora_target_modules=["k_proj"]))
-    assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"k_proj"})
-
-
-def test_any_field_of_peft():
-    more = {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]}
-    config = lora_config(settings(lora_preset="mini", lora_config=more, use_dora=True))
-    assert {key: getattr(config, key) for key in more} == more
-    assert config.use_dora and config.task_type == "CAUSAL_LM"
-    assert lora_config(settings(lora_config='{"r": 3}')).r == 3
+def test_defaults_of_the_methods():
+    assert settings().training.learning_rate == 2e-4 and settings().training.optim == "adamw_torch_fused"
+    assert settings(use_peft=False).training.learning_rate == 2e-5
+    both = Recipe(**BASE, use_peft=True, learning_rate=8e-4, full_learning_rate=1e-4)
+    for flags, rate in (("", 8e-4), ("--use_peft false", 1e-4), ("--use_peft false --learning_rate 3e-5", 3e-5)):
+        assert both.resolve(flags.split()).training.learning_rate == rate
+    qlora = Recipe(**BASE, use_peft=True).resolve(["--load_in_4bit", "true"])
+    assert qlora.model.bnb_4bit_quant_type == "nf4" and qlora.model.use_bnb_nested_quant  # as in the paper
+    assert qlora.training.optim == "paged_adamw_8bit"
 
 
 @pytest.mark.parametrize(
@@ -138,67 +144,31 @@ def test_settings_that_cannot_be(more, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            {"lora_target_modules": ["q_proj", "query"]},
-            "'query' matches no module of LlamaForCausalLM; the linear layers",
-        ),
+        ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches no module of LlamaForCausalLM; the linear"),
         ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
-        (
-            {"lora_target_modules": "(q"},
-            "lora_target_modules: '[(]q' is no regular expression: missing [)], unterminated subpattern",
-        ),
+        ({"lora_target_modules": "(q"}, "lora_target_modules: '[(]q' is no regular expression: missing [)], unter"),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
         # As MA-RLHF's r1 script has it
         ({"lora_target_modules": ["q_proj", "lm_head"]}, r'train it whole set lora_modules_to_save=\["lm_head"\]'),
         ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
     ],
-)
+)  # fmt: skip
 def test_targets_are_checked_against_the_model(base, more, message):
     model = AutoModelForCausalLM.from_pretrained(base())
     with pytest.raises(RecipeError, match=message):
         fitting_adapter(settings(**more), model)
-
-
-def test_good_targets_pass(base):
-    model = AutoModelForCausalLM.from_pretrained(base())
     for targets in ("all-linear", ["q_proj", "layers.1.mlp.up_proj"], r".*\.0\..*_proj"):
         assert fitting_adapter(settings(lora_target_modules=targets), model).target_modules
     assert not any(name.startswith("lora") for name, _ in model.named_parameters())
 
 
-def test_nothing_is_written_into_the_settings():
-    given = settings(lora_preset="mini")
-    assert lora_config(given).r == 32 and given.model.lora_r == 16 and given.model.lora_target_modules is None
-
-
 def test_freeze(base):
+    """What is frozen stays as it was, says `test_methods.py`."""
     model = AutoModelForCausalLM.from_pretrained(base())
-    freeze(model, ["embed_tokens", r"layers\.0\."])
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert "model.layers.1.mlp.up_proj.weight" in trained
-    assert not any("layers.0." in name or "embed" in name for name in trained)
     with pytest.raises(RecipeError, match=r"'layers.7' finds no parameter; there are .*model.layers.N.mlp.down_proj"):
         freeze(model, ["layers.7"])
     with pytest.raises(RecipeError, match="nothing to train"):
         freeze(model, ["."])
-
-
-def test_learning_rates_of_the_methods():
-    assert settings().training.learning_rate == 2e-4
-    assert settings(use_peft=False).training.learning_rate == 2e-5
-    both = Recipe(
-        model_name_or_path="demo", dataset_name="x", use_peft=True, learning_rate=8e-4, full_learning_rate=1e-4
-    )
-    assert both.resolve().training.learning_rate == 8e-4
-    assert both.resolve(["--use_peft", "false"]).training.learning_rate == 1e-4
-    assert both.resolve(["--use_peft", "false", "--learning_rate", "3e-5"]).training.learning_rate == 3e-5
-
-
-def test_qlora_defaults_follow_the_paper():
-    found = Recipe(model_name_or_path="demo", dataset_name="x", use_peft=True).resolve(["--load_in_4bit", "true"])
-    assert found.model.bnb_4bit_quant_type == "nf4" and found.model.use_bnb_nested_quant
-    assert found.training.optim == "paged_adamw_8bit"
-    assert settings().training.optim == "adamw_torch_fused"
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
@@ -252,26 +222,6 @@ def test_merge_writes_shards_without_holding_the_model(base, tmp_path, monkeypat
     assert again.difference is not None
 
 
-def test_pissa_is_saved_for_the_unchanged_base(base, tmp_path):
-    from ma_sft.training.adapters import keep_initial, save_converted
-
-    folder = base()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    model = get_peft_model(model, config)
-    keep_initial(model, tmp_path / "initial")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    expected = logits(model)
-    save_converted(model, tmp_path / "adapter", tmp_path / "initial")
-    assert not (tmp_path / "initial").exists()
-    plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
-    )
-    torch.testing.assert_close(logits(plain), expected, atol=1e-3, rtol=1e-3)
-
-
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -302,19 +252,16 @@ def test_adapter_of_another_base_of_the_same_shape(base, tmp_path):
 
 
 def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
-    run = adapter(base(), tmp_path / "adapter")
+    run, many, out = adapter(base(), tmp_path / "adapter"), tmp_path / "many", tmp_path / "out"
     monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
-    merge(run, tmp_path / "many")
-    (shard, *_) = sorted((tmp_path / "many").glob("*.safetensors"))
+    merge(run, many)
+    (shard, *_) = sorted(many.glob("*.safetensors"))
     shard.rename(tmp_path / "kept")
-    assert "many lacks 1 of" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
-    shard.write_bytes((tmp_path / "kept").read_bytes()[:-10])
-    assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
-    shard.write_bytes(b"not a tensor in sight")
-    assert "is no whole safetensors file" in refused(run, tmp_path / "out", base=str(tmp_path / "many"))
-    assert "is no file or folder here and cannot be had from a hub" in refused(
-        run, tmp_path / "out", base="no/such-model"
-    )
+    assert "many lacks 1 of" in refused(run, out, base=str(many))
+    for content in ((tmp_path / "kept").read_bytes()[:-10], b"not a tensor in sight"):
+        shard.write_bytes(content)
+        assert "is no whole safetensors file" in refused(run, out, base=str(many))
+    assert "is no file or folder here and cannot be had from a hub" in refused(run, out, base="no/such-model")
 
 
 def test_adapter_of_a_newer_peft(base, tmp_path):
@@ -364,23 +311,18 @@ def test_adapter_that_is_not_a_number(base, tmp_path):
 
 def test_new_tokens_are_part_of_the_merge(base, tmp_path):
     """A tokenizer that grew, with rows that the adapter trained: the merged model has them, the base has not."""
-    folder = base()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, folder = AutoTokenizer.from_pretrained(base()), tmp_path / "adapter"
     old = len(tokenizer)
     tokenizer.add_tokens(["<a>", "<b>"])
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(base())
     model.resize_token_embeddings(len(tokenizer))
-    config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [old, old + 1]}
-    )
-    model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    assert find_base(tmp_path / "adapter")[1].vocab_size == old + 2
-    merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    rows = {"embed_tokens": [old, old + 1]}
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=rows)
+    model = moved(get_peft_model(model, config))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert find_base(folder)[1].vocab_size == old + 2
+    merge(folder, tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor([[5, old, old + 1, 9]])
     with torch.no_grad():

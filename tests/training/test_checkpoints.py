@@ -9,20 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import QUICK, assistant, user, write_rows
 from patience import patience
 from processes import Run
 
 from ma_sft.training.checkpoints import COMPLETE, newest
 
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {i}?"},
-            {"role": "assistant", "content": " ".join(["so"] * (1 + i % 7 * 3)) + f" {i}."},
-        ]
-    }
-    for i in range(64)
-]
+SO = [" ".join(["so"] * (1 + i % 7 * 3)) + f" {i}." for i in range(64)]
+ROWS = [{"messages": [user(f"What is {i}?"), assistant(answer)]} for i, answer in enumerate(SO)]
 KINDS = {
     "rows": {},
     "packed": {"packing": True, "max_length": 96},
@@ -35,23 +29,12 @@ KINDS = {
 @pytest.fixture(scope="module")
 def base(tiny_bpe, tmp_path_factory):
     """Settings of a run of 30 steps with ten checkpoints and 2.5 epochs."""
-    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
     return {
-        "name": "r",
-        "model_name_or_path": str(tiny_bpe),
-        "dataset_name": str(rows),
-        "max_length": 64,
-        "max_steps": 30,
-        "save_steps": 3,
-        "save_total_limit": 2,
-        "logging_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 5,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "dtype": "float32",
-        "disable_tqdm": True,
+        **QUICK,
+        **{"name": "r", "model_name_or_path": str(tiny_bpe), "dataset_name": rows, "max_length": 64},
+        **{"max_steps": 30, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 2},
+        **{"per_device_train_batch_size": 5},
     }
 
 
@@ -99,6 +82,14 @@ def settings(base, tmp_path):
     return {**base, "output_dir": str(tmp_path / "run")}
 
 
+def killed_at(settings, path):
+    run = Run(settings)
+    run.wait_for(path)
+    run.kill()
+    run.finish()
+    return run
+
+
 @pytest.mark.parametrize("uncut", ["rows", "stream"], indirect=True)
 def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
     settings, expected = uncut
@@ -115,45 +106,39 @@ def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
 
 
 def test_cut_off_checkpoint_is_skipped(settings):
-    run = Run(settings, "--max_steps", "1000", "--save_total_limit", "10")
-    run.wait_for(f"checkpoint-9/{COMPLETE}")
-    run.kill()
-    run.finish()
+    long = {**settings, "max_steps": 1000, "save_total_limit": 10}
+    run = killed_at(long, f"checkpoint-9/{COMPLETE}")
     whole = sorted(p.parent for p in run.out.glob(f"checkpoint-*/{COMPLETE}"))
     newest = max(whole, key=lambda p: int(p.name.split("-")[1]))
     (newest / COMPLETE).unlink()
     (newest / "model.safetensors").write_bytes(b"half")
-    run = Run(settings, "--max_steps", "1000", "--save_total_limit", "10")
-    run.wait_for(f"{newest.name}/{COMPLETE}")  # made again
+    run = killed_at(long, f"{newest.name}/{COMPLETE}")  # made again
     assert f"going on from {whole[-2] if whole[-1] == newest else whole[-1]}" in run.text
-    run.kill()
-    run.finish()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signal_saves_and_says_how_to_go_on(settings, number, code):
-    run = Run({**settings, "save_strategy": "no"}, "--max_steps", "1000")
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        *((signal.SIGTERM, "training"), (signal.SIGINT, "training"), (signal.SIGINT, "before")),
+        pytest.param(signal.SIGTERM, "before", marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_and_says_how_to_go_on(settings, number, when):
+    run = Run({**settings, "save_strategy": "no", "max_steps": 1000})
     run.wait_for("recipe.json")
-    while ": loss " not in run.text:
+    while when == "training" and ": loss " not in run.text:
         time.sleep(0.01)
     started = time.monotonic()
     run.signal(number)
-    assert run.finish() == code, run.text
+    assert run.finish() == (130 if number == signal.SIGINT else 0), run.text
     assert time.monotonic() - started < 30 * patience()
+    assert "Traceback" not in run.text and not (run.out / "summary.json").exists()
+    if when == "before":
+        assert "stopped before the first checkpoint" in run.text
+        return
     (checkpoint,) = run.out.glob("checkpoint-*")
     assert (checkpoint / COMPLETE).exists()
     assert f"stopped; the same command goes on from {checkpoint}" in run.text
-    assert "Traceback" not in run.text
-    assert not (run.out / "summary.json").exists()
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signal_before_training_ends_at_once(settings, number, code):
-    run = Run(settings)
-    run.wait_for("recipe.json")
-    run.signal(number)
-    assert run.finish() == code, run.text
-    assert "stopped before the first checkpoint" in run.text and "Traceback" not in run.text
 
 
 def test_stopped_run_goes_on_to_the_same_weights(base, tmp_path):
@@ -198,10 +183,7 @@ def test_full_disk_keeps_the_last_whole_checkpoint(settings, tmp_path):
 def test_changed_data_is_refused(settings, tmp_path):
     rows = tmp_path / "rows.jsonl"
     shutil.copy(settings["dataset_name"], rows)
-    run = Run({**settings, "dataset_name": str(rows)})
-    run.wait_for(f"checkpoint-3/{COMPLETE}")
-    run.kill()
-    run.finish()
+    run = killed_at({**settings, "dataset_name": str(rows)}, f"checkpoint-3/{COMPLETE}")
     rows.write_text(rows.read_text().replace("so", "no"))
     run = Run(run.settings)
     assert run.finish() == 2

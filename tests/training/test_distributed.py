@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from datasets import Dataset
-from helpers import ROOT, start
+from helpers import QUICK, ROOT, assistant, start, user, write_rows
 from patience import PATIENCE
 from processes import Run, free_port, launcher
 from safetensors.torch import load_file
@@ -49,33 +50,15 @@ def engine(name: str) -> dict[str, str]:
 def base(tiny_bpe, tmp_path_factory):
     """Settings of a run of ten steps; the answers' lengths, and so the labels per process, differ a lot."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {i}?"},
-                {"role": "assistant", "content": " ".join(["so"] * (1 + i % 7 * 5)) + f" {i}."},
-            ]
-        }
-        for i in range(46)
-    ]
-    for name, part in (("rows", rows), ("held_out", rows[:5])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    answers = [" ".join(["so"] * (1 + i % 7 * 5)) + f" {i}." for i in range(46)]
+    rows = [{"messages": [user(f"What is {i}?"), assistant(answer)]} for i, answer in enumerate(answers)]
+    files = {name: write_rows(folder / f"{name}.jsonl", part) for name, part in (("rows", rows), ("few", rows[:5]))}
     return {
-        "name": "r",
-        "model_name_or_path": str(tiny_bpe),
-        "dataset_name": str(folder / "rows.jsonl"),
-        "eval_dataset": str(folder / "held_out.jsonl"),
-        "generate_eval": -1,
-        "max_new_tokens": 4,
-        "max_length": 96,
-        "max_steps": STEPS,
-        "save_steps": 5,
-        "logging_steps": 1,
-        "learning_rate": 5e-3,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "dtype": "float32",
-        "disable_tqdm": True,
+        **QUICK,
+        **{"name": "r", "model_name_or_path": str(tiny_bpe), "dataset_name": files["rows"]},
+        **{"eval_dataset": files["few"], "generate_eval": -1, "max_new_tokens": 4, "max_length": 96},
+        **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": 5, "learning_rate": 5e-3},
+        **{"per_device_train_batch_size": 8},
     }
 
 
@@ -85,6 +68,20 @@ def outcome(out: Path) -> tuple[list[float], dict[str, torch.Tensor], dict]:
     losses = [log["loss"] for log in state["log_history"] if "loss" in log]
     (weights,) = [*out.glob("model/model.safetensors"), *out.glob("adapter/adapter_model.safetensors")]
     return losses, load_file(weights), json.loads((out / "summary.json").read_text())
+
+
+def two(base: dict, folder: Path, *args: str, env: dict[str, str] | None = None, **settings: object) -> Run:
+    """Two processes of a run, started on CPUs."""
+    flags = ("--use_cpu", "true", *args) if env is None else args
+    return Run({**base, "output_dir": str(folder / "run"), **settings}, *flags, processes=2, env=env)
+
+
+def one_error(run: Run) -> str:
+    """The one line in which both processes end."""
+    assert run.finish() == 2, run.text
+    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in run.text
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +149,7 @@ def test_killed_and_resumed(base, tmp_path, name):
 
 
 def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
-    run = Run(settings, "--use_cpu", "true", processes=2)
+    run = two(base, tmp_path, max_steps=100_000)
     run.wait_for("checkpoint-5")
     os.kill(run.processes[1].pid, signal.SIGTERM)
     assert run.finish(30 * PATIENCE) == 0, run.text
@@ -162,34 +158,26 @@ def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
 
 
 def test_dead_process_ends_the_other_with_one_line(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 100_000}
-    run = Run(settings, "--use_cpu", "true", processes=2)
+    run = two(base, tmp_path, max_steps=100_000)
     run.wait_for("checkpoint-5")
     run.processes[1].kill()
-    assert run.finish() == 2
-    assert run.text.count("error: lost another process of the run") == 1
-    assert "Traceback" not in run.text
+    assert one_error(run).startswith("error: lost another process of the run")
 
 
 def test_everybodys_error_is_said_once(base, tmp_path):
-    run = Run(
-        {**base, "output_dir": str(tmp_path / "run")}, "--use_cpu", "true", "--learning_rate", "1e38", processes=2
-    )
-    assert run.finish() == 2
-    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    line = one_error(two(base, tmp_path, "--learning_rate", "1e38"))
     assert line.startswith(("error: loss is", "error: grad_norm is"))
-    assert "Traceback" not in run.text
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_error_in_the_rows_is_said_once(base, tmp_path, processes):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}\n')
-    settings = {**base, "output_dir": str(tmp_path / "run"), "dataset_name": str(rows)}
-    run = Run(settings, "--use_cpu", "true", processes=processes)
-    assert run.finish() == 2
-    assert run.text.count("rows.jsonl, line 1: the response is empty") == 1
-    assert "Traceback" not in run.text
+def test_error_in_the_rows_is_said_once(base, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("Hi"), assistant("")]}])
+    assert "rows.jsonl, line 1: the response is empty" in one_error(two(base, tmp_path, dataset_name=rows))
+
+
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
+def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
+    run = two(base, tmp_path, env=launcher(name) | {"DS_ACCELERATOR": "cuda"})
+    assert "the launcher asks for a GPU and PyTorch finds none" in one_error(run)
 
 
 def ranks(local_ranks: tuple[int, int]) -> list[dict[str, str]]:
@@ -257,31 +245,19 @@ def test_configuration_is_what_its_engine_reads(monkeypatch, name):
     for key, value in launcher(name).items():
         monkeypatch.setenv(key, value)
     if name == "fsdp2":
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
         plugin = FullyShardedDataParallelPlugin()
         assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
         assert plugin.state_dict_type.name == "FULL_STATE_DICT"
         return
-    from accelerate.utils import DeepSpeedPlugin
+    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
+    config = {**DeepSpeedPlugin().deepspeed_config, **filled, "gradient_clipping": 1.0}
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = DeepSpeedPlugin().deepspeed_config
-    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
-    zero = DeepSpeedConfig({**config, **filled, "gradient_clipping": 1.0}).zero_config
+    zero = DeepSpeedConfig(config).zero_config
     assert zero.stage == int(name[4])
     assert zero.gather_16bit_weights_on_model_save == (zero.stage == 3)
     device = "cpu" if name == "zero3_offload" else "none"
     assert (zero.offload_param.device, zero.offload_optimizer.device) == (device, device)
-
-
-@pytest.mark.parametrize("name", ["ddp", "zero2"])
-def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
-    env = launcher(name) | {"DS_ACCELERATOR": "cuda"}
-    run = Run({**base, "output_dir": str(tmp_path / "run")}, processes=2, env=env)
-    assert run.finish() == 2
-    assert "error: the launcher asks for a GPU and PyTorch finds none" in run.text
-    assert "Traceback" not in run.text
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -290,13 +266,6 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(RunError, match=r"4 processes .* 2 GPU.* --num_processes 2"):
         check_launch(use_cpu=False)
     check_launch(use_cpu=True)
-
-
-def test_missing_flash_attention_falls_back_with_a_line(base, tmp_path):
-    settings = {**base, "output_dir": str(tmp_path / "run"), "max_steps": 1, "attn_implementation": "flash_attention_2"}
-    run = Run(settings, "--packing", "true")
-    assert run.finish() == 0, run.text
-    assert run.text.count("flash_attention_2 is not installed for this machine: attention by PyTorch's SDPA") == 1
 
 
 @pytest.mark.slow
@@ -389,15 +358,10 @@ def test_gpu_check_on_a_cpu(tmp_path):
     lines = [line.split(" | ") for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("| ")]
     cases = {cells[0].removeprefix("| "): cells[1:] for cells in lines[2:]}
     measured = {name for name, cells in cases.items() if not cells[0].startswith("not measured")}
-    assert measured >= {
-        "LoRA",
-        "LoRA, packed",
-        "full, packed",
-        "full, packed, selective checkpointing",
-        "QLoRA, packed",
-    }
+    selective = "packed, selective checkpointing"
+    assert measured >= {"LoRA", "LoRA, packed", "full, packed", f"full, {selective}", "QLoRA, packed"}
     # Selective checkpointing with an adapter ends plain TRL 1.16 in its first step
-    alone = measured & {"LoRA, packed, selective checkpointing"}
+    alone = measured & {f"LoRA, {selective}"}
     assert all(float(cell.replace(",", "")) > 0 for name in measured - alone for cell in cases[name][:3])
     assert all(cases[name][1].startswith("not measured: ValueError") for name in alone), cases
     reasons = {name: cells[0] for name, cells in cases.items() if name not in measured}

@@ -1,24 +1,244 @@
-"""What is seen while held-out questions are answered."""
+"""Held-out rows have one measure, and a run that goes on or is handed over does as one that never stopped."""
+
+import json
+import re
+import signal
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from helpers import QUICK, write_rows
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
 
+from ma_sft import Recipe, RecipeError, RunError, make_trainer, run
+from ma_sft.errors import Interrupted
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.training.checkpoints import StopEvaluation
 from ma_sft.training.evaluation import generate_answers
 
-QUESTIONS = [[{"role": "user", "content": f"What is {i}?"}] for i in range(3)]
+ROWS = [{"prompt": f"What is {i}?", "completion": "It is " + "so " * (i * i % 7) + f"{i}."} for i in range(12)]
 
 
 @pytest.fixture
-def model(tiny_bpe):
-    return AutoModelForCausalLM.from_pretrained(tiny_bpe)
+def settings(tiny_bpe, tmp_path):
+    """A recipe's settings with training rows and two held-out files, `near` and `far`."""
+    parts = {"rows": ROWS, "near": ROWS[:5], "far": ROWS[5:]}
+    rows, *held_out = [write_rows(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()]
+    places = {"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run")}
+    return {**QUICK, **places, "dataset_name": rows, "eval_dataset": held_out}
 
 
-@pytest.fixture
-def encoder(tiny_bpe):
-    return ChatEncoder(AutoTokenizer.from_pretrained(tiny_bpe))
+def logs(out, key):
+    return [log[key] for log in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in log]
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+BEST = {**EVERY_STEP, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+BEST_ANSWERS = {**BEST, "metric_for_best_model": "eval_exact_match", "generate_eval": 2, "max_new_tokens": 3}
+KINDS = [
+    {"per_device_eval_batch_size": 1},
+    {"per_device_eval_batch_size": 5},
+    {"per_device_eval_batch_size": 1, "loss_type": "dft"},
+    {"per_device_eval_batch_size": 3, "label_smoothing_factor": 0.2},
+    {"per_device_eval_batch_size": 2, "eval_packing": True, "max_length": 128},
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(settings, tmp_path):
+    found = []
+    for number, kind in enumerate(KINDS):
+        out = tmp_path / f"{number}"
+        summary = run(Recipe(**{**settings, **EVERY_STEP, "learning_rate": 0.0, "output_dir": str(out), **kind}))
+        losses = logs(out, "eval_loss")
+        # before, at both steps; the last step's is not made again for after
+        assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+        assert losses[0] == pytest.approx(summary["eval_loss"])
+        assert losses[0] == pytest.approx(summary["evaluation"]["before"]["loss"])
+        own = bool({"loss_type", "label_smoothing_factor"} & kind.keys())
+        assert bool(logs(out, "eval_near_objective")) == own
+        found.append((losses[0], logs(out, "eval_far_loss")[0]))
+    for pair in found:
+        assert pair == pytest.approx(found[0], rel=1e-5)
+    parts = summary["evaluation"]["after"]["sources"]
+    whole = sum(part["loss"] * part["tokens"] for part in parts.values()) / sum(p["tokens"] for p in parts.values())
+    assert whole == pytest.approx(summary["eval_loss"]) and {Path(name).stem for name in parts} == {"near", "far"}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_held_out_data_sets_keep_their_names(settings, labelled):
+    del settings["eval_dataset"]
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 3 if labelled else ROWS[:3]
+    tests = {"near": Dataset.from_list(rows), "far": Dataset.from_list(rows[:2])}
+    trainer = make_trainer(Recipe(**settings), ["--eval_strategy", "steps"], eval_dataset=tests)
+    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == {"near": 3, "far": 2}
+    assert {"eval_loss", "eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
+
+
+@pytest.mark.parametrize("metric", ["eval_test_loss", "blue", "exact_match"])
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, metric):
+    with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
+        run(Recipe(**{**settings, **BEST, "metric_for_best_model": metric}))
+
+
+def test_the_best_model_by_the_answers(settings, tmp_path):
+    more = {"greater_is_better": True, "max_steps": 5, "early_stopping_patience": 2}
+    summary = run(Recipe(**{**settings, **BEST_ANSWERS, **more}))
+    assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
+
+
+def test_answers_at_each_evaluation(settings, tmp_path):
+    more = {**EVERY_STEP, "generate_eval": 2, "max_new_tokens": 3, "rehearse": False}
+    for wanted, found in ((False, []), (True, [0.0] * 2)):
+        run(Recipe(**{**settings, **more, "overwrite_output_dir": True, "predict_with_generate": wanted}))
+        assert logs(tmp_path / "run", "eval_exact_match") == found
+
+
+class Die(TrainerCallback):
+    """Ends a run like a crash before its step `at`."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise RunError("killed")
+
+
+def test_early_stopping_keeps_its_patience_when_the_run_goes_on(settings, tmp_path):
+    more = {**BEST, "metric_for_best_model": "eval_loss", "max_steps": 12, "learning_rate": 3.0}
+
+    def start(out, *callbacks):
+        def add(trainer):
+            for callback in (EarlyStoppingCallback(early_stopping_patience=3), *callbacks):
+                trainer.add_callback(callback)
+
+        return run(Recipe(**{**settings, **more, "output_dir": str(tmp_path / out)}), on_trainer=add)
+
+    uncut = start("uncut")["steps"]
+    assert 3 < uncut < 12
+    with pytest.raises(RunError, match="killed"):
+        start("cut", Die(uncut - 1))
+    assert start("cut")["steps"] == uncut
+
+
+def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(settings, tmp_path):
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    run(Recipe(**settings))
+    more = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-1")}
+    for key, value in {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "use_peft": True}.items():
+        with pytest.raises(RecipeError, match=f"is of another recipe .*{key} .* -> {value}"):
+            run(Recipe(**{**settings, **more, key: value}))
+    assert run(Recipe(**{**settings, **more}))["steps"] == 2
+
+
+def test_more_steps_from_a_finished_runs_checkpoint(settings, tmp_path):
+    settings |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    run(Recipe(**settings))
+    more = {"output_dir": str(tmp_path / "more"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    assert run(Recipe(**{**settings, **more, "max_steps": 4}))["steps"] == 4
+    assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
+
+
+def test_a_start_that_failed_does_not_block_the_corrected_command(settings, tmp_path):
+    with pytest.raises(RunError):
+        run(Recipe(**settings), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
+    assert run(Recipe(**{**settings, "learning_rate": 1e-3}))["steps"] == 2
+    assert logs(tmp_path / "run", "start") == [0]
+
+
+def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, tmp_path):
+    seen = []
+
+    class Press(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step:
+                seen.append(state.global_step)
+                signal.raise_signal(signal.SIGINT)
+
+    saves = {"per_device_eval_batch_size": 1, "save_strategy": "steps", "save_steps": 500}
+    recipe = Recipe(**{**settings, **EVERY_STEP, **saves})
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
+        run(recipe, on_trainer=lambda trainer: trainer.callback_handler.callbacks.insert(0, Press()))
+    assert seen == [1]
+    assert run(recipe)["steps"] == 2
+
+
+def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(settings):
+    more = {**BEST_ANSWERS, "load_best_model_at_end": False, "save_steps": 500, "max_new_tokens": 40, "rehearse": False}
+    recipe, seen = Recipe(**{**settings, **more}), []
+
+    def press(trainer):
+        def generate(*args, real=trainer.model.generate, **kwargs):
+            if trainer.state.global_step and not seen:
+                seen.append(trainer.state.global_step)
+                signal.raise_signal(signal.SIGINT)
+            ids = real(*args, **kwargs)
+            assert not seen or trainer.state.global_step == 0, "generated on"
+            return ids
+
+        trainer.model.generate = generate
+
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
+        run(recipe, on_trainer=press)
+    assert seen == [1]
+    assert run(recipe)["steps"] == 2
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left(settings):
+    del settings["eval_dataset"], settings["max_steps"]
+    rows = Dataset.from_list([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 33)
+    recipe = Recipe(**{**settings, "per_device_train_batch_size": 32, "num_train_epochs": 1})
+    trainer, steps = make_trainer(recipe, train_dataset=rows), []
+
+    def collate(rows, real=trainer.data_collator):
+        steps.append(sum(any(label != -100 for label in row["labels"]) for row in rows))  # without padding
+        return real(rows)
+
+    trainer.data_collator = collate
+    trainer.train()
+    assert steps == [32, 1]
+
+
+def test_neftune_scales_the_noise_by_each_documents_length(settings):
+    rows = Dataset.from_list([{"input_ids": [7] * n, "labels": [7] * n} for n in [3] * 40 + [48] * 4])
+    recipe = Recipe(**settings, packing=True, max_length=64, neftune_noise_alpha=5.0)
+    trainer = make_trainer(recipe, train_dataset=rows)
+    embedding, batch = trainer.model.get_input_embeddings(), trainer.data_collator([trainer.train_dataset[0]])
+    trainer.compute_loss(trainer.model.train(), dict(batch))
+    noise = (embedding(batch["input_ids"]) - embedding.eval()(batch["input_ids"])).abs().amax(-1)[0]
+    starts = [i for i, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+    documents = list(pairwise([*starts, len(noise)]))
+    for start, end in documents:
+        bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
+        assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
+    assert len({end - start for start, end in documents}) > 1
+
+
+def test_without_a_terminal_each_log_is_a_line(settings, capsys):
+    run(Recipe(**settings))
+    shown = capsys.readouterr().out
+    assert re.search(r"step 1 of 2: loss \d+\.\d+, token accuracy [\d.]+%, [\d,]+ tokens/s, \d:\d\d:\d\d left", shown)
+    assert "step 0 of 2: eval_near_loss" in shown and "it/s" not in shown
+
+
+def test_a_second_adapter_is_refused(settings, tiny_bpe):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="a `PeftModel` instance together with a `peft_config`"):
+        make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
+
+
+def test_settings_stay_as_they_were_resolved(settings):
+    recipe = Recipe(**settings, packing=True, max_length=64)
+    trainer = make_trainer(recipe)
+    assert trainer.args.packing and trainer.args.max_length is None  # TRL's guards see packs
+    assert recipe.resolve().training.max_length == 64
+
+
+# -- what is seen while held-out questions are answered
 
 
 @pytest.fixture(params=[True, False], ids=["bars", "no bars"])
@@ -29,29 +249,37 @@ def bars(request):
     logging.enable_progress_bar()
 
 
+@pytest.fixture
+def answer(tiny_bpe):
+    """Answers three questions, to the limit of five tokens or with the first one."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_bpe))
+    prompts = [encoder.encode_prompt([{"role": "user", "content": f"What is {i}?"}]) for i in range(3)]
+
+    def start(ended=False, **more):
+        model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ended else None
+        return generate_answers(model, encoder, prompts, max_new_tokens=5, batch_size=2, **more)
+
+    return start
+
+
 @pytest.mark.parametrize("ended", [False, True], ids=["to the limit", "ended at once"])
-def test_bar_counts_tokens_and_comes_to_its_end(model, encoder, bars, ended, capsys, monkeypatch):
+def test_bar_counts_tokens_and_comes_to_its_end(answer, bars, ended, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ended else None
-    found = generate_answers(
-        model, encoder, [encoder.encode_prompt(q) for q in QUESTIONS], max_new_tokens=5, batch_size=2
-    )
-    shown = capsys.readouterr().err
+    found, shown = answer(ended), capsys.readouterr().err
     assert len(found) == 3 and (not ended or all(answer.stopped for answer in found))
     assert ("10/10" in shown and "token" in shown) if bars else shown == ""  # two batches of five
 
 
-def test_without_a_terminal_there_is_no_bar_and_a_check_is_asked_with_every_token(model, encoder, capsys):
-    model.generation_config.eos_token_id = None
+def test_without_a_terminal_there_is_no_bar_and_a_check_is_asked_with_every_token(answer, capsys):
     asked = []
-    prompts = [encoder.encode_prompt(q) for q in QUESTIONS]
-    generate_answers(model, encoder, prompts, max_new_tokens=5, batch_size=2, check=lambda: asked.append(1))
+    answer(check=lambda: asked.append(1))
     assert len(asked) == 2 * (1 + 5) and capsys.readouterr().err == ""
 
 
-def test_what_a_check_raises_ends_the_generation(model, encoder):
+def test_what_a_check_raises_ends_the_generation(answer):
     def check():
         raise StopEvaluation("stopped", 130)
 
     with pytest.raises(StopEvaluation):
-        generate_answers(model, encoder, [encoder.encode_prompt(q) for q in QUESTIONS], check=check)
+        answer(check=check)

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 
 import pytest
+from helpers import QUICK, write_rows
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
-from ma_sft.training.checkpoints import _WRITTEN
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
 
@@ -16,19 +17,10 @@ ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in ran
 def finished(tiny_bpe, tmp_path_factory):
     """(settings, a finished run's folder) with checkpoints, adapter, merged model, report and TensorBoard's files."""
     home = tmp_path_factory.mktemp("folder")
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    settings = {
-        **{"model_name_or_path": str(tiny_bpe), "dataset_name": str(home / "rows.jsonl"), "use_peft": True},
-        **{
-            "eval_dataset": str(home / "rows.jsonl"),
-            "max_steps": 2,
-            "save_steps": 1,
-            "logging_steps": 1,
-            "bf16": False,
-            "dtype": "float32",
-        },
-        **{"disable_tqdm": True, "per_device_train_batch_size": 4, "report_to": ["tensorboard"]},
-    }
+    rows = write_rows(home / "rows.jsonl", ROWS)
+    more = {"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "eval_dataset": rows, "use_peft": True}
+    more |= {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4, "report_to": ["tensorboard"]}
+    settings = {**QUICK, **more}
     run(Recipe(**settings, output_dir=str(home / "run")))
     return settings, home / "run"
 
@@ -49,19 +41,26 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_all_that_a_run_leaves_has_a_known_name_and_is_inside_its_folder(finished):
-    _, out = finished
-    assert [path.name for path in out.iterdir() if not _WRITTEN.fullmatch(path.name)] in ([], [".lock"])
-    assert [*out.glob("runs/*/events.out.tfevents.*")]
-    assert {path.name for path in out.parent.iterdir()} == {"rows.jsonl", "run"}
+@pytest.fixture
+def another(finished, tmp_path):
+    """Makes recipes of another run like it, in `tmp_path / "run"`."""
+    return lambda **more: Recipe(**{**finished[0], "output_dir": str(tmp_path / "run"), **more})
 
 
-def test_overwrite_removes_a_run_and_nothing_else(again):
+ANSWERS = {"generate_eval": 1, "max_new_tokens": 2}
+
+
+def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
     out, start = again
+    assert [*out.glob("runs/*/events.out.tfevents.*")]
     (out / "checkpoint-7").mkdir()  # cut off while it was written
     (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    began = time.time()
     start(overwrite_output_dir=True, use_peft=False)
-    assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
+    assert (out / "model").is_dir() and {path.name for path in out.parent.iterdir()} == {"run"}
+    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    old = [path for path in left if path.stat().st_mtime < began]
+    assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x"])
@@ -87,22 +86,30 @@ def test_resume_never_does_not_remove_another_recipes_run(again):
     out, start = again
     (out / "summary.json").unlink()
     before = files(out)
-    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate None -> 1.0\)"):
+    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate 0.01 -> 1.0\)"):
         start(resume="never", learning_rate=1.0)
     assert files(out) == before
 
 
-@pytest.mark.parametrize("recipe", ["{}", "[1]", '{"flour": "500 g"}', "broken", None])
-def test_a_strangers_folder_with_a_runs_file_names_is_no_run(again, tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("files", "overwrite"),
+    [
+        *(
+            ({"summary.json": "{}", "recipe.json": text}, True)
+            for text in ("{}", "[1]", '{"flour": "500 g"}', "broken")
+        ),
+        *(({"summary.json": "{}"}, True), ({"thesis.tex": "mine"}, True), ({"thesis.tex": "mine"}, False)),
+    ],
+)
+def test_a_strangers_folder_is_no_run_whatever_its_files_are_called(again, tmp_path, files, overwrite):
     _, start = again
     mine = tmp_path / "kitchen"
     mine.mkdir()
-    (mine / "summary.json").write_text("{}")
-    if recipe:
-        (mine / "recipe.json").write_text(recipe)
+    for name, text in files.items():
+        (mine / name).write_text(text)
     with pytest.raises(RecipeError, match="holds something that is not a run"):
-        start(output_dir=str(mine), overwrite_output_dir=True)
-    assert (mine / "summary.json").read_text() == "{}"
+        start(output_dir=str(mine), overwrite_output_dir=overwrite)
+    assert {path.name: path.read_text() for path in mine.iterdir() if path.name != ".lock"} == files
 
 
 @pytest.mark.parametrize("wrong", [{"dataset_name": "nowhere.jsonl"}, {"max_length": 3}])
@@ -141,10 +148,8 @@ class Fail(TrainerCallback):
             raise RuntimeError("out of luck\nand more")
 
 
-def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
-    settings, _ = finished
-    out = tmp_path / "run"
-    recipe = Recipe(**settings, output_dir=str(out))
+def test_held_out_rows_that_fail_after_training(another, tmp_path, capfd):
+    out, recipe = tmp_path / "run", another()
     summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Fail()))
     assert summary["failed"] == {"the held-out rows after training": "RuntimeError: out of luck"}
     assert json.loads((out / "summary.json").read_text()) == summary and summary["steps"] == 2
@@ -156,79 +161,58 @@ def test_held_out_rows_that_fail_after_training(finished, tmp_path, capfd):
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_metric_and_merge_that_fail_after_training(finished, tmp_path, tiny_bpe, capfd):
-    settings, _ = finished
+def test_metric_and_merge_that_fail_after_training(another, tmp_path, tiny_bpe):
     (tmp_path / "bad.py").write_text("def metric(answer, reference):\n    return 1 / 0\n")
-    base = shutil.copytree(tiny_bpe, tmp_path / "base")
-    more = {"generate_eval": 1, "max_new_tokens": 2, "metric": f"{tmp_path}/bad.py:metric", "max_steps": 1}
-    recipe = Recipe(
-        **{**settings, **more, "model_name_or_path": str(base)},
-        output_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+    base, out = shutil.copytree(tiny_bpe, tmp_path / "base"), tmp_path / "run"
+    metric = {**ANSWERS, "metric": f"{tmp_path}/bad.py:metric"}
 
     class Vanish(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
             (base / "model.safetensors").unlink()
 
+    recipe = another(**metric, max_steps=1, model_name_or_path=str(base))
     summary = run(recipe, on_trainer=lambda trainer: trainer.add_callback(Vanish()))
     assert set(summary["failed"]) == {"grading the answers", "merging the adapter"}
-    assert "ZeroDivisionError" in summary["failed"]["grading the answers"]
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "merged").exists()
+    assert "held-out row 0: ZeroDivisionError" in summary["failed"]["grading the answers"]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (out / "report.html").is_file() and not (out / "merged").exists()
 
 
-def test_markup_and_control_characters_are_text_at_the_end_of_a_run(finished, tmp_path):
-    settings, _ = finished
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"}) + "\n" for i in range(3))
-    )
-    more = {"name": "[/x]", "dataset_name": str(rows), "generate_eval": 1, "max_new_tokens": 2, "max_steps": 1}
-    summary = run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
-    assert "failed" not in summary and (tmp_path / "run" / "summary.json").is_file()
+def test_markup_and_control_characters_are_text_at_the_end_of_a_run(another, tmp_path):
+    rows = ({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"} for i in range(3))
+    more = {"name": "[/x]", "dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "max_steps": 1, **ANSWERS}
+    assert "failed" not in run(another(**more)) and (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_metric_that_is_not_there_is_said_before_training(finished, tmp_path):
-    settings, _ = finished
-    recipe = Recipe(**settings, generate_eval=1, metric="none:such",
-                    output_dir=str(tmp_path / "run"))  # fmt: skip
+def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
     with pytest.raises(RecipeError, match="none:such"):
-        run(recipe)
+        run(another(generate_eval=1, metric="none:such"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_figures_before_training_are_kept_for_a_run_that_goes_on(finished, tmp_path):
-    settings, _ = finished
-    out = tmp_path / "run"
-    recipe = Recipe(**settings, output_dir=str(out), learning_rate=0.1)
-
+def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
     class Die(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 raise RunError("killed")
 
     with pytest.raises(RunError, match="killed"):
-        run(recipe, on_trainer=lambda trainer: trainer.add_callback(Die()))
-    whole = run(Recipe(**{**recipe.settings, "output_dir": str(tmp_path / "whole")}))
-    went_on = run(recipe)
+        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die()))
+    whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
+    went_on = run(another(learning_rate=0.1))
     assert went_on["evaluation"] == whole["evaluation"]
     assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
-def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(finished, tmp_path, tiny_bpe, use_peft):
+def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(another, tmp_path, tiny_bpe, use_peft):
     """transformers refuses to save it in a configuration that changed, as ours does by its end ids."""
-    settings, _ = finished
     base = shutil.copytree(tiny_bpe, tmp_path / "base")
     said = {"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "stop_strings": ["zz"]}
     (base / "generation_config.json").write_text(json.dumps(said))
-    out = tmp_path / "run"
-    more = {"model_name_or_path": str(base), "use_peft": use_peft, "generate_eval": 1, "max_new_tokens": 2}
-    summary = run(Recipe(**{**settings, **more}, output_dir=str(out)))
-    assert "failed" not in summary
-    saved = ["merged"] if use_peft else ["model", "checkpoint-1"]
-    for folder in saved:
-        found = json.loads((out / folder / "generation_config.json").read_text())
+    assert "failed" not in run(another(model_name_or_path=str(base), use_peft=use_peft, **ANSWERS))
+    for folder in ["merged"] if use_peft else ["model", "checkpoint-1"]:
+        found = json.loads((tmp_path / "run" / folder / "generation_config.json").read_text())
         assert found.items() >= said.items() and found["eos_token_id"]
 
 
@@ -243,11 +227,9 @@ def test_what_greedy_decoding_ignores_is_saved_as_the_base_has_it(finished, tmp_
         ('{"stop_strings": 3}', "cannot be followed: 'int' object is not iterable"),
     ],
 )
-def test_broken_generation_config_of_the_base_is_one_line_before_training(finished, tmp_path, tiny_bpe, said, found):
-    settings, _ = finished
+def test_broken_generation_config_of_the_base_is_one_line_before_training(another, tmp_path, tiny_bpe, said, found):
     base = shutil.copytree(tiny_bpe, tmp_path / "base")
     (base / "generation_config.json").write_text(said)
-    more = {"model_name_or_path": str(base), "generate_eval": 1, "max_new_tokens": 2}
     with pytest.raises(RecipeError, match=f"generation_config.json.*{found}") as error:
-        run(Recipe(**{**settings, **more}, output_dir=str(tmp_path / "run")))
+        run(another(model_name_or_path=str(base), **ANSWERS))
     assert "\n" not in str(error.value) and not (tmp_path / "run/checkpoint-1").exists()

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
+from helpers import write_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from ma_sft import Recipe, RecipeError, run
+from ma_sft import Recipe, RecipeError, make_trainer, run
 from ma_sft.release.manifest import read_manifest
 from ma_sft.release.merge import load_adapter, merge
 from ma_sft.training.optimizers import own_optimizer
@@ -18,17 +20,12 @@ from ma_sft.training.trainer import check_early
 
 @pytest.fixture
 def train(tiny_bpe, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"It is {i}."}) + "\n" for i in range(16)))
-
-    def start(**settings):
-        common = {
-            **{"model_name_or_path": str(tiny_bpe), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")},
-            **{"learning_rate": 0.05, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_peft": True},
-        }
-        return tmp_path / "run", run(Recipe(**{**common, **settings}))
-
-    return start
+    rows = write_rows(tmp_path / "rows.jsonl", ({"prompt": f"{i}?", "completion": f"It is {i}."} for i in range(16)))
+    common = {
+        **{"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "output_dir": str(tmp_path / "run")},
+        **{"learning_rate": 0.05, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_peft": True},
+    }
+    return lambda **settings: (tmp_path / "run", run(Recipe(**{**common, **settings})))
 
 
 def logits(model):
@@ -72,38 +69,17 @@ def test_adapter(train, tiny_bpe, method, quantization, capsys):
             assert "bitsandbytes on the CPU nothing is paged" in said
 
 
-def test_loraplus_gives_b_the_higher_rate(train):
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.training.prepare import prepare
-    from ma_sft.training.trainer import build_trainer
-
-    out, _ = train()
-    chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), "loraplus_lr_ratio": 8.0}
-    settings = Recipe(**chosen).resolve()
-    tokenizer, added = load_tokenizer(settings)
-    trainer = build_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None)
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    rates = {
-        ("lora_B" in names[id(p)], group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]
-    }
-    assert rates == {(False, 0.05), (True, 0.4)}
-
-
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train, bits):
+def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(tiny_bpe, tmp_path, bits):
     """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs, and then has no backward pass."""
-    from ma_sft.labels.templates import load_tokenizer
-    from ma_sft.training.prepare import prepare
-    from ma_sft.training.trainer import build_trainer
-
-    out, _ = train(merge=False)
-    chosen = {**json.loads((out / "recipe.json").read_text()), "output_dir": str(out), f"load_in_{bits}bit": True}
-    settings = Recipe(**chosen).resolve()
-    tokenizer, added = load_tokenizer(settings)
-    model = build_trainer(settings, tokenizer, added, prepare(settings, tokenizer).dataset, None).model
+    rows = Dataset.from_list([{"prompt": "?", "completion": "So."}])
+    places = {"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path), "report_to": []}
+    recipe = Recipe(**places, use_peft=True, **{f"load_in_{bits}bit": True})
+    model = make_trainer(recipe, train_dataset=rows).model
     ids = torch.arange(100, 164)[None]
 
     def gradient():
+        torch.manual_seed(0)
         model.train()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
@@ -112,12 +88,10 @@ def test_an_evaluation_does_not_change_the_gradients_of_a_quantised_model(train,
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
-    torch.manual_seed(0)
     before = gradient()
     model.eval()
     with torch.no_grad():
         model(ids)
-    torch.manual_seed(0)
     assert before.norm() > 0
     torch.testing.assert_close(gradient(), before, atol=0.02 * before.abs().max().item(), rtol=0.02)
 
@@ -229,7 +203,6 @@ def test_full_fine_tuning_with_frozen_layers(train, tiny_bpe):
 
 def test_wrong_target_stops_before_the_weights_are_loaded(train, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("weights loaded"))
-    with pytest.raises(
-        RecipeError, match="'query' matches no module of Qwen3ForCausalLM; the linear layers are down_proj"
-    ):
+    message = "'query' matches no module of Qwen3ForCausalLM; the linear layers are down_proj"
+    with pytest.raises(RecipeError, match=message):
         train(lora_target_modules=["query", "q_proj"])

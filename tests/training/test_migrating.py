@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ROOT
+from helpers import QUICK, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from ma_sft import ConstantLengthDataset, DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
@@ -18,19 +18,15 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/mig
 @pytest.fixture
 def names(tmp_path, tiny):
     """What a script has before it makes its trainer."""
+    classes = (SFTTrainer, SFTConfig, DataCollatorForCompletionOnlyLM, ConstantLengthDataset)
+    short = {key: value for key, value in QUICK.items() if key not in ("dtype", "gradient_checkpointing", "rehearse")}
     return {
-        "SFTTrainer": SFTTrainer,
-        "SFTConfig": SFTConfig,
-        "DataCollatorForCompletionOnlyLM": DataCollatorForCompletionOnlyLM,
-        "ConstantLengthDataset": ConstantLengthDataset,
+        **{kind.__name__: kind for kind in classes},
         "tokenizer": AutoTokenizer.from_pretrained(tiny),
         "model": AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
         "rows": Dataset.from_dict({"question": ["What is 1+1?"] * 8, "answer": ["Two."] * 8}),
         "output_dir": str(tmp_path / "run"),
-        "short": {
-            **{"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2},
-            **{"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"},
-        },
+        "short": {**short, "report_to": "none", "use_cpu": True},
     }
 
 
@@ -38,11 +34,7 @@ def trained(tokenizer, labels) -> list[str]:
     return [tokenizer.decode([i for i in row.tolist() if i != -100]) for row in labels]
 
 
-WANTED = {
-    "completion": " Two.<|im_end|>",
-    "ids": "Two.<|im_end|>",
-    "turns": " Hello\n Bye<|im_end|>",
-}
+WANTED = {"completion": " Two.<|im_end|>", "ids": "Two.<|im_end|>", "turns": " Hello\n Bye<|im_end|>"}
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"loop"}))
@@ -80,20 +72,14 @@ def test_plain_trainer_over_the_collator(names, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_each_old_name_is_said_once(names):
+def test_each_old_name_means_todays_and_is_said_once(names):
     compat._say.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for _ in range(2):
-            SFTConfig(names["output_dir"], max_seq_length=64, **names["short"])
-    found = [str(w.message) for w in said if "TRL 0.x" in str(w.message)]
+        for more in ({}, {"evaluation_strategy": "no"}):
+            assert SFTConfig(names["output_dir"], max_seq_length=64, **more, **names["short"]).max_length == 64
+    found = [str(w.message) for w in said if "TRL 0.x" in str(w.message) and "max_seq_length" in str(w.message)]
     assert found == ["max_seq_length is TRL 0.x's: today it is max_length"]
-
-
-def test_old_name_means_todays(names):
-    assert (
-        SFTConfig(names["output_dir"], max_seq_length=64, evaluation_strategy="no", **names["short"]).max_length == 64
-    )
 
 
 def test_what_neither_knows_is_refused(names):

@@ -1,11 +1,11 @@
 """What a run trains on: cut and packed as its settings say, and counted."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import QUICK, assistant, user, write_rows
 
 from ma_sft import LabelError, Recipe, make_trainer
 from ma_sft.labels.templates import load_tokenizer
@@ -18,34 +18,17 @@ FAR = 10_000  # tokens
 def recipe(tmp_path: Path, tiny_bpe: Path) -> Any:
     """Makes a recipe of twelve conversations of two turns that grow, and eight held-out ones of two sources."""
 
-    def turn(text: str, answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-
     def write(name: str, rows: list[Any]) -> str:
-        (tmp_path / name).write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-        return str(tmp_path / name)
+        return write_rows(tmp_path / name, ({"messages": row} for row in rows))
+
+    def turn(text: str, answer: str) -> list[dict[str, object]]:
+        return [user(text), assistant(answer)]
 
     rows = [[*turn("so " * 5 * n, f"It is {n}."), *turn("and " * n, f"Then {n}.")] for n in range(12)]
     tests = [write(f"{name}.jsonl", [turn(f"{name}{n}?", "ab" * n + ".") for n in range(4)]) for name in "pq"]
-
-    def make(**settings: Any) -> Recipe:
-        return Recipe(
-            **{
-                "model_name_or_path": str(tiny_bpe),
-                "dataset_name": write("rows.jsonl", rows),
-                "eval_dataset": tests,
-                "output_dir": str(tmp_path / "run"),
-                "report_to": [],
-                "check": False,
-                "bf16": False,
-                "dtype": "float32",
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-
-    return make
+    places = {"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run"), "eval_dataset": tests}
+    given = {**QUICK, **places, "dataset_name": write("rows.jsonl", rows), "check": False}
+    return lambda **settings: Recipe(**{**given, **settings})
 
 
 def prepared(recipe: Recipe, held_out: bool = False) -> Prepared:

@@ -1,16 +1,18 @@
 """The rehearsal: what would go wrong after the labels are proven is one line before a row is read."""
 
-import json
-
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import refusal, write_rows
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
 from ma_sft import RecipeError
-from ma_sft.cli import main
 from ma_sft.config import Recipe
+from ma_sft.errors import RunError
+from ma_sft.labels.templates import load_tokenizer
+from ma_sft.release import merge as merging
 from ma_sft.training import rehearsal
 from ma_sft.training.rehearsal import rehearse, rehearse_here
 
@@ -26,6 +28,11 @@ def rehearsed(kind, *, tied=None, added=(), config=None, **more):
     chosen = {"model_name_or_path": "/none", "dataset_name": "x", "report_to": "none", "max_length": 512, **more}
     tokens = config.get_text_config().vocab_size + len(added)
     return rehearse_here(Recipe(**chosen).resolve(), config, tokens, list(added))
+
+
+def slow(*kinds):
+    """Models like one that is tried with the fast tests."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def refused(kind, **more):
@@ -74,15 +81,16 @@ def test_a_twin_that_cannot_be_loaded_refuses_no_run(monkeypatch):
     assert rehearsed("llama").startswith("not rehearsed on a twin: ")
 
 
-METHODS = {
-    **{"IA3": {}, "LOHA": {"r": 4}, "LOKR": {"r": 4}, "VERA": {"r": 8}},
-    **{"OFT": {"oft_block_size": 8}, "BOFT": {"boft_block_size": 4}, "LORA": {"r": 4}},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_of_peft(method):
-    config = {"peft_type": method.lower(), **METHODS[method]}
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"peft_type": "ia3"}, {"peft_type": "loha", "r": 4}, {"peft_type": "lokr", "r": 4}),
+        *({"peft_type": "vera", "r": 8}, {"peft_type": "oft", "oft_block_size": 8}),
+        *({"peft_type": "boft", "boft_block_size": 4}, {"peft_type": "lora", "r": 4}),
+    ],
+    ids=lambda config: config["peft_type"],
+)
+def test_methods_of_peft(config):
     line = rehearsed("llama", packing=True, use_peft=True, peft_config=config)
     for holds in ("keeps documents apart", "a step moves what is trained", "loads to", "goes on to", "merges to"):
         assert holds in line
@@ -96,19 +104,7 @@ def test_methods_of_peft_that_train_tokens_before_a_sequence(method):
     assert "in no weight; set packing=false, merge=false" in refused("llama", **more, packing=True)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"optim": "muon"},
-        {"optim": "muon", "optim_args": "momentum=0.9, nesterov=False", "use_peft": True},
-        {"optim": "torch.optim:Adagrad", "optim_args": "initial_accumulator_value=0.1"},
-    ],
-)
-def test_optimisers_that_transformers_does_not_know(more):
-    assert "a step moves what is trained" in rehearsed("qwen3_moe", **more)
-
-
-@pytest.mark.parametrize("kind", ["opt", "bloom", "biogpt", "falcon", "qwen3_next", "qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize("kind", ["opt", "falcon", "qwen3_next", *slow("bloom", "biogpt", "qwen3_5_text", "falcon_h1")])
 def test_packing_that_leaks_or_needs_kernels(kind):
     leaks = kind in ("opt", "bloom", "biogpt", "falcon")
     message = refused(kind, packing=True, use_peft=leaks)
@@ -121,7 +117,7 @@ def test_other_ways_to_pack_leak_too(more):
     assert f"set {next(iter(more))}=false" in refused("opt", use_peft=True, **more)
 
 
-@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "mamba", "falcon_mamba", "mpt", "minimax"])
+@pytest.mark.parametrize("kind", ["jamba", "mamba", "minimax", *slow("recurrent_gemma", "falcon_mamba", "mpt")])
 def test_state_space_models_full_fine_tuning(kind):
     """What cannot be kept apart is refused, or what the library says of it is told."""
     try:
@@ -162,11 +158,11 @@ def test_new_tokens_on_a_base_of_exactly_the_tokenizers_size(tied, use_peft):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initialisations_that_change_the_base(init):
-    assert "merges to" in rehearsed("llama", use_peft=True, lora_config={"init_lora_weights": init})
+    changes = {"use_peft": True, "lora_config": {"init_lora_weights": init}}
+    assert "merges to" in rehearsed("llama", **changes)
     others = ({"use_dora": True}, {"lora_modules_to_save": ["lm_head"]}, {"added": NEW}) if init == "pissa" else ()
     for more in ({"lora_config": {"init_lora_weights": init, "bias": "all"}}, *others):
-        message = refused("llama", **{"use_peft": True, "lora_config": {"init_lora_weights": init}, **more})
-        assert "cannot be: " in message, more
+        assert "cannot be: " in refused("llama", **{**changes, **more}), more
 
 
 @pytest.mark.parametrize(
@@ -201,13 +197,19 @@ def test_losses():
     assert "router_aux_loss_coef" in message
 
 
-def test_quantised_bases_are_rehearsed_unquantised():
-    assert "merges to" in rehearsed("llama", use_peft=True, load_in_4bit=True)
-
-
-def test_layers_that_are_named_by_number():
-    layers = {"lora_target_modules": ["q_proj"], "lora_config": {"layers_to_transform": [20]}}
-    assert "merges to" in rehearsed("llama", use_peft=True, **layers)
+@pytest.mark.parametrize(
+    ("kind", "more", "holds"),
+    [
+        ("qwen3_moe", {"optim": "muon"}, "a step moves what is trained"),
+        ("qwen3_moe", {"optim": "muon", "optim_args": "momentum=0.9, nesterov=False", "use_peft": True}, "a step"),
+        ("qwen3_moe", {"optim": "torch.optim:Adagrad", "optim_args": "initial_accumulator_value=0.1"}, "a step moves"),
+        ("llama", {"use_peft": True, "load_in_4bit": True}, "merges to"),  # unquantised
+        ("llama", {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_config": {"layers_to_transform": [20]}},
+         "merges to"),
+    ],
+)  # fmt: skip
+def test_what_a_twin_can_do_as_well(kind, more, holds):
+    assert holds in rehearsed(kind, **more)
 
 
 def test_same_random_numbers_after_it(tiny_bpe):
@@ -221,33 +223,22 @@ def test_same_random_numbers_after_it(tiny_bpe):
 # -- where it runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def leaky(tmp_path, tiny_bpe):
-    """A tiny OPT with a tokenizer, and rows that nobody can read."""
-    from transformers import OPTConfig, OPTForCausalLM
-
+@pytest.mark.parametrize("command", ["train", "check", "plan"])
+def test_before_a_row_is_read(command, capsys, tmp_path, tiny_bpe, monkeypatch):
+    """Of a tiny OPT, with rows that nobody can read."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
     sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
     OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    (tmp_path / "r.yaml").write_text(
-        json.dumps({"model_name_or_path": str(tmp_path / "m"), "dataset_name": "broken.jsonl", "packing": True})
-    )
-    (tmp_path / "broken.jsonl").write_text("no row")
-    return tmp_path / "r.yaml"
-
-
-@pytest.mark.parametrize("command", ["train", "check", "plan"])
-def test_before_a_row_is_read(leaky, command, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    assert main([command, str(leaky), "--max_length", "64", "--report_to", "none"]) == 2
-    assert "packing=True cannot be: set packing=false" in capsys.readouterr().err
+    write_rows(tmp_path / "broken.jsonl", ["no row"])
+    (tmp_path / "r.yaml").write_text("{model_name_or_path: m, dataset_name: broken.jsonl, packing: true}")
+    error = refusal(capsys, command, "r.yaml", "--max_length", "64", "--report_to", "none")
+    assert "packing=True cannot be: set packing=false" in error
 
 
 def test_it_can_be_turned_off_and_is_done_once(tiny_bpe, tmp_path, monkeypatch):
-    from ma_sft.labels.templates import load_tokenizer
-
     monkeypatch.setenv("MA_SFT_CACHE", str(tmp_path))
     settings = Recipe(model_name_or_path=str(tiny_bpe), dataset_name="x").resolve(["--rehearse", "false"])
     tokenizer, added = load_tokenizer(settings)
@@ -260,11 +251,6 @@ def test_it_can_be_turned_off_and_is_done_once(tiny_bpe, tmp_path, monkeypatch):
 
 
 def test_merged_model_that_says_something_else_fails(tiny_bpe, tmp_path, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-
-    from ma_sft.errors import RunError
-    from ma_sft.release import merge as merging
-
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
     for parameter in model.parameters():
         parameter.data += parameter.requires_grad * torch.randn_like(parameter)

@@ -8,6 +8,7 @@ from itertools import islice
 import datasets
 import pytest
 from accelerate.data_loader import prepare_data_loader
+from helpers import QUICK, write_rows
 from torch.utils.data import DataLoader
 
 from ma_sft import Recipe, run
@@ -39,16 +40,16 @@ class Packer:
 def source(tmp_path, sizes, kind):
     start = 0
     for name, size in enumerate(sizes):
-        rows = [{"prompt": str(row), "completion": "a"} for row in range(start, start + size)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = ({"prompt": str(row), "completion": "a"} for row in range(start, start + size))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
         start += size
     if kind == "mixture":
         return load_mixture([str(tmp_path / "*.jsonl")], streaming=True).train
     # as a hub's: a shard is a file
     rows = datasets.load_dataset("json", data_files=str(tmp_path / "*.jsonl"), split="train", streaming=True)
-    return rows.map(
-        lambda row: {"messages": [{"content": row["prompt"]}]}, remove_columns=["prompt", "completion"]
-    ).shuffle(seed=0, buffer_size=100)
+    columns = ["prompt", "completion"]
+    rows = rows.map(lambda row: {"messages": [{"content": row["prompt"]}]}, remove_columns=columns)
+    return rows.shuffle(seed=0, buffer_size=100)
 
 
 def read(rows, workers, processes, strategy, batch, steps):
@@ -101,10 +102,10 @@ def test_a_stream_without_a_row_ends_with_an_error(tmp_path):
         next(Epochs(rows)())
 
 
-def test_a_stream_without_a_label_is_refused(tmp_path, tiny):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a?", "completion": "It is so."}\n' * 3)
-    recipe = Recipe(model_name_or_path=str(tiny), dataset_name=str(tmp_path / "rows.jsonl"), dataset_streaming=True,
-                    max_steps=1, max_length=2, check=False, output_dir=str(tmp_path / "run"))  # fmt: skip
+def test_a_stream_without_a_label_is_refused(tmp_path, tiny_bpe):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a?", "completion": "It is so."}] * 3)
+    more = {"dataset_name": rows, "dataset_streaming": True, "max_length": 2, "check": False}
+    recipe = Recipe(**{**QUICK, **more}, model_name_or_path=str(tiny_bpe), output_dir=str(tmp_path / "run"))
     with pytest.raises(LabelError, match="first rows have nothing to train on"):
         run(recipe)
 
@@ -118,24 +119,14 @@ def test_the_rows_can_be_sent_to_workers_that_are_not_forked(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny, packing):
-    rows = [{"prompt": f"{row}?", "completion": "so " * (row % 9) + f"{row}."} for row in range(30)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = Recipe(
-        model_name_or_path=str(tiny),
-        dataset_name=str(tmp_path / "rows.jsonl"),
-        dataset_streaming=True,
-        dataloader_num_workers=2,
-        packing=packing,
-        max_length=64,
-        max_steps=6,
-        save_steps=3,
-        logging_steps=1,
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        report_to=[],
-        merge=False,
-    )
+def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_bpe, packing):
+    rows = ({"prompt": f"{row}?", "completion": "so " * (row % 9) + f"{row}."} for row in range(30))
+    more = {
+        **{"model_name_or_path": str(tiny_bpe), "dataset_name": write_rows(tmp_path / "rows.jsonl", rows)},
+        **{"dataset_streaming": True, "dataloader_num_workers": 2, "packing": packing, "max_length": 96},
+        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 3},
+    }
+    recipe = Recipe(**{**QUICK, **more})
 
     def losses(name, *args):
         run(recipe, ["--output_dir", str(tmp_path / name), *args])

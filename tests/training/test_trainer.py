@@ -1,42 +1,32 @@
 """The trainer is handed over: whatever `SFTTrainer` takes, `make_trainer` takes, with rows prepared and proven."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ROOT
+from helpers import QUICK, ROOT, assistant, user, write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from ma_sft import LabelError, Recipe, RecipeError, make_trainer, run
+from ma_sft import LabelError, Recipe, RecipeError, make_trainer
 from ma_sft.labels.templates import set_chat_template
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(12)]
-MESSAGES = [
-    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-    for row in ROWS
-]
+MESSAGES = [{"messages": [user(row["prompt"]), assistant(row["completion"])]} for row in ROWS]
 
 
 @pytest.fixture
 def settings(tiny_bpe, tmp_path):
     """A recipe's settings without its data."""
-    return {
-        **{"model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run"), "max_steps": 2, "report_to": []},
-        **{"save_strategy": "no", "bf16": False, "dtype": "float32", "disable_tqdm": True, "logging_steps": 1},
-        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
-    }
+    return {**QUICK, "model_name_or_path": str(tiny_bpe), "output_dir": str(tmp_path / "run")}
 
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(path)
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 def text(trainer, dataset):
@@ -77,11 +67,6 @@ def test_data_sets_are_rows_of_any_format(settings, rows):
     assert any("eval_loss" in log for log in trainer.state.log_history)
 
 
-def test_wrong_rows_are_refused_before_there_is_a_trainer(settings):
-    with pytest.raises(ValueError, match="response is empty"):
-        make_trainer(Recipe(**settings), train_dataset=Dataset.from_list([{"prompt": "q", "completion": ""}]))
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
     rows = Dataset.from_list([{"input_ids": [7] * 10, "labels": [-100] * 4 + [7] * 6, "other": "x"}] * 6)
@@ -91,10 +76,23 @@ def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
     assert trainer.train().global_step == 2
 
 
-def test_labelled_rows_that_train_nothing(settings):
-    rows = Dataset.from_list([{"input_ids": [7, 8], "labels": [-100, -100]}])
-    with pytest.raises(LabelError, match="no row has anything to train on"):
-        make_trainer(Recipe(**settings), train_dataset=rows)
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ({"prompt": "q", "completion": ""}, ValueError, "response is empty"),
+        ({"input_ids": [7, 8], "labels": [-100, -100]}, LabelError, "no row has anything to train on"),
+    ],
+)
+def test_wrong_rows_are_refused_before_there_is_a_trainer(settings, row, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(Recipe(**settings), train_dataset=Dataset.from_list([row]))
+
+
+def test_missing_flash_attention_falls_back_with_a_line(settings, file, caplog, capsys):
+    recipe = Recipe(**settings, dataset_name=file, packing=True, max_length=96, attn_implementation="flash_attention_2")
+    assert make_trainer(recipe).model.config._attn_implementation == "sdpa"
+    line = "flash_attention_2 is not installed for this machine: attention by PyTorch's SDPA"
+    assert (caplog.text + "".join(capsys.readouterr())).count(line) >= 1
 
 
 def test_model_is_an_object(settings, file, tiny_bpe):
@@ -174,17 +172,6 @@ def test_data_collator(settings, file):
     assert trainer.data_collator is collator and trainer.train().global_step == 2
     with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
         make_trainer(Recipe(**settings, dataset_name=file, packing=True, max_length=64), data_collator=collator)
-
-
-def test_run_hands_its_trainer_over_before_the_first_step(settings, file):
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen.append(state.global_step)
-
-    summary = run(Recipe(**settings, dataset_name=file), on_trainer=lambda trainer: trainer.add_callback(Look()))
-    assert seen == [1, 2] and summary["steps"] == 2
 
 
 EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S)
