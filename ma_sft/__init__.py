@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ma_sft.config import Recipe as Recipe
     from ma_sft.data.formats import to_messages as to_messages
     from ma_sft.data.formats import to_messages_batch as to_messages_batch
-    from ma_sft.data.preference import to_preference as to_preference
+    from ma_sft.data.formats import to_preference as to_preference
     from ma_sft.labels.audit import audit as audit
     from ma_sft.labels.collator import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
     from ma_sft.labels.encoder import tokenize_conversation as tokenize_conversation
@@ -43,8 +43,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_a
 _LAZY = {
     "cli": "launch",
     "config": "Recipe",
-    "data.formats": "to_messages to_messages_batch",
-    "data.preference": "to_preference",
+    "data.formats": "to_messages to_messages_batch to_preference",
     "labels.audit": "audit",
     "labels.collator": "DataCollatorForCompletionOnlyLM",
     "labels.encoder": "tokenize_conversation",

@@ -6,7 +6,7 @@ further columns is used (`ma_sft.data.messages`), known to be harmless, refused,
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +15,11 @@ from typing import Any
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BAD,
+    BLANK,
     MARKS,
     ROLES,
     WEIGHTS,
+    BadAnswer,
     Message,
     Row,
     TrackedRow,
@@ -27,7 +29,6 @@ from ma_sft.data.messages import (
     conversation,
     expected,
     from_json,
-    is_blank,
     is_empty,
     list_of_turns,
     merge_turns,
@@ -37,22 +38,23 @@ from ma_sft.data.messages import (
     to_template_kwargs,
     to_tools,
     truth,
-    turns_in_text,
     unknown_keys,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, completion, dialogue
+from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
-SHAREGPT = ("conversations", "conversation", "dialogue", "dialog")
-CHOICES = ("choices", "options")
-ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "correct", "Answer")
-STRANGERS = frozenset(("label", "labels", "target", "role", "parent_id"))  # of these, a text is only a part
+TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column holds the whole conversation
+QUESTIONS = ("question", "Question", "question_stem", "query", "ctx")  # of choices
+CHOICES = ("choices", "options", "endings")
+ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "Answer", "correct", "correct_option")
+STRANGERS = frozenset(("label", "labels", "target", "code", "role", "parent_id"))  # of these, a text is only a part
 
 # Columns that change what a row says: where no format reads them, the row is refused.
 CHANGING = re.compile(
     r"((image|img|picture|audio|video)s?|pixel_values)([_-]?(path|url|file|byte|list)s?)?|"
-    r"choices|options|endings|distractors?_?\d*|(option|choice|ending|op|sol)[ _]?[a-e1-9]|[a-e]",
+    r"choices|options|endings|distractors?_?\d*|(option|choice|ending|op|sol)[ _]?[a-e1-9]|[a-e]|"
+    r".*(thinking|thoughts?)(_.*)?|reasoning_content|speakers",
     re.IGNORECASE,
 )
 
@@ -60,44 +62,40 @@ IMAGES = re.compile(r"(image|img|picture|pixel_values).*", re.IGNORECASE)
 
 # Columns that say something about a row, and nothing that a conversation would lose.
 HARMLESS = re.compile(
-    r"(.*[_-])?(id|idx|index|uuid|hash|url|score|count|tokens|length|path|name|version|date|time|timestamp)|Unnamed: 0|"
-    r"|(data_?)?(source|set)|dataset|split|subset|config|origin|raw|lang|language|locale|license|licence|author|creator|"
-    r"(.*[_-])?model|generator|category|categories|type|kind|task|task_type|topic|topics|domain|subject|tag|tags|"
-    r"difficulty|level|quality|rating|created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|num_turns|"
-    r"group|title|toxic|toxicity|redacted|moderation|openai_moderation|key|keywords|rank|stars|upvotes|_.*",
+    r"(.*[_-])?(id|idx|index|uuid|hash|url|score|count|tokens|length|path|name|version|date|time|timestamp|ip|model|"
+    r"rating|type|category|source|identifier|fingerprint|moderation|sha\d+)|Unnamed: 0|"
+    r"|(data_?)?set|split|subset|config|origin|raw|lang|langdetect|language|locale|country|state|header|license|licence|"
+    r"copyright|author|creator|generator|categories|kind|task|topics?|domain|subject|tags?|difficulty|level|quality|"
+    r"created|updated|(created|updated)_at|meta|metadata|rejected.*|neg_resp|turn|num_turns|group|title|toxic|toxicity|"
+    r"redacted|key|keywords|rank|reward|stars|(score|rating)_.*|upvotes|used_in.*|synthetic|_.*",
     re.IGNORECASE,
 )
 
 # Chinese headers of tables, and what a column may mean that has none of the known names.
 CHINESE = {
-    **dict.fromkeys(("问题", "提问", "题目", "问"), "question"),
-    **dict.fromkeys(("答案", "回答", "答"), "answer"),
-    **dict.fromkeys(("指令", "任务"), "instruction"),
-    **dict.fromkeys(("回复", "响应"), "response"),
-    **{
-        "输入": "input",
-        "输出": "output",
-        "提示": "prompt",
-        "提示词": "prompt",
-        "上下文": "context",
-        "系统提示": "system",
-    },
-    **{"文本": "text", "对话": "conversations", "选项": "options"},
+    theirs: ours
+    for ours, names in {
+        **{
+            "question": "问题 提问 题目 问",
+            "answer": "答案 回答 答",
+            "instruction": "指令 任务",
+            "response": "回复 响应",
+        },
+        **{"input": "输入", "output": "输出", "prompt": "提示 提示词", "context": "上下文", "system": "系统提示"},
+        **{"text": "文本", "conversations": "对话", "options": "选项"},
+    }.items()
+    for theirs in names.split()
 }
 MEANINGS = {
     "question": re.compile(
-        r"(?i).*(quest|ask|prompt|instruct|query|input|problem|user|human|faq|title|^q\d?$|问|题|指令)"
+        r"(?i).*(quest|ask|prompt|instruct|query|input|problem|user|human|faq|article|document|dialog|^(q\d?|text)$|问|题|指令)"
     ),
     "answer": re.compile(
-        r"(?i).*(answer|respon|repl|output|complet|solution|assistant|bot|target|^a\d?$|答|回复|输出)"
+        r"(?i).*(answer|respon|repl|output|complet|solution|assistant|bot|target|summar|abstract|^(a\d?|text|code)$|答|回复|输出)"
     ),
 }
 
 MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
-
-
-class BadAnswer(FormatError):
-    """A row whose answer is marked as a bad one: nothing to learn from here, and no fault of the file."""
 
 
 @dataclass(frozen=True)
@@ -128,42 +126,58 @@ class Format:
 
     def found(self, columns: set[str]) -> set[str]:
         """Of these columns, those that are the format's."""
-        own = {next((name for name in names if name in columns), "") for names in self.needs}
-        return (own | {*self.also.split()}) & columns
+        return {*re.split(r"[| ]", self.columns), *self.also.split()} & columns
 
     def missing(self, columns: set[str]) -> list[str]:
         return sorted(names[0] for names in self.needs if columns.isdisjoint(names))
 
 
-def _turns(*columns: str) -> Callable[[TrackedRow], list[Message]]:
+def _turns(columns: str) -> Format:
+    """A conversation in turns, under one of the names of the first column."""
+    names = columns.split()[0].split("|")
+
     def convert(row: TrackedRow) -> list[Message]:
-        field = row.first(columns) or columns[0]
-        return with_context(row, conversation(list_of_turns(row[field], field), field))
+        field = row.first(names) or names[0]
+        return with_context(row, conversation(list_of_turns(row[field], field), field), whole=True)
 
-    return convert
-
-
-class _Pair:
-    """A question and its answer; `extra` are columns that go on with the question."""
-
-    def __init__(self, question: str, *answer: str, extra: tuple[str, ...] = ()) -> None:
-        self.question, self.answer, self.extra = question, answer, extra
-
-    def __call__(self, row: TrackedRow) -> list[Message]:
-        further = (text_of(row, field) for field in self.extra if field in row)
-        asked = "\n\n".join((text_of(row, self.question), *filter(None, further)))
-        answer = text_of(row, row.first(self.answer) or self.answer[0])
-        return with_context(row, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+    return Format(columns, convert, rich=True)
 
 
-def _prompt_completion(row: TrackedRow) -> list[Message]:
-    prompt = conversation(turns_in_text(row["prompt"]), "prompt")
-    return with_context(row, prompt + completion(prompt, row["completion"], "completion"))
+def _pair(columns: str, extra: str = "", *, rich: bool = False, also: str = "") -> Format:
+    """A question and its answer, as texts or, where the format is rich, as turns; between them its reasoning, if any.
+
+    `extra` are columns that go on with the question.
+    """
+    questions, *thoughts, answers = (names.split("|") for names in columns.split())
+
+    def convert(row: TrackedRow) -> list[Message]:
+        field, to = (row.first(names) or names[0] for names in (questions, answers))
+        asked = row[field]
+        prompt = prompt_turns(asked, field) if rich else [{"role": "user", "content": check_text(asked, field)}]
+        if further := [text_of(row, name) for name in extra.split() if name in row and name != field]:
+            prompt[-1]["content"] = "\n\n".join(filter(None, (prompt[-1]["content"], *further)))
+        said = _single(row[to])
+        answer = completion(prompt, said, to, asked) if rich else []
+        answer = answer or [{"role": "assistant", "content": check_text(said, to)}]
+        for name in filter(None, map(row.first, thoughts)):
+            if thought := text_of(row, name):
+                answer[-1]["reasoning_content"] = thought
+        return with_context(row, prompt + answer)
+
+    return Format(columns, convert, rich, f"{extra} {also}")
+
+
+def _single(value: Any) -> Any:
+    """The one text in a list of answers, or in SQuAD's object of them; any other value as it is."""
+    texts = value.get("text") if isinstance(value, dict) else value
+    if isinstance(texts, list | tuple) and len(texts) == 1 and isinstance(texts[0], str):
+        return texts[0]
+    return value
 
 
 def _steps(row: TrackedRow) -> list[Message]:
     """MA-RLHF's and TRL's steps of a solution: one answer, each step of which is trained."""
-    prompt = conversation(turns_in_text(row["prompt"]), "prompt")
+    prompt = prompt_turns(row["prompt"], "prompt")
     steps, labels = (from_json(row.get(name), name, begins="[") for name in ("completions", "labels"))
     if not steps or not isinstance(steps, list | tuple):
         raise expected("a list of steps", "completions", steps)
@@ -177,29 +191,20 @@ def _steps(row: TrackedRow) -> list[Message]:
     return with_context(row, [*prompt, {"role": "assistant", "content": separator.join(texts)}])
 
 
-def _chosen(row: TrackedRow) -> list[Message]:
-    return with_context(row, dialogue(row, row.first(ALIASES["chosen"]) or "chosen"))
-
-
 def _better_side(name: str) -> Callable[[TrackedRow], list[Message]]:
-    def convert(row: TrackedRow) -> list[Message]:
-        sides = SIDES[name](row)
-        if sides is None:
-            raise BadAnswer("neither answer is a good one")
-        return sides["prompt"] + sides["chosen"]
-
-    return convert
+    return lambda row: (sides := SIDES[name](row))["prompt"] + sides["chosen"]
 
 
 def _multiple_choice(row: TrackedRow) -> list[Message]:
     labels, texts = _choices(row)
-    found = {field: _answer(row[field], field, labels, texts) for field in ANSWERS if field in row}
+    fields = [field for field in ANSWERS if field in row] or ["label"]
+    found = {field: _answer(row[field], field, labels, texts) for field in fields}
     if len({*found.values()}) > 1:
-        fields = " and ".join(map(repr, found))
-        raise FormatError(f"fields {fields} mean different choices: {', '.join(repr(row[field]) for field in found)}")
+        both, values = " and ".join(map(repr, found)), ", ".join(repr(row[field]) for field in found)
+        raise FormatError(f"fields {both} mean different choices: {values}")
     at = next(iter(found.values()))
     options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
-    question = text_of(row, "question" if "question" in row else "Question")
+    question = text_of(row, row.first(QUESTIONS) or "question")
     user = {"role": "user", "content": f"{question}\n{options}"}
     return with_context(row, [user, {"role": "assistant", "content": f"{labels[at]}. {texts[at]}"}])
 
@@ -247,7 +252,7 @@ def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
 def _moss(row: TrackedRow) -> list[Message]:
     """MOSS' `{"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": "<|MOSS|>: ...<eom>", ...}, ...}`; or turns."""
     if not isinstance(row["chat"], dict):
-        return with_context(row, conversation(list_of_turns(row["chat"], "chat"), "chat"))
+        return _turns("chat").convert(row)
     turns = []
     # A tool that sorts keys writes turn_10 before turn_2.
     for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
@@ -259,7 +264,7 @@ def _moss(row: TrackedRow) -> list[Message]:
             if texts[key] not in ("", "None"):
                 raise FormatError(f"field 'chat.{name}.{key}': MOSS' tools cannot be trained, found {show(texts[key])}")
         turns.append({key: texts[key] for key in ("Human", "MOSS") if key in texts})
-    return with_context(row, conversation(turns, "chat"))
+    return with_context(row, conversation(turns, "chat"), whole=True)
 
 
 def _calls(row: TrackedRow) -> list[Message]:
@@ -267,30 +272,39 @@ def _calls(row: TrackedRow) -> list[Message]:
     return with_context(row, [{"role": "user", "content": text_of(row, "query")}, *conversation(call, "answers")])
 
 
+ASKED = "question|problem|prompt|instruction|query|input|messages"
+THOUGHTS = "reasoning_content|reasoning|thinking|complex_cot"
 FORMATS = {
-    "messages": Format("messages", _turns("messages"), rich=True),
-    "sharegpt": Format("|".join(SHAREGPT), _turns(*SHAREGPT), rich=True),
-    "contents": Format("contents", _turns("contents"), rich=True),
+    "messages": _turns("messages"),
+    "sharegpt": _turns("conversations|conversation|dialogue|dialog"),
+    "contents": _turns("contents"),
     "moss": Format("chat", _moss, rich=True),
-    "alpaca": Format("instruction output", _Pair("instruction", "output", extra=("input",)), also="input"),
-    "alpaca-zh": Format("instruction_zh output_zh", _Pair("instruction_zh", "output_zh", extra=("input_zh",))),
-    "dolly": Format("instruction response", _Pair("instruction", "response", extra=("input", "context")), also="input"),
-    "multiple-choice": Format("question choices answerKey", _multiple_choice),
+    "alpaca": _pair("instruction output", "input", also="prompt answer"),
+    "alpaca-zh": _pair("instruction_zh output_zh", "input_zh"),
+    "dolly": _pair("instruction response|completion|answer|generation", "input context", also="prompt"),
+    "reasoning": _pair(f"{ASKED} {THOUGHTS} answer|response|output|solution|completion|content", "input", rich=True),
+    "multiple-choice": Format("question|question_stem choices answerKey", _multiple_choice),
     "mmlu": Format("question choices answer", _multiple_choice),
-    "options": Format("question options answer|answer_idx|answer_index|answerKey|correct", _multiple_choice),
+    "options": Format(
+        "question|query|ctx options|endings answer|answer_idx|answer_index|answerKey|correct|correct_option|label",
+        _multiple_choice,
+    ),
     "ceval": Format("question|Question A B answer|Answer|answerKey", _multiple_choice),
-    "prompt-completion": Format("prompt completion", _prompt_completion, rich=True),
+    "prompt-completion": _pair("prompt completion", rich=True),
     "steps": Format("prompt completions", _steps, rich=True, also="labels step_separator"),
     "preference": Format(" ".join(map("|".join, ALIASES.values())), _better_side("preference"), rich=True),
-    "hh-rlhf": Format("chosen|chosen_messages rejected|rejected_messages", _chosen, rich=True),
+    "hh-rlhf": _turns("chosen|chosen_messages rejected|rejected_messages"),
     "pku-saferlhf": Format(" ".join(("prompt", *PKU)), _better_side("pku-saferlhf")),
     "calls": Format("query tools answers", _calls, rich=True),
-    "question-answer": Format("question answer", _Pair("question", "answer")),
-    "question-response": Format("question response", _Pair("question", "response")),
-    "query-response": Format("query response", _Pair("query", "response")),
-    "prompt-response": Format("prompt response|output|answer", _Pair("prompt", "response", "output", "answer")),
-    "problem-solution": Format("problem solution", _Pair("problem", "solution")),
-    "input-output": Format("input output", _Pair("input", "output")),
+    "question-answer": _pair("question|problem|sql_prompt answer|answers|sql"),
+    "question-response": _pair("question response|output"),
+    "query-response": _pair("query response|answer|output"),
+    "prompt-response": _pair("prompt|user|human response|output|answer|target|assistant|bot"),
+    "problem-solution": _pair("problem|question solution|generated_solution", also="answer"),
+    "input-output": _pair(
+        "input|inputs_pretokenized|inputs output|target|targets_pretokenized|targets|response", rich=True
+    ),
+    "document-summary": _pair("document|article|dialogue summary|highlights"),
     "text": Format("text", lambda row: [{"role": "assistant", "content": text_of(row, "text")}]),
 }
 COLUMNS = frozenset(name for known in FORMATS.values() for names in known.needs for name in names)
@@ -310,7 +324,13 @@ def known_names(columns: frozenset[str], format: str | None = None) -> dict[str,
     return {theirs: ours for theirs, ours in names.items() if theirs != ours}
 
 
-def detect_format(row: Iterable[str]) -> str:
+def renamed(row: TrackedRow, format: str) -> TrackedRow:
+    """The row under the names that the format wants."""
+    names = known_names(frozenset(row), format)
+    return TrackedRow({names.get(column, column): value for column, value in row.items()}) if names else row
+
+
+def detect_format(row: Iterable[str], among: Collection[str] = FORMATS) -> str:
     """Name of the one format in `FORMATS` whose columns are all there, if need be under their `known_names`.
 
     Of two that fit, one that needs all columns of the other and more wins (`mmlu` over `question-answer`). `text` is
@@ -318,51 +338,59 @@ def detect_format(row: Iterable[str]) -> str:
 
     Args:
         row: the row, or the names of its columns alone; of several formats that fit, the row shows which ones work.
+        among: names of `FORMATS`; those of preferences alone, where both answers are wanted.
 
     Raises:
         FormatError: none fits, or several do; the message lists the columns and the formats that come nearest.
     """
     given = dict(row.items()) if isinstance(row, Mapping) else dict.fromkeys(row)
+    given = given if among is FORMATS else spread(TrackedRow(given))
     names = known_names(frozenset(given))
     values = {names.get(name, name): value for name, value in given.items()}
     columns = {*values}
-    fits = {name: known.found(columns) for name, known in FORMATS.items() if not known.missing(columns)}
+    fits = {name: FORMATS[name].found(columns) for name in among if not FORMATS[name].missing(columns)}
+    if isinstance(row, Mapping):
+        fits = {name: own for name, own in fits.items() if _may_hold({key: values[key] for key in own}, name)} or fits
     fits = {name: own for name, own in fits.items() if not any(own < other for other in fits.values())}
     if columns & (COLUMNS | STRANGERS) != {"text"}:
         fits.pop("text", None)
-    working = list(fits)
-    if len(working) > 1 and isinstance(row, Mapping):
-        working = [name for name in fits if all(_may_hold(values[column], name) for column in fits[name])] or working
-    if len(working) == 1:
-        return working[0]
-    if working:
+    if not fits.keys().isdisjoint(TURNS):  # texts beside turns say the same once more, or a part of it
+        fits = {name: own for name, own in fits.items() if name in (*TURNS, *SIDES)}
+    if len(fits) == 1:
+        return next(iter(fits))
+    if fits:
         raise FormatError(
-            f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(working)}; "
+            f"ambiguous format: columns {show_columns(columns)} fit {' and '.join(fits)}; "
             "say which: format (dataset_format in a recipe)"
         )
-    raise FormatError(f"unknown format: columns {show_columns(given)}; {_nearest({*given})}")
+    raise FormatError(f"unknown format: columns {show_columns(given)}; {_nearest({*given}, among)}")
 
 
-def _may_hold(value: Any, name: str) -> bool:
-    """Whether a column of a format can hold such a value: turns where it needs turns, else a text."""
-    if name in ("messages", "sharegpt", "contents", "moss"):
-        return isinstance(value, list | tuple | dict) or str(value).lstrip().startswith("[")
-    return isinstance(value, str) or not isinstance(FORMATS[name].convert, _Pair)
+def _may_hold(values: Row, name: str) -> bool:
+    """Whether a format can hold such values: turns where it needs turns, no flag where it needs a reasoning."""
+    if name in TURNS:
+        return any(isinstance(v, list | tuple | dict) or str(v).lstrip()[:1] in ("[", "U") for v in values.values())
+    return name != "reasoning" or values.get("reasoning") not in ("on", "off", True, False)
 
 
-def _nearest(columns: set[str]) -> str:
+def _nearest(columns: set[str], among: Collection[str]) -> str:
     """What to do about columns that no format has: by their names, else by what they seem to mean."""
-    near = {name: known.missing(columns) for name, known in FORMATS.items() if known.found(columns) and name != "text"}
+    near = {name: FORMATS[name].missing(columns) for name in among if name != "text"}
+    near = {name: missing for name, missing in near.items() if len(missing) < len(FORMATS[name].needs)}
     best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
     advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
     if "text" in columns:
         advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"
-    theirs = {next(filter(meaning.match, sorted(columns)), ""): ours for ours, meaning in MEANINGS.items()}
-    columns_map = ", ".join(f"{name}: {ours}" for name, ours in theirs.items())
-    hint = " if that is a question and its answer" if len(theirs) == 2 and "" not in theirs else ""
+    telling = [column for column in sorted(columns) if not HARMLESS.fullmatch(column)]
+    asked, said = ([*filter(meaning.match, telling)] for meaning in MEANINGS.values())
+    question = min(asked, key=lambda column: column in said, default="")
+    answers = [column for column in said if column != question]
+    certain = bool(question) and len(answers) == 1 and among is FORMATS
+    columns_map = f"{question}: question, {answers[0]}: answer" if certain else "theirs: ours"
     return (
-        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: "
-        f"{{{columns_map if hint else 'theirs: ours'}}}}}]{hint}), or pass format (dataset_format in a recipe)"
+        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: {{{columns_map}}}}}])"
+        f"{' if that is a question and its answer' * certain}, or pass format (dataset_format in a recipe), "
+        "the name of one or a function of yours (file.py:function)"
     )
 
 
@@ -389,21 +417,62 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
     tracked = TrackedRow(row)
     name = format or detect_format(tracked)
     if isinstance(name, str) and name in FORMATS:
-        if names := known_names(frozenset(tracked), name):
-            tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
+        tracked = renamed(tracked, name)
         messages = _known(tracked, name, merge)
     else:
         messages = conversation(load_function(name)(row), f"{name} gave messages")
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked) | _foreign_roles(row.get("messages")) if name in FORMATS else {}
+    unused = unused_of(tracked, messages) | _foreign_roles(row.get("messages")) if name in FORMATS else {}
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(is_blank(m["content"]) and not m.get("tool_calls") for m in answers):
+    if all(BLANK.fullmatch(m["content"]) and not m.get("tool_calls") for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
+
+
+def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
+    """One raw row as `{"prompt": messages, "chosen": messages, "rejected": messages}`.
+
+    `prompt` ends with the user's (or a tool's) turn; `chosen` and `rejected` are the two answers.
+
+    Args:
+        row: column -> value; null columns count as missing.
+        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns,
+            itself or as `module:function` or `file.py:function`; None to go by the columns.
+
+    Returns:
+        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
+        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
+
+    Raises:
+        FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
+    """
+    try:
+        return read_sides(TrackedRow(row), format)
+    except BadAnswer:
+        return None
+
+
+def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Preference:
+    """`to_preference`; raises `BadAnswer` where neither answer should be learned."""
+    name = format or detect_format(row, SIDES)
+    if isinstance(name, str) and name in SIDES:
+        found = SIDES[name](renamed(row, name))
+    elif given := load_function(name)(dict(row)):
+        found = SIDES["preference"](TrackedRow(given))
+    else:
+        raise BadAnswer("neither answer is a good one")
+    for side in ("chosen", "rejected"):
+        check_order(found["prompt"] + found[side], f"prompt, {side}")
+        answers = [m for m in found[side] if m["role"] == "assistant"]
+        if all(BLANK.fullmatch(m["content"]) and not m.get("tool_calls") for m in answers):
+            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
+    if found["chosen"] == found["rejected"]:
+        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
+    return found
 
 
 def _foreign_roles(turns: Any) -> dict[str, str]:
@@ -416,12 +485,11 @@ def _foreign_roles(turns: Any) -> dict[str, str]:
 
 def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
     known = FORMATS[name]
-    for column in known.missing(set(row)):
-        if (name, column) != ("preference", "prompt"):  # a preference's prompt may be implicit
-            like = ""
-            with suppress(FormatError):
-                like = f"; this row looks like {detect_format(set(row))!r}"
-            raise FormatError(f"field {column!r} is missing or null; format {name!r} needs it{like}")
+    if missing := known.missing({*row}):
+        like = ""
+        with suppress(FormatError):
+            like = f"; this row looks like {detect_format({*row})!r}"
+        raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it{like}")
     messages = known.convert(row)
     refuse_changing(row, name)
     if name == "text":
@@ -469,12 +537,13 @@ def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
             row.used.add(field)
 
 
-def unused_of(row: TrackedRow) -> dict[str, str]:
+def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
     """The columns, and the keys of turns, that nothing read and that may mean something, with what to say of them."""
     found: dict[str, Any] = {}
+    said = [messages, *(message["content"] for message in messages)]  # what stands there once more is not lost
     for column, value in row.items():
         if column not in row.used:
-            if not is_empty(value) and not _matches(HARMLESS, column):
+            if not is_empty(value) and not _matches(HARMLESS, column) and value not in said:
                 found[column] = value
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
             keys = unknown_keys(value)

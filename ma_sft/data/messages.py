@@ -20,7 +20,10 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bard", "claude", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
+    "function response": "tool",
 }
+# Of a text of turns, by who speaks first: hh-rlhf's and Glaive's, whose calls stay text.
+SPEAKERS = {"Human": "Human|Assistant", "USER": "USER|ASSISTANT|FUNCTION RESPONSE"}
 CALL_ROLES = ("function_call", "tool_call")  # an assistant turn whose text is the call, or the calls, as JSON
 PAIR_ROLES = {
     "system": "system",
@@ -46,20 +49,31 @@ WEIGHTS = (
     *("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss"),
     *("train", "training", "trainable", "train_on_turn"),
 )
-GOOD = ("good", "correct", "accepted", "valid", "safe", "is_good", "is_correct", "is_accepted", "is_valid", "is_safe")
+GOOD = [prefix + word for prefix in ("", "is_") for word in ("good", "correct", "accepted", "valid", "safe")]
+GOOD += ["problem_is_valid", "solution_is_valid"]
 BAD = ("rejected", "deleted", "is_rejected", "is_deleted", "is_bad", "is_wrong")
 MARKS = frozenset((*WEIGHTS, *GOOD, *BAD))
-TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # as the cells of CSV, too
+TRUTH = {**dict.fromkeys(("true", "yes", "1", "1.0"), True), **dict.fromkeys(("false", "no", "0", "0.0"), False)}
 TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, REASONING_KEYS, CALL_KEYS, MEDIA, PARTIAL, PAIR_ROLES)
-TURN_KEYS |= {"tool_call_id", "name", "tools"}
+TURN_KEYS |= {"tool_call_id", "name", "tools", "channel"}
 
 # Columns of a row that hold its system message, or a text to answer from.
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction")
-CONTEXT = ("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph")
+SYSTEM = (
+    *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction"),
+    "developer_content",
+)
+CONTEXT = (
+    *("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph"),
+    *("definition", "sql_context"),
+)
 
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # a text of these shows nothing
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # what LLaMA-Factory's data have before the call
-BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 SHOWN_COLUMNS = 20
+
+
+class BadAnswer(FormatError):
+    """A row whose answer is marked as a bad one: nothing to learn from here, and no fault of the file."""
 
 
 class TrackedRow(Row):
@@ -97,13 +111,8 @@ def are_objects(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
 
 
-def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: it has spaces and characters without width alone."""
-    return BLANK.fullmatch(text) is not None
-
-
 def truth(value: Any) -> bool | None:
-    """What a mark means: true, false, 1 or 0, as a value or as text; None for anything else."""
+    """What a mark means: true, false, yes, no, 1 or 0, as a value or as text; None for anything else."""
     return TRUTH.get(str(value).strip().lower())
 
 
@@ -129,7 +138,8 @@ def expected(what: str, field: str, value: Any) -> FormatError:
 def check_text(text: Any, field: str) -> str:
     """The value, if it is a text that can be trained on; raises `FormatError` at a NUL or a lone surrogate, too."""
     if not isinstance(text, str):
-        raise expected("text", field, text)
+        hint = "" if text is None else "; a function of yours can make one of it (format: file.py:function)"
+        raise FormatError(f"{expected('text', field, text)}{hint}")
     if "\0" in text:
         raise FormatError(f"field {field!r} holds a NUL character; remove it")
     try:
@@ -168,7 +178,10 @@ def from_json(value: Any, field: str, begins: str | tuple[str, ...] = "") -> Any
     except FormatError as error:
         raise FormatError(f"field {field!r}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(value)}") from None
+        hint = (
+            "; lists that Python printed are no JSON: save the rows as JSON Lines or Parquet" if "{'" in value else ""
+        )
+        raise FormatError(f"field {field!r}: not valid JSON: {error}; found {show(value)}{hint}") from None
 
 
 def to_json(value: Any, field: str) -> str:
@@ -191,14 +204,29 @@ def turns_in_text(value: Any) -> Any:
 
 
 def list_of_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """The turns of a column: a list of objects; its JSON text, as in CSV; or `datasets`' older object of lists."""
+    """The turns of a column: a list of objects; its JSON text, as in CSV; `datasets`' older object of lists; a list of
+    texts, the user's and the assistant's in turn (LIMA's), or of pairs of them; or a text of `SPEAKERS`.
+    """
     turns = from_json(value, field, begins="[")
     lists = list(turns.values()) if isinstance(turns, dict) else []
     if lists and all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*lists, strict=True)]
+    elif isinstance(turns, str) and (first := spoken(turns)):
+        _, *pieces = re.split(rf"\n\n({SPEAKERS[first]}):", "\n\n" + turns.lstrip("\n"))
+        texts = (piece.strip().removesuffix("<|endoftext|>").strip() for piece in pieces[1::2])
+        turns = [{"role": name, "content": text} for name, text in zip(pieces[::2], texts, strict=True)]
+    elif isinstance(turns, list | tuple) and all(isinstance(turn, str) for turn in turns):
+        turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]
+    elif isinstance(turns, list | tuple) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        turns = [{"human": question, "assistant": answer} for question, answer in turns]
     if not turns or not are_objects(turns):
         raise expected("a list of turns", field, turns)
     return list(turns)
+
+
+def spoken(text: Any) -> str | None:
+    """Who speaks first in a text of `SPEAKERS`; None if it is none."""
+    return next((who for who in SPEAKERS if isinstance(text, str) and text.lstrip("\n").startswith(f"{who}:")), None)
 
 
 def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
@@ -207,8 +235,10 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
         value = [value]
     if not isinstance(value, list | tuple):
         return [{"role": role, "content": check_text(value, field)}]
+    if not value or not are_objects(value):  # a list of texts is a conversation only where one is sure to be
+        raise expected("a list of turns", field, value)
     messages: list[Message] = []
-    for i, turn in enumerate(list_of_turns(value, field)):
+    for i, turn in enumerate(value):
         found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
         if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _role(turn) in CALL_ROLES:
             if last.get("train") != found[0].get("train"):
@@ -253,16 +283,22 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
         raise FormatError(f"field {where!r}: role {show(named)} and from {show(turn['from'])} contradict each other")
     content_key = _pick(turn, CONTENT_KEYS, where) or ("value" if role_key == "from" else "content")
     content, at = turn.get(content_key), f"{where}.{content_key}"
-    role, thought, calls_key = ROLES.get(name), "", _pick(turn, CALL_KEYS, where)
-    calls, calls_at = _calls(turn, calls_key, where) if calls_key else ([], f"{where}.tool_calls")
+    role, thought, calls_key = ROLES.get(name), "", _pick(turn, CALL_KEYS, where) or "tool_calls"
+    calls, calls_at = turn.get(calls_key), f"{where}.{calls_key}"
     if name in CALL_ROLES:
         if isinstance(content, str) and (thinking := THINKING.match(content)):
             thought, content = thinking[1].strip(), content[thinking.end() :]
-        calls = from_json(content, at)
-        role, calls, calls_at, content = "assistant", calls if isinstance(calls, list) else [calls], at, ""
+        role, calls, calls_at, content = "assistant", content, at, ""
+    calls = [] if is_empty(calls) else from_json(calls, calls_at)
+    calls = [calls] if isinstance(calls, dict) else calls or []
+    if not isinstance(calls, list | tuple):
+        raise expected("a list of calls", calls_at, calls)
     if role is None:
         raise expected(f"one of {sorted(ROLES)}", f"{where}.{role_key}", named)
-    message: Message = {"role": role, "content": "", "reasoning_content": thought, "tool_calls": calls}
+    if turn.get("channel") not in (None, "", "final"):
+        what = "a turn of its own has no place; write it into the answer's turn, an analysis as 'thinking'"
+        raise FormatError(f"field '{where}.channel': {what}, found {show(turn['channel'])}")
+    message: Message = {"role": role, "content": "", "reasoning_content": thought, "tool_calls": [*calls]}
     results = _read_content(message, content, at, optional=bool(calls) or role == "tool")
     if message["tool_calls"] and role != "assistant":
         raise FormatError(f"field {calls_at!r}: only an assistant calls tools, not {named!r}")
@@ -359,15 +395,6 @@ def _result(result: dict[str, Any], where: str) -> Message:
     return message
 
 
-def _calls(turn: dict[str, Any], key: str, where: str) -> tuple[list[Any], str]:
-    """A turn's calls under `tool_calls` or, of old, one under `function_call`; and the field's name."""
-    calls = from_json(turn[key], f"{where}.{key}", begins="[") or []
-    calls = [calls] if calls and key == "function_call" else calls
-    if not isinstance(calls, list | tuple):
-        raise expected("a list of calls", f"{where}.{key}", calls)
-    return list(calls), f"{where}.{key}"
-
-
 def _call(call: Any, where: str) -> dict[str, Any]:
     """A tool call in OpenAI's form; Arrow cannot hold arguments of different shapes in a column, so they are text."""
     function = call.get("function") or call if isinstance(call, dict) else None
@@ -392,7 +419,7 @@ def check_order(messages: list[Message], field: str) -> None:
         if before not in BEFORE[role]:
             where = f"after {before!r}" if before else "first"
             hint = "; merge_turns: true joins neighbours of one role" if role == before else ""
-            if before in (None, "system"):
+            if before in (None, "system") and not hint:
                 hint = "; what is trained answers something: put that before it, or remove it"
             what = f"roles out of order: message {i + 1} is {role!r}, which cannot come {where}{hint}"
             raise FormatError(f"field {field!r}: {what}")
@@ -422,9 +449,9 @@ def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
     return found
 
 
-def with_context(row: TrackedRow, messages: list[Message]) -> list[Message]:
-    """The messages of a row with its columns of context: system message, `history`, a text to answer from."""
-    messages = _with_text(row, messages)
+def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = False) -> list[Message]:
+    """The messages of a row with its system message, its `history` and, unless `whole` turns may have it, its text."""
+    _add_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
     messages = [*messages[:start], *_history(row), *messages[start:]]
     systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
@@ -444,32 +471,20 @@ def _system(value: Any, field: str) -> list[Message]:
 
 def _history(row: TrackedRow) -> list[Message]:
     history = from_json(row.get("history"), "history", begins="[")
-    if is_empty(history):
-        return []
-    if not are_objects(history):
-        pairs = history if isinstance(history, list | tuple) else [history]
-        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
-            raise expected("a list of [question, answer] pairs", "history", history)
-        history = [{"human": question, "assistant": answer} for question, answer in pairs]
-    return conversation(history, "history")
+    return [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
 
 
-def _with_text(row: TrackedRow, messages: list[Message]) -> list[Message]:
-    """The question with the text that it asks about before it, where the row has one that was not read yet."""
+def _add_text(row: TrackedRow, messages: list[Message], whole: bool) -> None:
+    """Put before the question the text that it asks about, where the row has one that was not read yet."""
     for field in CONTEXT:
         if field not in row or field in row.used or is_empty(text := row[field]):
             continue
-        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if len(asked) != 1:
-            raise FormatError(
-                f"field {field!r}: a text to answer from has no place in a conversation of {len(asked)} questions; "
-                f"write it into a message, or leave it out (ignore: [{field}])"
-            )
+        asked = [message for message in messages if message["role"] == "user"]
+        if whole or len(asked) != 1:
+            what = "a text to answer from has no place in a conversation"
+            raise FormatError(f"field {field!r}: {what}; write it into a message, or leave it out (ignore: [{field}])")
         texts = text if isinstance(text, list | tuple) else [text]
-        question = messages[asked[0]]
-        content = "\n\n".join((*(check_text(part, field) for part in texts), question["content"]))
-        messages = [{**m, "content": content} if m is question else m for m in messages]
-    return messages
+        asked[0]["content"] = "\n\n".join((*(check_text(part, field) for part in texts), asked[0]["content"]))
 
 
 def to_tools(row: Row) -> str | None:
@@ -492,6 +507,7 @@ def to_tools(row: Row) -> str | None:
 def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
     """Schemas in OpenAI's form, of OpenAI's older, Anthropic's or Vertex' form; those of another one as they are."""
     tools = from_json(tools, field) or []
+    tools = [from_json(tool, field, begins="{") for tool in tools] if isinstance(tools, list | tuple) else tools
     if not are_objects(tools):
         raise expected("a list of JSON schemas", field, tools)
     schemas: list[dict[str, Any]] = []

@@ -15,19 +15,19 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
 from ma_sft.data.formats import (
     FORMATS,
-    BadAnswer,
     detect_format,
     message_features,
     read_row,
+    read_sides,
     refuse_changing,
+    renamed,
     unused_of,
 )
 from ma_sft.data.functions import code_of
 from ma_sft.data.load import Source, load_rows, processes, rows_of
-from ma_sft.data.messages import Row, TrackedRow, show_columns, to_template_kwargs, to_tools
+from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns, to_template_kwargs, to_tools
 from ma_sft.data.preference import SIDES as PREFERENCES
-from ma_sft.data.preference import detect_preference, to_preference
-from ma_sft.data.stages import BAD_ANSWER, BROKEN, NO_BETTER, NOT_CONVERTED, Report, Stage
+from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
 from ma_sft.version import __version__
 
@@ -181,7 +181,7 @@ class _Mixer:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                return (detect_preference if self.kind == "preference" else detect_format)(TrackedRow(row))
+                return detect_format(TrackedRow(row), PREFERENCES if self.kind == "preference" else FORMATS)
             except FormatError as error:
                 first = first or FormatError(f"{where}: {error}")
                 if self.on_error == "raise":
@@ -296,14 +296,13 @@ class _Converter:
 def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     """The columns of a converted row."""
     if preference:
-        tracked = TrackedRow(row)
-        sides: Row | None = to_preference(tracked, source.format)
+        known = source.format in PREFERENCES
+        tracked = renamed(TrackedRow(row), source.format) if known else TrackedRow(row)
+        sides: Row = read_sides(tracked, source.format)
         tools, kwargs, unused = to_tools(tracked), to_template_kwargs(tracked), {}
-        if sides is None:
-            return {"error": "neither side is better", "removed_by": NO_BETTER}
-        if source.format in PREFERENCES:
+        if known:
             refuse_changing(tracked, str(source.format))
-            unused = unused_of(tracked)
+            unused = unused_of(tracked, sides["prompt"] + sides["chosen"])
     else:
         read = read_row(row, source.format, merge=source.merge_turns)
         sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused

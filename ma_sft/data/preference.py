@@ -1,27 +1,16 @@
-"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer` and `DPOTrainer` take it.
+"""Raw preference rows -> `prompt`, `chosen`, `rejected` in messages, as TRL's `RewardTrainer`, `DPOTrainer` take it."""
 
-| format | columns |
-| --- | --- |
-| `preference` | a prompt, a good and a bad answer under one of `ALIASES`, as texts, turns or messages |
-| `hh-rlhf` | `chosen, rejected`: two dialogues that differ in their last answer |
-| `pku-saferlhf` | `prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id` |
-"""
-
-from collections.abc import Callable
 from typing import Any
 
-from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
+    BadAnswer,
     Message,
     Row,
     TrackedRow,
-    check_order,
-    check_text,
     conversation,
     expected,
-    is_blank,
     list_of_turns,
-    show_columns,
+    spoken,
     text_of,
     turns_in_text,
     with_context,
@@ -31,7 +20,7 @@ from ma_sft.errors import FormatError
 # The names of the three columns: TRL's, CValues', Intel's orca_dpo_pairs', Alpaca-like sets', LLaMA-Factory's ranking,
 # ms-swift's, OpenAI's.
 ALIASES = {
-    "prompt": ("prompt", "question", "instruction", "query", "conversations", "conversation", "messages"),
+    "prompt": ("prompt", "question", "instruction", "query", "input", "conversations", "conversation", "messages"),
     "chosen": ("chosen", "pos_resp", "chosen_response", "chosen_messages", "preferred_output"),
     "rejected": ("rejected", "neg_resp", "rejected_response", "rejected_messages", "non_preferred_output"),
 }
@@ -39,56 +28,7 @@ PKU = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "
 Preference = dict[str, list[Message]]
 
 
-def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
-    """One raw row as `{"prompt": messages, "chosen": messages, "rejected": messages}`.
-
-    `prompt` ends with the user's (or a tool's) turn; `chosen` and `rejected` are the two answers.
-
-    Args:
-        row: column -> value; null columns count as missing.
-        format: `preference`, `hh-rlhf`, `pku-saferlhf` or a function of the user's that returns the three columns,
-            itself or as `module:function` or `file.py:function`; None to go by the columns.
-
-    Returns:
-        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
-        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
-
-    Raises:
-        FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
-    """
-    row = row if isinstance(row, TrackedRow) else TrackedRow(row)
-    name = format or detect_preference(row)
-    if isinstance(name, str) and name in SIDES:
-        found = SIDES[name](row)
-    else:
-        given = load_function(name)(dict(row))
-        found = given and _plain(TrackedRow(given))
-    if found is None:
-        return None
-    for side in ("chosen", "rejected"):
-        check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if all(is_blank(m["content"]) and not m.get("tool_calls") for m in found[side] if m["role"] == "assistant"):
-            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
-    if found["chosen"] == found["rejected"]:
-        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
-    return found
-
-
-def detect_preference(row: Row) -> str:
-    """The format of a preference row, by its columns."""
-    if "prompt" in row and any(column in row for column in PKU):
-        return "pku-saferlhf"
-    row = _spread(TrackedRow(row))
-    missing = [column for column, aliases in ALIASES.items() if row.first(aliases) is None]
-    if missing in ([], ["prompt"]):
-        return "preference" if not missing or not isinstance(row.get("chosen"), str) else "hh-rlhf"
-    raise FormatError(
-        f"unknown preference format: columns {show_columns(row)}; nearest: preference (misses {', '.join(missing)}); "
-        "known formats: preference, hh-rlhf, pku-saferlhf; rename columns, or pass format"
-    )
-
-
-def _spread(row: TrackedRow) -> TrackedRow:
+def spread(row: TrackedRow) -> TrackedRow:
     """The row with three columns, where one column holds two of them."""
     output, request, messages = (dict.get(row, column) for column in ("output", "input", "messages"))
     chosen, rejected = (row.first(ALIASES[side]) for side in ("chosen", "rejected"))
@@ -103,56 +43,41 @@ def _spread(row: TrackedRow) -> TrackedRow:
             parted = {"messages": None, "chosen": messages}
     if not parted:
         return row
+    row.used |= {key for key, value in parted.items() if value is None}
     found = TrackedRow({**row, **parted})
     found.used = row.used  # what is read of the one is read of the other
-    found.used |= {key for key, value in parted.items() if value is None}
     return found
 
 
 def _plain(row: TrackedRow) -> Preference:
-    row = _spread(row)
+    row = spread(row)
     prompt, chosen, rejected = (row.first(ALIASES[column]) or column for column in ALIASES)
     sides = {"chosen": row[chosen], "rejected": row[rejected]}
-    if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two lists of messages begin with
-        return _shared_prompt(row, *(conversation(sides[name], name, "assistant") for name in sides))
-    text = turns_in_text(row[prompt])
+    if row.get(prompt) in (None, sides["chosen"]):  # TRL's implicit prompt: what two dialogues begin with
+        return _shared_prompt(row, *(conversation(list_of_turns(sides[name], name), name) for name in sides))
+    text = row[prompt]
     if prompt == "instruction" and row.get("input"):
-        text = "\n\n".join(text_of(row, field) for field in ("instruction", "input"))
-    if isinstance(text, str) and text.lstrip("\n").startswith("Human:"):  # hh-rlhf, cut before the answer
-        messages = [m for m in hh_turns(text, prompt) if m["content"]]
-        sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
-    else:
-        messages = conversation(text, prompt)
-    messages = with_context(row, messages)
-    return {"prompt": messages, **{name: completion(messages, side, name) for name, side in sides.items()}}
+        text = f"{text_of(row, prompt)}\n\n{text_of(row, 'input')}"
+    messages = with_context(row, prompt_turns(text, prompt))
+    return {"prompt": messages, **{name: completion(messages, side, name, text) for name, side in sides.items()}}
 
 
-def completion(prompt: list[Message], value: Any, field: str) -> list[Message]:
+def prompt_turns(value: Any, field: str) -> list[Message]:
+    """The turns that ask: a text, also one of hh-rlhf that is cut before the answer; or a list of turns."""
+    if spoken(value) == "Human":
+        return [m for m in conversation(list_of_turns(value, field), field) if m["content"]]
+    return conversation(turns_in_text(value), field)
+
+
+def completion(prompt: list[Message], value: Any, field: str, asked: Any = None) -> list[Message]:
     """The messages that answer `prompt`: a text, or a list of messages, which may begin with the prompt itself."""
+    # What follows hh-rlhf's `Assistant:` begins with a space that is none of the answer's.
+    value = value.strip() if isinstance(value, str) and spoken(asked) == "Human" else value
     messages = conversation(turns_in_text(value), field, "assistant")
     for start in (prompt, [m for m in prompt if m["role"] != "system"]):
         if start and messages[: len(start)] == start:
             return messages[len(start) :]
     return messages
-
-
-def hh_turns(text: Any, field: str) -> list[Message]:
-    """The turns of an hh-rlhf text, `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
-    text = check_text(text, field)
-    pieces = ("\n\n" + text.lstrip("\n")).replace("\n\nAssistant:", "\0A").replace("\n\nHuman:", "\0H").split("\0")
-    if pieces[0].strip() or len(pieces) < 2:
-        raise expected("'\\n\\nHuman: ...\\n\\nAssistant: ...'", field, text)
-    return [{"role": {"H": "user", "A": "assistant"}[p[0]], "content": p[1:].strip()} for p in pieces[1:]]
-
-
-def dialogue(row: TrackedRow, field: str) -> list[Message]:
-    """A whole dialogue of one side: hh-rlhf's text, or messages."""
-    value = row[field]
-    return hh_turns(value, field) if isinstance(value, str) else conversation(list_of_turns(value, field), field)
-
-
-def _hh_rlhf(row: TrackedRow) -> Preference:
-    return _shared_prompt(row, dialogue(row, "chosen"), dialogue(row, "rejected"))
 
 
 def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Message]) -> Preference:
@@ -168,7 +93,7 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
     return {"prompt": with_context(row, chosen[:at]), "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
-def _pku(row: TrackedRow) -> Preference | None:
+def _pku(row: TrackedRow) -> Preference:
     *answers, _, _, better = values = [row[field] for field in PKU]
     safe = values[2:4]
     for field, value in zip(PKU[2:4], safe, strict=True):
@@ -177,10 +102,9 @@ def _pku(row: TrackedRow) -> Preference | None:
     if better not in (0, 1) or isinstance(better, bool):
         raise expected("0 or 1", PKU[4], better)
     if not any(safe):
-        return None
+        raise BadAnswer("neither answer is a good one")
     best = int(better) if all(safe) else safe.index(True)
     return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
 
 
-SIDES: dict[str, Callable[[TrackedRow], Preference | None]]
-SIDES = {"preference": _plain, "hh-rlhf": _hh_rlhf, "pku-saferlhf": _pku}
+SIDES = {"preference": _plain, "hh-rlhf": _plain, "pku-saferlhf": _pku}

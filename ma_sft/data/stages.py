@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 5  # kept of each reason
-BROKEN, NO_BETTER, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "no better side", "bad answers")
+BROKEN, BAD_ANSWER = NOT_CONVERTED = ("broken rows", "bad answers")
 NOT_DRAWN = ("left out by weight", "held out")
 
 
@@ -87,7 +87,7 @@ class Report(Readable):
 
     @property
     def skipped(self) -> int:
-        """Broken rows, bad answers, and preferences without a better side."""
+        """Broken rows, and bad answers, such as preferences without a better side."""
         return sum(n for why, n in self.removed.items() if why in NOT_CONVERTED)
 
     @property

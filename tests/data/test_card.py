@@ -61,7 +61,7 @@ def test_build_preferences(tmp_path, capsys):
     path = tmp_path / "mixture.yaml"
     path.write_text(f"kind: preference\ndatasets: [{ROOT}/tests/files/preference/pku-saferlhf.jsonl]\n")
     assert main(["data", "build", str(path), "-o", str(tmp_path / "out")]) == 0
-    assert "no better side" in capsys.readouterr().out
+    assert "bad answers" in capsys.readouterr().out
     rows = load_from_disk(str(tmp_path / "out"))
     assert len(rows) == 2 and {"prompt", "chosen", "rejected"} <= set(rows.column_names)
     assert any(row["rejected"][0]["content"] == "Water." for row in rows)

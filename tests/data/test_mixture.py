@@ -106,7 +106,7 @@ LINE = b'{"instruction": "x", "output": "y"}\n'
         ("a.jsonl", LINE + b"\n7\n", "a.jsonl, line 3: a JSON object expected, found int"),
         ("a.jsonl", LINE + b'{"messages": []}\n', "line 2: field 'instruction' is missing"),
         ("a.jsonl", LINE + b'{"instruction": "x"}\n', "line 2: field 'output' is missing"),
-        ("a.jsonl", LINE.replace(b'"y"', b'["y"]'), "a.jsonl, line 1: field 'output': text expected, found list"),
+        ("a.jsonl", LINE.replace(b'"y"', b'["y", "z"]'), "a.jsonl, line 1: field 'output': text expected, found list"),
         ("a.jsonl", LINE.replace(b"y", b"\\ud800"), "line 1: field 'output' holds a lone surrogate"),
         ("a.jsonl", LINE.replace(b'"x"', b'"\\u0000"'), "line 1: field 'instruction' holds a NUL"),
         ("a.jsonl", LINE * 2 + LINE.replace(b"}", b', "output": "b"}'),

@@ -44,7 +44,7 @@ def test_safety_rule(safe, better, sides):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "answer": "a"}, "unknown preference format: columns ['answer', 'prompt']"),
+        ({"prompt": "p", "answer": "a"}, "unknown format: columns ['answer', 'prompt']"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "misses rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "the two answers are the same"),
         ({"prompt": "p", "chosen": " ", "rejected": "a"}, "field 'chosen': the answer is empty"),
@@ -53,7 +53,7 @@ def test_safety_rule(safe, better, sides):
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: y"}, "differ at turn 1"),
         ({**PKU, "is_response_0_safe": "yes"}, "field 'is_response_0_safe': true or false expected, found str \"yes\""),
         ({**PKU, "better_response_id": 2}, "field 'better_response_id': 0 or 1 expected, found int 2"),
-        ({**PKU, "response_1": None}, "field 'response_1' is missing or null"),
+        ({**PKU, "response_1": None}, "nearest: pku-saferlhf (misses response_1)"),
     ],
 )
 def test_refused(row, message):
@@ -79,5 +79,5 @@ def test_mixture_counts_what_has_no_better_side():
     assert len(mixture.train) == sum(len(read(path)) for path in FIXTURES) - 1
     assert mixture.report.skipped == 1
     (stage,) = [s for s in mixture.report.stages if s.removed]
-    assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"no better side": 1}
+    assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"bad answers": 1}
     assert all(row["prompt"][0]["role"] == "system" for row in mixture.train)

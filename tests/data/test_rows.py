@@ -12,10 +12,10 @@ from helpers import ROOT, assistant, system, user, write_rows
 
 from ma_sft import FormatError, Recipe, RecipeError, to_messages, to_preference
 from ma_sft.cli import main
-from ma_sft.data.formats import BadAnswer, detect_format, read_row
+from ma_sft.data.formats import detect_format, read_row
 from ma_sft.data.functions import formatting_func
 from ma_sft.data.load import Source
-from ma_sft.data.messages import to_tools
+from ma_sft.data.messages import BadAnswer, to_tools
 from ma_sft.data.mixture import load_mixture
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
@@ -88,6 +88,7 @@ def test_tools_of_a_system_turn_and_of_old_are_the_rows_tools():
     tool = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
     expected = {"name": "f", "description": "d", "parameters": {"type": "object"}}
     assert json.loads(to_tools({"tools": [tool]})) == [{"type": "function", "function": expected}]
+    assert to_tools({"tools": ['{"name": "f"}']}) == '[{"name": "f"}]'  # When2Call's
 
 
 def test_images_are_refused():
@@ -195,12 +196,12 @@ def test_turns_marked_not_to_be_trained(mark):
     for nothing in (None, ""):  # an empty cell of a CSV file
         assert to_messages({"messages": [user("a"), assistant("b", **{mark: nothing})]}) == [user("a"), assistant("b")]
         assert to_messages({"question": "a", "answer": "b", mark: nothing}) == [user("a"), assistant("b")]
-    for wrong in (0.5, "no", 2):
+    for wrong in (0.5, "maybe", 2):
         with pytest.raises(FormatError, match="a turn is trained"):
             to_messages({"messages": [user("a"), assistant("b", **{mark: wrong})]})
     other = "train" if mark == "loss" else "loss"
     with pytest.raises(FormatError, match="contradict each other"):
-        to_messages({"messages": [user("a"), assistant("b", **{mark: 0, "masked": 0, other: 1})]})
+        to_messages({"messages": [user("a"), assistant("b", **{mark: 0, other: 1})]})
 
 
 THINKING = [
@@ -260,19 +261,61 @@ def old_call(arguments):
          [user("q"), assistant("", tool_calls=[call("f")], reasoning_content="hm")]),
         ({"prompt": "q", "completions": ["a", "b"], "labels": None, "step_separator": " "},
          [user("q"), assistant("a b")]),
+        (
+            {"system": "S", "chat": "USER: q\n\n\nASSISTANT: <functioncall> {} <|endoftext|>\n\n\n"
+             "FUNCTION RESPONSE: 1\n\n\nASSISTANT: x <|endoftext|>\n\n\n"},
+            [system("S"), user("q"), assistant("<functioncall> {}"), {"role": "tool", "content": "1"}, assistant("x")],
+        ),
+        ({"input": [user("q")], "output": "a", "system_prompt": "S", "reasoning": "on"},
+         [system("S"), user("q"), assistant("a")]),
+        ({"system": "S", "input": "q", "chosen": "a", "rejected": "b"}, [system("S"), user("q"), assistant("a")]),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, [user("q"), assistant("a")]),
+        ({"messages": [user("q")], "reasoning": "t", "answer": "a"},
+         [user("q"), assistant("a", reasoning_content="t")]),
+        ({"developer_content": "S", "messages": [user("q"), assistant("a", thinking="t")]},
+         [system("S"), user("q"), assistant("a", reasoning_content="t")]),
+        *(
+            (row, [user("q"), assistant("a")])
+            for row in (
+                {"problem": "q", "solution": "b", "messages": [user("q"), assistant("a")]},  # OpenR1-Math, NuminaMath
+                {"instruction": "q", "response": "a", "conversations": [user("q"), assistant("a")]},  # Magpie
+                {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
+                 "messages": [user("q"), assistant("a")]},  # UltraFeedback
+                {"instruction": "q", "input": "", "output": "a", "prompt": "### q\n### a"},
+                {"question": "q", "solution": "a", "answer": "4"},  # LIMO
+                {"problem": "q", "generated_solution": "a", "expected_answer": "4"},  # OpenMathInstruct
+                {"kind": "NLI", "input": "q", "target": "a"},  # Firefly
+                {"inputs": [1], "inputs_pretokenized": "q", "targets": [2], "targets_pretokenized": "a"},  # P3
+                {"inputs": "q", "targets": "a"},  # FLAN, xP3, Aya
+                {"query": "q", "answer": "a"},  # CodeFeedback
+                {"instruction": "q", "generation": "a"},  # distilabel
+                {"user": "q", "assistant": "a"},
+                {"conversations": ["q", "a"]},  # LIMA
+                {"conversation": [["q", "a"]]},
+                {"question": "q", "answers": {"text": ["a"], "answer_start": [0]}},  # SQuAD
+            )
+        ),
+        ({"definition": "D", "inputs": "q", "targets": "a"}, [user("D\n\nq"), assistant("a")]),
+        ({"sql_prompt": "q", "sql_context": "T", "sql": "a"}, [user("T\n\nq"), assistant("a")]),
+        ({"ctx": "q", "endings": ["x", "y"], "label": "1"}, [user("q\nA. x\nB. y"), assistant("B. y")]),
+        ({"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+         [user("q\nA. x\nB. y"), assistant("B. y")]),
     ],
 )  # fmt: skip
 def test_what_a_row_says(row, messages):
     assert to_messages(row) == messages
-    assert read_row(row).unused == {}
+    # what is the same once more in another form, or a part of what is trained
+    told = {"reasoning", "solution", "prompt", "answer", "expected_answer", "inputs", "targets"}
+    assert told.issuperset(read_row(row).unused)
 
 
 def test_an_ambiguous_format_names_only_formats_that_work():
     both = {"messages": [user("q"), assistant("a")], "question": "q", "answer": "a"}
-    with pytest.raises(FormatError, match="fit messages and question-answer; say which"):
-        detect_format(both)
-    assert detect_format({**both, "answer": ["a"]}) == "messages"
+    assert read_row(both).unused == {}
+    assert detect_format(both) == detect_format({**both, "answer": ["a"]}) == "messages"
     assert detect_format({**both, "messages": "see attachment"}) == "question-answer"
+    with pytest.raises(FormatError, match="fit question-answer and question-response; say which"):
+        detect_format({"question": "q", "answer": "a", "response": "a"})
 
 
 def test_template_variables_of_a_row(tmp_path):
@@ -307,6 +350,7 @@ GOOD, BAD = [user("q"), assistant("good")], [user("q"), assistant("bad")]
         ({"input": {"messages": GOOD[:1], "tools": []}, "preferred_output": GOOD[1:], "non_preferred_output": BAD[1:]},
          GOOD[:1]),
         ({"instruction": "q", "input": "i", "output": ["good", "bad"]}, [user("q\n\ni")]),
+        ({"instruction": "q", "chosen-response": "good", "rejected-response": "bad"}, [user("q")]),
         ({"system": "S", "history": [["a", "b"]], "question": "q", "chosen": "good", "rejected": "bad"},
          [system("S"), user("a"), assistant("b"), user("q")]),
     ],
