@@ -129,6 +129,8 @@ class RunFolder:
             self._check_removable()
         else:
             _remove_cut_off(out)
+        if not known:
+            _write_recipe(out, self.settings)  # who watches the folder knows it by this
         return self._checkpoint_to_resume()
 
     def restore_revisions(self) -> None:
@@ -172,7 +174,7 @@ class RunFolder:
                 f"the data is not what {self.checkpoint} was trained on; bring the old rows back, or start anew with "
                 "--resume never"
             )
-        write_whole(self.out / "recipe.json", json.dumps(recipe_of(settings), indent=2, ensure_ascii=False))
+        _write_recipe(self.out, settings)
         write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
 
     def _changes(self, before: Any) -> str:
@@ -219,6 +221,10 @@ class RunFolder:
 def recipe_of(settings: Settings) -> Any:
     """The settings that were set by hand and say what is trained."""
     return shown({key: value for key, value in settings.chosen.items() if key not in _NOT_THE_RUN})
+
+
+def _write_recipe(out: Path, settings: Settings) -> None:
+    write_whole(out / "recipe.json", json.dumps(recipe_of(settings), indent=2, ensure_ascii=False))
 
 
 def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Settings:
