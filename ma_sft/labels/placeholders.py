@@ -67,8 +67,10 @@ class Placeholders:
         self.values: dict[Any, tuple[int, str]] = {}
         self.others: list[Any] = []
         self._tags, self._blank, self._calls = tags, blank, list[tuple[str, str]]()
+        self.tools = (
+            [self._tool(tool) for tool in tools] if tools else tools
+        )  # first: the same words for fewer messages
         self.messages = [self._message(i, m) for i, m in enumerate(messages)]
-        self.tools = [self._tool(tool) for tool in tools] if tools else tools
 
     def _word(self, i: int, what: str) -> str:
         self.values[word := f"Qux{'t' if i < 0 else i}w{len(self.values)}z"] = i, what

@@ -325,6 +325,7 @@ def test_an_answer_after_calls_with_reasoning_is_trained_as_it_is_asked_for():
 def test_an_argument_that_is_no_text_is_not_lost():
     tokenizer = load_tokenizer("qwen3")
     tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
         "<tool_call>{{ call.function.name }}{% for k, v in call.function.arguments.items() if v is string %}"
         " {{ k }}={{ v }}{% endfor %}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
@@ -333,8 +334,9 @@ def test_an_argument_that_is_no_text_is_not_lost():
     messages = [user("How warm?"), calls(("weather", "Rome"))]
     assert trained(tokenizer, messages) == {1: "<tool_call>weather city=Rome</tool_call><|im_end|>"}
     messages[1]["tool_calls"][0]["function"]["arguments"]["days"] = 3
-    with pytest.raises(TemplateError, match="leaves out the argument 'days' of 'weather' of message 1"):
-        trained(tokenizer, messages)
+    for more, tools in (([], None), ([], TOOLS), ([result("20 degrees"), assistant("20.")], TOOLS)):
+        with pytest.raises(TemplateError, match="leaves out the argument 'days' of 'weather' of message 1"):
+            trained(tokenizer, [*messages, *more], tools)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
