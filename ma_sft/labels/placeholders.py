@@ -67,9 +67,8 @@ class Placeholders:
         self.values: dict[Any, tuple[int, str]] = {}
         self.others: list[Any] = []
         self._tags, self._blank, self._calls = tags, blank, list[tuple[str, str]]()
-        self.tools = (
-            [self._tool(tool) for tool in tools] if tools else tools
-        )  # first: the same words for fewer messages
+        # The tools come first: their words are the same for fewer messages
+        self.tools = [self._tool(tool) for tool in tools] if tools else tools
         self.messages = [self._message(i, m) for i, m in enumerate(messages)]
 
     def _word(self, i: int, what: str) -> str:
