@@ -15,7 +15,6 @@ from typing import Any
 from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BAD,
-    BLANK,
     MARKS,
     ROLES,
     WEIGHTS,
@@ -29,6 +28,7 @@ from ma_sft.data.messages import (
     conversation,
     expected,
     from_json,
+    is_blank,
     is_empty,
     list_of_turns,
     merge_turns,
@@ -75,14 +75,18 @@ HARMLESS = re.compile(
 CHINESE = {
     theirs: ours
     for ours, names in {
-        **{
-            "question": "问题 提问 题目 问",
-            "answer": "答案 回答 答",
-            "instruction": "指令 任务",
-            "response": "回复 响应",
-        },
-        **{"input": "输入", "output": "输出", "prompt": "提示 提示词", "context": "上下文", "system": "系统提示"},
-        **{"text": "文本", "conversations": "对话", "options": "选项"},
+        "question": "问题 提问 题目 问",
+        "answer": "答案 回答 答",
+        "instruction": "指令 任务",
+        "response": "回复 响应",
+        "input": "输入",
+        "output": "输出",
+        "prompt": "提示 提示词",
+        "context": "上下文",
+        "system": "系统提示",
+        "text": "文本",
+        "conversations": "对话",
+        "options": "选项",
     }.items()
     for theirs in names.split()
 }
@@ -428,7 +432,7 @@ def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merg
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(BLANK.fullmatch(m["content"]) and not m.get("tool_calls") for m in answers):
+    if all(is_blank(m) for m in answers):
         raise FormatError("the response is empty, so there is nothing to train on")
     return Conversation(messages, tools, variables, unused)
 
@@ -468,7 +472,7 @@ def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Pr
     for side in ("chosen", "rejected"):
         check_order(found["prompt"] + found[side], f"prompt, {side}")
         answers = [m for m in found[side] if m["role"] == "assistant"]
-        if all(BLANK.fullmatch(m["content"]) and not m.get("tool_calls") for m in answers):
+        if all(is_blank(m) for m in answers):
             raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
     if found["chosen"] == found["rejected"]:
         raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")

@@ -99,6 +99,11 @@ class TrackedRow(Row):
         return next((name for name in names if name in self), None)
 
 
+def is_blank(message: Message) -> bool:
+    """Whether nobody can see anything of what the message says, and it calls no tool."""
+    return bool(BLANK.fullmatch(message["content"])) and not message.get("tool_calls")
+
+
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, "", or a list or object without a value in it."""
     if isinstance(value, list | tuple):

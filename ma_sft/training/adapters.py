@@ -115,9 +115,9 @@ def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from parts(value)
 
 
-def from_config(config: PreTrainedConfig, kind: Any = None, *, code: bool = False, **kwargs: Any) -> Any:
-    """The model of a configuration with random weights, of the class `kind` or its own."""
-    kind = kind or model_class(config)
+def from_config(config: PreTrainedConfig, *, code: bool = False, **kwargs: Any) -> Any:
+    """The model of a configuration with random weights, of its `model_class`."""
+    kind = model_class(config)
     if not hasattr(kind, "_from_config"):  # an auto class
         return kind.from_config(config, trust_remote_code=code, **kwargs)
     # Of a model of text and images, the class may be that of its text alone

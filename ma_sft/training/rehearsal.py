@@ -154,9 +154,8 @@ def rehearse_here(settings: Settings, config: PreTrainedConfig, tokens: int, add
                 break
             except Exception as error:
                 failed = failed or error
-    if not done and re.search(
-        "packed sequences|documents of a pack", str(failed)
-    ):  # and the twin has other faults, too
+    packs = re.search("packed sequences|documents of a pack", str(failed))
+    if packs and not done:  # whatever else is wrong with the twin
         way_out = f"set {_unpacked(values)}; "
     if failed is None:
         return f"rehearsed on a twin of {count / 1e6:.1f} million parameters: {', '.join(done)}"
