@@ -7,7 +7,6 @@ one with an index. Here, no value's meaning depends on other rows.
 """
 
 import csv
-import gc
 import glob
 import itertools
 import json
@@ -15,7 +14,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -496,19 +494,6 @@ def processes(num_proc: int | None, rows: int) -> int | None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_proc = min(cores, rows // EACH)
     return None if num_proc == 1 else num_proc  # `datasets` would start a process for one
-
-
-@contextmanager
-def frozen() -> Iterator[None]:
-    """Let the garbage collector leave alone what is there and come rarely: it takes a tenth of the time else."""
-    gc.freeze()
-    threshold = gc.get_threshold()
-    gc.set_threshold(100_000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
 
 
 class Inherited:

@@ -169,9 +169,12 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)  # `json.loads` makes one for each text
+
+
 def read_json(text: str) -> Any:
     """`json.loads`; raises `FormatError` where a key stands twice in one object."""
-    return json.loads(text, object_pairs_hook=_once)
+    return _DECODER.decode(text)
 
 
 def from_json(value: Any, field: str, begins: str | tuple[str, ...] = "") -> Any:

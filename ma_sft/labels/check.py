@@ -406,12 +406,12 @@ def _facts(
     size, label_size = (np.asarray(column.value_lengths()) for column in columns)
     if len(wrong := np.flatnonzero(size != label_size)):
         raise LabelError(f"row {first + wrong[0]}: labels and input_ids differ in length")
-    ids, labels = (np.asarray(column.flatten()).astype(np.int64) for column in columns)
-    starts, owner = np.concatenate([[0], np.cumsum(size)]), np.repeat(np.arange(len(size)), size)
+    ids, labels = (np.asarray(column.flatten()) for column in columns)
+    starts = np.concatenate([[0], np.cumsum(size)])
 
     def count(tokens: "NDArray[Any]") -> "NDArray[Any]":
-        """How many of some tokens (a mask, or their places) each row has."""
-        return np.bincount(owner[tokens], minlength=len(size))
+        """How many of some tokens (a mask, or their places in rising order) each row has."""
+        return np.diff(np.searchsorted(np.flatnonzero(tokens) if tokens.dtype == bool else tokens, starts))
 
     trained, left = labels != IGNORE_INDEX, np.full(len(ids), kept is None)
     if kept is not None:
@@ -420,18 +420,20 @@ def _facts(
         for begin, length in zip(at.tolist(), kept.length[spans].tolist(), strict=True):
             left[begin : begin + length] = True
     # Turns are runs of labels; one of which nothing is left is not counted
-    edge = np.bincount(starts, minlength=1) > 0
+    edge = np.zeros(len(ids) + 1, bool)
+    edge[starts] = True
     begins = np.flatnonzero(trained & (edge[:-1] | ~np.roll(trained, 1)))
     lasts = np.flatnonzero(trained & (edge[1:] | ~np.roll(trained, -1)))
     controls = [*control_tokens(tokenizer).values()]
     at = np.concatenate([np.flatnonzero(np.isin(ids, controls)), begins[~edge[begins]] - 1, lasts])
     width = 2 * (int(ids.max(initial=0)) + 1)
-    rows, marks = np.divmod(np.unique(owner[at] * width + 2 * ids[at] + trained[at]), width)
+    owner = np.searchsorted(starts, at, "right") - 1
+    rows, marks = np.divmod(np.unique(owner * width + 2 * ids[at] + trained[at]), width)
     bounds = np.searchsorted(rows, np.arange(len(size) + 1)).tolist()
     shapes, all_turns = batch["shape"].to_pylist() if "shape" in batch.column_names else [""] * len(size), count(begins)
     keys = zip(shapes, (all_turns > 1).tolist(), [marks[b:e].tobytes() for b, e in pairwise(bounds)], strict=True)
-    before = np.concatenate([[0], np.cumsum(trained & left)])
-    partly = before[lasts + 1] > before[begins]
+    learned = np.flatnonzero(trained & left)
+    partly = np.searchsorted(learned, lasts, "right") > np.searchsorted(learned, begins)
     begins, lasts = begins[partly], lasts[partly]
     ends = lasts  # whitespace behind the end token is no harm
     for _ in range(3):
@@ -442,7 +444,7 @@ def _facts(
     stops = [*{*controls, tokenizer.eos_token_id} - {None, bos}]
     pairs = starts[:-1][size > 1]
     return {
-        **{"size": size, "tokens": count(left), "labels": count(trained), "trained": count(trained & left)},
+        **{"size": size, "tokens": count(left), "labels": count(trained), "trained": count(learned)},
         **{"turns": count(begins), "all turns": all_turns},
         "form": np.array([forms.setdefault(key, len(forms)) for key in keys]),
         "hash": np.array([hash(ids[begin:end].tobytes()) for begin, end in pairwise(starts.tolist())]),
@@ -451,7 +453,7 @@ def _facts(
         "double BOS": count(pairs[(ids[pairs] == bos) & (ids[pairs + 1] == bos)]) if bos is not None else size * 0,
         "cut rows": count(left) < size,
         "cut turns": count(lasts[~left[lasts]]),
-        "nothing left after cutting": (count(trained) > 0) & (count(trained & left) == 0),
+        "nothing left after cutting": (count(trained) > 0) & (count(learned) == 0),
     }
 
 

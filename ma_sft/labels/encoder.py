@@ -264,7 +264,8 @@ class ChatEncoder:
             target = f"{chat.messages[0]['content']}{self.tokenizer.eos_token}"
             text, turns = prompt + target, [TurnText(0, prompt, target)]
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
-        main, found = self._cut(text, chat.marker), list[tuple[TurnText, dict[str, _Text]]]()
+        main = self._cut(text, chat.marker)
+        found: list[tuple[TurnText, dict[str, _Text]]] = []
         stretches = [*main.stretches]
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says

@@ -55,6 +55,7 @@ class Renderer:
         self._special = dict(tokenizer.special_tokens_map)
         self._environments: dict[bool, minijinja.Environment | None] = {}  # with tools and without
         self._agreed: dict[Any, int] = {}  # renderings with each step on which both agreed
+        self._trusted: set[Any] = set()  # conversations all of whose steps they agreed on
         self._alone = 0  # renderings by minijinja alone
 
     def render(
@@ -78,8 +79,7 @@ class Renderer:
         """
         if kinds is None:
             kinds = (*map(describe, messages), describe([tools, variables]))
-        steps = [(prompt, *step) for step in _steps(kinds)] if self.fast and None not in kinds else []
-        trusted = bool(steps) and all(self._agreed.get(step, 0) >= PROOFS for step in steps)
+        trusted = self.fast and ((prompt, kinds) in self._trusted or self._trusts(prompt, kinds))
         if trusted and (self._alone + 1) % EVERY:
             text = self._quick(messages, tools, variables, prompt)
             if text is not None:
@@ -92,15 +92,24 @@ class Renderer:
         except _REFUSALS as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise TemplateError(f"the chat template refuses a conversation with roles [{roles}]: {error}") from None
-        quick = self._quick(messages, tools, variables, prompt) if steps else None
+        quick = self._quick(messages, tools, variables, prompt) if self.fast and None not in kinds else None
         if quick == slow:
             if len(self._agreed) >= _STEPS:
                 self._agreed.clear()
-            self._agreed |= {step: self._agreed.get(step, 0) + 1 for step in steps}
+            self._agreed |= {step: self._agreed.get(step, 0) + 1 for step in _steps(prompt, kinds)}
             self._alone += trusted
         elif trusted and quick is not None:
             raise DifferentTextError(f"minijinja renders {slow[:80]!r} otherwise")
         return slow
+
+    def _trusts(self, prompt: bool, kinds: tuple[str | None, ...]) -> bool:
+        """Whether both agreed often enough on each step."""
+        if None in kinds or any(self._agreed.get(step, 0) < PROOFS for step in _steps(prompt, kinds)):
+            return False
+        if len(self._trusted) >= _STEPS:
+            self._trusted.clear()
+        self._trusted.add((prompt, kinds))
+        return True
 
     def _quick(
         self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any], prompt: bool
@@ -111,9 +120,9 @@ class Renderer:
         environment = self._environments[has_tools]
         if environment is None:
             return None
-        names = {"documents": None, **variables, "messages": messages, "tools": tools}
+        names = {"documents": None, **variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
         try:
-            text = environment.render_template("", add_generation_prompt=prompt, **names)
+            text = environment.render_template("", **names)
         except Exception:  # whatever it is, transformers says it better
             return None
         return check_size(text)
@@ -154,14 +163,7 @@ def describe(value: Any) -> str | None:
 
 def _describe(value: Any, key: str = "") -> str:
     if isinstance(value, str):
-        if key == "role":
-            return value
-        if not value:
-            return "t0"
-        a, b, c, d = _ODD  # a loop would take longer than these searches
-        if a in value or b in value or c in value or d in value:
-            raise _OddError
-        return ("t " if value.isspace() else "t") + ("<" if "think>" in value else "")
+        return value if key == "role" else _describe_text(value)
     if isinstance(value, dict):
         if key in _USERS_NAMES:
             return f"{{{','.join(sorted({_describe(item, name) for name, item in value.items()}))}}}"
@@ -178,17 +180,25 @@ def _describe(value: Any, key: str = "") -> str:
     raise _OddError
 
 
-@lru_cache(4096)
-def _steps(kinds: tuple[str | None, ...]) -> tuple[tuple[str | None, ...], ...]:
+def _steps(prompt: bool, kinds: tuple[str | None, ...]) -> set[tuple[Any, ...]]:
     """Which kinds of messages follow each other, and how it begins and ends: a loop goes by its neighbours."""
     *messages, rest = kinds
-    return tuple((rest, *pair) for pair in {*pairwise(["", *messages, ""])})
+    return {(prompt, rest, *pair) for pair in pairwise(["", *messages, ""])}
+
+
+def _describe_text(text: str) -> str:
+    if not text:
+        return "t0"
+    a, b, c, d = _ODD  # a loop would take longer than these searches
+    if a in text or b in text or c in text or d in text:
+        raise _OddError
+    return ("t " if text.isspace() else "t") + ("<" if "think>" in text else "")
 
 
 @lru_cache(4096)
 def digest(kinds: tuple[str | None, ...], *more: bool) -> str:
     """A short name of a conversation's shape, which is all its steps; the same in every process."""
-    shape = [sorted(map(str, _steps(kinds))), *more]
+    shape = [sorted(map(str, _steps(False, kinds))), *more]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import RecipeError, TemplateError, one_line
 from ma_sft.hub import load_pretrained
 from ma_sft.labels.apply_template import compiled
-from ma_sft.utils import not_there
+from ma_sft.utils import frozen, not_there
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
@@ -79,6 +79,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     }
 
 
+@frozen()
 def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The recipe's tokenizer with the recipe's chat template, and the special tokens added for it.
 

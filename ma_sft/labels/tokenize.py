@@ -21,12 +21,12 @@ import transformers
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.data.load import Inherited, fingerprint_of, frozen, processes
+from ma_sft.data.load import Inherited, fingerprint_of, processes
 from ma_sft.errors import FormatError, MaSftError, RecipeError, first_line
 from ma_sft.labels.backend import Backend, DifferentIdsError
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.render import DifferentTextError
-from ma_sft.utils import atomic_dir, cache_dir, timed, write_whole
+from ma_sft.utils import atomic_dir, cache_dir, frozen, timed, write_whole
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:

@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, nodes
@@ -102,7 +104,8 @@ class Turns:
         messages = [_with_objects(m) for m in messages]
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
         row, marker, special = kwargs or {}, "", ()
-        everything = "\0".join(_texts([messages, tools, row]))
+        texts = chain.from_iterable(m.values() if is_plain(m) else _texts(m) for m in messages)
+        everything = "\0".join([*texts, *_texts([tools, row])])
         form = self._form(tools, {**self.template_kwargs, **row})
         if found := self.control_pattern.findall(everything):
             marker = next(c for c in _MARKERS if not any(each in everything for each in (c, *_escaped(c))))
@@ -141,8 +144,9 @@ class Turns:
         """The template's text of the first `count` messages."""
         kinds = (*chat.kinds[:count], chat.kinds[-1])
         text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
-        for escaped in _escaped(chat.marker) if chat.marker else ():  # as JSON in ASCII or Python write it
-            text = text.replace(escaped, chat.marker)
+        if chat.marker:
+            for escaped in _escaped(chat.marker):  # as JSON in ASCII or Python write it
+                text = text.replace(escaped, chat.marker)
         return text
 
     def _form(self, tools: list[Any] | None, kwargs: dict[str, Any]) -> MessageForm:
@@ -257,10 +261,14 @@ class Turns:
 
     def _altered(self, chat: Chat, turns: list[TurnText], full: str) -> Iterator[tuple[int, str]]:
         """Texts that are not written as they stand: a template may look for more than tags (`/think`, SmolLM3)."""
-        targets = {turn.message: turn.target for turn in turns if not turn.reason}
+        targets, at = {turn.message: turn.target for turn in turns if not turn.reason}, 0
         for i, message in enumerate(chat.messages):
             content, own = message.get("content"), message["role"] == "assistant"
-            if not isinstance(content, str) or (own and i not in targets) or content.strip() in targets.get(i, full):
+            if not isinstance(content, str) or (own and i not in targets):
+                continue
+            found = _find(targets[i] if own else full, content.strip(), 0 if own else at)
+            if found >= 0:
+                at = at if own else found  # texts stand in the order of the messages
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
             places = [text.replace(chat.marker, "") for text in places]
@@ -351,6 +359,12 @@ def _thought_and_answer(message: Message, written: str | None) -> str | None:
     return f"{thought}\n</think>\n\n{answer}{end}"
 
 
+def _find(text: str, part: str, start: int) -> int:
+    """`text.find(part, start)`: of a long part, the first characters are found sooner."""
+    at = text.find(part[:32], start)
+    return at if at < 0 or text.startswith(part, at) else text.find(part, start)
+
+
 def _writes(text: str, value: str) -> bool:
     """Whether a text has a value, as it is or as JSON writes it."""
     return value in text or any(json.dumps(value, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
@@ -362,6 +376,7 @@ def _texts(value: Any) -> list[str]:
     return [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
 
 
+@lru_cache
 def _escaped(character: str) -> tuple[str, str]:
     return json.dumps(character)[1:-1], repr(character)[1:-1]
 
