@@ -79,8 +79,6 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     Raises:
         RecipeError: as `export_folder`, no converter, or one that fails (its last line).
     """
-    if out.suffix != ".gguf":
-        raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
     must_be_new(out, "choose another name or remove it")
     folder, command = saved_folder(run), find_converter(converter)
     out.parent.mkdir(parents=True, exist_ok=True)

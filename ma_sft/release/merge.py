@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -58,19 +53,19 @@ class Merged:
     """What a merge gave.
 
     Args:
+        how: the dtype in which both ran, or why they were not compared.
         difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
         largest: largest absolute logit of the adapter model, to judge the difference by.
         rounding: what rounding every merged weight once more changes a logit by, at most.
         agreement: share of positions at which both models choose the same token.
-        how: the dtype in which both ran, or why they were not compared.
         note: what else the user should know, or "".
     """
 
-    difference: float | None
-    largest: float
-    rounding: float
-    agreement: float
     how: str
+    difference: float | None = None
+    largest: float = 0.0
+    rounding: float = 0.0
+    agreement: float = 0.0
     note: str = ""
 
     @property
@@ -136,8 +131,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
             write_manifest(target, {**manifest, "kind": "model"})
-        size = sum(tensor.numel() for tensor in weights.tensors.values())
-        merged = _compare(adapter, base, target, tokenizer, size, "; ".join(notes), code)
+        merged = replace(_compare(adapter, base, target, tokenizer, code), note="; ".join(notes))
         if merged.wrong:
             raise RunError(f"the merged model is not what the adapter says, which is more than rounding: {merged}")
         return merged
@@ -205,8 +199,9 @@ def _merged_layer(module: Any, weight: Tensor) -> Tensor:
     """The base's weight, with rows for new tokens where the layer has more, and what the adapter adds."""
     layer = module.get_base_layer()
     placeholder, more = layer.weight, layer.weight.shape[0] - len(weight)
-    rows = weight.mean(0, keepdim=True).expand(max(more, 0), *weight.shape[1:])
-    layer.weight = torch.nn.Parameter(torch.cat([weight, rows]))
+    if more > 0:
+        weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(more, -1)])
+    layer.weight = torch.nn.Parameter(weight)
     module.merge(safe_merge=True)
     merged: Tensor = layer.weight.data
     layer.weight = placeholder
@@ -239,39 +234,31 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _compare(
-    adapter: Path,
-    base: str | None,
-    merged: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-    note: str,
-    code: bool,
-) -> Merged:
+def _compare(adapter: Path, base: str | None, out: Path, tokenizer: PreTrainedTokenizerBase, code: bool) -> Merged:
     """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
-    free = psutil.virtual_memory().available
+    merged, free = read_weights(out).tensors.values(), psutil.virtual_memory().available
+    size = sum(tensor.numel() for tensor in merged)
     kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
     if kind is None:
-        return Merged(None, 0, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
+        return Merged(f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
     text = tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]
     ids = torch.tensor([[*text, *range(len(tokenizer) - 4, len(tokenizer))]])  # new tokens are the last ones
-    # As rounded as the merged weights; an adapter may keep whole layers, as rounded as they were trained
-    kinds = {kind, *(t.dtype for folder in (adapter, merged) for t in read_weights(folder).tensors.values())}
+    # An adapter may keep whole layers, as rounded as they were trained
+    kinds = {kind, *(tensor.dtype for tensor in (*merged, *read_weights(adapter).tensors.values()))}
     eps = max(torch.finfo(each).eps for each in kinds if each.is_floating_point)
     with torch.no_grad():
         ours = load_adapter(adapter, base, dtype=kind, code=code)(ids).logits.float()
-        model = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)
+        model = load_pretrained(AutoModelForCausalLM, str(out), code=code, dtype=kind)
         theirs = model(ids).logits.float()
         for parameter in model.parameters():
             parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * eps)
         rounded = model(ids).logits.float()
     return Merged(
-        (theirs - ours).abs().max().item(),
-        ours.abs().max().item(),
-        (rounded - theirs).abs().max().item(),
-        (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
         str(kind).removeprefix("torch."),
-        note,
+        difference=(theirs - ours).abs().max().item(),
+        largest=ours.abs().max().item(),
+        rounding=(rounded - theirs).abs().max().item(),
+        agreement=(theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
     )
 
 
