@@ -292,11 +292,8 @@ class Packs:
     def features(self) -> datasets.Features:
         """Of the packs as they are read."""
         source = self.tokens.source.features
-        kinds = (
-            source["input_ids"].feature,
-            source.get("labels", source["input_ids"]).feature,
-            datasets.Value("int32"),
-        )
+        ids = source["input_ids"]
+        kinds = (ids.feature, source.get("labels", ids).feature, datasets.Value("int32"))
         return datasets.Features(dict(zip(COLUMNS, map(datasets.List, kinds), strict=True)))
 
     def __deepcopy__(self, memo: Any) -> "Packs":
