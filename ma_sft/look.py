@@ -48,7 +48,7 @@ def preview(
         borders: show the borders of tokens.
 
     Raises:
-        MaSftError: anything wrong with settings or rows; fewer than one row asked for.
+        MaSftError: anything wrong with settings or rows.
     """
     settings = recipe.resolve(args)
     tokenizer, _ = load_tokenizer(settings)

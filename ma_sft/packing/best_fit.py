@@ -21,14 +21,6 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
     steps: list[tuple[int, int, int]] = []  # (first bin, number of bins, items in each)
     bins = 0
 
-    def fill(first: int, count: int, space: int, each: int, length: int) -> None:
-        steps.append((first, count, each))
-        if rest := space - each * length:
-            if rest not in runs:
-                runs[rest] = deque()
-                insort(spaces, rest)
-            runs[rest].append((first, count))
-
     for length in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[length])
         while left:
@@ -45,8 +37,13 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
                     runs[space].appendleft((first + count, available - count))
                 elif not runs[space]:
                     del runs[space], spaces[position]
-            fill(first, count, space, each, length)
+            steps.append((first, count, each))
             left -= count * each
+            if rest := space - each * length:
+                if rest not in runs:
+                    runs[rest] = deque()
+                    insort(spaces, rest)
+                runs[rest].append((first, count))
 
     starts, counts, sizes = np.array(steps, dtype=np.int64).reshape(-1, 3).T
     items = counts * sizes

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 
-from ma_sft.errors import FormatError, LabelError, RecipeError
+from ma_sft.errors import FormatError, LabelError
 from ma_sft.packing.pack import IGNORED
 
 
@@ -24,7 +24,6 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
     depends on `seed` and the epoch, and `len` counts rows of `seq_length` tokens, not documents.
 
     Raises:
-        RecipeError: neither text field nor function for rows that are not tokenised.
         FormatError: a row that has neither tokens nor text, or an infinite stream without a token.
         LabelError: a row whose labels do not fit its tokens.
     """
@@ -48,12 +47,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         # `is None` and not falsy: 0 is a token id.
         own = self.tokenizer.eos_token_id
         self.concat_token_id = self.eos_token_id if own is None else own
-        names, asked = getattr(self.dataset, "column_names", None), self.dataset_text_field or self.formatting_func
-        if names is None and not asked:
-            names = next(iter(self.dataset), {"input_ids": []})
-        self.pretokenized = names is not None and "input_ids" in names
-        if not asked and not self.pretokenized:
-            raise RecipeError(f"rows with the columns {list(names or [])}: set dataset_text_field or formatting_func")
+        self.pretokenized = "input_ids" in (getattr(self.dataset, "column_names", None) or ())
         self.current_size = self.epoch = 0
         self._length: int | None = None
 
@@ -104,9 +98,9 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
                 ids, labels = ids[full * self.seq_length :], labels[full * self.seq_length :]
             if not self.infinite:
                 break
-            if not tokens and first:
-                return  # fewer rows than workers: the first one raises if there is no token at all
             if not tokens:
+                if first:  # fewer rows than workers: the first one raises if there is no token at all
+                    return
                 raise FormatError("an infinite ConstantLengthDataset over rows without a token; give it data")
             epoch += 1
         if missing := -len(ids) % self.seq_length:
@@ -151,15 +145,15 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset[dict[str, torch.Ten
         return row[field], labels
 
 
+@dataclass(eq=False)
 class _Items:
     """The generator of a stream's items: all of them, as `datasets` and accelerate share out what it yields."""
 
-    def __init__(self, stream: ConstantLengthDataset) -> None:
-        self.stream = stream
-        self.around: Any = None  # the data set of `datasets`, whose epoch counts
+    stream: ConstantLengthDataset
+    around: Any = None  # the data set of `datasets`, whose epoch counts
 
     def __call__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return self.stream.iterate(self.stream.epoch + (self.around.epoch if self.around is not None else 0))
+        return self.stream.iterate(self.stream.epoch + self.around.epoch)
 
 
 class _SizedIterableDataset(datasets.IterableDataset):  # type: ignore[misc]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -109,9 +109,8 @@ def pack_with_report(
     plan = make_plan(labelled, seq_length, strategy, seed, groups)
     report = _report(tokens, kept, plan, (strategy, overflow, seq_length), end_token_ids)
     name = Hasher.hash((fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups))
-    rows = dataset.select_columns([name for name in COLUMNS[:2] if name in dataset.column_names])
     numbers = _numbers_of_packs(np.arange(report.packs), name)
-    return numbers.with_transform(Packs(rows, tokens, plan, name)), report
+    return numbers.with_transform(Packs(tokens, plan, name)), report
 
 
 def pack_table(table: pa.Table, seq_length: int, strategy: str, **settings: Any) -> pa.Table:
@@ -139,13 +138,6 @@ def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
     return overflow or STRATEGIES[strategy]
 
 
-class Column(NamedTuple):
-    """A column's type, and the bytes of each part of the table."""
-
-    type: pa.DataType
-    buffers: list[memoryview]
-
-
 class Tokens:
     """Ids and labels (as in TRL the ids, where there are none) of a data set's rows, where they lie."""
 
@@ -156,6 +148,7 @@ class Tokens:
         masks = [name for name in ("assistant_masks", "completion_mask") if name in source.column_names]
         if masks and "labels" not in names:
             raise LabelError(f"column '{masks[0]}' but no 'labels'; make labels from the mask before packing")
+        self.source = source.select_columns(names)
         columns = [_checked(source.data.column(name), name) for name in names]
         counts, labels = (pc.list_value_length(columns[at]).to_numpy().astype(np.int64) for at in (0, -1))
         if len(wrong := np.flatnonzero(counts != labels)):
@@ -163,25 +156,25 @@ class Tokens:
             raise LabelError(f"row {row}: {counts[row]} input_ids but {labels[row]} labels; each token needs one label")
         # Both columns cut alike, where either of them lies in another piece of memory
         batches = [batch for batch in pa.table(columns, names).to_batches() if len(batch)]
-        values = [[batch.column(at).flatten().to_numpy() for batch in batches] for at in (0, -1)]
-        kinds = [columns[at].type.value_type for at in (0, -1)]
         self.ids, self.labels = (
-            Column(kind, [part.data.cast("B") for part in parts]) for kind, parts in zip(kinds, values, strict=True)
+            [memoryview(batch.column(at).flatten().to_numpy()) for batch in batches] for at in (0, -1)
         )
         sizes = [len(batch) for batch in batches]
-        first = _offsets(np.array([len(part) for part in values[0]], dtype=np.int64))[:-1]  # token of each batch
+        first = _offsets(np.array([len(part) for part in self.ids], dtype=np.int64))[:-1]  # token of each batch
         start, rows = _offsets(counts)[:-1] - np.repeat(first, sizes), table_rows(source)
         rows = slice(None) if rows is None else rows
         self.lengths: Ints = counts[rows]
         self.start, self.batch = start[rows], np.repeat(np.arange(len(sizes)), sizes)[rows]
 
-    def gather(self, column: "Column", spans: Spans) -> NDArray[Any]:
+    def __reduce__(self) -> Any:  # for a loader's workers, which map the source's files anew
+        return Tokens, (self.source,)
+
+    def gather(self, column: list[memoryview], spans: Spans) -> NDArray[Any]:
         """What `ids` or `labels` have in the spans, one after another: `bytes.join` copies each with one memcpy."""
-        dtype = np.dtype(column.type.to_pandas_dtype())
-        begin = (self.start[spans.row] + spans.start) * dtype.itemsize
-        end = begin + spans.length * dtype.itemsize
-        places = zip(self.batch[spans.row].tolist(), begin.tolist(), end.tolist(), strict=True)
-        return np.frombuffer(bytearray().join([column.buffers[batch][b:e] for batch, b, e in places]), dtype)
+        begin = self.start[spans.row] + spans.start
+        places = zip(self.batch[spans.row].tolist(), begin.tolist(), (begin + spans.length).tolist(), strict=True)
+        joined = bytearray().join([column[batch][first:last] for batch, first, last in places])
+        return np.frombuffer(joined, column[0].format if column else np.int64)
 
     def has_label(self, spans: Spans, at: Ints) -> NDArray[np.bool_]:
         """Whether the token `at` of each span has a label."""
@@ -267,10 +260,9 @@ def _wrap(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, I
 class Packs:
     """The transform of a data set whose columns hold numbers of packs: it puts what a pack holds in the number's place.
 
-    A pack without a piece is one padding token without a label.
+    The number after the last pack's stands for one padding token without a label.
     """
 
-    source: datasets.Dataset
     tokens: Tokens
     plan: Plan
     fingerprint: str  # of rows and plan
@@ -285,7 +277,7 @@ class Packs:
 
     def read(self, packs: Ints) -> dict[str, list[Any]]:
         """What these packs hold, by column."""
-        first, last = self.plan.bounds[packs], self.plan.bounds[packs + 1]
+        first, last = (self.plan.bounds.take(packs + at, mode="clip") for at in (0, 1))
         piece = _offsets(last - first)
         pieces = self.plan.pieces.take(np.arange(piece[-1]) + np.repeat(first - piece[:-1], last - first))
         token = _offsets(pieces.length)[piece]
@@ -299,15 +291,10 @@ class Packs:
     @property
     def features(self) -> datasets.Features:
         """Of the packs as they are read."""
-        types = map(str, (self.tokens.ids.type, self.tokens.labels.type, pa.int32()))
-        columns = zip(COLUMNS, types, strict=True)
-        return datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tokens": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, tokens=Tokens(state["source"]))
+        source = self.tokens.source.features
+        ids = source["input_ids"]
+        kinds = (ids.feature, source.get("labels", ids).feature, datasets.Value("int32"))
+        return datasets.Features(dict(zip(COLUMNS, map(datasets.List, kinds), strict=True)))
 
     def __deepcopy__(self, memo: Any) -> "Packs":
         return self  # `datasets` copies a format with each data set, and nothing here is ever changed
@@ -348,18 +335,15 @@ def lengths(dataset: datasets.Dataset) -> Ints:
     if packs is None:
         return Tokens(dataset).lengths
     tokens = np.diff(_offsets(packs.plan.pieces.length)[packs.plan.bounds])
-    return np.asarray(tokens[dataset.with_format("numpy")["input_ids"][:]])
+    return np.asarray(np.append(tokens, 0)[dataset.with_format("numpy")["input_ids"][:]])
 
 
 def fill(dataset: datasets.Dataset, count: int, pad_token_id: int) -> datasets.Dataset:
     """The packs, and `count` more of one padding token without a label."""
     packs = cast(Packs, packs_of(dataset))
-    bounds = packs.plan.bounds
-    plan = replace(packs.plan, bounds=np.append(bounds, bounds[-1]))
-    fingerprint = Hasher.hash((packs.fingerprint, "filled"))
-    empty = _numbers_of_packs(np.full(count, len(bounds) - 1), fingerprint)
+    empty = _numbers_of_packs(np.full(count, len(packs.plan.bounds) - 1), f"{packs.fingerprint}-{count}")
     filled = datasets.concatenate_datasets([dataset.with_format(None), empty])
-    return filled.with_transform(replace(packs, plan=plan, fingerprint=fingerprint, pad_token_id=pad_token_id))
+    return filled.with_transform(replace(packs, pad_token_id=pad_token_id))
 
 
 def flatten(
@@ -372,7 +356,7 @@ def flatten(
     """
     packs = cast(Packs, packs_of(packed))
     name = Hasher.hash((fingerprint_of(packed), "flatten"))
-    if not keep_in_memory and cache_file_name is None and (files := packs.source.cache_files):
+    if not keep_in_memory and cache_file_name is None and (files := packs.tokens.source.cache_files):
         cache_file_name = str(Path(files[0]["filename"]).with_name(f"packs-{name}.arrow"))
     how: dict[str, Any] = {"features": packs.features, "new_fingerprint": name, "desc": "writing packs"}
     how |= {"keep_in_memory": keep_in_memory, "cache_file_name": cache_file_name}

@@ -7,7 +7,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import MaSftError
 from ma_sft.labels.preview import heading, pieces, preview_text
 from ma_sft.pages.report import environment
 from ma_sft.utils import console
@@ -32,13 +31,7 @@ def show_rows(
     html: str | Path | None = None,
     borders: bool = False,
 ) -> None:
-    """Print the first `n` rows with what is trained in them, or write them as an HTML page.
-
-    Raises:
-        MaSftError: fewer than one row asked for.
-    """
-    if n < 1:
-        raise MaSftError(f"preview shows at least one row, not n={n}")
+    """Print the first `n` rows with what is trained in them, or write them as an HTML page."""
     rows = [dataset[row] for row in range(min(n, len(dataset)))]
     if html is not None:
         Path(html).write_text(preview_html(rows, tokenizer), encoding="utf-8")

@@ -5,6 +5,7 @@ A run writes `run.json` before its first step (what is trained, on what), a line
 """
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -47,9 +48,9 @@ def _data(run: dict[str, Any]) -> Any:
     return [run["settings"].get(key) for key in DATA], asked
 
 
-def _tokens(run: dict[str, Any]) -> Any:
-    """Which ids and labels the first of them became."""
-    return [(piece["ids"], piece["trained"]) for row in run["rows"] for piece in row["pieces"]]
+def _ids(run: dict[str, Any]) -> Any:
+    """Which rows these were, and which ids and labels the first of them became."""
+    return _data(run), [(piece["ids"], piece["trained"]) for row in run["rows"] for piece in row["pieces"]]
 
 
 def _same(runs: Sequence[dict[str, Any]], facts: Callable[[dict[str, Any]], Any]) -> bool:
@@ -59,31 +60,31 @@ def _same(runs: Sequence[dict[str, Any]], facts: Callable[[dict[str, Any]], Any]
 @dataclass(frozen=True)
 class Figure:
     """A figure of a finished run: its group and label, its format, where `summary.json` has it, now and before training
-    (keys joined by dots), what is better, and what must be the same in runs to compare it."""
+    (keys joined by dots), which of several is best, and what must be the same in runs to say so."""
 
     group: str
     label: str
     how: str
     key: str
     before: str = ""
-    better: Literal["", "more", "less"] = ""
-    needs: tuple[Callable[[dict[str, Any]], Any], ...] = ()
+    best: Callable[[Sequence[float]], float] | None = None
+    facts: Callable[[dict[str, Any]], Any] | None = None
 
 
-ROWS, IDS, ACCURACY = (_data,), (_data, _tokens), "token accuracy"
+ACCURACY = "token accuracy"
 FIGURES = (
-    Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", "more", ROWS),
-    Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", "more", ROWS),
-    Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", "less", IDS),
-    Figure("result", ACCURACY, ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", "more", IDS),
+    Figure("result", "{metric}", ".1%", "evaluation.after.score", "evaluation.before.score", max, _data),
+    Figure("result", "answers stopped by themselves", ".1%", "eos_rate", "evaluation.before.eos_rate", max, _data),
+    Figure("result", "held-out loss", ".4f", "eval_loss", "evaluation.before.loss", min, _ids),
+    Figure("result", ACCURACY, ".1%", "eval_mean_token_accuracy", "evaluation.before.token_accuracy", max, _ids),
     Figure("training", "mean training loss", ".4f", "train_loss"),
     Figure("training", "rows", ",", "rows"),
     Figure("training", "trained tokens in them", ",", "trained_tokens"),
     Figure("training", "steps", ",", "steps"),
     Figure("training", "tokens computed", ",", "tokens"),
-    Figure("cost", "time", "duration", "train_seconds", "", "less", ROWS),
-    Figure("cost", "tokens per second", ",.0f", "tokens_per_second", "", "more"),
-    Figure("cost", "peak memory", "bytes", "peak_memory", "", "less"),
+    Figure("cost", "time", "duration", "train_seconds", "", min, _data),
+    Figure("cost", "tokens per second", ",.0f", "tokens_per_second", "", max),
+    Figure("cost", "peak memory", "bytes", "peak_memory", "", min),
 )
 
 
@@ -278,10 +279,9 @@ def _groups(summary: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
     """The figures of a finished run by group: (label, before training or nothing, now)."""
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for figure in FIGURES:
-        if (now := _value(summary, figure.key)) is not None:
-            before = _value(summary, figure.before)
-            texts = ("" if before is None else _text(before, figure.how), _text(now, figure.how))
-            groups.setdefault(figure.group, []).append((_label(figure, summary), *texts))
+        before, now = (_text(_value(summary, key), figure.how) for key in (figure.before, figure.key))
+        if now:
+            groups.setdefault(figure.group, []).append((_label(figure, summary), before, now))
     return groups
 
 
@@ -296,16 +296,13 @@ def _compared(runs: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
     for figure in FIGURES:
         values = [_value(summary, figure.key) for summary in summaries]
         known = [value for value in values if value is not None]
-        compares = figure.better and len(known) == len(values) and len(set(known)) > 1
-        for facts in figure.needs:
-            compares = compares and _same(runs, facts)
+        compares = len(known) == len(values) and len(set(known)) > 1
+        compares = compares and (figure.facts is None or _same(runs, figure.facts))
+        best = figure.best(known) if figure.best and compares else math.nan
+        how = ".3g" if figure.how.endswith("f") else figure.how
         if known:
-            best = {"more": max, "less": min}[figure.better](known) if compares else None
-            how = ".3g" if figure.how.endswith("f") else figure.how
-            texts = ["" if value is None else _text(value, how) for value in values]
-            rows[_label(figure, next(filter(None, summaries), {}))] = [
-                (text, best is not None and value == best) for text, value in zip(texts, values, strict=True)
-            ]
+            label = _label(figure, next(filter(None, summaries)))
+            rows[label] = [(_text(value, how), value == best) for value in values]
     return rows
 
 
@@ -331,7 +328,9 @@ def _value(summary: dict[str, Any], key: str) -> float | None:
     return found if isinstance(found, int | float) else None
 
 
-def _text(value: float, how: str) -> str:
+def _text(value: float | None, how: str) -> str:
+    if value is None:
+        return ""
     if how == "bytes":
         return f"{value / 1e9:.2f} GB"
     if how == "duration":

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 from ma_sft.errors import MaSftError
 from ma_sft.utils import console, say, visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from trl import SFTTrainer
 
     from ma_sft.config import Settings
@@ -58,16 +57,21 @@ def show_start(
 
 def show_end(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[str, Any]) -> None:
     """Print a few answers, then the figures and where everything is: the last twenty lines, whole on every screen."""
+    from rich.table import Table
+
     screen = console()
-    found = summary.get("evaluation")
-    if found and len(found["after"]["sources"]) > 1:
-        screen.print(evaluation_table(found))
+    rows = evaluation_rows(summary["evaluation"]) if summary.get("evaluation") else []
+    if len(rows) > 1:
+        table = Table("held-out", *rows[0]["cells"])
+        for row in rows:
+            table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
+        screen.print(table)
     for answer in answers[:3]:
         for what, text in zip(("message", "before", "after"), answer, strict=False):
             say(shorten(f"{what:>12}  {text}", screen.width))
     if answers:
         say(f"{len(answers):,} held-out answers in all, in {out / 'report.html'}", "")
-    for title, (before, after) in evaluation_rows(found)[0]["cells"].items() if found else ():
+    for title, (before, after) in rows[0]["cells"].items() if rows else ():
         name = f"held-out {title.replace('-', ' ')}" if title != "stopped by itself" else title
         say(f"{name}: {before or 'not measured'} before, {after} after")
     for what in ("adapter", "merged", "model", "report.html"):
@@ -79,22 +83,7 @@ def show_end(out: Path, answers: list[tuple[str, str, str, str]], summary: dict[
 def shorten(text: str, width: int) -> str:
     """The text as one line that a terminal of `width` columns does not break."""
     line = visible(text.replace("\n", " "))
-    if cell_len(line) < width:
-        return line
-    while cell_len(line) > width - 5:
-        line = line[: len(line) - max(1, (cell_len(line) - width + 5) // 2)]
-    return f"{line} ..."
-
-
-def evaluation_table(found: dict[str, Any]) -> "Table":
-    """The evaluation for the terminal: before -> after, by source where there are several."""
-    from rich.table import Table
-
-    rows = evaluation_rows(found)
-    table = Table("held-out", *rows[0]["cells"])
-    for row in rows:
-        table.add_row(row["name"], *(" -> ".join(text or "?" for text in cell) for cell in row["cells"].values()))
-    return table
+    return line if cell_len(line) < width else f"{set_cell_size(line, width - 5)} ..."
 
 
 def evaluation_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

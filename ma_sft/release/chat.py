@@ -1,6 +1,7 @@
 """Talk to what was trained, through the same template and the same encoder as training."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,29 +116,20 @@ def chat(
         return
     say(HELP + (f" System message: {system}" if system else ""))
     messages = [*start]
-    while text := _asked():
-        if text.startswith("/"):  # a command
-            if text == "/exit":
-                return
+    with suppress(EOFError):  # Ctrl-D
+        while (text := input("> ")) not in ("", "/exit"):
             if text in ("/new", "/reset"):
                 messages = [*start]
-            else:
+            elif text.startswith("/"):
                 say(HELP)
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            answer = reply(model, encoder, messages, stream=True, **settings)
-            messages.append({"role": "assistant", "content": answer})
-        except KeyboardInterrupt:  # stops this answer, not the conversation
-            say("\n[stopped by Ctrl-C]")
-            messages.pop()
-
-
-def _asked() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+            else:
+                messages.append({"role": "user", "content": text})
+                try:
+                    answer = reply(model, encoder, messages, stream=True, **settings)
+                    messages.append({"role": "assistant", "content": answer})
+                except KeyboardInterrupt:  # stops this answer, not the conversation
+                    say("\n[stopped by Ctrl-C]")
+                    messages.pop()
 
 
 class Streamer(TextStreamer):

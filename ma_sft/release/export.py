@@ -23,7 +23,7 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
         The commands that serve it.
 
     Raises:
-        RecipeError: no model there, weights that are not whole, `out` exists, no space.
+        RecipeError: no model there, weights that are not whole, `out` exists.
     """
     must_be_new(out)
     folder = saved_folder(run)
@@ -31,17 +31,16 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
     from transformers import AutoConfig, AutoTokenizer
 
     from ma_sft.release.manifest import read_manifest, read_weights, write_manifest
-    from ma_sft.release.merge import check_space, merge, save_configs, write_weights
+    from ma_sft.release.merge import merge, save_configs, write_weights
 
     if not (folder / "config.json").is_file():
         say(merge(folder, out, dtype=dtype, code=code))
     else:
         weights = read_weights(folder)
-        check_space(out, weights.nbytes)
         config, tokenizer = (load_pretrained(auto, str(folder), code=code) for auto in (AutoConfig, AutoTokenizer))
         config.dtype = dtype or config.dtype
         with atomic_dir(out) as target:
-            write_weights(weights, {}, getattr(torch, dtype) if dtype else None, target)
+            write_weights(weights.tensors, {}, getattr(torch, dtype) if dtype else None, target)
             save_configs(config, folder, tokenizer, target)
             if manifest := read_manifest(folder):
                 write_manifest(target, manifest)
@@ -80,8 +79,6 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
     Raises:
         RecipeError: as `export_folder`, no converter, or one that fails (its last line).
     """
-    if out.suffix != ".gguf":
-        raise RecipeError(f"{out}: the name of a GGUF file ends with .gguf")
     must_be_new(out, "choose another name or remove it")
     folder, command = saved_folder(run), find_converter(converter)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ma_sft.config import Settings, shown
@@ -131,29 +131,17 @@ class Weights:
 
     Args:
         folder: where they lie.
-        files: tensor name -> file name.
-        tensors: tensor name -> what the file's header tells of it: dtype, shape, place.
+        tensors: by name; mapped from their files, so that only what is looked at is read.
         digest: of names, shapes, dtypes and the first 4 KiB of every tensor: any fine-tune of a model differs.
     """
 
     folder: Path
-    files: dict[str, str]
-    tensors: dict[str, Any]
+    tensors: dict[str, Tensor]
     digest: str
-
-    @property
-    def size(self) -> int:
-        """The number of all elements."""
-        return sum(tensor.parameter_count for tensor in self.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in self.tensors.values())
 
 
 def read_weights(folder: Path) -> Weights:
-    """The weights of a folder, from the headers of its files; no tensor is loaded.
+    """The weights of a folder, as they lie there; nothing is loaded.
 
     Raises:
         RecipeError: no safetensors, a shard that is missing, or a file that is cut off or broken.
@@ -162,27 +150,20 @@ def read_weights(folder: Path) -> Weights:
     if missing := [name for name in names if not (folder / name).is_file()]:
         refuse_pickles(str(folder), names, [path.name for path in folder.iterdir()])
         raise RecipeError(f"{folder} lacks {len(missing)} of {len(names)} files: {missing[0]}; get the whole model")
-    files: dict[str, str] = {}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     content = hashlib.sha256()
     for name in names:
         try:
-            with safe_open(folder / name, "pt"):  # which holds the header against the file's length
-                header = parse_local_safetensors_file_metadata(folder / name).tensors
-        except (SafetensorError, SafetensorsParsingError) as error:
+            with safe_open(folder / name, "pt") as file:  # which holds the header against the file's length
+                for key in sorted(file.keys()):
+                    tensor = tensors[key] = file.get_tensor(key)
+                    content.update(f"{key} {file.get_slice(key).get_dtype()} {[*tensor.shape]}".encode())
+                    content.update(tensor.flatten().view(torch.uint8)[:4096].numpy())
+        except SafetensorError as error:
             raise RecipeError(
                 f"{folder / name} is no whole safetensors file: {first_line(error)}; get it again"
             ) from None
-        with open(folder / name, "rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            for key, tensor in sorted(header.items()):
-                start, stop = tensor.data_offsets
-                file.seek(begin + start)
-                content.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
-                content.update(file.read(min(stop - start, 4096)))
-        files |= dict.fromkeys(header, name)
-        tensors |= header
-    return Weights(folder, files, tensors, content.hexdigest()[:32])
+    return Weights(folder, tensors, content.hexdigest()[:32])
 
 
 def set_modes(folder: Path) -> None:
@@ -269,7 +250,8 @@ def check_handoff(folder: Path, *, code: bool = False) -> list[Finding]:
             findings.append(Finding("base model", True, f"{weights.folder}, {weights.digest}"))
         else:
             weights, config = read_weights(folder), load_pretrained(AutoConfig, str(folder), code=code)
-            found = f"{len(weights.files)} tensors, {weights.nbytes / 1e9:.2f} GB"
+            nbytes = sum(tensor.nbytes for tensor in weights.tensors.values())
+            found = f"{len(weights.tensors)} tensors, {nbytes / 1e9:.2f} GB"
             findings.append(Finding("weights", True, found))
         rows = config.get_text_config().vocab_size
         findings.append(Finding("embedding rows", rows >= len(tokenizer), f"{rows} for {len(tokenizer)} tokens"))

@@ -3,36 +3,28 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import split_state_dict_into_shards_factory
-from peft import PeftModel, load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors import safe_open
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from ma_sft.errors import RecipeError, RunError, first_line
 from ma_sft.hub import generation_config, load_pretrained, saved_folder
 from ma_sft.labels.encoder import end_ids
-from ma_sft.release.manifest import Weights, copy_processor, find_base, read_manifest, set_modes, write_manifest
+from ma_sft.release.manifest import copy_processor, find_base, read_manifest, read_weights, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.trainer import as_it_was
 from ma_sft.utils import atomic_dir, must_be_new, no_bar_for_weights
@@ -61,19 +53,19 @@ class Merged:
     """What a merge gave.
 
     Args:
+        how: the dtype in which both ran, or why they were not compared.
         difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
         largest: largest absolute logit of the adapter model, to judge the difference by.
         rounding: what rounding every merged weight once more changes a logit by, at most.
         agreement: share of positions at which both models choose the same token.
-        how: the dtype in which both ran, or why they were not compared.
         note: what else the user should know, or "".
     """
 
-    difference: float | None
-    largest: float
-    rounding: float
-    agreement: float
     how: str
+    difference: float | None = None
+    largest: float = 0.0
+    rounding: float = 0.0
+    agreement: float = 0.0
     note: str = ""
 
     @property
@@ -106,14 +98,13 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         code: whether the base's own Python code may run.
 
     Raises:
-        RecipeError: as `find_base`; no adapter in `run`, `out` exists, no space, or an adapter that does not fit.
+        RecipeError: as `find_base`; no adapter in `run`, `out` exists, or an adapter that does not fit.
         RunError: the merged model does not say what the adapter says; nothing is left of it.
     """
     must_be_new(out)
     adapter = saved_folder(run, adapter=True)
     weights, config, tokenizer = find_base(adapter, base, code=code)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
-    check_space(out, weights.size * kind.itemsize if kind else weights.nbytes)
     manifest = read_manifest(adapter)
     notes = []
     if manifest and (quantised := manifest["base_model"]["quantization"]):
@@ -123,10 +114,10 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         raise RecipeError(f"{adapter}: {peft.peft_type.value} trains tokens before a sequence, and no weight has them")
     # Biases and raw parameters are PEFT's to merge, as are tensors that transformers makes of several as it loads them
     by_layer = peft.peft_type == "LORA" and peft.bias == "none" and not (peft.lora_bias or peft.target_parameters)
-    updates = _layer_updates(adapter, config, code, weights) if by_layer else {}
+    updates = _layer_updates(adapter, peft, config, code, weights.tensors) if by_layer else {}
     with atomic_dir(out) as target:
-        if updates and {source for source, _ in updates.values()} <= set(weights.files):
-            write_weights(weights, updates, kind, target)
+        if updates and updates.keys() <= weights.tensors.keys():
+            write_weights(weights.tensors, updates, kind, target)
         else:
             notes.append("merged with the whole model in memory, not layer by layer")
             whole = load_adapter(adapter, base, dtype=kind or "auto", code=code).merge_and_unload(safe_merge=True)
@@ -140,52 +131,63 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
             write_manifest(target, {**manifest, "kind": "model"})
-        merged = _compare(adapter, base, target, tokenizer, weights.size, "; ".join(notes), code)
+        merged = replace(_compare(adapter, base, target, tokenizer, code), note="; ".join(notes))
         if merged.wrong:
             raise RunError(f"the merged model is not what the adapter says, which is more than rounding: {merged}")
         return merged
 
 
-# Tensor of the merged model -> the base's tensor that it is made of, and how.
-Updates = dict[str, tuple[str, Update]]
+def _layer_updates(
+    adapter: Path, peft: PeftConfig, config: PreTrainedConfig, code: bool, tensors: dict[str, Tensor]
+) -> dict[str, Update]:
+    """What the adapter makes of the base's tensors, by their names in its files.
 
-
-def _layer_updates(adapter: Path, config: PreTrainedConfig, code: bool, weights: Weights) -> Updates:
-    """What the adapter changes, by the names in the base's files. Where it parts a head from the embedding that it was
-    tied to, `config` is untied.
+    Where it parts a head from the embedding that it was tied to, the head is among `tensors`, and `config` is untied.
 
     Raises:
         RecipeError: the adapter has layers that the model has not, or of other shapes.
     """
-    found: dict[str, Update] = {}
-    model, embedding, head, saved = _without_base(adapter, config, code, weights)
-    tied_rows = False
-    for name, module in model.named_modules():
+    bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
+    in_files = _saved_names(bare, tensors)
+    embedding = bare.get_input_embeddings().weight
+    tied = [name for name, parameter in bare.named_parameters(remove_duplicate=False) if parameter is embedding]
+    # On the CPU, where PEFT then puts the adapter, too; each is one number, whatever its shape
+    weights: dict[int, Any] = {id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape)) for p in bare.parameters()}
+    try:
+        model: Any = PeftModel(copy.deepcopy(bare, weights), peft, low_cpu_mem_usage=True)
+        saved = {name: value.float() for name, value in load_peft_weights(str(adapter), device="cpu").items()}
+        unknown = set_peft_model_state_dict(model, saved, low_cpu_mem_usage=True).unexpected_keys
+        # PEFT saves copies of a resized embedding, too, and never reads them
+        if unknown := [key for key in unknown if "lora_" in key]:
+            raise ValueError(f"{unknown[0]} has no place in {config.model_type}")
+    except (KeyError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[-1].strip()
+        raise RecipeError(
+            f"{adapter} was trained on another model: {why}; pass the right base model with --base"
+        ) from None
+    updates: dict[str, Update] = {}
+    for name, module in model.base_model.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for part, value in module.modules_to_save["default"].named_parameters():
-                found[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
-        elif isinstance(module, TrainableTokensWrapper):
-            if module.token_adapter.tied_adapter is None:
-                found[f"{name}.weight"] = partial(_with_trained_rows, module.token_adapter)
-            else:
-                tied_rows = True
-        elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
-            found[f"{name}.weight"] = partial(_merged_layer, adapter, module)
-    updates = {name: (name, update) for name, update in found.items()}
-    if config.tie_word_embeddings and head and not tied_rows and (embedding in found or head in found):
-        for name in (embedding, head):  # both are made of the one matrix that the base has
-            updates[name] = (embedding, found.get(name, lambda weight: weight))
+                updates[f"{name}.{part}"] = lambda _, value=value: value.data  # type: ignore[misc]
+        elif getattr(module, "tied_adapter", None):  # one matrix still, with rows trained in both places
+            tied = []
+        elif isinstance(module, BaseTunerLayer):
+            updates[f"{name.removesuffix('.token_adapter')}.weight"] = partial(_merged_layer, module)
+    if len(tied) > 1 and updates.keys() & tied:
+        places = [in_files.get(name, name) for name in tied]
+        tensors |= dict.fromkeys(places, next(tensors[place] for place in places if place in tensors))
         _untie(config)
-    return {saved.get(name, name): (saved.get(source, source), update) for name, (source, update) in updates.items()}
+    return {in_files.get(name, name): update for name, update in updates.items()}
 
 
-def _saved_names(model: Any, weights: Weights) -> dict[str, str]:
+def _saved_names(model: Any, files: Iterable[str]) -> dict[str, str]:
     """Name in the model -> name in its files, of the tensors that transformers renames when it loads them."""
     transforms, there = get_model_conversion_mapping(model), model.state_dict()
     kinds: tuple[list[Any], list[Any]] = ([], [])
     for transform in transforms:
         kinds[isinstance(transform, WeightConverter)].append(transform)
-    found = {name: rename_source_key(name, *kinds, model.base_model_prefix, there) for name in weights.files}
+    found = {name: rename_source_key(name, *kinds, model.base_model_prefix, there) for name in files}
     return {new: name for name, (new, converter) in found.items() if converter is None}
 
 
@@ -193,87 +195,38 @@ def _untie(config: PreTrainedConfig) -> None:
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
-def _without_base(
-    adapter: Path, config: PreTrainedConfig, code: bool, weights: Weights
-) -> tuple[Any, str, str | None, dict[str, str]]:
-    """The model with the adapter's weights in float32 and the base's on the meta device, where PEFT would put both;
-    the names of the embedding's and the head's weight; and `_saved_names`."""
-    other = f"{adapter} was trained on another model"
-    saved = load_peft_weights(str(adapter), device="cpu")
-    bare = skeleton(copy.deepcopy(config), code=code)  # which enters its own dtype
-    names = {id(module): f"{name}.weight" for name, module in bare.named_modules()}
-    embedding, head = names[id(bare.get_input_embeddings())], names.get(id(bare.get_output_embeddings()))
-    in_files = _saved_names(bare, weights)
-    # PEFT saves copies of a resized embedding, too, and never reads them
-    left = {key for key in saved if "lora_" in key}
-    try:
-        model: Any = PeftModel(bare, read_adapter_config(adapter), low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise RecipeError(f"{other}: {first_line(error)}") from None
-    # PEFT's own loader would move them to where their layers are
-    for name, empty in [*model.named_parameters(remove_duplicate=False)]:
-        key = name.replace(".default", "").replace(".modules_to_save", "")
-        key = key if key in saved else key.removesuffix(".weight")
-        if key not in saved or ".base_layer." in name or ".original_module." in name:
-            continue
-        if saved[key].shape != empty.shape:
-            raise RecipeError(
-                f"{other}: {key} is {list(saved[key].shape)}, this base needs {list(empty.shape)}; "
-                "pass the right base model with --base"
-            )
-        left.discard(key)
-        set_module_tensor_to_device(model, name, "cpu", value=saved[key].float())
-    if left:
-        raise RecipeError(f"{other}: {min(left)} has no place in {config.model_type}")
-    return model.base_model.model, embedding, head, in_files
-
-
-def _merged_layer(adapter: Path, module: Any, weight: Tensor) -> Tensor:
+def _merged_layer(module: Any, weight: Tensor) -> Tensor:
+    """The base's weight, with rows for new tokens where the layer has more, and what the adapter adds."""
     layer = module.get_base_layer()
-    set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
-    try:
-        module.merge(safe_merge=True)
-    except ValueError as error:
-        raise RecipeError(f"{adapter} cannot be merged: {first_line(error)}") from None
+    placeholder, more = layer.weight, layer.weight.shape[0] - len(weight)
+    if more > 0:
+        weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(more, -1)])
+    layer.weight = torch.nn.Parameter(weight)
+    module.merge(safe_merge=True)
     merged: Tensor = layer.weight.data
-    layer.weight = torch.nn.Parameter(merged.to("meta"))
+    layer.weight = placeholder
     return merged
 
 
-def _with_trained_rows(layer: Any, weight: Tensor) -> Tensor:
-    more = layer.base_layer.weight.shape[0] - len(weight)
-    weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(max(more, 0), -1)])
-    weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"]
-    return weight
-
-
-def write_weights(weights: Weights, updates: Updates, kind: torch.dtype | None, folder: Path) -> None:
-    """Write the base's tensors, merged where the adapter changes them, in their own dtype or `kind`.
-
-    What is held at a time is one shard of at most `SHARD_BYTES`, and one tensor.
-    """
-    sources = {name: name for name in weights.files} | {name: source for name, (source, _) in updates.items()}
-    opened = cache(lambda file: safe_open(weights.folder / file, framework="pt"))
-
-    def made(name: str) -> Tensor:
-        tensor: Tensor = opened(weights.files[sources[name]]).get_tensor(sources[name])  # type: ignore[no-untyped-call]
-        dtype = kind if kind and tensor.is_floating_point() else tensor.dtype
-        with torch.no_grad():
-            return (updates[name][1](tensor.float()) if name in updates else tensor).to(dtype).contiguous()
-
-    def nbytes(source: str) -> int:
-        start, stop = weights.tensors[source].data_offsets
-        return int(weights.tensors[source].parameter_count * kind.itemsize if kind else stop - start)
-
+def write_weights(
+    tensors: dict[str, Tensor], updates: dict[str, Update], kind: torch.dtype | None, folder: Path
+) -> None:
+    """Write tensors, changed by their updates, in their own dtype or `kind`; one shard of `SHARD_BYTES` is held."""
     split = split_state_dict_into_shards_factory(
-        {name: nbytes(source) for name, source in sources.items()},
-        get_storage_size=lambda size: size,
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * (kind or tensor.dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     total = 0
     for file, names in split.filename_to_tensors.items():
-        shard = {name: made(name) for name in names}
+        shard = {}
+        for name in names:
+            tensor = tensors[name]
+            dtype = kind if kind and tensor.is_floating_point() else tensor.dtype
+            with torch.no_grad():
+                merged = updates[name](tensor.float()) if name in updates else tensor
+            shard[name] = merged.to(dtype).contiguous()
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
@@ -281,41 +234,31 @@ def write_weights(weights: Weights, updates: Updates, kind: torch.dtype | None, 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _compare(
-    adapter: Path,
-    base: str | None,
-    merged: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-    note: str,
-    code: bool,
-) -> Merged:
+def _compare(adapter: Path, base: str | None, out: Path, tokenizer: PreTrainedTokenizerBase, code: bool) -> Merged:
     """Run both models one after the other on the same text, in float32 if memory allows, else in their own dtype."""
-    free = psutil.virtual_memory().available
+    merged, free = read_weights(out).tensors.values(), psutil.virtual_memory().available
+    size = sum(tensor.numel() for tensor in merged)
     kind = next((kind for kind in (torch.float32, torch.bfloat16) if size * kind.itemsize * 1.3 < free), None)
     if kind is None:
-        return Merged(None, 0, 0, 0, f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free", note)
+        return Merged(f"needs {size * 2.6 / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
     text = tokenizer("The merged model must say the same. 合并后的模型必须说同样的话。")["input_ids"]
     ids = torch.tensor([[*text, *range(len(tokenizer) - 4, len(tokenizer))]])  # new tokens are the last ones
+    # An adapter may keep whole layers, as rounded as they were trained
+    kinds = {kind, *(tensor.dtype for tensor in (*merged, *read_weights(adapter).tensors.values()))}
+    eps = max(torch.finfo(each).eps for each in kinds if each.is_floating_point)
     with torch.no_grad():
         ours = load_adapter(adapter, base, dtype=kind, code=code)(ids).logits.float()
-        model = load_pretrained(AutoModelForCausalLM, str(merged), code=code, dtype=kind)
+        model = load_pretrained(AutoModelForCausalLM, str(out), code=code, dtype=kind)
         theirs = model(ids).logits.float()
-        saved = load_pretrained(AutoConfig, str(merged), code=code).dtype or torch.float32
-        # An adapter may keep whole layers, as rounded as they were trained
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            kinds = {saved, kind, *(file.get_tensor(name).dtype for name in file.offset_keys())}
-        eps = max(torch.finfo(each).eps for each in kinds if each.is_floating_point)
         for parameter in model.parameters():
             parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * eps)
         rounded = model(ids).logits.float()
     return Merged(
-        (theirs - ours).abs().max().item(),
-        ours.abs().max().item(),
-        (rounded - theirs).abs().max().item(),
-        (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
         str(kind).removeprefix("torch."),
-        note,
+        difference=(theirs - ours).abs().max().item(),
+        largest=ours.abs().max().item(),
+        rounding=(rounded - theirs).abs().max().item(),
+        agreement=(theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
     )
 
 
@@ -332,16 +275,3 @@ def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTo
     generation.save_pretrained(target)
     tokenizer.save_pretrained(target)
     set_modes(target)
-
-
-def check_space(out: Path, nbytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        RecipeError: fewer than `nbytes` free bytes where `out` will be.
-    """
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(there).free) < nbytes:
-        raise RecipeError(
-            f"{out} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; nothing written"
-        )

@@ -108,10 +108,14 @@ def turns(*sizes: tuple[int, int], first: int = 10) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]}
 
 
+KEPT = {"seq_length": 10, "overflow": "keep_answer"}
+WHOLE = {"rows_cut": 1, "rows_unfinished": 0, "rows_dropped": 0}
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "left", "counts", "says"),
     [
-        ([(8,), (2,), (4,), (2,)], {"seq_length": 8}, ..., {"packs": 2, "density": 1.0}, ""),
+        ([(8, 0), (2, 0), (4, 0), (2, 0)], {"seq_length": 8}, ..., {"packs": 2, "density": 1.0}, ""),
         ([(2, 2), (2, 6), (2, 10), (9, 1)], {"seq_length": 8}, [(0, 0, 4), (1, 0, 8), (2, 0, 8), (3, 0, 8)],
          {"rows_cut": 2, "tokens": 28, "labels_lost": 5, "rows_unlabelled": 1, "rows_unfinished": 1},
          "1 cut rows have no label left"),
@@ -119,17 +123,22 @@ def turns(*sizes: tuple[int, int], first: int = 10) -> dict[str, list[int]]:
          {"documents": 4, "tokens": 24, "labels_lost": 2}, ""),
         ([(1, 3), (1, 19), (1, 7)], {"seq_length": 8, "overflow": "drop"}, [(0, 0, 4), (2, 0, 8)],
          {"rows_dropped": 1, "tokens": 12, "labels_lost": 19}, "1 rows longer than 8 tokens were dropped"),
-        ([(2, 10), (2, 3)], {"seq_length": 10, "overflow": "keep_answer"}, [(1, 0, 5)],
-         {"rows_dropped": 1, "tokens": 5, "labels_lost": 10}, ""),
+        ([(2, 10), (2, 3)], KEPT, [(1, 0, 5)], {"rows_dropped": 1, "tokens": 5, "labels_lost": 10}, ""),
+        # The oldest turn goes; what would be half a turn goes with it; of one turn the prompt's beginning goes; the
+        # answer is there already
+        ([[(3, 2), (3, 2), (2, 2)]], KEPT, [(0, 5, 14)], WHOLE, ""),
+        ([[(3, 2), (6, 2), (2, 2)]], KEPT, [(0, 13, 17)], WHOLE, ""),
+        ([[(9, 4)]], KEPT, [(0, 3, 13)], WHOLE, ""),
+        ([[(2, 3), (9, 0)]], KEPT, [(0, 0, 10)], WHOLE, ""),
+        ([[(12, 0)]], KEPT, ..., {"rows_unlabelled": 1}, ""),
         ([(4, 8), (2, 3)], {"seq_length": 10, "overflow": "keep_end"}, [(0, 2, 12), (1, 0, 5)],
          {"rows_cut": 1, "tokens": 15, "rows_unfinished": 0}, ""),
         ([(12, 3), (4, 0), (2, 3)], {"seq_length": 10, "drop_unlabelled": True}, [(2, 0, 5)],
          {"rows": 3, "documents": 1, "rows_unlabelled": 1}, ""),
     ],
-    ids=["fits", "cut", "split", "drop", "keep_answer", "keep_end", "drop_unlabelled"],
 )  # fmt: skip
 def test_what_is_left_of_long_rows_is_counted(rows: Any, settings: Any, left: Any, counts: Any, says: str) -> None:
-    data = [turns((sum(row), 0) if len(row) == 1 else row, first=100 * n) for n, row in enumerate(rows, 1)]
+    data = [turns(*(row if isinstance(row, list) else [row]), first=100 * n) for n, row in enumerate(rows, 1)]
     packed, report = pack_with_report(datasets.Dataset.from_list(data), **settings)
     if left is not ...:
         kept = [tuple(data[row][name][start:end] for name in ("input_ids", "labels")) for row, start, end in left]
@@ -240,23 +249,6 @@ def test_a_packed_batch_trains_like_its_documents_one_by_one(attention: str, pac
     trainer = one_step(blind, attention, packs, tmp_path)
     assert abs(trainer.loss.item() - loss) > 1e-4
     assert not torch.allclose(trainer.gradients["lm_head.weight"], gradients["lm_head.weight"], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("row", "start", "end"),
-    [
-        (turns((3, 2), (3, 2), (2, 2)), 5, 14),  # the oldest turn goes
-        (turns((3, 2), (6, 2), (2, 2)), 13, 17),  # what would be half a turn goes with it
-        (turns((9, 4)), 3, 13),  # there is one turn: the prompt's beginning goes
-        (turns((2, 3), (9, 0)), 0, 10),  # the answer is there already
-    ],
-)
-def test_keep_answer_lets_the_oldest_turns_go(row: dict[str, list[int]], start: int, end: int) -> None:
-    packed, report = pack_with_report(datasets.Dataset.from_list([row]), 10, overflow="keep_answer")
-    assert documents(packed) == [(row["input_ids"][start:end], row["labels"][start:end])]
-    assert (report.rows_cut, report.rows_unfinished, report.rows_dropped) == (1, 0, 0)
-    untrained = datasets.Dataset.from_list([turns((12, 0))])
-    assert pack_with_report(untrained, 10, overflow="keep_answer")[1].rows_unlabelled == 1
 
 
 def test_groups_share_no_pack() -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from gguf import GGUFReader
@@ -233,32 +234,29 @@ COMMON = {
 }
 
 
-def weights(model):
-    return {name: p.detach().clone().float() for name, p in model.named_parameters()}
-
-
-def changed(model, before):
-    return any(not torch.equal(p, before[name]) for name, p in weights(model).items())
+def train_next(method, folder, tmp_path, model, rows, more=None, **config):
+    """The trainer of a next stage on what the run left, after two steps that changed the model."""
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=model,
+        args=getattr(trl, f"{method}Config")(output_dir=str(tmp_path), **config, **COMMON),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=rows,
+        **(more or {}),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    return trainer
 
 
 def test_reward_model(sft, tmp_path):
-    from trl import RewardConfig, RewardTrainer
-
     out, _ = sft
     folder, manifest = out / "merged", read_manifest(out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.state_dict()
     assert all(model.model.state_dict()[name].equal(tensor) for name, tensor in backbone.items())
-    trainer = RewardTrainer(
-        model=model,
-        args=RewardConfig(output_dir=str(tmp_path), **COMMON),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(PAIRS),
-    )
-    before = weights(model)
-    trainer.train()
-    assert changed(model, before)
+    trainer = train_next("Reward", folder, tmp_path, model, Dataset.from_list(PAIRS))
     assert model.config.pad_token_id == manifest["special_ids"]["pad"]
     assert trainer.processing_class.chat_template == tokenizer.chat_template
     assert len(trainer.train_dataset) == len(PAIRS)
@@ -269,35 +267,24 @@ def test_reward_model(sft, tmp_path):
 @pytest.mark.parametrize("folder", ["merged", "adapter"])
 def test_dpo(sft, tmp_path, folder):
     """On the merged model, or on the adapter, of which TRL keeps a copy as the reference."""
-    from trl import DPOConfig, DPOTrainer
-
     out, _ = sft
     of_adapter = {"is_trainable": True} if folder == "adapter" else {}
     kind = AutoPeftModelForCausalLM if of_adapter else AutoModelForCausalLM
     rows = load_mixture([str(path) for path in FILES], kind="preference", system_prompt="Be kind.").train
-    trainer = DPOTrainer(
-        model=kind.from_pretrained(out / folder, dtype=torch.float32, **of_adapter),
-        args=DPOConfig(output_dir=str(tmp_path), max_length=128, **COMMON),
-        processing_class=AutoTokenizer.from_pretrained(out / "merged"),
-        train_dataset=rows,
-    )
+    model = kind.from_pretrained(out / folder, dtype=torch.float32, **of_adapter)
+    trainer = train_next("DPO", out / "merged", tmp_path, model, rows, max_length=128)
     for column in ("prompt", "chosen", "rejected"):
         text = trainer.processing_class.decode(trainer.train_dataset[0][f"{column}_ids"])
         assert all(message["content"] in text for message in rows[0][column])
-    before = weights(trainer.model)
-    trainer.train()
-    assert changed(trainer.model, before)
     first = next(log for log in trainer.state.log_history if "loss" in log)
     assert first["loss"] == pytest.approx(0.6931, abs=0.02)  # at first policy and reference are the same model
     with pytest.raises(ValueError, match="model_type"):
-        DPOTrainer(model=str(out / "adapter"), args=trainer.args, train_dataset=Dataset.from_list(PAIRS))
+        trl.DPOTrainer(model=str(out / "adapter"), args=trainer.args, train_dataset=Dataset.from_list(PAIRS))
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
 def test_online_method(sft, tmp_path, method):
     """The merged model as policy, judged by a reward model on the same backbone, or by a function."""
-    import trl
-
     out, _ = sft
     folder, manifest = out / "merged", read_manifest(out / "merged")
     tokenizer, seen = AutoTokenizer.from_pretrained(folder), []
@@ -309,16 +296,10 @@ def test_online_method(sft, tmp_path, method):
     judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
     judged = {"reward_funcs": [length, judge], "reward_processing_classes": [None, tokenizer]}
-    config = getattr(trl, f"{method}Config")
-    trainer = getattr(trl, f"{method}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=config(output_dir=str(tmp_path), num_generations=2, max_completion_length=8, **COMMON),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
-        **(judged if method == "GRPO" else {"reward_funcs": length}),
-    )
-    before = weights(trainer.model)
-    trainer.train()
-    assert len(seen) == 4 and changed(trainer.model, before)
+    judged = judged if method == "GRPO" else {"reward_funcs": length}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS])
+    trainer = train_next(method, folder, tmp_path, model, prompts, judged, num_generations=2, max_completion_length=8)
+    assert len(seen) == 4
     stops = trainer.model.generation_config.eos_token_id
     assert set(manifest["end_of_turn_ids"]) == set(stops if isinstance(stops, list) else [stops])

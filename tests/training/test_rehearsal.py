@@ -261,7 +261,7 @@ def test_merged_model_that_says_something_else_fails(tiny_bpe, tmp_path, monkeyp
     model.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_bpe).save_pretrained(tmp_path / "adapter")
     assert merging.merge(tmp_path / "adapter", tmp_path / "right").difference is not None
-    monkeypatch.setattr(merging, "_merged_layer", lambda adapter, module, weight: weight)
+    monkeypatch.setattr(merging, "_merged_layer", lambda module, weight: weight)
     with pytest.raises(RunError, match="the merged model is not what the adapter says"):
         merging.merge(tmp_path / "adapter", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
