@@ -25,10 +25,9 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError, failed_in, one_line
-from ma_sft.settings_types import RecipeSettings
 from ma_sft.utils import cache_dir, not_there, read_json, write_whole
 from ma_sft.version import __version__
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 Values = Mapping[str, Any]
+Keywords = ParamSpec("Keywords")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -155,6 +155,24 @@ STAGES = {
     "evaluation": EvaluationConfig,
     "run": RunConfig,
 }
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class RecipeSettings(RowsConfig, LabelsConfig, AdapterConfig, EvaluationConfig, RunConfig, SFTConfig, ModelConfig):  # type: ignore[misc]
+        """Every setting of a recipe; `ma-sft settings` and docs/settings.md say what each does."""
+
+        # What is taken beside what their fields hold
+        dataset_name: Any = None
+        datasets: Any = None
+        eval_dataset: Any = None
+        model_name_or_path: str | PathLike[str] | None = None
+        output_dir: str | PathLike[str] | None = None
+        template: str | PathLike[str] | None = None  # type: ignore[assignment]
+        lora_target_modules: list[str] | str | None = None
+
+else:
+    RecipeSettings = dict[str, Any]  # nothing of TRL is imported for it
 
 # Fields of TRL's that ma_sft does something of its own with, and what
 OURS = {
@@ -379,6 +397,11 @@ class Setting:
         if self.name in PRESETS:
             return "preset" if PRESETS[self.name][0] else "refused"
         return "ours" if self.stage not in ("training", "model") or self.name in OURS else "trainer"
+
+    @property
+    def hint(self) -> Any:
+        """Its type in a signature."""
+        return Literal[tuple(self.choices)] if self.choices else " | ".join(self.kinds)
 
     def take(self, value: Any) -> Any:
         """A value from Python, YAML or the command line as this setting's own type."""
@@ -694,6 +717,25 @@ class Settings:
         return str(self.chosen.get("optim") or self.training.optim.value)
 
 
+def _with_keywords_of(
+    kind: Callable[Keywords, Any],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, Keywords], None]]:
+    """Tell type checkers that a method takes what makes a `kind`."""
+    return lambda method: method
+
+
+class _Signature:
+    """What help() and completion show in the place of `**settings`."""
+
+    def __get__(self, *_: object) -> Signature:
+        return Signature(
+            [
+                Parameter(name, Parameter.KEYWORD_ONLY, default=what.default, annotation=what.hint)
+                for name, what in known_settings().items()
+            ]
+        )
+
+
 class Recipe:
     """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.
 
@@ -701,15 +743,10 @@ class Recipe:
     mappings or `datasets` objects. Nothing heavy is imported and nothing is checked until `resolve`.
     """
 
-    # What help() and completion show, in the place of `**settings`
-    __signature__ = Signature(
-        [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=..., annotation=hint)
-            for name, hint in RecipeSettings.__annotations__.items()
-        ]
-    )
+    __signature__ = _Signature()
 
-    def __init__(self, **settings: Unpack[RecipeSettings]) -> None:
+    @_with_keywords_of(RecipeSettings)
+    def __init__(self, **settings: Any) -> None:
         self.settings: dict[str, Any] = {**settings}
         self.file: Path | None = None  # where settings of others may come from: YAML or JSON
 
