@@ -250,7 +250,6 @@ def _check(
     recipe, flags = _load(args)
     from ma_sft.look import check
 
-    _silence(as_json)
     return _show(check(recipe, flags, every_row=every_row), as_json)
 
 
@@ -270,7 +269,6 @@ def _audit(
     from ma_sft.labels.audit import audit_folder, read_folder
     from ma_sft.labels.preview import preview_text
 
-    _silence(as_json)
     loaded = load_pretrained(AutoTokenizer, tokenizer)
     report = audit_folder(folder, loaded, rows, max_length=max_length)
     code = _show(report, as_json)
@@ -459,14 +457,6 @@ def _show(report: Any, as_json: bool) -> int:
 def _print_json(found: Any) -> None:
     """In ASCII: whole on every terminal, and nothing in it is obeyed by one."""
     say(json.dumps(found, indent=2, default=str))
-
-
-def _silence(as_json: bool) -> None:
-    """Keep stdout for the JSON alone, where it is asked for: no progress bars."""
-    if as_json:
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.utils import no_bar_for_weights, not_there, say
+from ma_sft.utils import not_there, say
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -170,12 +170,11 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
         _refuse_tokenizer_code(name, folder)
     kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
-        with no_bar_for_weights():
-            if weights:
-                from transformers import AutoConfig
+        if weights:
+            from transformers import AutoConfig
 
-                auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
-            loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
+            auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
+        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if tokenizer:
             loaded("a é 你 😀")  # what does not fit each other fails at a text alone
             loaded.name_or_path = name

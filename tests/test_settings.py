@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -247,7 +246,7 @@ def test_null_stands_for_our_own_default():
         ("learning_rate", float("nan")), ("warmup_steps", -1), ("weight_decay", float("inf")), ("lora_r", 0),
         ("lora_dropout", 1), ("generate_eval", -2), ("max_new_tokens", 0), ("save_steps", 0), ("seed", -1),
         ("max_steps", 2.5), ("max_steps", "2.0"), ("max_steps", True), ("packing", "maybe"), ("packing", 2),
-        ("optim", "adam"), ("lr_scheduler_type", "cosin"), ("attn_implementation", "sdpaa"), ("dtype", "float8"),
+        ("optim", "adam"), ("lr_scheduler_type", "cosin"), ("dtype", "float8"),
         ("name", True), ("template_kwargs", "{thinking"), ("lora_config", "{r: 3}"), ("filters", "[1]"),
         ("lr_scheduler_kwargs", "{a"), ("model_init_kwargs", 3), ("deepspeed", "no.json"),
         ("pad_to_multiple_of", "many"),
@@ -375,7 +374,7 @@ def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
 def test_a_recipe_shows_what_it_sets_and_help_shows_what_can_be_set():
     recipe = Recipe(model_name_or_path="demo", hub_token="hf_x", dataset_name=[{"text": "a"}], use_peft=True)
     assert repr(recipe) == "Recipe(model_name_or_path='demo', dataset_name='list with 1 rows', use_peft=True)"
-    assert inspect.signature(Recipe).parameters["train_on"].annotation == Literal["all", "last"]
+    assert inspect.signature(Recipe).parameters["train_on"].annotation == ["all", "last"]
 
 
 def test_model_init_kwargs_that_are_settings_become_them():
@@ -407,9 +406,6 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval strategy"),
         ({"report_to": "mlflow"}, "report_to: mlflow is not installed"),
         ({"report_to": "paper"}, "report_to: paper is not installed"),
-        ({"attn_implementation": "sdpaa"}, "attn_implementation: 'sdpaa' does not exist"),
-        ({"use_liger_kernel": True}, "use_liger_kernel: pip install liger-kernel"),
-        ({"model_init_kwargs": {"use_kernels": True}}, "use_kernels needs pip install kernels"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", **HELD_OUT, "eval_steps": 7}, "load_best_model"),
         ({"assistant_only_loss": True, "completion_only_loss": False}, "assistant_only_loss"),
         ({"formatting_func": "question-answer", "completion_only_loss": True}, "response_template"),
