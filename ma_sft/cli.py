@@ -339,7 +339,7 @@ def _report(
         return _print_json([read_run(run) for run in found])
     page = out or (found[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     if watching:
-        say(f"report: {page} (reloads itself; Ctrl-C ends the watch)", flush=True)
+        say(f"report: {page} (reloads itself; Ctrl-C ends the watch)")
         watch(found, page)
     else:
         write_report(found, page)
@@ -364,7 +364,7 @@ def _merge(
 @app.command("plan", **ON_RECIPE)
 def _plan(
     args: RecipeArgs = None,
-    gpus: Annotated[int | None, Option(help="number of GPUs, 0 for the CPU (else: this machine's)")] = None,
+    gpus: Annotated[int | None, Option(min=0, help="number of GPUs, 0 for the CPU (else: this machine's)")] = None,
     gpu_memory: Annotated[str | None, Option("--gpu_memory", help="of each, e.g. 80GB")] = None,
     as_json: Json = False,
 ) -> None:

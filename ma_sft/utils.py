@@ -40,10 +40,10 @@ def visible(text: object) -> str:
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def say(*lines: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
+def say(*lines: object, error: bool = False, end: str = "\n") -> None:
     """Print lines, to stderr if they tell an error; nothing in them is obeyed."""
     text = "\n".join(visible(line) for line in lines)
-    print(text, end=end if lines else "", file=sys.stderr if error else sys.stdout, flush=flush)
+    print(text, end=end if lines else "", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def console(**how: Any) -> "Console":

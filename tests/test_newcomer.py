@@ -215,6 +215,7 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
         (["merge", ".", "-o", "out"], "holds no adapter"),
         (["check", "/dev/null"], "'/dev/null' is neither a file nor a folder"),
         (["settings", "lerning_rate"], "no setting speaks of 'lerning_rate'; did you mean 'learning_rate'?"),
+        (["plan", "--gpus", "-1"], "--gpus"),
         (["settings", "xyzzy"], "'xyzzy'; `ma-sft settings` lists them all"),
         (INIT[:3], "pass --model demo"),
         (INIT[:1], "pass --data"),

@@ -6,7 +6,6 @@ and death is counted. So any architecture, attention implementation, checkpointi
 """
 
 import copy
-import re
 import resource
 import shlex
 import sys
@@ -20,6 +19,7 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers.utils
+from accelerate.utils import convert_file_size_to_int
 from peft import get_peft_model
 from rich.table import Table
 from torch import nn
@@ -42,7 +42,6 @@ from ma_sft.utils import console
 # they are freed; benchmarks/memory.py measures both.
 CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
 CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
-UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -358,16 +357,17 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
 
 
-def bytes_of(text: str) -> float:
+def bytes_of(text: str) -> int:
     """`"80GB"`, `"24 GiB"`, `"16g"` in bytes.
 
     Raises:
         RecipeError: not such a text.
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)b?\s*", text.lower())
-    if match is None:
-        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
-    return float(match[1]) * UNITS[match[2]]
+    size = text.replace(" ", "").upper()
+    try:
+        return int(convert_file_size_to_int(size if size.endswith("B") else f"{size}B"))
+    except ValueError:
+        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}") from None
 
 
 def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
@@ -387,8 +387,6 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
     """
     here = torch.cuda.device_count()
     gpus = here if gpus is None else gpus
-    if gpus < 0:
-        raise RecipeError(f"--gpus: 0 or more expected, found {gpus}")
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
     memory = psutil.virtual_memory().total if not gpus else 0
@@ -464,12 +462,12 @@ def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
     gpus, training, lines = found["gpus"], settings.training, []
     launcher = next((one for one in LAUNCHERS if one.name == found["choice"]), CPU)
     options = training.gradient_checkpointing_kwargs or {}
-    cheaper: dict[str, dict[str, Any]] = {"gradient_checkpointing=false": {"gradient_checkpointing": False}}
-    if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
-        selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
-        cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
-    if not training.gradient_checkpointing or options.get("selective"):
-        cheaper = {}
+    cheaper: dict[str, dict[str, Any]] = {}
+    if training.gradient_checkpointing and not options.get("selective"):
+        cheaper["gradient_checkpointing=false"] = {"gradient_checkpointing": False}
+        if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
+            selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
+            cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
     for words, changes in cheaper.items():
         total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
         if total <= found["memory"]:

@@ -453,7 +453,7 @@ class JsonlLogger(ProgressCallback):
         if self.bar and self.training_bar and "loss" in entry:
             self.training_bar.set_postfix_str(line)
         elif line and not self.bar:
-            say(f"step {step:,} of {last:,}: {line}", flush=True)
+            say(f"step {step:,} of {last:,}: {line}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.ended, self.steps = time.monotonic(), state.global_step
