@@ -288,11 +288,17 @@ NEEDS = (
     ("hub_model_id hub_private_repo hub_revision", "push_to_hub", ""),
     ("warmup_steps", "lr_scheduler_type!=constant", "does nothing at a constant rate; set constant_with_warmup"),
 )
+
+
+def _whole_sequences(config: Any) -> bool:
+    """Whether nothing splits rows over GPUs: by a mapping, accelerate's class of it, or the launcher."""
+    size = config.get("cp_size") if isinstance(config, dict) else getattr(config, "cp_size", None)
+    return int(size or os.environ.get("PARALLELISM_CONFIG_CP_SIZE") or 1) == 1
+
+
 FACTS: dict[str, Callable[[Any], bool]] = {
     "on_a_hub": lambda path: not Path(path).expanduser().is_dir(),
-    "whole_sequences": lambda config: (
-        int(getattr(config, "cp_size", os.environ.get("PARALLELISM_CONFIG_CP_SIZE", 1))) == 1
-    ),
+    "whole_sequences": _whole_sequences,
     "weighted": lambda sources: any(isinstance(source, dict) and "weight" in source for source in sources),
 }
 
@@ -760,8 +766,8 @@ class Recipe:
         """What the recipe, `--config` files and flags set, and that over our defaults; all that needs no torch.
 
         Raises:
-            RecipeError: an unknown key (with the nearest right one), a wrong value, no model, no data, or code that a
-                file names.
+            RecipeError: an unknown key (with the nearest right one), a wrong value, no model, no data, code that a file
+                names, or a setting that would do nothing.
         """
         overrides = Overrides()
         flags = read_flags(args)
@@ -778,6 +784,7 @@ class Recipe:
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
         if not (values.get("dataset_name") or values.get("datasets")):
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
+        overrides.check_rules(values)
         return overrides, values
 
     def check_early(self, args: Sequence[str] = (), *, reads_rows: bool = True) -> None:
@@ -800,7 +807,7 @@ class Recipe:
         """The settings of each stage, from the recipe, `--config` files and flags.
 
         Raises:
-            RecipeError: as `merge`; a setting that would do nothing, or that needs a package which is not installed.
+            RecipeError: as `merge`; what TRL refuses, or a setting that needs a package which is not installed.
             RunError: the launcher asks for what this machine has not.
         """
         overrides, values = self.merge(args)
@@ -822,7 +829,6 @@ class Recipe:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             raise RecipeError(one_line(error)) from error
-        overrides.check_rules(values)
         settings = Settings(*parsed, chosen=overrides.values)  # type: ignore[misc]  # the unpacked ones are all but one
         check_installed(settings.training)
         return settings

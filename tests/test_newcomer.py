@@ -256,6 +256,7 @@ def test_what_needs_no_torch_does_not_load_it(here, capsys):
         (["train", "--max_steps", "many"], 2, "max_steps: int expected, found 'many'"),
         (["plan"], 2, "no model"),
         (["train", *flags], 2, "does not exist (counted from"),
+        (["train", *flags, "--lora_r", "4"], 2, "lora_r trains an adapter and use_peft is false"),
         (["frob"], 2, "No such command 'frob'"),
     ]
     known_settings()

@@ -393,7 +393,7 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
         ({"formatting_func": "question-answer", "completion_only_loss": True}, "response_template"),
         ({"formatting_func": "question-answer", "response_template": "A", "completion_only_loss": False}, "response"),
         ({"accelerator_config": {"splits": 1}}, "splits"),
-        ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 say the same in two ways"),
         ({"model_init_kwargs": {"torch_dtype": "float17"}}, "dtype: invalid choice: 'float17'"),
         ({"model_init_kwargs": {"dtype": "float32"}, "dtype": "float16"}, "dtype and model_init_kwargs say the same"),
         ({"include_num_input_tokens_seen": "some"}, "one of all, non_padding, no"),
