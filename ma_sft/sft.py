@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ma_sft.config import Recipe, Settings
 from ma_sft.errors import first_line
-from ma_sft.hub import pin, recall
+from ma_sft.hub import commits, pin
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
@@ -107,7 +107,7 @@ def at_commit(settings: Settings) -> Settings:
     if Path(name).expanduser().is_dir():
         return settings
     commit = once(lambda: pin(name, revision))
-    recall({f"model/{name}@{commit}": commit})
+    commits[f"model/{name}@{commit}"] = commit
     return replace(settings, model=replace(settings.model, model_revision=commit))
 
 
