@@ -332,8 +332,8 @@ def memory_table(settings: Settings, model: nn.Module, found: Forecast | None) -
     return lines
 
 
-def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float]:
-    """Bytes on each of `gpus` GPUs by part, and in the machine's memory (`host`) where the launcher offloads.
+def on_device(found: Forecast, launcher: Launcher, gpus: int, memory: float) -> dict[str, float]:
+    """Bytes on each of `gpus` GPUs by part, in the machine's memory (`host`) if it offloads; whether it `fits`.
 
     DDP adds a bucket copy of the gradients. DeepSpeed trains in 16 bits with a float32 copy beside the optimiser's
     states. A sharded model gathers two blocks of layers at a time, the current and the next.
@@ -354,7 +354,7 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     used = sum(parts.values())
     reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
     host = float(sum(terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
-    return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
+    return {**parts, "reserve": reserve, "total": used + reserve, "host": host, "fits": used + reserve <= memory}
 
 
 def bytes_of(text: str) -> int:
@@ -391,7 +391,7 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
     memory = psutil.virtual_memory().total if not gpus else 0
     memory = bytes_of(gpu_memory) if gpu_memory else memory or torch.cuda.get_device_properties(0).total_memory
-    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, Any]]]] = []
+    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, float]]]] = []
     choice = None
     for changes in ({}, *_smaller(settings)):
         if tried and "load_in_4bit" not in changes and tried[0][1].static > memory * max(gpus, 1):
@@ -399,12 +399,11 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
         changed = _changed(settings, gpus, **changes)
         found = forecast(changed)
         candidates = _candidates(changed, gpus)
-        table = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
-        if any(table[one.name]["total"] <= memory for one in candidates if not (one.sequence or one.offload)):
+        table = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
+        if any(table[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
             table = {one.name: table[one.name] for one in candidates if not one.sequence}
-        tried.append((changes, found, {name: {**a, "fits": a["total"] <= memory} for name, a in table.items()}))
-        fitting = [name for name, parts in tried[-1][2].items() if parts["fits"]]
-        choice = next((name for name in fitting if not table[name]["host"]), None)
+        tried.append((changes, found, table))
+        choice = next((name for name, parts in table.items() if parts["fits"] and not parts["host"]), None)
         if choice:
             break
     _, found, launchers = tried[0]
@@ -469,9 +468,9 @@ def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
             selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
             cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
     for words, changes in cheaper.items():
-        total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
-        if total <= found["memory"]:
-            lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
+        parts = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1), found["memory"])
+        if parts["fits"]:
+            lines.append(f"{words} fits too ({_gb(parts['total'])}): less is computed again")
             break
     if gpus and settings.model.attn_implementation in (None, "sdpa", "eager"):
         installed = [n for n in (3, 2) if getattr(transformers.utils, f"is_flash_attn_{n}_available")()]
