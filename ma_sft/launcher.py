@@ -4,8 +4,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,27 +106,21 @@ def check_installed(training: Any) -> None:
     from transformers import Trainer, get_scheduler
     from transformers.integrations import integration_utils
 
-    with _explained(f"optim={training.optim.value}"):
+    what, kwargs = f"optim={training.optim.value}", training.lr_scheduler_kwargs
+    try:
         try:
             Trainer.get_optimizer_cls_and_kwargs(training)
         except ValueError as error:
             if "model" not in str(error):  # some want the model, which is not loaded yet
                 raise
-    scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
-    with _explained(f"lr_scheduler_type={scheduler.value} with lr_scheduler_kwargs={kwargs}"):
+        what = f"lr_scheduler_type={training.lr_scheduler_type.value} with lr_scheduler_kwargs={kwargs}"
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         steps = {"num_warmup_steps": 1, "num_training_steps": 10**9}
-        get_scheduler(scheduler, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+        get_scheduler(training.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{what}: {one_line(error)}") from None
     for name in set(training.report_to) - {*integration_utils.get_available_reporting_integrations()}:
         trackers = "'ma-sft[trackers]' brings tensorboard, trackio and wandb"
         raise RecipeError(f"report_to: {name} is not installed; pip install it ({trackers}), or --report_to none")
     if is_offline_mode() and "wandb" in training.report_to:
         os.environ.setdefault("WANDB_MODE", "offline")
-
-
-@contextmanager
-def _explained(settings: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{settings}: {one_line(error)}") from None

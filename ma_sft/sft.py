@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 MERGING = "merging the adapter"
 
 
-def exit_code(summary: dict[str, Any]) -> int:
-    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
-    return int(MERGING in summary.get("failed", {}))
-
-
 def run(
     recipe: Recipe, args: Sequence[str] = (), *, on_trainer: "Callable[[SFTTrainer], object] | None" = None
 ) -> dict[str, Any]:
