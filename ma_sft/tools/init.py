@@ -55,7 +55,7 @@ class Rows:
     answers: "np.ndarray[Any, Any]"  # and of what is trained in it
     task: str
     template: str | None
-    context: int  # of the model, in tokens, as its tokenizer has it
+    context: int  # of the model, in tokens
 
     def __str__(self) -> str:
         half, most = np.percentile(self.lengths, [50, 99]).astype(int)
@@ -129,6 +129,9 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
     Raises:
         MaSftError: the model cannot be had, no row is a conversation, or its template knows no tools.
     """
+    from transformers import AutoConfig
+
+    from ma_sft.hub import load_pretrained
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.labels.tokenize import label
     from ma_sft.packing.pack import Tokens
@@ -151,6 +154,8 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
         raise TemplateError(f"{error}: choose another model, or train with chat_template_path: {TOOLS}") from None
     tokens = Tokens(labelled.dataset)
     answers = tokens.trained(whole_rows(np.arange(len(tokens.lengths)), tokens.lengths))
+    name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
+    config = load_pretrained(AutoConfig, name, revision, code=settings.training.trust_remote_code).get_text_config()
     return Rows(
         total=total,
         format=form,
@@ -161,7 +166,7 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
         answers=answers,
         task=_task(form, labelled.conversations, answers),
         template=None if form == "text" else template,
-        context=tokenizer.model_max_length,
+        context=getattr(config, "max_position_embeddings", 1 << 30),
     )
 
 
