@@ -20,6 +20,7 @@ from ma_sft.version import __version__ as __version__
 if TYPE_CHECKING:
     from ma_sft.cli import launch as launch
     from ma_sft.config import Recipe as Recipe
+    from ma_sft.config import RecipeSettings as RecipeSettings
     from ma_sft.data.formats import to_messages as to_messages
     from ma_sft.data.formats import to_messages_batch as to_messages_batch
     from ma_sft.data.formats import to_preference as to_preference
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ma_sft.packing.constant_length import ConstantLengthDataset as ConstantLengthDataset
     from ma_sft.packing.pack import pack as pack
     from ma_sft.release.chat import chat as chat
-    from ma_sft.settings_types import RecipeSettings as RecipeSettings
     from ma_sft.sft import run as run
     from ma_sft.training.compat import SFTConfig as SFTConfig
     from ma_sft.training.compat import SFTTrainer as SFTTrainer
@@ -42,7 +42,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_a
 
 _LAZY = {
     "cli": "launch",
-    "config": "Recipe",
+    "config": "Recipe RecipeSettings",
     "data.formats": "to_messages to_messages_batch to_preference",
     "labels.audit": "audit",
     "labels.collator": "DataCollatorForCompletionOnlyLM",
@@ -51,7 +51,6 @@ _LAZY = {
     "packing.constant_length": "ConstantLengthDataset",
     "packing.pack": "pack",
     "release.chat": "chat",
-    "settings_types": "RecipeSettings",
     "sft": "run",
     "training.compat": "SFTConfig SFTTrainer",
     "training.trainer": "make_trainer",

@@ -25,10 +25,9 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 from ma_sft.errors import RecipeError, failed_in, one_line
-from ma_sft.settings_types import RecipeSettings
 from ma_sft.utils import cache_dir, not_there, read_json, write_whole
 from ma_sft.version import __version__
 
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 Values = Mapping[str, Any]
+Keywords = ParamSpec("Keywords")
+Mapped = dict[str, Any] | str  # a mapping, or its JSON
 
 
 def setting(default: Any, help: str) -> Any:
@@ -54,7 +55,7 @@ class RowsConfig:
     eval_dataset: list[str] = setting([], "Held-out rows: sources like those of datasets, measured one by one.")
     test_size: float | None = setting(None, "Hold out this share (below 1) or number of rows, duplicates on one side.")
     test_near_duplicates: float | None = setting(None, "Similarity from which near duplicates stay on one side.")
-    filters: dict[str, Any] | str | None = setting(None, "Rows to leave out, e.g. '{\"exact_duplicates\": true}'.")
+    filters: Mapped | None = setting(None, "Rows to leave out, e.g. '{\"exact_duplicates\": true}'.")
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = setting(
         "first_exhausted", "Of weighted sources: stop when one runs dry, repeat its rows, or go on without it."
     )
@@ -73,12 +74,8 @@ class LabelsConfig:
     """How rows become token ids and labels, and that these are proven."""
 
     template: str | None = setting(None, "Chat template: chatml, question-answer, role-tags, a file; else the model's.")
-    template_kwargs: dict[str, Any] | str | None = setting(
-        None, "Variables of it, e.g. '{\"enable_thinking\": false}'."
-    )
-    template_now: str | None = setting(
-        None, "Date or time (ISO) of a template that reads the clock; else the first day."
-    )
+    template_kwargs: Mapped | None = setting(None, "Variables of it, e.g. '{\"enable_thinking\": false}'.")
+    template_now: str | None = setting(None, "Date or time (ISO) for a template's clock; else the first day.")
     train_on: Literal["all", "last"] = setting("all", "Train every assistant turn, or the last one.")
     history: Literal["split", "mask"] = setting(
         "split", "A turn that the template rewrites in history is trained in a sequence of its own, or masked."
@@ -108,11 +105,9 @@ class AdapterConfig:
     lora_preset: Literal["mini", "attention", "all-linear"] = setting(
         "all-linear", "Modules that LoRA adapts, unless lora_target_modules is set."
     )
-    lora_config: dict[str, Any] | str | None = setting(None, "Any field of peft.LoraConfig, e.g. '{\"r\": 8}'.")
-    peft_config: dict[str, Any] | str | None = setting(
-        None, 'Any method of PEFT in the place of LoRA, e.g. \'{"peft_type": "LOHA", "r": 8}\'.'
-    )
-    quantization_config: dict[str, Any] | str | None = setting(
+    lora_config: Mapped | None = setting(None, "Any field of peft.LoraConfig, e.g. '{\"r\": 8}'.")
+    peft_config: Mapped | None = setting(None, 'Any method of PEFT in LoRA\'s place, e.g. \'{"peft_type": "LOHA"}\'.')
+    quantization_config: Mapped | None = setting(
         None, 'Any quantisation of transformers for the base, e.g. \'{"quant_method": "torchao", ...}\'.'
     )
     loraplus_lr_ratio: float | None = setting(None, "LoRA+: the learning rate of every B is this many times that of A.")
@@ -155,6 +150,24 @@ STAGES = {
     "evaluation": EvaluationConfig,
     "run": RunConfig,
 }
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class RecipeSettings(RowsConfig, LabelsConfig, AdapterConfig, EvaluationConfig, RunConfig, SFTConfig, ModelConfig):  # type: ignore[misc]
+        """Every setting of a recipe; `ma-sft settings` and docs/settings.md say what each does."""
+
+        # What is taken beside what their fields hold
+        dataset_name: Any = None
+        datasets: Any = None
+        eval_dataset: Any = None
+        model_name_or_path: str | PathLike[str] | None = None
+        output_dir: str | PathLike[str] | None = None
+        template: str | PathLike[str] | None = None  # type: ignore[assignment]
+        lora_target_modules: list[str] | str | None = None
+
+else:
+    RecipeSettings = dict[str, Any]  # nothing of TRL is imported for it
 
 # Fields of TRL's that ma_sft does something of its own with, and what
 OURS = {
@@ -235,11 +248,7 @@ LORA = (
 # on), `!name` (it is off), `name=value`, `name!=value` or `name:fact`. Of TRL's settings only those stand here that
 # would contradict what ma_sft does, or would train something else without a word.
 NEEDS = (
-    (
-        f"load_in_4bit load_in_8bit peft_config {LORA}",
-        "use_peft",
-        "trains an adapter and use_peft is false; set use_peft",
-    ),
+    (f"load_in_4bit load_in_8bit peft_config {LORA}", "use_peft", "trains an adapter and use_peft is false; set it"),
     (LORA, "!peft_config", "describes an adapter, and peft_config does; leave one of them out"),
     ("use_bnb_nested_quant", "load_in_4bit", ""),
     ("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size", ""),
@@ -268,11 +277,7 @@ NEEDS = (
         "!formatting_func",
         "is for conversations, and formatting_func makes the whole text; leave one of them out",
     ),
-    (
-        "completion_only_loss",
-        "!formatting_func response_template",
-        "needs response_template with formatting_func; set it",
-    ),
+    ("completion_only_loss", "!formatting_func response_template", "needs response_template too; set it"),
     (
         "assistant_only_loss response_template",
         "completion_only_loss!=false",
@@ -283,11 +288,17 @@ NEEDS = (
     ("hub_model_id hub_private_repo hub_revision", "push_to_hub", ""),
     ("warmup_steps", "lr_scheduler_type!=constant", "does nothing at a constant rate; set constant_with_warmup"),
 )
+
+
+def _whole_sequences(config: Any) -> bool:
+    """Whether nothing splits rows over GPUs: by a mapping, accelerate's class of it, or the launcher."""
+    size = config.get("cp_size") if isinstance(config, dict) else getattr(config, "cp_size", None)
+    return int(size or os.environ.get("PARALLELISM_CONFIG_CP_SIZE") or 1) == 1
+
+
 FACTS: dict[str, Callable[[Any], bool]] = {
     "on_a_hub": lambda path: not Path(path).expanduser().is_dir(),
-    "whole_sequences": lambda config: (
-        int(getattr(config, "cp_size", os.environ.get("PARALLELISM_CONFIG_CP_SIZE", 1))) == 1
-    ),
+    "whole_sequences": _whole_sequences,
     "weighted": lambda sources: any(isinstance(source, dict) and "weight" in source for source in sources),
 }
 
@@ -339,7 +350,6 @@ INIT_KWARGS = {
     **{name: name for name in ("dtype", "attn_implementation", "trust_remote_code")},
     **{"torch_dtype": "dtype", "revision": "model_revision"},
 }
-MOST_VALUES = 100_000  # in one YAML file, each anchor counted wherever it is used
 # What plug-ins add to the choices of a setting
 ADDED_CHOICES: dict[str, list[str]] = {
     "include_num_input_tokens_seen": ["all", "non_padding", "no"],
@@ -407,7 +417,7 @@ class Setting:
                 return [self._path(item) for item in value] if isinstance(value, list) else [self._path(value)]
             case "dict":
                 if self.name in CONFIG_FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
-                    return self._path(value)
+                    value = read_json(Path(self._path(value)))
                 return copy.deepcopy(value) if isinstance(value, dict) else dict(json.loads(value))
             case "bool":
                 words = "true false" if "str" in self.kinds else "true false yes no t f y n 1 0"
@@ -438,11 +448,6 @@ class Setting:
         return str(Path(value).expanduser()) if is_path else value
 
     def _check(self, value: Any) -> None:
-        if self.name in CONFIG_FILES and isinstance(value, str):
-            try:
-                read_json(Path(value))
-            except RecipeError as error:
-                raise RecipeError(f"{self.name}: {error}") from None
         is_class = self.name == "optim" and ":" in str(value)
         if self.choices and isinstance(value, str) and value not in self.choices and not is_class:
             near = nearest(value, self.choices, "")
@@ -526,7 +531,7 @@ def known_settings() -> dict[str, Setting]:
 def all_settings() -> dict[str, dict[str, Any]]:
     """Every setting of a recipe: name -> `stage`, `class`, `help`, `default` (null: by machine), and `choices`."""
     known = known_settings()
-    defaults = with_defaults(Overrides(known)) | dict.fromkeys(OF_THE_MACHINE)
+    defaults = with_defaults(Overrides()) | dict.fromkeys(OF_THE_MACHINE)
     return {
         name: {
             "stage": what.stage,
@@ -556,25 +561,24 @@ def json_schema() -> dict[str, Any]:
     return {**schema, "additionalProperties": False, "properties": properties}
 
 
+@dataclass
 class Overrides:
     """What the recipe, YAML files and flags set: `values`, and the `layer` that set each; later layers win."""
 
-    def __init__(self, known: Mapping[str, Setting]) -> None:
-        self.known = known
-        self.values: dict[str, Any] = {}
-        self.layer: dict[str, int] = {}
-        self.last_layer = 0
+    values: dict[str, Any] = field(default_factory=dict)
+    layer: dict[str, int] = field(default_factory=dict)
+    last_layer: int = 0
 
     def add(self, layer: int, settings: Values, file: Path | None = None) -> None:
         """Put a layer on top; errors name the line of `file`, where it comes from one."""
-        self.last_layer = layer
+        self.last_layer, known = layer, known_settings()
         for name, value in settings.items():
             if name == "dataset_name" and not isinstance(value, str | PathLike | None):
                 name, value = "datasets", [value] if _is_rows(value) else value  # rows in memory, or a mapping
             try:
-                if name not in self.known:
-                    raise RecipeError(f"unknown setting {name!r}{nearest(name, self.known)}")
-                taken = self.known[name].take(value)
+                if name not in known:
+                    raise RecipeError(f"unknown setting {name!r}{nearest(name, known)}")
+                taken = known[name].take(value)
             except RecipeError as error:
                 raise RecipeError(f"{_place(file, name)}{error}") from None
             for pair in (pair for pair in EXCLUSIVE if name in pair and is_on(taken)):
@@ -590,8 +594,10 @@ class Overrides:
                 taken = {key: value for key, value in (taken or {}).items() if key not in INIT_KWARGS} or None
             self.values[name], self.layer[name] = taken, layer
 
-    def check_rules(self, values: Values) -> None:
-        """Hold what was set, and all settings' values, against `EXCLUSIVE` and `NEEDS`."""
+    def check_rules(self, values: dict[str, Any]) -> None:
+        """Hold what was set, and the values with which TRL is called, against `EXCLUSIVE` and `NEEDS`."""
+        known = known_settings()
+        values = {name: what.default for name, what in known.items()} | values
         for pair in EXCLUSIVE:
             if all(is_on(self.values.get(name)) for name in pair):
                 raise RecipeError(f"{' and '.join(pair)} {TWO_WAYS}")
@@ -599,7 +605,7 @@ class Overrides:
             if not any(_is_true(word, values) for word in condition.split()):
                 switched = max(self.layer.get(name, -1) for name in re.findall(r"\w+", condition))
                 for name in (name for name in names.split() if self.layer.get(name, -2) >= switched):
-                    if is_on(value := self.values.get(name)) and value not in (self.known[name].default, "no"):
+                    if is_on(value := self.values.get(name)) and value not in (known[name].default, "no"):
                         raise RecipeError(f"{name} {reason(condition, words)}, or remove {name}")
 
 
@@ -694,6 +700,24 @@ class Settings:
         return str(self.chosen.get("optim") or self.training.optim.value)
 
 
+def _with_keywords_of(
+    kind: Callable[Keywords, Any],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, Keywords], None]]:
+    """Tell type checkers that a method takes what makes a `kind`."""
+    return lambda method: method
+
+
+class _Signature:
+    """What help() and completion show in the place of `**settings`."""
+
+    def __get__(self, *_: object) -> Signature:
+        kind = Parameter.KEYWORD_ONLY
+        settings = known_settings().values()
+        return Signature(
+            [Parameter(s.name, kind, default=s.default, annotation=s.choices or s.kinds) for s in settings]
+        )
+
+
 class Recipe:
     """A fine-tune as data: `Recipe(model_name_or_path=..., dataset_name=..., packing=True, ...)`.
 
@@ -701,15 +725,10 @@ class Recipe:
     mappings or `datasets` objects. Nothing heavy is imported and nothing is checked until `resolve`.
     """
 
-    # What help() and completion show, in the place of `**settings`
-    __signature__ = Signature(
-        [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=..., annotation=hint)
-            for name, hint in RecipeSettings.__annotations__.items()
-        ]
-    )
+    __signature__ = _Signature()
 
-    def __init__(self, **settings: Unpack[RecipeSettings]) -> None:
+    @_with_keywords_of(RecipeSettings)
+    def __init__(self, **settings: Any) -> None:
         self.settings: dict[str, Any] = {**settings}
         self.file: Path | None = None  # where settings of others may come from: YAML or JSON
 
@@ -747,11 +766,11 @@ class Recipe:
         """What the recipe, `--config` files and flags set, and that over our defaults; all that needs no torch.
 
         Raises:
-            RecipeError: an unknown key (with the nearest right one), a wrong value, no model, no data, or code that a
-                file names.
+            RecipeError: an unknown key (with the nearest right one), a wrong value, no model, no data, code that a file
+                names, or a setting that would do nothing.
         """
-        overrides = Overrides(known_settings())
-        flags = read_flags(args, overrides.known)
+        overrides = Overrides()
+        flags = read_flags(args)
         files = [(read_yaml(Path(file)), Path(file)) for file in flags.pop("config", [])]
         layers = [(self.settings, self.file), *files, (flags, None)]
         if flags.pop("allow_code", "false") != "true":
@@ -765,6 +784,7 @@ class Recipe:
             raise RecipeError("no model: set model_name_or_path to a hub id, a folder, or 'demo'")
         if not (values.get("dataset_name") or values.get("datasets")):
             raise RecipeError("no data: set dataset_name (one source) or datasets (several)")
+        overrides.check_rules(values)
         return overrides, values
 
     def check_early(self, args: Sequence[str] = (), *, reads_rows: bool = True) -> None:
@@ -787,7 +807,7 @@ class Recipe:
         """The settings of each stage, from the recipe, `--config` files and flags.
 
         Raises:
-            RecipeError: as `merge`; a setting that would do nothing, or that needs a package which is not installed.
+            RecipeError: as `merge`; what TRL refuses, or a setting that needs a package which is not installed.
             RunError: the launcher asks for what this machine has not.
         """
         overrides, values = self.merge(args)
@@ -809,17 +829,17 @@ class Recipe:
             parsed = TrlParser(tuple(_stages().values())).parse_dict(values)
         except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
             raise RecipeError(one_line(error)) from error
-        overrides.check_rules({name: what.default for name, what in overrides.known.items()} | values)
         settings = Settings(*parsed, chosen=overrides.values)  # type: ignore[misc]  # the unpacked ones are all but one
-        check_installed(settings.training, settings.model)
+        check_installed(settings.training)
         return settings
 
 
-def read_flags(args: Sequence[str], known: Mapping[str, Setting]) -> dict[str, Any]:
+def read_flags(args: Sequence[str]) -> dict[str, Any]:
     """Split a command line into name -> text, or a list of texts. Dashes do for underscores; the last wins."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, exit_on_error=False
     )
+    known = known_settings()
     parser.add_argument("--config", action="append")
     parser.add_argument("--allow_code", "--allow-code", nargs="?", const="true", choices=("true", "false"))
     for name, what in known.items():
@@ -854,7 +874,7 @@ def refuse_code(said: Any, file: str | Path, name: str = "") -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML or JSON file; what YAML would quietly drop or blow up is refused."""
+    """The mapping of a YAML or JSON file; what YAML would quietly drop is refused."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -864,30 +884,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 raise RecipeError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} stands twice; keep one")
             return super().construct_mapping(node, deep)
 
-    sizes: dict[int, int] = {}
-
-    def size(value: Any) -> int:
-        if id(value) not in sizes:
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            sizes[id(value)] = 1 + sum(map(size, parts))
-        return sizes[id(value)]
-
     path = path.expanduser()
     if not path.is_file():
         raise RecipeError(f"the file {not_there(path)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-        if size(content) > MOST_VALUES:
-            raise RecipeError(f"{path}: its anchors expand to more than {MOST_VALUES:,} values; write it out")
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
-    for key in (
-        key for key in content if not isinstance(key, str)
-    ):  # YAML reads `on`, `1` and `null` as other than text
-        raise RecipeError(f"{path}: {key!r} is no name of a setting; a name is text")
-    return content
+    return {str(key): value for key, value in content.items()}  # YAML reads `on` and `1` as other than text
 
 
 def is_secret(name: str) -> bool:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ma_sft.errors import RecipeError
-from ma_sft.utils import atomic_dir, cache_dir, no_bar_for_weights, say
+from ma_sft.utils import atomic_dir, cache_dir, say
 
 
 def demo_model() -> Path:
@@ -28,8 +28,7 @@ def demo_model() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with no_bar_for_weights():
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**settings))

@@ -7,31 +7,22 @@ be had, read or trusted is a `RecipeError` of one line that says what to do.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.utils import no_bar_for_weights, not_there, say
+from ma_sft.utils import not_there, progress
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 FIRST_ANSWER = 8.0  # seconds that the hub has for its first answer; a busy one is asked four times
 PLAIN_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a model, beside weights and code
-_commits: dict[str, str] = {}  # what each revision was when it was first asked for
+# `kind/name@revision` -> commit, as it was when this run, or the one that it goes on with, asked for it first
+commits: dict[str, str] = {}
 OFFLINE = "HF_HUB_OFFLINE=1 forbids asking the hub"
 _unreachable: list[str] = []  # why there is no hub, where `unreachable` found that out
-
-
-def commits() -> dict[str, str]:
-    """`kind/name@revision` -> commit of what this run has asked for."""
-    return dict(_commits)
-
-
-def recall(known: Mapping[str, str]) -> None:
-    """Go on with the commits of another process, or of the run that is resumed."""
-    _commits.update(known)
 
 
 def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
@@ -39,14 +30,14 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
     from huggingface_hub import HfApi
 
     key = f"{kind}/{name}@{revision or 'main'}"
-    if key not in _commits:
+    if key not in commits:
         try:
             offline = unreachable(name, revision, kind) is not None
             found = HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=offline)
         except Exception as error:
             raise RecipeError(explain(error, name, kind, revision)) from None
-        _commits[key] = found.resolved
-    return _commits[key]
+        commits[key] = found.resolved
+    return commits[key]
 
 
 def unreachable(name: str, revision: str | None = None, kind: str = "model") -> str | None:
@@ -77,8 +68,7 @@ def unreachable(name: str, revision: str | None = None, kind: str = "model") -> 
     _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({why})"]
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"{_unreachable[0]}; going on with what is cached", error=True)
+    progress(f"{_unreachable[0]}; going on with what is cached")
     return _unreachable[0]
 
 
@@ -170,12 +160,11 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
         _refuse_tokenizer_code(name, folder)
     kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
-        with no_bar_for_weights():
-            if weights:
-                from transformers import AutoConfig
+        if weights:
+            from transformers import AutoConfig
 
-                auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
-            loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
+            auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
+        loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if tokenizer:
             loaded("a é 你 😀")  # what does not fit each other fails at a text alone
             loaded.name_or_path = name
@@ -276,21 +265,18 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
     folder = f"pass a {'file or folder' if is_data else 'folder'} (make: {'DATA' if is_data else 'MODEL'}=PATH)"
     nowhere = f"{what} is no file or folder here and cannot be had from a hub"
     status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
-
-    def any_of(*names: str) -> bool:
-        return any(base.__name__ in names for e in chain for base in type(e).__mro__)
-
+    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
     if "nvalid credentials" in text or "Invalid user token" in text:
         return f"the hub refuses the token when asked for {what}: it is wrong or was withdrawn; {login}"
-    if any_of("GatedRepoError") or "is a gated dataset" in text:
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
         return f"{what} is gated: accept its terms at {page}, then {login}"
-    if any_of("RepositoryNotFoundError") or "doesn't exist on the Hub" in text:
+    if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in text:
         return f"{nowhere}: {constants.ENDPOINT} has none, or it is private and its owner must {login}"
-    if any_of("RevisionNotFoundError"):
+    if "RevisionNotFoundError" in kinds:
         return f"{what} has no revision {revision!r}; see {page}/tree/main"
-    if any_of("HFValidationError"):
+    if "HFValidationError" in kinds:
         return f"{nowhere} (ids are owner/name); {folder}"
-    if _unreachable or any_of("LocalEntryNotFoundError", "OfflineModeIsEnabled", "RevisionResolutionError"):
+    if _unreachable or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RevisionResolutionError"}:
         return f"{nowhere}: {(_unreachable or [OFFLINE])[0]}, and it is not all cached; {folder}"
     if status:
         return f"the hub {constants.ENDPOINT} answers {status} when asked for {what}; try again later"

@@ -4,8 +4,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,58 +96,31 @@ def check_launch(use_cpu: bool) -> None:
         )
 
 
-def check_installed(training: Any, model: Any) -> None:
-    """Let the libraries make of the settings what they would make once the data is prepared.
-
-    Args:
-        training: TRL's `SFTConfig`.
-        model: TRL's `ModelConfig`.
+def check_installed(training: Any) -> None:
+    """Let the libraries make of TRL's `SFTConfig` what they would make once the data is prepared.
 
     Raises:
-        RecipeError: a package that is missing, arguments that are missing or wrong, attention that does not exist.
+        RecipeError: a package that is missing, arguments that are missing or wrong.
     """
     from huggingface_hub import is_offline_mode
-    from transformers import get_scheduler
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import integration_utils
-    from transformers.training_args import OptimizerNames
-    from transformers.utils.import_utils import is_kernels_available, is_liger_kernel_available
 
-    scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
-    # PyTorch's own optimisers are there: a preview need not wait for the import of the trainer
-    if training.optim_args or training.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-        from transformers import Trainer
-
-        with _explained(f"optim={training.optim.value}"):
-            try:
-                Trainer.get_optimizer_cls_and_kwargs(training)
-            except ValueError as error:
-                if "model" not in str(error):  # some want the model, which is not loaded yet
-                    raise
-    with _explained(f"lr_scheduler_type={scheduler.value} with lr_scheduler_kwargs={kwargs}"):
+    what, kwargs = f"optim={training.optim.value}", training.lr_scheduler_kwargs
+    try:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(training)
+        except ValueError as error:
+            if "model" not in str(error):  # some want the model, which is not loaded yet
+                raise
+        what = f"lr_scheduler_type={training.lr_scheduler_type.value} with lr_scheduler_kwargs={kwargs}"
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         steps = {"num_warmup_steps": 1, "num_training_steps": 10**9}
-        get_scheduler(scheduler, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+        get_scheduler(training.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{what}: {one_line(error)}") from None
     for name in set(training.report_to) - {*integration_utils.get_available_reporting_integrations()}:
         trackers = "'ma-sft[trackers]' brings tensorboard, trackio and wandb"
         raise RecipeError(f"report_to: {name} is not installed; pip install it ({trackers}), or --report_to none")
     if is_offline_mode() and "wandb" in training.report_to:
         os.environ.setdefault("WANDB_MODE", "offline")
-    if training.use_liger_kernel and not is_liger_kernel_available():
-        raise RecipeError("use_liger_kernel: pip install liger-kernel, or leave it out")
-    if (training.model_init_kwargs or {}).get("use_kernels") and not is_kernels_available():
-        raise RecipeError("model_init_kwargs: use_kernels needs pip install kernels; or leave it out")
-    attention = model.attn_implementation
-    if attention not in (None, "eager") and "/" not in attention:
-        from transformers import AttentionInterface
-
-        if attention not in (known := AttentionInterface().valid_keys()):
-            names = ", ".join(sorted({"eager", *known}))
-            raise RecipeError(f"attn_implementation: {attention!r} does not exist; one of {names}")
-
-
-@contextmanager
-def _explained(settings: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{settings}: {one_line(error)}") from None

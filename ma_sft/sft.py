@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ma_sft.config import Recipe, Settings
 from ma_sft.errors import first_line
-from ma_sft.hub import pin, recall
+from ma_sft.hub import commits, pin
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
 from ma_sft.pages.screen import forecast_memory, show_end, show_start
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 MERGING = "merging the adapter"
-
-
-def exit_code(summary: dict[str, Any]) -> int:
-    """1 for a run whose merged model is not what the adapter says, whatever else became of it."""
-    return int(MERGING in summary.get("failed", {}))
 
 
 def run(
@@ -107,7 +102,7 @@ def at_commit(settings: Settings) -> Settings:
     if Path(name).expanduser().is_dir():
         return settings
     commit = once(lambda: pin(name, revision))
-    recall({f"model/{name}@{commit}": commit})
+    commits[f"model/{name}@{commit}"] = commit
     return replace(settings, model=replace(settings.model, model_revision=commit))
 
 

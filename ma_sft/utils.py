@@ -4,7 +4,6 @@ Text comes from rows, models, file names and other people's folders. None of it 
 cursor, change the title, colour the rest or turn the reading direction is shown as its escape instead.
 """
 
-import codecs
 import errno
 import gc
 import glob
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 # Controls but tab and newline, marks and overrides of direction, other line ends, halves of characters
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-PLAIN = {"█": "#", "…": "...", "·": "*", "–": "-", "—": "-", "→": "->", "⏎": "\\n"}  # our own ornaments, in ASCII
 # What a user can mend where an operating system says no, if the error names a file
 MENDED = {getattr(errno, name) for name in "EACCES EPERM EROFS ENOENT ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()}
 
@@ -43,10 +41,10 @@ def visible(text: object) -> str:
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def say(*lines: object, error: bool = False, end: str = "\n", flush: bool = False) -> None:
+def say(*lines: object, error: bool = False, end: str = "\n") -> None:
     """Print lines, to stderr if they tell an error; nothing in them is obeyed."""
     text = "\n".join(visible(line) for line in lines)
-    print(text, end=end if lines else "", file=sys.stderr if error else sys.stdout, flush=flush)
+    print(text, end=end if lines else "", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def console(**how: Any) -> "Console":
@@ -80,7 +78,7 @@ def guard(command: Callable[[], Any]) -> int:
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):  # one that cannot encode a character shows its escape
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="ma_sft.plain")
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = command()
         sys.stdout.flush()  # while a reader that has gone is still caught below
@@ -155,33 +153,6 @@ def frozen() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-
-
-@contextmanager
-def no_bar_for_weights() -> Iterator[None]:
-    """transformers' bars over the tensors and files of a model that lies here are left out; its other bars stay."""
-    from transformers.utils.logging import set_tqdm_hook
-
-    ours = ("Loading weights", "Writing model shards")
-
-    def shown(bar: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
-        return bar(*args, **how, **({"disable": True} if how.get("desc") in ours else {}))
-
-    previous = set_tqdm_hook(shown)
-    try:
-        yield
-    finally:
-        set_tqdm_hook(previous)
-
-
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """An error handler for encoders: our own ornaments have a form in ASCII, all else becomes its escape."""
-    if isinstance(error, UnicodeEncodeError) and (plain := PLAIN.get(error.object[error.start])):
-        return plain, error.start + 1
-    return codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("ma_sft.plain", _plain)
 
 
 def _fail(message: str) -> int:

@@ -1,5 +1,4 @@
-"""Write docs/settings.md, every setting with its class, default and help, and the rules between them; and
-ma_sft/settings_types.py, the same as types, for mypy, completion and help()."""
+"""Write docs/settings.md: every setting with its class, default and help, and the rules between them."""
 
 import json
 from collections.abc import Mapping
@@ -10,17 +9,11 @@ from ma_sft.config import (
     EXCLUSIVE,
     NEEDS,
     OF_THE_MACHINE,
-    PATHS,
     PRESETS,
     TWO_WAYS,
-    Setting,
     all_settings,
-    known_settings,
     reason,
 )
-
-ROWS = ("dataset_name", "datasets", "eval_dataset")  # paths, mappings, or rows that are handed over
-TYPES = {"dict": "dict[str, Any] | str", "list": "list[Any] | str", "bool": "bool", "int": "int", "float": "float"}
 
 
 def settings_page(settings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -50,31 +43,6 @@ def settings_page(settings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_types(settings: Mapping[str, Setting]) -> str:
-    """`ma_sft/settings_types.py`."""
-    lines = [
-        '"""The keywords of `Recipe`, as types. Written by scripts/settings_page.py."""',
-        "",
-        "from os import PathLike",
-        "from typing import Any, Literal, TypedDict",
-        "",
-        "",
-        "class RecipeSettings(TypedDict, total=False):",
-        '    """Every setting of a recipe; `ma-sft settings` and docs/settings.md say what each does."""',
-        "",
-    ]
-    for name, what in settings.items():
-        types = [TYPES.get(kind, "str" if kind == "str" else "Any") for kind in what.kinds]
-        if what.choices and set(what.kinds) <= {"str"}:
-            types = [f"Literal[{', '.join(json.dumps(choice) for choice in what.choices)}]"]
-        types = [*dict.fromkeys(" | ".join(types).split(" | "))]
-        types += ["PathLike[str]"] * (name in PATHS) + ["None"] * what.nullable
-        lines.append(f"    {name}: {'Any' if name in ROWS or 'Any' in types else ' | '.join(types)}")
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
-    types = Path(__file__).parents[1] / "ma_sft" / "settings_types.py"
-    types.write_text(settings_types(known_settings()), encoding="utf-8")
     page = Path(__file__).parents[1] / "docs" / "settings.md"
     page.write_text(settings_page(all_settings()), encoding="utf-8")

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset, DatasetDict
 from helpers import ROOT, assistant, save_tiny, user, write_rows
 from processes import launcher
-from settings_page import settings_page, settings_types
+from settings_page import settings_page
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig
 
@@ -114,10 +113,9 @@ def test_every_setting_may_be_given_its_own_default():
         resolve(**{name: what.default} if name not in BASE and what.default is not None else {})
 
 
-def test_docs_and_types_list_what_each_setting_does():
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page(all_settings())
-    types = (ROOT / "ma_sft" / "settings_types.py").read_text(encoding="utf-8")
-    assert types == settings_types(known_settings()), "run scripts/settings_page.py"
+def test_docs_list_what_each_setting_does():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(all_settings()), "run scripts/settings_page.py"
 
 
 def test_settings_command_shows_class_and_the_default_that_holds(capsys):
@@ -248,7 +246,7 @@ def test_null_stands_for_our_own_default():
         ("learning_rate", float("nan")), ("warmup_steps", -1), ("weight_decay", float("inf")), ("lora_r", 0),
         ("lora_dropout", 1), ("generate_eval", -2), ("max_new_tokens", 0), ("save_steps", 0), ("seed", -1),
         ("max_steps", 2.5), ("max_steps", "2.0"), ("max_steps", True), ("packing", "maybe"), ("packing", 2),
-        ("optim", "adam"), ("lr_scheduler_type", "cosin"), ("attn_implementation", "sdpaa"), ("dtype", "float8"),
+        ("optim", "adam"), ("lr_scheduler_type", "cosin"), ("dtype", "float8"),
         ("name", True), ("template_kwargs", "{thinking"), ("lora_config", "{r: 3}"), ("filters", "[1]"),
         ("lr_scheduler_kwargs", "{a"), ("model_init_kwargs", 3), ("deepspeed", "no.json"),
         ("pad_to_multiple_of", "many"),
@@ -284,32 +282,12 @@ def test_wrong_setting_of_a_file_names_its_line(form, tmp_path):
         resolve("--config", str(path)) if form == "config" else Recipe.load(path).resolve()
 
 
-@pytest.mark.parametrize(("missing", "message"), [("model_name_or_path", "no model"), ("dataset_name", "no data")])
-def test_model_and_data_are_needed(missing, message):
-    with pytest.raises(RecipeError, match=message):
-        Recipe(**{key: value for key, value in BASE.items() if key != missing}).resolve()
-
-
 def test_yaml_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model_name_or_path: demo\ndatasets:\n- path: a.jsonl\n  limit: 5\n- b.jsonl\nuse_peft: true\n")
     settings = Recipe.load(path).resolve()
     assert settings.rows.datasets == [{"path": "a.jsonl", "limit": 5}, "b.jsonl"]
     assert settings.training.output_dir == "runs/mine" and settings.model.use_peft
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("mine.yaml", "- a\n- b\n", "mine.yaml"),
-        ("mine.yaml", "a: [1\n", "mine.yaml"),
-        ("mine.py", "x = 1\n", "has no variable `recipe"),
-    ],
-)
-def test_file_that_is_no_recipe(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(RecipeError, match=message):
-        Recipe.load(tmp_path / name)
 
 
 def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
@@ -376,7 +354,7 @@ def test_recipe_is_not_changed_by_what_is_done_with_its_settings():
 def test_a_recipe_shows_what_it_sets_and_help_shows_what_can_be_set():
     recipe = Recipe(model_name_or_path="demo", hub_token="hf_x", dataset_name=[{"text": "a"}], use_peft=True)
     assert repr(recipe) == "Recipe(model_name_or_path='demo', dataset_name='list with 1 rows', use_peft=True)"
-    assert inspect.signature(Recipe).parameters["train_on"].annotation == Literal["all", "last"]
+    assert inspect.signature(Recipe).parameters["train_on"].annotation == ["all", "last"]
 
 
 def test_model_init_kwargs_that_are_settings_become_them():
@@ -400,6 +378,8 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"model_name_or_path": None}, "no model"),
+        ({"dataset_name": None}, "no data"),
         ({"optim": "lomo"}, "optim=lomo"),
         ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "optim=galore_adamw"),
         ({"optim_args": "nonsense"}, "optim"),
@@ -408,15 +388,12 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval strategy"),
         ({"report_to": "mlflow"}, "report_to: mlflow is not installed"),
         ({"report_to": "paper"}, "report_to: paper is not installed"),
-        ({"attn_implementation": "sdpaa"}, "attn_implementation: 'sdpaa' does not exist"),
-        ({"use_liger_kernel": True}, "use_liger_kernel: pip install liger-kernel"),
-        ({"model_init_kwargs": {"use_kernels": True}}, "use_kernels needs pip install kernels"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", **HELD_OUT, "eval_steps": 7}, "load_best_model"),
         ({"assistant_only_loss": True, "completion_only_loss": False}, "assistant_only_loss"),
         ({"formatting_func": "question-answer", "completion_only_loss": True}, "response_template"),
         ({"formatting_func": "question-answer", "response_template": "A", "completion_only_loss": False}, "response"),
         ({"accelerator_config": {"splits": 1}}, "splits"),
-        ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 say the same in two ways"),
         ({"model_init_kwargs": {"torch_dtype": "float17"}}, "dtype: invalid choice: 'float17'"),
         ({"model_init_kwargs": {"dtype": "float32"}, "dtype": "float16"}, "dtype and model_init_kwargs say the same"),
         ({"include_num_input_tokens_seen": "some"}, "one of all, non_padding, no"),

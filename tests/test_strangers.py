@@ -88,21 +88,22 @@ def changed(text, suffix, rng):
 
 
 MINE = "model_name_or_path: demo\ndataset_name: rows.jsonl\n"
-BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(9))
 RECIPES = {
     "syntax.py": ("from ma_sft import Recipe\nrecipe = Recipe(", "syntax.py, line 2"),
     "import.py": ("import no_such_module\n", "no_such_module"),
     "raises.py": ("from ma_sft import Recipe\n\n1 / 0\n", "raises.py, line 3: ZeroDivisionError"),
     "exits.py": ("raise SystemExit(3)\n", "exits.py"),
+    "empty.py": ("x = 1\n", "has no variable `recipe"),
     "bytes.py": (b"\xff\xfe\x00", "bytes.py"),
     "deep.yaml": ("[" * 20_000, "deep.yaml"),
     "deep.json": ('{"a":' * 20_000, "deep.json"),
-    "bomb.yaml": (f"{BOMB}dataset_name: *a8\n", "bomb.yaml"),
     "twice.yaml": ("max_steps: 1\nmodel_name_or_path: demo\nmax_steps: 2\n", "max_steps"),
     "bytes.yaml": (b"\xff\xfe\x00\x01", "bytes.yaml"),
     "list.json": ("[1, 2]", "list.json"),
-    "number.yaml": (f"1: 2\n{MINE}", "1 is no name of a setting"),
-    "on.yaml": (f"on: 2\n{MINE}", "True is no name of a setting"),
+    "list.yaml": ("- a\n- b\n", "list.yaml"),
+    "open.yaml": ("a: [1\n", "open.yaml"),
+    "number.yaml": (f"1: 2\n{MINE}", "unknown setting '1'"),
+    "on.yaml": (f"on: 2\n{MINE}", "unknown setting 'True'"),
     "tag.yaml": ("!!python/object/apply:os.system ['touch mine']\n", "tag.yaml"),
     "name.yaml": (f"name: ../../x\n{MINE}", "../../x"),
     "slash.yaml": (f"name: /\n{MINE}", "name"),
@@ -189,8 +190,8 @@ OF_LIBRARIES = [
     (["--use_peft", "true", "--lora_target_modules", "["], "lora_target_modules: '[' is no regular expression"),
     (["--seed", str(2**64)], "seed: a whole number from 0"),
     (["--name", "\udcff"], "name: found"),
-    (["--deepspeed", "rows.jsonl"], "deepspeed: rows.jsonl is not valid JSON"),
-    (["--deepspeed", "."], "deepspeed: the file '.' is a folder"),
+    (["--deepspeed", "rows.jsonl"], "deepspeed: a JSON object expected, found 'rows.jsonl'"),
+    (["--deepspeed", "."], "deepspeed: a JSON object expected, found '.'"),
 ]
 
 

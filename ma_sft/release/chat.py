@@ -136,4 +136,4 @@ class Streamer(TextStreamer):
     """Shows an answer as it comes; a model's words are obeyed by no terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        say(text, end="\n" if stream_end else "", flush=True)
+        say(text, end="\n" if stream_end else "")

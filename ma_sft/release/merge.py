@@ -27,7 +27,7 @@ from ma_sft.labels.encoder import end_ids
 from ma_sft.release.manifest import copy_processor, find_base, read_manifest, read_weights, set_modes, write_manifest
 from ma_sft.training.adapters import read_adapter_config, skeleton
 from ma_sft.training.trainer import as_it_was
-from ma_sft.utils import atomic_dir, must_be_new, no_bar_for_weights
+from ma_sft.utils import atomic_dir, must_be_new
 
 SHARD_BYTES = 4 * 2**30
 Update = Callable[[Tensor], Tensor]
@@ -125,8 +125,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
             if ends[1] is not None and ends[0].weight.data_ptr() != ends[1].weight.data_ptr():
                 _untie(config)
                 _untie(whole.config)
-            with no_bar_for_weights():
-                whole.save_pretrained(target)
+            whole.save_pretrained(target)
         config.dtype = kind or config.dtype
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:

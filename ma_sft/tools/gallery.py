@@ -3,7 +3,6 @@
 In a clone they are the folders `recipes/` and `accelerate_configs/`; a wheel carries both inside the package.
 """
 
-import ast
 import json
 import runpy
 import shutil
@@ -35,7 +34,7 @@ class Shipped:
 
 
 def shipped() -> dict[str, Shipped]:
-    """Everything that ships, by name: recipes first. Nothing is imported, so nothing heavy is either."""
+    """Everything that ships, by name: recipes first. They import nothing heavy."""
     found = [_read(path) for path in sorted(_folder("recipes").glob("[!_]*.py"))]
     for path in sorted(_folder("accelerate_configs").glob("*.yaml")):
         comment = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -67,7 +66,8 @@ def copy(name: str, out: Path | None = None) -> Path:
     target = out / source.name if out is not None and out.is_dir() else out or Path(source.name)
     must_be_new(target, "pass another file with -o")
     if known[name].kind == "recipe" and target.suffix in YAML:
-        target.write_text(as_yaml(_settings(source), {}, known[name].about), encoding="utf-8")
+        settings = {key: value for key, value in Recipe.load(source).settings.items() if key != "name"}
+        target.write_text(as_yaml(settings, {}, known[name].about), encoding="utf-8")
     else:
         shutil.copyfile(source, target)
     if name == "demo" and not DEMO_DATA.exists():  # beside no clone: a recipe's paths count from where it is started
@@ -102,22 +102,13 @@ def launcher_file(name: str) -> Path:
     return known[name]
 
 
-def _settings(recipe: Path) -> dict[str, Any]:
-    """What a recipe sets, but for its name, which is its file's."""
-    return {name: value for name, value in Recipe.load(recipe).settings.items() if name != "name"}
-
-
 def _folder(name: str) -> Path:
     package = Path(__file__).parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
 
 
 def _read(path: Path) -> Shipped:
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    calls = [
-        node.value for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "recipe"
-    ]
-    settings = [keyword for call in calls if isinstance(call, ast.Call) for keyword in call.keywords]
-    models = [ast.literal_eval(keyword.value) for keyword in settings if keyword.arg == "model_name_or_path"]
-    about = (ast.get_docstring(module) or "").splitlines()[0]
-    return Shipped(path.stem, "recipe" if settings else "script", "".join(models), about, path)
+    module = runpy.run_path(str(path))
+    recipe = module.get("recipe")
+    model = recipe.settings["model_name_or_path"] if recipe else ""
+    return Shipped(path.stem, "recipe" if recipe else "script", model, module["__doc__"].splitlines()[0], path)

@@ -6,7 +6,6 @@ and death is counted. So any architecture, attention implementation, checkpointi
 """
 
 import copy
-import re
 import resource
 import shlex
 import sys
@@ -20,6 +19,7 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers.utils
+from accelerate.utils import convert_file_size_to_int
 from peft import get_peft_model
 from rich.table import Table
 from torch import nn
@@ -42,7 +42,6 @@ from ma_sft.utils import console
 # they are freed; benchmarks/memory.py measures both.
 CUDA_BYTES, CUDA_SHARE = 0.8e9, 0.05
 CPU_BYTES, CPU_SHARE = 0.1e9, 0.3
-UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -333,8 +332,8 @@ def memory_table(settings: Settings, model: nn.Module, found: Forecast | None) -
     return lines
 
 
-def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float]:
-    """Bytes on each of `gpus` GPUs by part, and in the machine's memory (`host`) where the launcher offloads.
+def on_device(found: Forecast, launcher: Launcher, gpus: int, memory: float) -> dict[str, float]:
+    """Bytes on each of `gpus` GPUs by part, in the machine's memory (`host`) if it offloads; whether it `fits`.
 
     DDP adds a bucket copy of the gradients. DeepSpeed trains in 16 bits with a float32 copy beside the optimiser's
     states. A sharded model gathers two blocks of layers at a time, the current and the next.
@@ -355,19 +354,20 @@ def on_device(found: Forecast, launcher: Launcher, gpus: int) -> dict[str, float
     used = sum(parts.values())
     reserve = found.reserve or CUDA_BYTES + CUDA_SHARE * used
     host = float(sum(terms.values())) if launcher.offload else 0.0  # of all GPUs of the machine
-    return {**parts, "reserve": reserve, "total": used + reserve, "host": host}
+    return {**parts, "reserve": reserve, "total": used + reserve, "host": host, "fits": used + reserve <= memory}
 
 
-def bytes_of(text: str) -> float:
+def bytes_of(text: str) -> int:
     """`"80GB"`, `"24 GiB"`, `"16g"` in bytes.
 
     Raises:
         RecipeError: not such a text.
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]i?)b?\s*", text.lower())
-    if match is None:
-        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}")
-    return float(match[1]) * UNITS[match[2]]
+    size = text.replace(" ", "").upper()
+    try:
+        return int(convert_file_size_to_int(size if size.endswith("B") else f"{size}B"))
+    except ValueError:
+        raise RecipeError(f"--gpu_memory: a size like 80GB or 24GiB expected, found {text!r}") from None
 
 
 def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = None) -> dict[str, Any]:
@@ -387,13 +387,11 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
     """
     here = torch.cuda.device_count()
     gpus = here if gpus is None else gpus
-    if gpus < 0:
-        raise RecipeError(f"--gpus: 0 or more expected, found {gpus}")
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
     memory = psutil.virtual_memory().total if not gpus else 0
     memory = bytes_of(gpu_memory) if gpu_memory else memory or torch.cuda.get_device_properties(0).total_memory
-    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, Any]]]] = []
+    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, float]]]] = []
     choice = None
     for changes in ({}, *_smaller(settings)):
         if tried and "load_in_4bit" not in changes and tried[0][1].static > memory * max(gpus, 1):
@@ -401,12 +399,11 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
         changed = _changed(settings, gpus, **changes)
         found = forecast(changed)
         candidates = _candidates(changed, gpus)
-        table = {one.name: on_device(found, one, max(gpus, 1)) for one in candidates}
-        if any(table[one.name]["total"] <= memory for one in candidates if not (one.sequence or one.offload)):
+        table = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
+        if any(table[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
             table = {one.name: table[one.name] for one in candidates if not one.sequence}
-        tried.append((changes, found, {name: {**a, "fits": a["total"] <= memory} for name, a in table.items()}))
-        fitting = [name for name, parts in tried[-1][2].items() if parts["fits"]]
-        choice = next((name for name in fitting if not table[name]["host"]), None)
+        tried.append((changes, found, table))
+        choice = next((name for name, parts in table.items() if parts["fits"] and not parts["host"]), None)
         if choice:
             break
     _, found, launchers = tried[0]
@@ -464,16 +461,16 @@ def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
     gpus, training, lines = found["gpus"], settings.training, []
     launcher = next((one for one in LAUNCHERS if one.name == found["choice"]), CPU)
     options = training.gradient_checkpointing_kwargs or {}
-    cheaper: dict[str, dict[str, Any]] = {"gradient_checkpointing=false": {"gradient_checkpointing": False}}
-    if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
-        selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
-        cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
-    if not training.gradient_checkpointing or options.get("selective"):
-        cheaper = {}
+    cheaper: dict[str, dict[str, Any]] = {}
+    if training.gradient_checkpointing and not options.get("selective"):
+        cheaper["gradient_checkpointing=false"] = {"gradient_checkpointing": False}
+        if not (launcher.deepspeed and settings.model.use_peft):  # TRL refuses the two together
+            selective = {"gradient_checkpointing_kwargs": {**options, "selective": True, "use_reentrant": False}}
+            cheaper["gradient_checkpointing_kwargs='{\"selective\": true}'"] = selective
     for words, changes in cheaper.items():
-        total = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1))["total"]
-        if total <= found["memory"]:
-            lines.append(f"{words} fits too ({_gb(total)}): less is computed again")
+        parts = on_device(forecast(_changed(settings, gpus, **changes)), launcher, max(gpus, 1), found["memory"])
+        if parts["fits"]:
+            lines.append(f"{words} fits too ({_gb(parts['total'])}): less is computed again")
             break
     if gpus and settings.model.attn_implementation in (None, "sdpa", "eager"):
         installed = [n for n in (3, 2) if getattr(transformers.utils, f"is_flash_attn_{n}_available")()]

@@ -30,7 +30,7 @@ from transformers.utils.logging import tqdm
 
 from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
-from ma_sft.hub import commits, recall
+from ma_sft.hub import commits
 from ma_sft.training.distributed import largest, once
 from ma_sft.utils import not_there, say, write_whole
 
@@ -136,7 +136,7 @@ class RunFolder:
     def restore_revisions(self) -> None:
         """Let a run that goes on use the very commits of model and data that it began with."""
         if self.checkpoint:
-            recall(_read(self.out / REVISIONS) or {})
+            commits.update(_read(self.out / REVISIONS) or {})
 
     def begin(self, content: dict[str, Any], settings: Settings) -> str | None:
         """Now that the data has been read: remove the old run if a new one is asked for; gives the checkpoint.
@@ -175,7 +175,7 @@ class RunFolder:
                 "--resume never"
             )
         _write_recipe(self.out, settings)
-        write_whole(self.out / REVISIONS, json.dumps(commits(), indent=2))
+        write_whole(self.out / REVISIONS, json.dumps(commits, indent=2))
 
     def _changes(self, before: Any) -> str:
         """What differs from the recipe of the run to go on with, but for a longer training: `key old -> new, ...`."""
@@ -453,7 +453,7 @@ class JsonlLogger(ProgressCallback):
         if self.bar and self.training_bar and "loss" in entry:
             self.training_bar.set_postfix_str(line)
         elif line and not self.bar:
-            say(f"step {step:,} of {last:,}: {line}", flush=True)
+            say(f"step {step:,} of {last:,}: {line}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.ended, self.steps = time.monotonic(), state.global_step

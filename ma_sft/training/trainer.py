@@ -48,7 +48,6 @@ from ma_sft.training.checkpoints import JsonlLogger, StopEvaluation, tokens_befo
 from ma_sft.training.distributed import PaddedSampler, available_attention, fill_up, gather
 from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
-from ma_sft.utils import no_bar_for_weights
 
 MEASURED = ("loss", "mean_token_accuracy", "entropy", "objective")  # of held-out rows, each over all of their labels
 
@@ -250,8 +249,7 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
         kwargs["device_map"] = None
     set_seed(args.seed)
     try:
-        with no_bar_for_weights():
-            loaded = trl_utils.create_model_from_path(folder, **kwargs)
+        loaded = trl_utils.create_model_from_path(folder, **kwargs)
         if peft is None:
             validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
@@ -478,8 +476,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         as_it_was(self.accelerator.unwrap_model(self.model).generation_config)
-        with no_bar_for_weights():
-            super()._save(*args, **kwargs)
+        super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
