@@ -13,19 +13,10 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
 from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
-from ma_sft.data.formats import (
-    FORMATS,
-    detect_format,
-    message_features,
-    read_row,
-    read_sides,
-    refuse_changing,
-    renamed,
-    unused_of,
-)
+from ma_sft.data.formats import FORMATS, detect_format, message_features, read_row
 from ma_sft.data.functions import code_of
 from ma_sft.data.load import Source, load_rows, processes, rows_of
-from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns, to_template_kwargs, to_tools
+from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
@@ -295,25 +286,14 @@ class _Converter:
 
 def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     """The columns of a converted row."""
-    if preference:
-        known = source.format in PREFERENCES
-        tracked = renamed(TrackedRow(row), source.format) if known else TrackedRow(row)
-        sides: Row = read_sides(tracked, source.format)
-        tools, kwargs, unused = to_tools(tracked), to_template_kwargs(tracked), {}
-        if known:
-            refuse_changing(tracked, str(source.format))
-            unused = unused_of(tracked, sides["prompt"] + sides["chosen"])
-    else:
-        read = read_row(row, source.format, merge=source.merge_turns)
-        sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused
-    start = sides["prompt" if preference else "messages"]
+    record = read_row(row, source.format, merge=source.merge_turns, preference=preference)
+    start = record["prompt" if preference else "messages"]
     if source.system_prompt and start[0]["role"] != "system":
         start.insert(0, {"role": "system", "content": source.system_prompt})
-    record = {**sides, "tools": tools, "chat_template_kwargs": kwargs}
     if source.group_by:
         if row.get(source.group_by) is None:
             raise FormatError(f"field {source.group_by!r} is missing or null; group_by needs it")
         record["group"] = json.dumps(row[source.group_by], sort_keys=True, default=str)
-    unused = {name: shown for name, shown in unused.items() if name != source.group_by and name not in told}
+    unused = {name: shown for name, shown in record["unused"].items() if name != source.group_by and name not in told}
     told.update(unused)
     return record | {"unused": json.dumps(unused) if unused else None}
