@@ -367,9 +367,9 @@ def _may_hold(values: Row, name: str) -> bool:
 
 def _nearest(columns: set[str], among: Collection[str]) -> str:
     """What to do about columns that no format has: by their names, else by what they seem to mean."""
-    near = {name: FORMATS[name].missing(columns) for name in among if name != "text"}
-    near = {name: missing for name, missing in near.items() if len(missing) < len(FORMATS[name].needs)}
-    best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
+    near = [(FORMATS[name].missing(columns), name) for name in among if name != "text"]
+    near = sorted((each for each in near if len(each[0]) < len(FORMATS[each[1]].needs)), key=lambda each: len(each[0]))
+    best = [f"{name} (misses {', '.join(missing)})" for missing, name in near[:3]]
     advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
     if "text" in columns:
         advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"

@@ -62,6 +62,7 @@ ENCODING = (
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
+NUMBER = "_number"  # of a row that was drawn
 ERROR = "_error"
 SURROGATE = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
@@ -116,8 +117,6 @@ class Source:
             return value
         settings = dict(value) if isinstance(value, Mapping) and not isinstance(value, DatasetDict) else {"path": value}
         path = settings.get("path")
-        if isinstance(path, DatasetDict):
-            path = _of_split(path, settings.get("split") or defaults.get("split", "train"), "the data set")
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
@@ -162,21 +161,19 @@ def kind_of(path: str) -> str:
     return (os.path.splitext(stem)[1] if suffix in PACKED else suffix).lower()
 
 
-def load_rows(
-    source: Source, *, seed: int = 0, streaming: bool = False
-) -> tuple[Dataset | IterableDataset, np.ndarray[Any, Any] | None]:
-    """The raw rows of a source, for `rows_of`; and their numbers in it if they were drawn. Errors as `load_mixture`."""
+def load_rows(source: Source, *, seed: int = 0, streaming: bool = False) -> Any:
+    """The raw rows of a source, a data set or a stream, for `rows_of`. Errors as `load_mixture`."""
     rows = _load(source, streaming)
     if not (isinstance(source.rows, IterableDataset) and rows.features is None):
         rows = rows.with_format("arrow")  # its types tell a null that was written from one that Arrow fills in
     if streaming:
-        return (rows.take(source.limit) if source.limit else rows), None
+        return rows.take(source.limit) if source.limit else rows
     if len(rows) == 0:
         raise FormatError(f"{source.path}: the data set is empty; give at least one row")
     if source.limit is None or source.limit >= len(rows):
-        return rows, None
+        return rows
     drawn = np.sort(np.random.default_rng(seed).choice(len(rows), source.limit, replace=False))
-    return rows.select(drawn), drawn
+    return rows.add_column(NUMBER, np.arange(len(rows))).select(drawn)
 
 
 def _load(source: Source, streaming: bool) -> Any:
@@ -192,7 +189,10 @@ def _load(source: Source, streaming: bool) -> Any:
         if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
         rows = load_from_disk(path)
-        rows = _of_split(rows, source.split, path) if isinstance(rows, DatasetDict) else rows
+    if isinstance(rows, DatasetDict):
+        if source.split not in rows:
+            raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(rows)}; set split")
+        rows = rows[source.split]
     if isinstance(rows, IterableDataset):
         if not streaming:
             raise RecipeError(f"{path} is a stream: set dataset_streaming (streaming=True), or pass a Dataset")
@@ -215,12 +215,6 @@ def _as_json(rows: Any) -> Iterator[Row]:
         yield {ROW: json.dumps(row, default=lambda value: _text_of_bytes(value) or str(value))}
 
 
-def _of_split(saved: DatasetDict, split: str, path: str) -> Dataset:
-    if split not in saved:
-        raise RecipeError(f"{path} has no split {split!r}, it has {', '.join(saved)}; set split")
-    return saved[split]
-
-
 def _load_files(source: Source, streaming: bool) -> Any:
     path = source.path
     files = [path] if Path(path).is_file() else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
@@ -241,11 +235,9 @@ def _load_files(source: Source, streaming: bool) -> Any:
             gen_kwargs={"files": stamped, "how": how, "version": __version__},
         )
     except (DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        cause = error.__cause__ or error
         if isinstance(cause, FormatError):
             raise cause from None
-        if "corresponds to no data" in str(error):
-            raise FormatError(f"{path}: the data set is empty; give at least one row") from None
         raise FormatError(f"{path}: cannot be read as {kind_of(path)[1:]}: {one_line(cause)[:200]}") from None
 
 
@@ -254,8 +246,7 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
 
     Times and sizes of `files` tell `datasets`' cache that they changed; `how` has the fields of `OF_ANY_FILE`.
     """
-    if not any(size for _, _, size in files):
-        raise FormatError(f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty")
+    empty = True
     for file, _, _ in files:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
@@ -268,12 +259,15 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
                     if not text.isascii() and (broken := SURROGATE.search(text)):
                         of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
                         text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"} if of_a_byte else json.loads(text))
+                    empty = False
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:
             raise
         except Exception as error:  # each compression library has its own
             hint = f"; {ENCODING}" if isinstance(error, UnicodeDecodeError) else ""
             raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}{hint}") from None
+    if empty:
+        raise FormatError(f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty; give at least one row")
 
 
 Rows = Iterator[tuple[str, str]]  # place in the file, row as JSON text
@@ -283,12 +277,11 @@ _dump = partial(json.dumps, ensure_ascii=False)
 def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     """A row a line; or a list of rows; or one object, which is a row or holds them."""
     head: list[str] = []
-    for line in stream:
+    while len(full := [line for line in head if line.strip()]) < 2 and (line := stream.readline()):
         head.append(line)
-        if len(list(filter(str.strip, head))) == 2:
-            break
-    full = [line for line in head if line.strip()]
-    if kind_of(where) not in READERS and full and full[0].lstrip()[0] not in "{[":
+    if not full:
+        return
+    if kind_of(where) not in READERS and full[0].lstrip()[0] not in "{[":
         raise FormatError(
             f"the file {where!r} exists, but it is none of {', '.join(OF_A_FILE)}; save its rows as one of them "
             "(a spreadsheet as CSV in UTF-8), and end its name so"
@@ -303,7 +296,7 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 
 def _has_a_row_a_line(lines: list[str]) -> bool:
     """Whether the first lines of a file with anything on them begin JSON Lines, rather than one JSON document."""
-    first = lines[0].rstrip() if lines else ""
+    first = lines[0].rstrip()
     try:
         json.loads(first)
     except RecursionError:
@@ -406,7 +399,8 @@ def rows_of(batch: Any, indices: Sequence[int], source: Source) -> Iterator[tupl
     """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`."""
     if isinstance(batch, pa.Table):
         columns = zip(batch.column_names, batch.columns, strict=True)
-        batch = {name: [*map(_from_arrow(cells.type) or _same, cells.to_pylist())] for name, cells in columns}
+        batch = {name: [*map(_from_arrow(cells.type), cells.to_pylist())] for name, cells in columns}
+        indices = batch.pop(NUMBER, indices)
     for at, index in enumerate(indices):
         where, origin = f"{source.path}, row {index + 1}", f"{source.path}:{index + 1}"
         if PLACE in batch:
@@ -425,8 +419,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """How a value of an Arrow type becomes the JSON that it was made from; None if it is that already.
+def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any]:
+    """How a value of an Arrow type becomes the JSON that it was made from; `_same` if it is that already.
 
     Arrow gives each object every key that any row has: a null argument of a tool call would be learned. So the nulls of
     its objects go. `datasets`' `Json` holds the text of an object: there, a null was written, and stays.
@@ -434,12 +428,12 @@ def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if isinstance(kind, pa.JsonType):
         return lambda text: None if text is None else json.loads(text)
     if pa.types.is_struct(kind):
-        inner = {field.name: _from_arrow(field.type) or _same for field in kind}
+        inner = {field.name: _from_arrow(field.type) for field in kind}
         return lambda value: value and {key: inner[key](item) for key, item in value.items() if item is not None}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         convert = _from_arrow(kind.value_type)
-        return convert and (lambda values: values and [convert(value) for value in values])
-    return _text_of_bytes if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
+        return _same if convert is _same else lambda values: values and [*map(convert, values)]
+    return _text_of_bytes if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else _same
 
 
 def _text_of_bytes(value: Any) -> Any:
@@ -527,9 +521,8 @@ class Inherited:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if multiprocess.get_start_method() == "fork":
-            return _inherited, (id(self),)
-        return Inherited, (self.function,)
+        forked = multiprocess.get_start_method() == "fork"
+        return (_inherited, (id(self),)) if forked else (Inherited, (self.function,))
 
 
 def _inherited(key: int) -> Inherited:

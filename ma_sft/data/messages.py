@@ -458,7 +458,9 @@ def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = Fals
     """The messages of a row with its system message, its `history` and, unless `whole` turns may have it, its text."""
     _add_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
-    messages = [*messages[:start], *_history(row), *messages[start:]]
+    history = from_json(row.get("history"), "history", begins="[")
+    before = [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
+    messages = [*messages[:start], *before, *messages[start:]]
     systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
     if any(message != (messages if start else systems)[0] for message in systems):
         raise FormatError("two different system messages in one row; leave one out (ignore: [column])")
@@ -472,11 +474,6 @@ def _system(value: Any, field: str) -> list[Message]:
         parts = value.get("parts", value.get("content")) if isinstance(value, dict) else value  # Vertex
         value = {"role": "system", "content": parts}
     return conversation(value, field, "system")
-
-
-def _history(row: TrackedRow) -> list[Message]:
-    history = from_json(row.get("history"), "history", begins="[")
-    return [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
 
 
 def _add_text(row: TrackedRow, messages: list[Message], whole: bool) -> None:
