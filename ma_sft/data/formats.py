@@ -318,12 +318,6 @@ def known_names(columns: frozenset[str], format: str | None = None) -> dict[str,
     return {theirs: ours for theirs, ours in names.items() if theirs != ours}
 
 
-def renamed(row: TrackedRow, format: str) -> TrackedRow:
-    """The row under the names that the format wants."""
-    names = known_names(frozenset(row), format)
-    return TrackedRow({names.get(column, column): value for column, value in row.items()}) if names else row
-
-
 def detect_format(row: Row, among: Collection[str] = FORMATS) -> str:
     """Name of the one format in `FORMATS` whose columns are all there, if need be under their `known_names`.
 
@@ -440,27 +434,25 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
-    known = isinstance(name, str) and name in formats
-    if known:
-        tracked = renamed(tracked, str(name))
-        found: Any = SIDES[str(name)](tracked) if preference else _of_format(tracked, str(name))
-        refuse_changing(tracked, str(name), {"label"} if not preference and name != "text" else set())
+    if known := isinstance(name, str) and name in formats:
+        if names := known_names(frozenset(tracked), name):
+            tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
+        found: Any = SIDES[name](tracked) if preference else _of_format(tracked, name)
+        in_turns = not preference and name != "text"
+        refuse_changing(tracked, name, {"label"} if in_turns else set())
+        if in_turns:
+            found = merge_turns(found) if merge else found
+            check_order(found, ", ".join(sorted(names[0] for names in FORMATS[name].needs)))
     else:
         given = load_function(name)(row)
         if preference and not given:
             raise BadAnswer("neither answer is a good one")
         found = SIDES["preference"](TrackedRow(given)) if preference else conversation(given, f"{name} gave messages")
-    if preference:
-        check_sides(found)
-    else:
-        if known and name != "text":
-            found = merge_turns(found) if merge else found
-            check_order(found, ", ".join(sorted(names[0] for names in FORMATS[str(name)].needs)))
-        _check_answers(found)
-        found = {"messages": found}
+    (check_sides if preference else _check_answers)(found)
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, found["prompt"] + found["chosen"] if preference else found["messages"]) if known else {}
-    return {**found, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
+    unused = unused_of(tracked, found["prompt"] + found["chosen"] if preference else found) if known else {}
+    sides = found if preference else {"messages": found}
+    return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
 
 
 def _of_format(row: TrackedRow, name: str) -> list[Message]:

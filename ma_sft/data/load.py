@@ -267,7 +267,9 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
             hint = f"; {ENCODING}" if isinstance(error, UnicodeDecodeError) else ""
             raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}{hint}") from None
     if empty:
-        raise FormatError(f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty; give at least one row")
+        raise FormatError(
+            f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty; give at least one row"
+        )
 
 
 Rows = Iterator[tuple[str, str]]  # place in the file, row as JSON text

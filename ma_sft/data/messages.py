@@ -321,12 +321,11 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
 
 
 def _pair(turn: dict[str, Any], where: str) -> list[Message]:
-    texts = {key: turn[key] for key in PAIR_ROLES if key in turn and not (key == "system" and not turn[key])}
-    messages: list[Message] = []
-    for key, text in texts.items():
-        messages.append({"role": PAIR_ROLES[key], "content": check_text(text, f"{where}.{key}")})
+    keys = [key for key in PAIR_ROLES if key in turn and (key != "system" or turn[key])]
+    messages: list[Message]
+    messages = [{"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys]
     if len({m["role"] for m in messages}) < len(messages):
-        raise FormatError(f"field {where!r}: one question and one answer expected, found {list(texts)}")
+        raise FormatError(f"field {where!r}: one question and one answer expected, found {keys}")
     if not _is_trained(turn, where):
         messages[-1]["train"] = False
     return messages
@@ -344,9 +343,10 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
     for key, value in marks.items():
         if value is None:
             raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(turn[key])}")
-    if len({value != (key in BAD) for key, value in marks.items()}) > 1:
+    verdicts = {value != (key in BAD) for key, value in marks.items()}
+    if len(verdicts) > 1:
         raise FormatError(f"field {where!r}: {' and '.join(marks)} contradict each other")
-    return all(value != (key in BAD) for key, value in marks.items())
+    return verdicts != {False}
 
 
 def _read_content(message: Message, content: Any, where: str, optional: bool = False) -> list[Message]:

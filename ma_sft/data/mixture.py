@@ -183,11 +183,9 @@ class _Mixer:
         code = "\0".join((__version__, code_of(source.format), *(code_of(each.function) for each in filters)))
         compared = self.split or any(each.exact_duplicates for each in filters)
         source = replace(source, rows=None, filters=None)
-        function = partial(
-            _convert_batch,
-            **{"source": source, "part": part, "schema": features.arrow_schema, "on_error": self.on_error},
-            **{"filters": filters, "compared": compared, "code": code},
-        )
+        how: dict[str, Any] = {"source": source, "part": part, "schema": features.arrow_schema}
+        how |= {"on_error": self.on_error, "filters": filters, "compared": compared, "code": code}
+        function = partial(_convert_batch, **how)
         settings = {"batched": True, "with_indices": True, "features": features}
         if not self.streaming:
             settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
