@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -397,24 +397,25 @@ def _short(file: str) -> str:
     return file.removeprefix(os.path.join(os.getcwd(), ""))
 
 
-def rows_of(batch: Any, indices: Sequence[int], source: Source) -> Iterator[tuple[str, str, Row | FormatError]]:
-    """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`."""
+def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, Row | FormatError]]:
+    """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`.
+
+    `first` is the number of the batch's first row, from 0.
+    """
     if isinstance(batch, pa.Table):
         columns = zip(batch.column_names, batch.columns, strict=True)
         batch = {name: [*map(_from_arrow(cells.type), cells.to_pylist())] for name, cells in columns}
-        indices = batch.pop(NUMBER, indices)
-    for at, index in enumerate(indices):
-        where, origin = f"{source.path}, row {index + 1}", f"{source.path}:{index + 1}"
-        if PLACE in batch:
-            where = _short(batch[PLACE][at])
+    for at, values in enumerate(zip(*batch.values(), strict=True), first):
+        cells = dict(zip(batch, values, strict=True))
+        number = cells.pop(NUMBER, at) + 1
+        where, origin = f"{source.path}, row {number}", f"{source.path}:{number}"
+        if PLACE in cells:
+            where = _short(cells[PLACE])
             file, _, place = where.rpartition(", ")
             origin = f"{file}:{place.rpartition(' ')[2]}"
-        if ROW in batch:
-            row = _parse(batch[ROW][at])
-        else:
-            origin = batch["origin"][at] if "origin" in batch else origin  # what `ma-sft data build` wrote
-            row = {key: values[at] for key, values in batch.items()}
-        yield where, origin, _mapped(row, source) if isinstance(row, dict) else row
+        row = _parse(cells[ROW]) if ROW in cells else cells
+        # What `ma-sft data build` wrote has origins.
+        yield where, cells.get("origin", origin), _mapped(row, source) if isinstance(row, dict) else row
 
 
 def _same(value: Any) -> Any:

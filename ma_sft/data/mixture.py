@@ -158,15 +158,14 @@ class _Mixer:
         batch = next(iter(rows.take(100).iter(100)), None)
         if batch is None:
             raise FormatError(f"{source.path}: the data set is empty; give at least one row")
-        numbers = range(len(batch) if isinstance(batch, pa.Table) else len(next(iter(batch.values()))))
         if source.columns:
-            whole = list(rows_of(batch, numbers, replace(source, columns=None, ignore=())))
+            whole = list(rows_of(batch, 0, replace(source, columns=None, ignore=())))
             known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
             if known and (missing := [old for old in source.columns if old not in known]):
                 what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
                 raise FormatError(f"{whole[0][0]}: {what}")
         errors = []
-        for where, _, row in rows_of(batch, numbers, source):
+        for where, _, row in rows_of(batch, 0, source):
             try:
                 if isinstance(row, FormatError):
                     raise row
@@ -252,7 +251,7 @@ def _convert_batch(
     """For `datasets.map`: raw rows, a table or a mapping, as the same of conversations."""
     records: list[Row] = []
     told: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
-    for where, origin, row in rows_of(batch, indices, source):
+    for where, origin, row in rows_of(batch, indices[0], source):
         record: Row = {"source": source.path, "_part": part, "error": "", "removed_by": ""}
         records.append(record | {"origin": origin})
         try:

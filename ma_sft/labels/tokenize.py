@@ -377,7 +377,7 @@ def _checked_texts(
     def texts_of(batch: dict[str, list[Any]], indices: list[int]) -> tuple[list[str], list[str]]:
         rows: list[dict[str, Any]] = []
         origins: list[str] = []
-        for where, origin, row in rows_of(batch, indices, source):
+        for where, origin, row in rows_of(batch, indices[0], source):
             if not isinstance(row, dict):
                 raise FormatError(f"{where}: {row}")
             rows.append(row)

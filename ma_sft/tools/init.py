@@ -178,8 +178,7 @@ def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str,
     found = _files(Path(data)) if Path(data).is_dir() else [{"path": data}]
     loaded = [(source := Source.of(entry, split=split), load_rows(source)) for entry in found]
     source, rows = loaded[0]
-    some = range(min(len(rows), 20))
-    first: Any = next((row for _, _, row in rows_of(rows[: len(some)], some, source) if isinstance(row, dict)), {})
+    first: Any = next((row for _, _, row in rows_of(rows[:20], 0, source) if isinstance(row, dict)), {})
     meaning = dict(pair.split("=", 1) for pair in columns.split(",")) if columns else _meaning(first)
     if wrong := [name for name in meaning if name not in first]:
         raise RecipeError(f"--columns: there is no column {wrong[0]!r}, there are {', '.join(first)}")
