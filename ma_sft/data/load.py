@@ -1,9 +1,10 @@
 """Where rows come from: files, globs, `save_to_disk` folders, hub ids, objects in memory; each row with its place.
 
-Parquet, Arrow, saved folders and the hub are read by `datasets` itself. Files of text go through its generator, a row
-as JSON text: its JSON reader makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other rows hold
-a list, and stops at a column that a later part of the file adds; its CSV reader takes a row with one cell too many for
-one with an index. Here, no value's meaning depends on other rows.
+Parquet, Arrow, saved folders and the hub are read by `datasets` itself. JSON Lines stay where they are, and are read as
+they are converted; other files of text go through the generator of `datasets`, a row as JSON text. Its own JSON reader
+makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other rows hold a list, and stops at a column
+that a later part of the file adds; its CSV reader takes a row with one cell too many for one with an index. Here, no
+value's meaning depends on other rows.
 """
 
 import csv
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 from weakref import WeakValueDictionary
@@ -27,8 +29,10 @@ import fsspec
 import multiprocess
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from datasets.utils._dill import pklregister
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -36,7 +40,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ma_sft.data.messages import Row, are_objects, read_json, show_columns
 from ma_sft.errors import FormatError, RecipeError, one_line
 from ma_sft.hub import is_hub_id, load_dataset
-from ma_sft.utils import not_there
+from ma_sft.utils import atomic_dir, not_there
 from ma_sft.version import __version__
 
 __all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "rows_of", "table_rows"]
@@ -47,8 +51,9 @@ PLACES = {
     "folder": ("a saved data set", ("split",)),
     "hub": ("a hub data set", ("name", "split", "revision", "data_files", "data_dir")),
 }
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 OF_A_FILE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((".jsonl", ".json", ".ndjson"), ("field", "encoding")),
+    **dict.fromkeys(JSON_SUFFIXES, ("field", "encoding")),
     **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
     **dict.fromkeys((".parquet", ".arrow"), ()),
     **dict.fromkeys((".txt", ".md"), ("encoding", "sample_by")),
@@ -62,6 +67,8 @@ ENCODING = (
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
+START, LENGTH = "_start", "_length"  # in place of ROW: where its bytes are in the file
+CHUNK = 1 << 26  # bytes of a file that are looked through at once
 NUMBER = "_number"  # of a row that was drawn
 ERROR = "_error"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -229,6 +236,8 @@ def _load_files(source: Source, streaming: bool) -> Any:
         make: Any = IterableDataset if streaming else Dataset
         stamped = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
         how = {key: getattr(source, key) for key in OF_ANY_FILE}
+        if not streaming and (found := _load_lines(stamped, how)) is not None:
+            return found
         return make.from_generator(
             read_files,
             features=Features({ROW: Value("string"), PLACE: Value("string")}),
@@ -239,6 +248,49 @@ def _load_files(source: Source, streaming: bool) -> Any:
         if isinstance(cause, FormatError):
             raise cause from None
         raise FormatError(f"{path}: cannot be read as {kind_of(path)[1:]}: {one_line(cause)[:200]}") from None
+
+
+def _load_lines(files: list[tuple[str, int, int]], how: dict[str, Any]) -> Dataset | None:
+    """Where the rows of JSON Lines in UTF-8 are: they are read when they are converted. None for other files."""
+    if how["field"] or how["encoding"] or any(os.path.splitext(file)[1] not in JSON_SUFFIXES for file, *_ in files):
+        return None
+    fingerprint = Hasher.hash((files, __version__))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines" / fingerprint
+    if not folder.is_dir():
+        tables = [_find_lines(file) for file, *_ in files]
+        if None in tables:
+            return None
+        with atomic_dir(folder) as target:
+            Dataset(pa.concat_tables(tables), fingerprint=fingerprint).save_to_disk(target)
+    return Dataset.load_from_disk(str(folder))
+
+
+def _find_lines(file: str) -> pa.Table | None:
+    with open(file, "rb") as stream:
+        head = [*itertools.islice(filter(bytes.strip, stream), 2)]
+    if not head or not _has_a_row_a_line([line.decode("utf-8-sig", "replace") for line in head]):
+        return None
+    data = np.memmap(file, np.uint8, mode="r")
+    ends = [at + np.flatnonzero(data[at : at + CHUNK] == ord("\n")) for at in range(0, len(data), CHUNK)]
+    bounds = np.concatenate([[-1], *ends, [len(data)]])
+    starts, lengths = bounds[:-1] + 1, np.diff(bounds) - 1
+    # Blank lines are no rows; a long one is none of these
+    blank = [n for n in np.flatnonzero(lengths < 16) if not bytes(data[starts[n] : starts[n] + lengths[n]]).strip()]
+    lines = np.delete(np.arange(len(starts)), blank)
+    places = pc.binary_join_element_wise(file, pc.cast(pa.array(lines + 1), pa.string()), ", line ")
+    return pa.table({PLACE: places, START: starts[lines], LENGTH: lengths[lines]})
+
+
+def _lines_at(places: list[str], starts: list[int], lengths: list[int]) -> Iterator[str]:
+    """The JSON text of rows of `_load_lines`."""
+    rows = zip(places, starts, lengths, strict=True)
+    for file, lines in itertools.groupby(rows, key=lambda row: row[0].rpartition(", ")[0]):
+        with open(file, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
+            for _, start, length in lines:
+                try:
+                    yield data[start : start + length].decode().removeprefix("\ufeff")
+                except UnicodeDecodeError:
+                    yield json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
 
 
 def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: str) -> Iterator[Row]:
@@ -386,7 +438,7 @@ def _text(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 
 
 READERS: dict[str, Callable[[Any, str, dict[str, Any]], Rows]] = {
-    **dict.fromkeys((".jsonl", ".json", ".ndjson"), _json),
+    **dict.fromkeys(JSON_SUFFIXES, _json),
     **dict.fromkeys((".csv", ".tsv"), _csv),
     **dict.fromkeys((".txt", ".md"), _text),
 }
@@ -405,6 +457,8 @@ def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, 
     if isinstance(batch, pa.Table):
         columns = zip(batch.column_names, batch.columns, strict=True)
         batch = {name: [*map(_from_arrow(cells.type), cells.to_pylist())] for name, cells in columns}
+    if START in batch:
+        batch[ROW] = _lines_at(batch[PLACE], batch.pop(START), batch.pop(LENGTH))
     for at, values in enumerate(zip(*batch.values(), strict=True), first):
         cells = dict(zip(batch, values, strict=True))
         number = cells.pop(NUMBER, at) + 1
