@@ -1,6 +1,7 @@
 """`ma-sft data build`: a mixture as a folder that `load_from_disk`, recipes and TRL read."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def build(config: Path, out: Path, *, allow_code: bool = False, **overrides: Any
         raise RecipeError(f"{config}: streaming: a stream cannot be saved; leave it out, memory stays constant anyway")
     mixture = load_mixture(**settings)
     assert isinstance(mixture.train, Dataset)
-    rows = DatasetDict({"train": mixture.train, **({"test": mixture.test} if mixture.test is not None else {})})
+    rows = {"train": mixture.train, **({"test": mixture.test} if mixture.test is not None else {})}
     sources, removed = mixture.report.sources, mixture.report.removed
     licences = {source.get("license") for source in sources}
-    report = {"ma_sft": __version__, "settings": settings, **mixture.report.to_dict()}
+    report = {"ma_sft": __version__, "settings": settings, **asdict(mixture.report)}
     card = DatasetCard.from_template(
         DatasetCardData(license=licences.pop() if len(licences) == 1 else "other"),
         template_str=CARD,
@@ -59,7 +60,7 @@ def build(config: Path, out: Path, *, allow_code: bool = False, **overrides: Any
         sources=sources,
     )
     with atomic_dir(out) as folder:
-        saved = rows if mixture.test is not None else mixture.train
+        saved = DatasetDict(rows) if len(rows) > 1 else mixture.train
         saved.save_to_disk(str(folder), num_proc=processes(settings.get("num_proc"), len(mixture.train)))
         (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2, default=str), "utf-8")
         card.save(folder / "README.md")

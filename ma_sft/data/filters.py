@@ -110,10 +110,7 @@ def load_tokenizer(name: str) -> Any:
     from ma_sft.demo import demo_model
     from ma_sft.hub import load_pretrained
 
-    try:
-        return load_pretrained(AutoTokenizer, str(demo_model() if name == "demo" else name))
-    except RecipeError as error:
-        raise RecipeError(f"filters: no tokenizer {name!r}: {error}") from None
+    return load_pretrained(AutoTokenizer, str(demo_model() if name == "demo" else name))
 
 
 def conversation_of(row: Row) -> list[Message]:
@@ -146,28 +143,27 @@ def column(rows: Dataset, name: str) -> "NDArray[Any]":
 
 def drop_duplicates(rows: Dataset, filters: Filters, report: Report, name: str, num_proc: int | None) -> Dataset:
     """The first of equal rows, and of near duplicates, where the filters ask for it; each is a stage of the report."""
-    if filters.exact_duplicates:
-        with report.stage(f"{name}: exact duplicates", len(rows)) as stage:
-            rows = _keep_first(rows, _firsts(column(rows, "_row")), "exact_duplicates", stage)
-    if filters.near_duplicates is not None:
-        with report.stage(f"{name}: near duplicates", len(rows)) as stage:
-            groups = chains(len(rows), near_duplicates(rows, filters.near_duplicates, num_proc))
-            rows = _keep_first(rows, groups, "near_duplicates", stage)
+    for why in ("exact_duplicates", "near_duplicates"):
+        if (setting := getattr(filters, why)) in (False, None):
+            continue
+        with report.stage(f"{name}: {why.replace('_', ' ')}", len(rows)) as stage:
+            exact = why == "exact_duplicates"
+            pairs = equal(column(rows, "_row")) if exact else near_duplicates(rows, setting, num_proc)
+            first = chains(len(rows), pairs)
+            keep = first == np.arange(len(rows))
+            gone = np.flatnonzero(~keep)
+            alike = zip(rows.select(gone[:EXAMPLES]), rows.select(first[gone[:EXAMPLES]])["origin"], strict=True)
+            stage.remove(why, len(gone), (_tell(row, f"like {other}") for row, other in alike))
+            rows = rows if keep.all() else rows.select(np.flatnonzero(keep))
     return rows
 
 
-def _firsts(keys: "NDArray[Any]") -> "NDArray[Any]":
-    """Of each row the first one with the same key; one with key 0 is alone."""
+def equal(keys: "NDArray[Any]") -> "NDArray[Any]":
+    """Pairs (int64, n x 2) of rows with the same key, which is not 0: the first of them and each other."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return np.where(keys == 0, np.arange(len(keys)), first[inverse])
-
-
-def _keep_first(rows: Dataset, first: "NDArray[Any]", why: str, stage: Any) -> Dataset:
-    keep = first == np.arange(len(rows))
-    gone = np.flatnonzero(~keep)
-    alike = zip(rows.select(gone[:EXAMPLES]), rows.select(first[gone[:EXAMPLES]])["origin"], strict=True)
-    stage.remove(why, len(gone), (_tell(row, f"like {other}") for row, other in alike))
-    return rows if keep.all() else rows.select(np.flatnonzero(keep))
+    pairs: NDArray[Any] = np.stack([first[inverse], np.arange(len(keys))], axis=1)
+    pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (keys != 0)]
+    return pairs
 
 
 def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None) -> "NDArray[Any]":
@@ -194,11 +190,7 @@ def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None
     ).with_format("numpy")
     pairs: list[NDArray[Any]] = []
     for name in names:
-        hashes = found.data.column(name).to_numpy()
-        order = np.argsort(hashes, kind="stable")
-        start = np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]])
-        leader = order[np.maximum.accumulate(np.where(start, np.arange(len(order)), 0))]
-        band = np.stack([leader, order], axis=1)[leader != order]
+        band = equal(column(found, name))
         for at in range(0, len(band), 10_000):
             left, right = (found[side]["signature"] for side in band[at : at + 10_000].T)
             pairs.append(band[at : at + 10_000][(left == right).mean(axis=1) >= threshold])
@@ -240,7 +232,7 @@ def split_held_out(
     keys = [column(rows, "_question")]
     if "group" in rows.column_names:
         keys.append(np.array([_hash(group or "") for group in rows["group"]]))
-    links = [np.stack([_firsts(key), np.arange(len(rows))], axis=1) for key in keys]
+    links = [equal(key) for key in keys]
     if near is not None:
         links.append(near_duplicates(rows, near, num_proc))
     _, groups, sizes = np.unique(chains(len(rows), np.concatenate(links)), return_inverse=True, return_counts=True)

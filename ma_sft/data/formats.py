@@ -6,10 +6,10 @@ further columns is used (`ma_sft.data.messages`), known to be harmless, refused,
 
 import re
 import string
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ma_sft.data.functions import load_function
@@ -41,7 +41,7 @@ from ma_sft.data.messages import (
     unknown_keys,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
+from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, check_sides, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
 TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column holds the whole conversation
@@ -103,16 +103,6 @@ MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """What a raw row says: messages, tools and template variables as JSON text, and columns that nothing read."""
-
-    messages: list[Message]
-    tools: str | None
-    chat_template_kwargs: str | None
-    unused: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Format:
     """Which columns a row must have, how it becomes messages, and whether these can hold more than text (`rich`).
 
@@ -124,7 +114,7 @@ class Format:
     rich: bool = False
     also: str = ""
 
-    @property
+    @cached_property
     def needs(self) -> list[list[str]]:
         return [names.split("|") for names in self.columns.split()]
 
@@ -328,33 +318,25 @@ def known_names(columns: frozenset[str], format: str | None = None) -> dict[str,
     return {theirs: ours for theirs, ours in names.items() if theirs != ours}
 
 
-def renamed(row: TrackedRow, format: str) -> TrackedRow:
-    """The row under the names that the format wants."""
-    names = known_names(frozenset(row), format)
-    return TrackedRow({names.get(column, column): value for column, value in row.items()}) if names else row
-
-
-def detect_format(row: Iterable[str], among: Collection[str] = FORMATS) -> str:
+def detect_format(row: Row, among: Collection[str] = FORMATS) -> str:
     """Name of the one format in `FORMATS` whose columns are all there, if need be under their `known_names`.
 
     Of two that fit, one that needs all columns of the other and more wins (`mmlu` over `question-answer`). `text` is
     only for rows that have no column of another format, and none that makes the text a part of something.
 
     Args:
-        row: the row, or the names of its columns alone; of several formats that fit, the row shows which ones work.
+        row: column -> value; of several formats that fit, the values tell which ones work.
         among: names of `FORMATS`; those of preferences alone, where both answers are wanted.
 
     Raises:
         FormatError: none fits, or several do; the message lists the columns and the formats that come nearest.
     """
-    given = dict(row.items()) if isinstance(row, Mapping) else dict.fromkeys(row)
-    given = given if among is FORMATS else spread(TrackedRow(given))
+    given = row if among is FORMATS else spread(TrackedRow(row))
     names = known_names(frozenset(given))
     values = {names.get(name, name): value for name, value in given.items()}
     columns = {*values}
     fits = {name: FORMATS[name].found(columns) for name in among if not FORMATS[name].missing(columns)}
-    if isinstance(row, Mapping):
-        fits = {name: own for name, own in fits.items() if _may_hold({key: values[key] for key in own}, name)} or fits
+    fits = {name: own for name, own in fits.items() if _may_hold({key: values[key] for key in own}, name)} or fits
     fits = {name: own for name, own in fits.items() if not any(own < other for other in fits.values())}
     if columns & (COLUMNS | STRANGERS) != {"text"}:
         fits.pop("text", None)
@@ -379,9 +361,9 @@ def _may_hold(values: Row, name: str) -> bool:
 
 def _nearest(columns: set[str], among: Collection[str]) -> str:
     """What to do about columns that no format has: by their names, else by what they seem to mean."""
-    near = {name: FORMATS[name].missing(columns) for name in among if name != "text"}
-    near = {name: missing for name, missing in near.items() if len(missing) < len(FORMATS[name].needs)}
-    best = [f"{name} (misses {', '.join(near[name])})" for name in sorted(near, key=lambda name: len(near[name]))[:3]]
+    near = [(FORMATS[name].missing(columns), name) for name in among if name != "text"]
+    near = sorted((each for each in near if len(each[0]) < len(FORMATS[each[1]].needs)), key=lambda each: len(each[0]))
+    best = [f"{name} (misses {', '.join(missing)})" for missing, name in near[:3]]
     advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
     if "text" in columns:
         advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"
@@ -413,28 +395,8 @@ def to_messages(row: Row, format: str | Callable[[Row], Any] | None = None) -> l
         FormatError: a row of no known format, a wrong field, roles out of order, no response to train on, a column that
             would change what the row means; as `BadAnswer` where the row says that its answer is a bad one.
     """
-    return read_row(row, format).messages
-
-
-def read_row(row: Row, format: str | Callable[[Row], Any] | None = None, *, merge: bool = False) -> Conversation:
-    """All that a raw row says; arguments and errors as `to_messages`, `merge` joins neighbours of one role."""
-    tracked = TrackedRow(row)
-    name = format or detect_format(tracked)
-    if isinstance(name, str) and name in FORMATS:
-        tracked = renamed(tracked, name)
-        messages = _known(tracked, name, merge)
-    else:
-        messages = conversation(load_function(name)(row), f"{name} gave messages")
-    tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, messages) | _foreign_roles(row.get("messages")) if name in FORMATS else {}
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if not answers:
-        raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
-    if all(m.get("train") is False for m in answers):
-        raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(is_blank(m) for m in answers):
-        raise FormatError("the response is empty, so there is nothing to train on")
-    return Conversation(messages, tools, variables, unused)
+    messages: list[Message] = read_row(row, format)["messages"]
+    return messages
 
 
 def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) -> Preference | None:
@@ -448,60 +410,68 @@ def to_preference(row: Row, format: str | Callable[[Row], Any] | None = None) ->
             itself or as `module:function` or `file.py:function`; None to go by the columns.
 
     Returns:
-        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses. There, a safe
-        response beats an unsafe one, and `better_response_id` decides between two safe ones (arXiv 2406.15513).
+        None where neither answer should be learned: PKU-SafeRLHF's rows with two unsafe responses, rows that are marked
+        as bad ones. There, a safe response beats an unsafe one, and `better_response_id` decides between two safe ones
+        (arXiv 2406.15513).
 
     Raises:
         FormatError: an unknown format, a missing or wrong field, an empty answer, or two equal answers.
     """
     try:
-        return read_sides(TrackedRow(row), format)
+        found = read_row(row, format, preference=True)
     except BadAnswer:
         return None
+    return {side: found[side] for side in ALIASES}
 
 
-def read_sides(row: TrackedRow, format: str | Callable[[Row], Any] | None) -> Preference:
-    """`to_preference`; raises `BadAnswer` where neither answer should be learned."""
-    name = format or detect_format(row, SIDES)
-    if isinstance(name, str) and name in SIDES:
-        found = SIDES[name](renamed(row, name))
-    elif given := load_function(name)(dict(row)):
-        found = SIDES["preference"](TrackedRow(given))
+def read_row(
+    row: Row, format: str | Callable[[Row], Any] | None = None, *, merge: bool = False, preference: bool = False
+) -> Row:
+    """A converted row: `messages`, or those of `prompt`, `chosen` and `rejected`; `tools` and `chat_template_kwargs` as
+    JSON text or None; and `unused`, what to say of columns that nothing read. `merge` joins neighbours of one role.
+
+    Errors as `to_messages`; `BadAnswer` also of a preference without a better side.
+    """
+    tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
+    name = format or detect_format(tracked, formats)
+    if known := isinstance(name, str) and name in formats:
+        if names := known_names(frozenset(tracked), name):
+            tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
+        found: Any = SIDES[name](tracked) if preference else _of_format(tracked, name)
+        in_turns = not preference and name != "text"
+        refuse_changing(tracked, name, {"label"} if in_turns else set())
+        if in_turns:
+            found = merge_turns(found) if merge else found
+            check_order(found, ", ".join(sorted(names[0] for names in FORMATS[name].needs)))
     else:
-        raise BadAnswer("neither answer is a good one")
-    for side in ("chosen", "rejected"):
-        check_order(found["prompt"] + found[side], f"prompt, {side}")
-        answers = [m for m in found[side] if m["role"] == "assistant"]
-        if all(is_blank(m) for m in answers):
-            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
-    if found["chosen"] == found["rejected"]:
-        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
-    return found
+        given = load_function(name)(row)
+        if preference and not given:
+            raise BadAnswer("neither answer is a good one")
+        found = SIDES["preference"](TrackedRow(given)) if preference else conversation(given, f"{name} gave messages")
+    (check_sides if preference else _check_answers)(found)
+    tools, variables = to_tools(tracked), to_template_kwargs(tracked)
+    unused = unused_of(tracked, found["prompt"] + found["chosen"] if preference else found) if known else {}
+    sides = found if preference else {"messages": found}
+    return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
 
 
-def _foreign_roles(turns: Any) -> dict[str, str]:
-    """Roles that no chat template knows, and as what they are read."""
-    roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)} if isinstance(turns, list) else set()
-    return {
-        f"role {role}": f"is read as {ROLES[role.lower()]}" for role in roles if ROLES.get(role.lower(), role) != role
-    }
-
-
-def _known(row: TrackedRow, name: str, merge: bool) -> list[Message]:
-    known = FORMATS[name]
-    if missing := known.missing({*row}):
+def _of_format(row: TrackedRow, name: str) -> list[Message]:
+    if missing := FORMATS[name].missing({*row}):
         like = ""
         with suppress(FormatError):
-            like = f"; this row looks like {detect_format({*row})!r}"
+            like = f"; this row looks like {detect_format(row)!r}"
         raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it{like}")
-    messages = known.convert(row)
-    refuse_changing(row, name)
-    if name == "text":
-        return messages
-    _check_marks(row, {"label"})  # KTO's
-    messages = merge_turns(messages) if merge else messages
-    check_order(messages, ", ".join(sorted(names[0] for names in known.needs)))
-    return messages
+    return FORMATS[name].convert(row)
+
+
+def _check_answers(messages: list[Message]) -> None:
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers:
+        raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
+    if all(m.get("train") is False for m in answers):
+        raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
+    if all(is_blank(m) for m in answers):
+        raise FormatError("the response is empty, so there is nothing to train on")
 
 
 @lru_cache(maxsize=10_000)
@@ -509,7 +479,7 @@ def _matches(pattern: re.Pattern[str], column: str) -> bool:
     return pattern.fullmatch(column) is not None
 
 
-def refuse_changing(row: TrackedRow, format: str) -> None:
+def refuse_changing(row: TrackedRow, format: str, more_marks: set[str]) -> None:
     """Raise `FormatError` at a column that nothing read and that would change what the row says.
 
     It is a `BadAnswer` where the column says that the row's answer is a bad one, or must not be trained.
@@ -521,18 +491,13 @@ def refuse_changing(row: TrackedRow, format: str) -> None:
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}"
                 f"{other}; if the row says the same without it, leave it out (ignore: [{field}])"
             )
-    _check_marks(row, MARKS | {"kto_tag"})
-
-
-def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
-    """Raise `BadAnswer` where an unread column marks the row's answer as a bad one, or one that is not trained."""
-    for field in sorted(row.keys() & {*fields} - row.used):
+    for field in sorted(row.keys() & (MARKS | {"kto_tag"} | more_marks) - row.used):
         value = dict.get(row, field)
         good = truth(value)
         if good is None and field in WEIGHTS and not is_empty(value):
             what = f"a row is trained (1) or not (0); found {show(value)}; if it says something else"
             raise FormatError(f"field {field!r}: {what}, leave it out (ignore: [{field}])")
-        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):
+        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):  # KTO's
             what = f"found {show(value)}; if it says whether the answer is good, write true or false"
             raise FormatError(f"field {field!r}: {what}, if not, leave it out (ignore: [{field}])")
         if good is (field in BAD):
@@ -542,7 +507,7 @@ def _check_marks(row: TrackedRow, fields: Iterable[str]) -> None:
 
 
 def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
-    """The columns, and the keys of turns, that nothing read and that may mean something, with what to say of them."""
+    """What to say of columns, and keys of turns, that nothing read and that may mean something, and of other roles."""
     found: dict[str, Any] = {}
     said = [messages, *(message["content"] for message in messages)]  # what stands there once more is not lost
     for column, value in row.items():
@@ -554,7 +519,11 @@ def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
             # ChatGLM names the tool that a turn calls in a text of metadata.
             calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
             found |= {f"{column}[].{k}": v for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}
-    return {column: f"is not used ({show(value)})" for column, value in found.items()}
+    told = {column: f"is not used ({show(value)})" for column, value in found.items()}
+    turns = dict.get(row, "messages")
+    roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)} if isinstance(turns, list) else set()
+    other = {role for role in roles if ROLES.get(role.lower(), role) != role}
+    return told | {f"role {role}": f"is read as {ROLES[role.lower()]}" for role in other}
 
 
 def to_messages_batch(
@@ -568,11 +537,11 @@ def to_messages_batch(
     columns: dict[str, list[Any]] = {"messages": [], "tools": []}
     for at, values in enumerate(zip(*batch.values(), strict=True)):
         try:
-            found = read_row(dict(zip(batch, values, strict=True)), format)
+            row = read_row(dict(zip(batch, values, strict=True)), format)
         except FormatError as error:
             raise FormatError(f"row {indices[at] + 1}: {error}" if indices else str(error)) from None
-        columns["messages"].append(found.messages)
-        columns["tools"].append(found.tools)
+        columns["messages"].append(row["messages"])
+        columns["tools"].append(row["tools"])
     return columns
 
 

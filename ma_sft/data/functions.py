@@ -124,7 +124,10 @@ def code_of(name: str | Callable[..., Any] | None) -> str:
     module, _, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
     if not module or not function:
         return ""
-    waiting = [Path(module)] if module.endswith(".py") else list(_files(_roots(), module))
+    # Installed packages have versions instead.
+    roots = [Path(entry or ".").absolute() for entry in sys.path]
+    roots = [root for root in roots if root != Path(ast.__file__).parent and not INSTALLED & set(root.parts)]
+    waiting = [Path(module)] if module.endswith(".py") else [*_files(roots, module)]
     found: dict[Path, str] = {}
     while waiting:
         file = waiting.pop().resolve()
@@ -132,16 +135,10 @@ def code_of(name: str | Callable[..., Any] | None) -> str:
             continue
         try:
             found[file] = file.read_text(encoding="utf-8")
-            waiting += _imports(file, ast.parse(found[file]))
+            waiting += _imports(file, ast.parse(found[file]), roots)
         except (SyntaxError, ValueError) as error:
             raise RecipeError(f"{file}, which {name!r} needs, is no Python: {error}") from None
     return "\0".join(found[file] for file in sorted(found))
-
-
-def _roots() -> list[Path]:
-    """The folders that modules of the user's are imported from; installed packages have versions instead."""
-    roots = [Path(entry or ".").absolute() for entry in sys.path]
-    return [root for root in roots if root != Path(ast.__file__).parent and not INSTALLED & set(root.parts)]
 
 
 def _files(bases: list[Path], module: str) -> Iterator[Path]:
@@ -151,12 +148,11 @@ def _files(bases: list[Path], module: str) -> Iterator[Path]:
         yield from (path / "__init__.py", path.with_name(f"{path.name}.py"))
 
 
-def _imports(file: Path, tree: ast.Module) -> Iterator[Path]:
+def _imports(file: Path, tree: ast.Module, roots: list[Path]) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            of = [getattr(node, "module", None)] if isinstance(node, ast.ImportFrom) else []
             level = getattr(node, "level", 0)
-            bases = [file.parents[level - 1]] if level else [file.parent, *_roots()]
-            for name in (".".join(filter(None, (*of, alias.name))) for alias in node.names):
+            bases = [file.parents[level - 1]] if level else [file.parent, *roots]
+            for name in (".".join(filter(None, (getattr(node, "module", ""), alias.name))) for alias in node.names):
                 if name.split(".")[0] != "ma_sft":
                     yield from _files(bases, name)

@@ -1,9 +1,10 @@
 """Where rows come from: files, globs, `save_to_disk` folders, hub ids, objects in memory; each row with its place.
 
-Parquet, Arrow, saved folders and the hub are read by `datasets` itself. Files of text go through its generator, a row
-as JSON text: its JSON reader makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other rows hold
-a list, and stops at a column that a later part of the file adds; its CSV reader takes a row with one cell too many for
-one with an index. Here, no value's meaning depends on other rows.
+Parquet, Arrow, saved folders and the hub are read by `datasets` itself. JSON Lines stay where they are, and are read as
+they are converted; other files of text go through the generator of `datasets`, a row as JSON text. Its own JSON reader
+makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other rows hold a list, and stops at a column
+that a later part of the file adds; its CSV reader takes a row with one cell too many for one with an index. Here, no
+value's meaning depends on other rows.
 """
 
 import csv
@@ -13,9 +14,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 from weakref import WeakValueDictionary
@@ -25,8 +27,10 @@ import fsspec
 import multiprocess
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from datasets.utils._dill import pklregister
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -34,7 +38,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ma_sft.data.messages import Row, are_objects, read_json, show_columns
 from ma_sft.errors import FormatError, RecipeError, one_line
 from ma_sft.hub import is_hub_id, load_dataset
-from ma_sft.utils import not_there
+from ma_sft.utils import atomic_dir, not_there
 from ma_sft.version import __version__
 
 __all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "rows_of", "table_rows"]
@@ -45,8 +49,9 @@ PLACES = {
     "folder": ("a saved data set", ("split",)),
     "hub": ("a hub data set", ("name", "split", "revision", "data_files", "data_dir")),
 }
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 OF_A_FILE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((".jsonl", ".json", ".ndjson"), ("field", "encoding")),
+    **dict.fromkeys(JSON_SUFFIXES, ("field", "encoding")),
     **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
     **dict.fromkeys((".parquet", ".arrow"), ()),
     **dict.fromkeys((".txt", ".md"), ("encoding", "sample_by")),
@@ -60,6 +65,9 @@ ENCODING = (
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "_row", "_place"
+START, LENGTH = "_start", "_length"  # in place of ROW: where its bytes are in the file
+CHUNK = 1 << 26  # bytes of a file that are looked through at once
+NUMBER = "_number"  # of a row that was drawn
 ERROR = "_error"
 SURROGATE = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
@@ -114,8 +122,6 @@ class Source:
             return value
         settings = dict(value) if isinstance(value, Mapping) and not isinstance(value, DatasetDict) else {"path": value}
         path = settings.get("path")
-        if isinstance(path, DatasetDict):
-            path = _of_split(path, settings.get("split") or defaults.get("split", "train"), "the data set")
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
@@ -160,21 +166,19 @@ def kind_of(path: str) -> str:
     return (os.path.splitext(stem)[1] if suffix in PACKED else suffix).lower()
 
 
-def load_rows(
-    source: Source, *, seed: int = 0, streaming: bool = False
-) -> tuple[Dataset | IterableDataset, np.ndarray[Any, Any] | None]:
-    """The raw rows of a source, for `rows_of`; and their numbers in it if they were drawn. Errors as `load_mixture`."""
+def load_rows(source: Source, *, seed: int = 0, streaming: bool = False) -> Any:
+    """The raw rows of a source, a data set or a stream, for `rows_of`. Errors as `load_mixture`."""
     rows = _load(source, streaming)
     if not (isinstance(source.rows, IterableDataset) and rows.features is None):
         rows = rows.with_format("arrow")  # its types tell a null that was written from one that Arrow fills in
     if streaming:
-        return (rows.take(source.limit) if source.limit else rows), None
+        return rows.take(source.limit) if source.limit else rows
     if len(rows) == 0:
         raise FormatError(f"{source.path}: the data set is empty; give at least one row")
     if source.limit is None or source.limit >= len(rows):
-        return rows, None
+        return rows
     drawn = np.sort(np.random.default_rng(seed).choice(len(rows), source.limit, replace=False))
-    return rows.select(drawn), drawn
+    return rows.add_column(NUMBER, np.arange(len(rows))).select(drawn)
 
 
 def _load(source: Source, streaming: bool) -> Any:
@@ -190,7 +194,10 @@ def _load(source: Source, streaming: bool) -> Any:
         if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
         rows = load_from_disk(path)
-        rows = _of_split(rows, source.split, path) if isinstance(rows, DatasetDict) else rows
+    if isinstance(rows, DatasetDict):
+        if source.split not in rows:
+            raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(rows)}; set split")
+        rows = rows[source.split]
     if isinstance(rows, IterableDataset):
         if not streaming:
             raise RecipeError(f"{path} is a stream: set dataset_streaming (streaming=True), or pass a Dataset")
@@ -213,12 +220,6 @@ def _as_json(rows: Any) -> Iterator[Row]:
         yield {ROW: json.dumps(row, default=lambda value: _text_of_bytes(value) or str(value))}
 
 
-def _of_split(saved: DatasetDict, split: str, path: str) -> Dataset:
-    if split not in saved:
-        raise RecipeError(f"{path} has no split {split!r}, it has {', '.join(saved)}; set split")
-    return saved[split]
-
-
 def _load_files(source: Source, streaming: bool) -> Any:
     path = source.path
     files = [path] if Path(path).is_file() else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
@@ -233,18 +234,61 @@ def _load_files(source: Source, streaming: bool) -> Any:
         make: Any = IterableDataset if streaming else Dataset
         stamped = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
         how = {key: getattr(source, key) for key in OF_ANY_FILE}
+        if not streaming and (found := _load_lines(stamped, how)) is not None:
+            return found
         return make.from_generator(
             read_files,
             features=Features({ROW: Value("string"), PLACE: Value("string")}),
             gen_kwargs={"files": stamped, "how": how, "version": __version__},
         )
     except (DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        cause = error.__cause__ or error
         if isinstance(cause, FormatError):
             raise cause from None
-        if "corresponds to no data" in str(error):
-            raise FormatError(f"{path}: the data set is empty; give at least one row") from None
         raise FormatError(f"{path}: cannot be read as {kind_of(path)[1:]}: {one_line(cause)[:200]}") from None
+
+
+def _load_lines(files: list[tuple[str, int, int]], how: dict[str, Any]) -> Dataset | None:
+    """Where the rows of JSON Lines in UTF-8 are: they are read when they are converted. None for other files."""
+    if how["field"] or how["encoding"] or any(os.path.splitext(file)[1] not in JSON_SUFFIXES for file, *_ in files):
+        return None
+    fingerprint = Hasher.hash((files, __version__))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines" / fingerprint
+    if not folder.is_dir():
+        tables = [_find_lines(file) for file, *_ in files]
+        if None in tables:
+            return None
+        with atomic_dir(folder) as target:
+            Dataset(pa.concat_tables(tables), fingerprint=fingerprint).save_to_disk(target)
+    return Dataset.load_from_disk(str(folder))
+
+
+def _find_lines(file: str) -> pa.Table | None:
+    with open(file, "rb") as stream:
+        head = [*itertools.islice(filter(bytes.strip, stream), 2)]
+    if not head or not _has_a_row_a_line([line.decode("utf-8-sig", "replace") for line in head]):
+        return None
+    data = np.memmap(file, np.uint8, mode="r")
+    ends = [at + np.flatnonzero(data[at : at + CHUNK] == ord("\n")) for at in range(0, len(data), CHUNK)]
+    bounds = np.concatenate([[-1], *ends, [len(data)]])
+    starts, lengths = bounds[:-1] + 1, np.diff(bounds) - 1
+    # Blank lines are no rows; a long one is none of these
+    blank = [n for n in np.flatnonzero(lengths < 16) if not bytes(data[starts[n] : starts[n] + lengths[n]]).strip()]
+    lines = np.delete(np.arange(len(starts)), blank)
+    places = pc.binary_join_element_wise(file, pc.cast(pa.array(lines + 1), pa.string()), ", line ")
+    return pa.table({PLACE: places, START: starts[lines], LENGTH: lengths[lines]})
+
+
+def _lines_at(places: list[str], starts: list[int], lengths: list[int]) -> Iterator[str]:
+    """The JSON text of rows of `_load_lines`."""
+    rows = zip(places, starts, lengths, strict=True)
+    for file, lines in itertools.groupby(rows, key=lambda row: row[0].rpartition(", ")[0]):
+        with open(file, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
+            for _, start, length in lines:
+                try:
+                    yield data[start : start + length].decode().removeprefix("\ufeff")
+                except UnicodeDecodeError:
+                    yield json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
 
 
 def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: str) -> Iterator[Row]:
@@ -252,8 +296,7 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
 
     Times and sizes of `files` tell `datasets`' cache that they changed; `how` has the fields of `OF_ANY_FILE`.
     """
-    if not any(size for _, _, size in files):
-        raise FormatError(f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty")
+    empty = True
     for file, _, _ in files:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
@@ -266,12 +309,17 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
                     if not text.isascii() and (broken := SURROGATE.search(text)):
                         of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
                         text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"} if of_a_byte else json.loads(text))
+                    empty = False
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:
             raise
         except Exception as error:  # each compression library has its own
             hint = f"; {ENCODING}" if isinstance(error, UnicodeDecodeError) else ""
             raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}{hint}") from None
+    if empty:
+        raise FormatError(
+            f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty; give at least one row"
+        )
 
 
 Rows = Iterator[tuple[str, str]]  # place in the file, row as JSON text
@@ -281,12 +329,11 @@ _dump = partial(json.dumps, ensure_ascii=False)
 def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     """A row a line; or a list of rows; or one object, which is a row or holds them."""
     head: list[str] = []
-    for line in stream:
+    while len(full := [line for line in head if line.strip()]) < 2 and (line := stream.readline()):
         head.append(line)
-        if len(list(filter(str.strip, head))) == 2:
-            break
-    full = [line for line in head if line.strip()]
-    if kind_of(where) not in READERS and full and full[0].lstrip()[0] not in "{[":
+    if not full:
+        return
+    if kind_of(where) not in READERS and full[0].lstrip()[0] not in "{[":
         raise FormatError(
             f"the file {where!r} exists, but it is none of {', '.join(OF_A_FILE)}; save its rows as one of them "
             "(a spreadsheet as CSV in UTF-8), and end its name so"
@@ -301,7 +348,7 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 
 def _has_a_row_a_line(lines: list[str]) -> bool:
     """Whether the first lines of a file with anything on them begin JSON Lines, rather than one JSON document."""
-    first = lines[0].rstrip() if lines else ""
+    first = lines[0].rstrip()
     try:
         json.loads(first)
     except RecursionError:
@@ -389,7 +436,7 @@ def _text(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 
 
 READERS: dict[str, Callable[[Any, str, dict[str, Any]], Rows]] = {
-    **dict.fromkeys((".jsonl", ".json", ".ndjson"), _json),
+    **dict.fromkeys(JSON_SUFFIXES, _json),
     **dict.fromkeys((".csv", ".tsv"), _csv),
     **dict.fromkeys((".txt", ".md"), _text),
 }
@@ -400,31 +447,35 @@ def _short(file: str) -> str:
     return file.removeprefix(os.path.join(os.getcwd(), ""))
 
 
-def rows_of(batch: Any, indices: Sequence[int], source: Source) -> Iterator[tuple[str, str, Row | FormatError]]:
-    """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`."""
+def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, Row | FormatError]]:
+    """(where for an error, `file:line`, row or why it is none) of each row in a batch of `load_rows`.
+
+    `first` is the number of the batch's first row, from 0.
+    """
     if isinstance(batch, pa.Table):
         columns = zip(batch.column_names, batch.columns, strict=True)
-        batch = {name: [*map(_from_arrow(cells.type) or _same, cells.to_pylist())] for name, cells in columns}
-    for at, index in enumerate(indices):
-        where, origin = f"{source.path}, row {index + 1}", f"{source.path}:{index + 1}"
-        if PLACE in batch:
-            where = _short(batch[PLACE][at])
+        batch = {name: [*map(_from_arrow(cells.type), cells.to_pylist())] for name, cells in columns}
+    if START in batch:
+        batch[ROW] = _lines_at(batch[PLACE], batch.pop(START), batch.pop(LENGTH))
+    for at, values in enumerate(zip(*batch.values(), strict=True), first):
+        cells = dict(zip(batch, values, strict=True))
+        number = cells.pop(NUMBER, at) + 1
+        where, origin = f"{source.path}, row {number}", f"{source.path}:{number}"
+        if PLACE in cells:
+            where = _short(cells[PLACE])
             file, _, place = where.rpartition(", ")
             origin = f"{file}:{place.rpartition(' ')[2]}"
-        if ROW in batch:
-            row = _parse(batch[ROW][at])
-        else:
-            origin = batch["origin"][at] if "origin" in batch else origin  # what `ma-sft data build` wrote
-            row = {key: values[at] for key, values in batch.items()}
-        yield where, origin, _mapped(row, source) if isinstance(row, dict) else row
+        row = _parse(cells[ROW]) if ROW in cells else cells
+        # What `ma-sft data build` wrote has origins.
+        yield where, cells.get("origin", origin), _mapped(row, source) if isinstance(row, dict) else row
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """How a value of an Arrow type becomes the JSON that it was made from; None if it is that already.
+def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any]:
+    """How a value of an Arrow type becomes the JSON that it was made from; `_same` if it is that already.
 
     Arrow gives each object every key that any row has: a null argument of a tool call would be learned. So the nulls of
     its objects go. `datasets`' `Json` holds the text of an object: there, a null was written, and stays.
@@ -432,12 +483,12 @@ def _from_arrow(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if isinstance(kind, pa.JsonType):
         return lambda text: None if text is None else json.loads(text)
     if pa.types.is_struct(kind):
-        inner = {field.name: _from_arrow(field.type) or _same for field in kind}
+        inner = {field.name: _from_arrow(field.type) for field in kind}
         return lambda value: value and {key: inner[key](item) for key, item in value.items() if item is not None}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         convert = _from_arrow(kind.value_type)
-        return convert and (lambda values: values and [convert(value) for value in values])
-    return _text_of_bytes if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
+        return _same if convert is _same else lambda values: values and [*map(convert, values)]
+    return _text_of_bytes if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else _same
 
 
 def _text_of_bytes(value: Any) -> Any:
@@ -512,9 +563,8 @@ class Inherited:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if multiprocess.get_start_method() == "fork":
-            return _inherited, (id(self),)
-        return Inherited, (self.function,)
+        forked = multiprocess.get_start_method() == "fork"
+        return (_inherited, (id(self),)) if forked else (Inherited, (self.function,))
 
 
 def _inherited(key: int) -> Inherited:

@@ -324,12 +324,11 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
 
 
 def _pair(turn: dict[str, Any], where: str) -> list[Message]:
-    texts = {key: turn[key] for key in PAIR_ROLES if key in turn and not (key == "system" and not turn[key])}
-    messages: list[Message] = []
-    for key, text in texts.items():
-        messages.append({"role": PAIR_ROLES[key], "content": check_text(text, f"{where}.{key}")})
+    keys = [key for key in PAIR_ROLES if key in turn and (key != "system" or turn[key])]
+    messages: list[Message]
+    messages = [{"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys]
     if len({m["role"] for m in messages}) < len(messages):
-        raise FormatError(f"field {where!r}: one question and one answer expected, found {list(texts)}")
+        raise FormatError(f"field {where!r}: one question and one answer expected, found {keys}")
     if not _is_trained(turn, where):
         messages[-1]["train"] = False
     return messages
@@ -347,9 +346,10 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
     for key, value in marks.items():
         if value is None:
             raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(turn[key])}")
-    if len({value != (key in BAD) for key, value in marks.items()}) > 1:
+    verdicts = {value != (key in BAD) for key, value in marks.items()}
+    if len(verdicts) > 1:
         raise FormatError(f"field {where!r}: {' and '.join(marks)} contradict each other")
-    return all(value != (key in BAD) for key, value in marks.items())
+    return verdicts != {False}
 
 
 def _read_content(message: Message, content: Any, where: str, optional: bool = False) -> list[Message]:
@@ -461,7 +461,9 @@ def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = Fals
     """The messages of a row with its system message, its `history` and, unless `whole` turns may have it, its text."""
     _add_text(row, messages, whole)
     start = 1 if messages and messages[0]["role"] == "system" else 0
-    messages = [*messages[:start], *_history(row), *messages[start:]]
+    history = from_json(row.get("history"), "history", begins="[")
+    before = [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
+    messages = [*messages[:start], *before, *messages[start:]]
     systems = [message for key in SYSTEM if key in row for message in _system(row[key], key)]
     if any(message != (messages if start else systems)[0] for message in systems):
         raise FormatError("two different system messages in one row; leave one out (ignore: [column])")
@@ -475,11 +477,6 @@ def _system(value: Any, field: str) -> list[Message]:
         parts = value.get("parts", value.get("content")) if isinstance(value, dict) else value  # Vertex
         value = {"role": "system", "content": parts}
     return conversation(value, field, "system")
-
-
-def _history(row: TrackedRow) -> list[Message]:
-    history = from_json(row.get("history"), "history", begins="[")
-    return [] if is_empty(history) else conversation(list_of_turns(history, "history"), "history")
 
 
 def _add_text(row: TrackedRow, messages: list[Message], whole: bool) -> None:

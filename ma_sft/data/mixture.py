@@ -13,19 +13,10 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
 from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
-from ma_sft.data.formats import (
-    FORMATS,
-    detect_format,
-    message_features,
-    read_row,
-    read_sides,
-    refuse_changing,
-    renamed,
-    unused_of,
-)
+from ma_sft.data.formats import FORMATS, detect_format, message_features, read_row
 from ma_sft.data.functions import code_of
 from ma_sft.data.load import Source, load_rows, processes, rows_of
-from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns, to_template_kwargs, to_tools
+from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
@@ -93,29 +84,29 @@ def load_mixture(
         raise RecipeError(f"datasets: a list of sources expected, found {datasets!r}")
     defaults = {"format": format, "system_prompt": system_prompt, "merge_turns": merge_turns, "split": split}
     sources = [Source.of(source, **defaults) for source in datasets]
-    probabilities = _probabilities(sources)
-    combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=probabilities)
-    filters = Filters.of(filters, tokenizer)
-    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
-    if streaming:
-        if test_size is not None or (len(sources) > 1 and not probabilities):
-            raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
-        parts = mixer.convert(sources)
-        stream = (combine(parts) if probabilities else parts[0]).remove_columns(KEYS)
-        return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, mixer.report)
-    rows, test = mixer.filter(concatenate_datasets(mixer.convert(sources))), None
-    if test_size is not None:
-        rows, test = mixer.hold_out(rows, test_size, test_near_duplicates)
-    rows = mixer.draw(rows, combine if probabilities else None)
-    return Mixture(rows.remove_columns(KEYS), test, mixer.report)
-
-
-def _probabilities(sources: Sequence[Source]) -> list[float] | None:
-    """The share of each source, None where none has a weight."""
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and (len(weights) != len(sources) or sum(weights) <= 0):
         raise RecipeError("weight: all sources need one, or none; and one above 0")
-    return [weight / sum(weights) for weight in weights] or None
+    shares = [weight / sum(weights) for weight in weights] or None
+    combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=shares)
+    filters = Filters.of(filters, tokenizer)
+    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
+    if streaming:
+        if test_size is not None or (len(sources) > 1 and not weights):
+            raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
+        parts = mixer.convert(sources)
+        stream = (combine(parts) if weights else parts[0]).remove_columns(KEYS)
+        return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, mixer.report)
+    rows, test = mixer.filter(concatenate_datasets(mixer.convert(sources))), None
+    if test_size is not None:
+        with mixer.report.stage("hold out", len(rows)) as stage:
+            procs = processes(num_proc, len(rows))
+            train, held_out = split_held_out(rows, test_size, seed=seed, near=test_near_duplicates, num_proc=procs)
+            stage.remove("held out", len(held_out))
+            test = rows.select(held_out).shuffle(seed=seed).remove_columns(KEYS)
+            rows = rows.select(train)
+    rows = mixer.draw(rows, combine if weights else None)
+    return Mixture(rows.remove_columns(KEYS), test, mixer.report)
 
 
 def read_mixture(path: str | Path) -> dict[str, Any]:
@@ -124,9 +115,8 @@ def read_mixture(path: str | Path) -> dict[str, Any]:
 
     settings = read_yaml(Path(path))
     known = inspect.signature(load_mixture).parameters
-    for key in settings:
-        if key not in known:
-            raise RecipeError(f"{path}: unknown key {key!r}{nearest(key, dict(known))}; keys are {', '.join(known)}")
+    for key in settings.keys() - known:
+        raise RecipeError(f"{path}: unknown key {key!r}{nearest(key, dict(known))}; keys are {', '.join(known)}")
     if "datasets" not in settings:
         raise RecipeError(f"{path}: no data: set datasets, a list of sources")
     return settings
@@ -152,49 +142,49 @@ class _Mixer:
         loaded = []
         for source in sources:
             with self.report.stage(f"{source.path}: read") as stage:
-                rows, numbers = load_rows(source, seed=self.seed, streaming=self.streaming)
-                stage.rows_in = 0 if self.streaming else len(rows)
-            self.sources.append(replace(source, format=source.format or self._detect(rows, source)))
-            loaded.append((rows, numbers))
+                loaded.append(load_rows(source, seed=self.seed, streaming=self.streaming))
+                stage.rows_in = 0 if self.streaming else len(loaded[-1])
+            self.sources.append(replace(source, format=source.format or self._detect(loaded[-1], source)))
         formats = [source.format for source in self.sources]
         rich = any(not isinstance(name, str) or name not in FORMATS or FORMATS[name].rich for name in formats)
         columns = message_features(*(SIDES if self.kind == "preference" else ()), rich=rich)
         texts = ["chat_template_kwargs", "source", "origin", *(["group"] if any(s.group_by for s in sources) else [])]
         columns |= dict.fromkeys((*texts, *REASONS), Value("string")) | dict.fromkeys(KEYS, Value("int64"))
         features = Features(columns)
-        return [self._convert(part, *each, features=features) for part, each in enumerate(loaded)]
+        return [self._convert(part, rows, features) for part, rows in enumerate(loaded)]
 
     def _detect(self, rows: Any, source: Source) -> str:
         """The format of the first row; with `on_error="skip"`, of the first that has one."""
         batch = next(iter(rows.take(100).iter(100)), None)
         if batch is None:
             raise FormatError(f"{source.path}: the data set is empty; give at least one row")
-        numbers = range(len(batch) if isinstance(batch, pa.Table) else len(next(iter(batch.values()))))
         if source.columns:
-            whole = list(rows_of(batch, numbers, replace(source, columns=None, ignore=())))
+            whole = list(rows_of(batch, 0, replace(source, columns=None, ignore=())))
             known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
             if known and (missing := [old for old in source.columns if old not in known]):
                 what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
                 raise FormatError(f"{whole[0][0]}: {what}")
-        first = None
-        for where, _, row in rows_of(batch, numbers, source):
+        errors = []
+        for where, _, row in rows_of(batch, 0, source):
             try:
                 if isinstance(row, FormatError):
                     raise row
                 return detect_format(TrackedRow(row), PREFERENCES if self.kind == "preference" else FORMATS)
             except FormatError as error:
-                first = first or FormatError(f"{where}: {error}")
+                errors.append(FormatError(f"{where}: {error}"))
                 if self.on_error == "raise":
                     break
-        raise first or FormatError(f"{source.path}: no row")
+        raise errors[0]
 
-    def _convert(self, part: int, rows: Any, numbers: Any, *, features: Features) -> Any:
+    def _convert(self, part: int, rows: Any, features: Features) -> Any:
         source = self.sources[part]
         filters = [Filters.of(source.filters, self.tokenizer), self.filters]
         code = "\0".join((__version__, code_of(source.format), *(code_of(each.function) for each in filters)))
         compared = self.split or any(each.exact_duplicates for each in filters)
         source = replace(source, rows=None, filters=None)
-        function = _Converter(source, part, features.arrow_schema, self.on_error, numbers, filters, compared, code)
+        how: dict[str, Any] = {"source": source, "part": part, "schema": features.arrow_schema}
+        how |= {"on_error": self.on_error, "filters": filters, "compared": compared, "code": code}
+        function = partial(_convert_batch, **how)
         settings = {"batched": True, "with_indices": True, "features": features}
         if not self.streaming:
             settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
@@ -228,14 +218,6 @@ class _Mixer:
             rows = rows.remove_columns("chat_template_kwargs")  # TRL would take its nulls for variables
         return drop_duplicates(rows, self.filters, self.report, "all", processes(self.num_proc, len(rows)))
 
-    def hold_out(self, rows: Dataset, size: float, near: float | None) -> tuple[Dataset, Dataset]:
-        """Training rows and held-out rows."""
-        with self.report.stage("hold out", len(rows)) as stage:
-            procs = processes(self.num_proc, len(rows))
-            train, test = split_held_out(rows, size, seed=self.seed, near=near, num_proc=procs)
-            stage.remove("held out", len(test))
-            return rows.select(train), rows.select(test).shuffle(seed=self.seed).remove_columns(KEYS)
-
     def draw(self, rows: Dataset, combine: Any) -> Dataset:
         """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
         parts = column(rows, "_part")
@@ -254,66 +236,50 @@ class _Mixer:
         return rows
 
 
-@dataclass
-class _Converter:
-    """For `datasets.map`: raw rows, a table or a mapping, as the same of conversations.
-
-    `code` is for the fingerprint: an edited function is run again.
-    """
-
-    source: Source
-    part: int
-    schema: pa.Schema
-    on_error: str
-    numbers: Any
-    filters: list[Filters]
-    compared: bool
-    code: str
-
-    def __call__(self, batch: Any, indices: list[int]) -> Any:
-        records: list[Row] = []
-        told: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
-        numbers = indices if self.numbers is None else self.numbers[indices].tolist()
-        for where, origin, row in rows_of(batch, numbers, self.source):
-            record: Row = {"source": self.source.path, "_part": self.part, "error": "", "removed_by": ""}
-            records.append(record | {"origin": origin})
-            try:
-                if isinstance(row, FormatError):
-                    raise row
-                records[-1] |= (found := _record(row, self.source, "prompt" in self.schema.names, told))
-                records[-1] |= hashes_of(found) if self.compared and not found.get("removed_by") else {}
-            except (FormatError, RecursionError) as error:
-                if not isinstance(error, BadAnswer) and self.on_error == "raise":
-                    raise FormatError(f"{where}: {error}") from None
-                why = BAD_ANSWER if isinstance(error, BadAnswer) else BROKEN
-                records[-1] |= {"error": f"{where}: {error}", "removed_by": why}
-        for filters in self.filters:
-            filters.mark(records)
-        found = {name: [record.get(name) for record in records] for name in self.schema.names}
-        return pa.Table.from_pydict(found, schema=self.schema) if isinstance(batch, pa.Table) else found
+def _convert_batch(
+    batch: Any,
+    indices: list[int],
+    *,
+    source: Source,
+    part: int,
+    schema: pa.Schema,
+    on_error: str,
+    filters: list[Filters],
+    compared: bool,
+    code: str,  # for the fingerprint: an edited function is run again
+) -> Any:
+    """For `datasets.map`: raw rows, a table or a mapping, as the same of conversations."""
+    records: list[Row] = []
+    told: set[str] = set()  # columns that are not used, and that an earlier row of the batch told
+    for where, origin, row in rows_of(batch, indices[0], source):
+        record: Row = {"source": source.path, "_part": part, "error": "", "removed_by": ""}
+        records.append(record | {"origin": origin})
+        try:
+            if isinstance(row, FormatError):
+                raise row
+            records[-1] |= (found := _record(row, source, "prompt" in schema.names, told))
+            records[-1] |= hashes_of(found) if compared else {}
+        except (FormatError, RecursionError) as error:
+            if not isinstance(error, BadAnswer) and on_error == "raise":
+                raise FormatError(f"{where}: {error}") from None
+            why = BAD_ANSWER if isinstance(error, BadAnswer) else BROKEN
+            records[-1] |= {"error": f"{where}: {error}", "removed_by": why}
+    for each in filters:
+        each.mark(records)
+    found = {name: [record.get(name) for record in records] for name in schema.names}
+    return pa.Table.from_pydict(found, schema=schema) if isinstance(batch, pa.Table) else found
 
 
 def _record(row: Row, source: Source, preference: bool, told: set[str]) -> Row:
     """The columns of a converted row."""
-    if preference:
-        known = source.format in PREFERENCES
-        tracked = renamed(TrackedRow(row), source.format) if known else TrackedRow(row)
-        sides: Row = read_sides(tracked, source.format)
-        tools, kwargs, unused = to_tools(tracked), to_template_kwargs(tracked), {}
-        if known:
-            refuse_changing(tracked, str(source.format))
-            unused = unused_of(tracked, sides["prompt"] + sides["chosen"])
-    else:
-        read = read_row(row, source.format, merge=source.merge_turns)
-        sides, tools, kwargs, unused = {"messages": read.messages}, read.tools, read.chat_template_kwargs, read.unused
-    start = sides["prompt" if preference else "messages"]
+    record = read_row(row, source.format, merge=source.merge_turns, preference=preference)
+    start = record["prompt" if preference else "messages"]
     if source.system_prompt and start[0]["role"] != "system":
         start.insert(0, {"role": "system", "content": source.system_prompt})
-    record = {**sides, "tools": tools, "chat_template_kwargs": kwargs}
     if source.group_by:
         if row.get(source.group_by) is None:
             raise FormatError(f"field {source.group_by!r} is missing or null; group_by needs it")
         record["group"] = json.dumps(row[source.group_by], sort_keys=True, default=str)
-    unused = {name: shown for name, shown in unused.items() if name != source.group_by and name not in told}
+    unused = {name: shown for name, shown in record["unused"].items() if name != source.group_by and name not in told}
     told.update(unused)
     return record | {"unused": json.dumps(unused) if unused else None}

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.data.messages import SHOWN_COLUMNS
@@ -94,13 +94,6 @@ class Report(Readable):
     def filtered(self) -> dict[str, int]:
         """Rows that each filter removed."""
         return {why: n for why, n in self.removed.items() if why not in (*NOT_CONVERTED, *NOT_DRAWN)}
-
-    @property
-    def unused(self) -> dict[str, dict[str, str]]:
-        return unused_columns(self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __rich__(self) -> "RenderableType":
         from rich.console import Group

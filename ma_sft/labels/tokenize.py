@@ -336,14 +336,14 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     sources = _sources(settings, held_out)
     if data.filters or data.test_size or len(sources) != 1:
         raise RecipeError("formatting_func takes one source, no filters and no test_size; see `ma-sft data build`")
-    rows, numbers = load_rows(sources[0], seed=settings.training.seed)
+    rows = load_rows(sources[0], seed=settings.training.seed)
     collator = make_collator(settings, tokenizer)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] else []
     ends = None  # with eos_token and instruction_template set, the recipe says that this text ends a turn
     if "eos_token" in settings.chosen and labels.instruction_template:
         after = rf"\s*(?:{re.escape(labels.instruction_template.strip())}|$)"
         ends = re.compile(f"{re.escape(str(tokenizer.eos_token))}(?={after})")
-    to_texts = _checked_texts(str(labels.formatting_func), sources[0], numbers)
+    to_texts = _checked_texts(str(labels.formatting_func), sources[0])
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         texts, origins = to_texts(batch, indices)
@@ -365,12 +365,9 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
 
 
 def _checked_texts(
-    name: str, source: "Source", numbers: Any
+    name: str, source: "Source"
 ) -> Callable[[dict[str, list[Any]], list[int]], tuple[list[str], list[str]]]:
-    """The texts that the user's function gives of a batch of raw rows, and where each row stands.
-
-    `numbers` are the places of the rows in their source.
-    """
+    """The texts that the user's function gives of a batch of raw rows, and where each row stands."""
     from ma_sft.data.functions import TextFunction
     from ma_sft.data.load import rows_of
     from ma_sft.data.messages import check_text
@@ -380,7 +377,7 @@ def _checked_texts(
     def texts_of(batch: dict[str, list[Any]], indices: list[int]) -> tuple[list[str], list[str]]:
         rows: list[dict[str, Any]] = []
         origins: list[str] = []
-        for where, origin, row in rows_of(batch, indices if numbers is None else numbers[indices].tolist(), source):
+        for where, origin, row in rows_of(batch, indices[0], source):
             if not isinstance(row, dict):
                 raise FormatError(f"{where}: {row}")
             rows.append(row)

@@ -176,10 +176,9 @@ def _sources(data: str, split: str, columns: str | None) -> tuple[list[dict[str,
     from ma_sft.data.load import Source, load_rows, rows_of
 
     found = _files(Path(data)) if Path(data).is_dir() else [{"path": data}]
-    loaded = [(source := Source.of(entry, split=split), load_rows(source)[0]) for entry in found]
+    loaded = [(source := Source.of(entry, split=split), load_rows(source)) for entry in found]
     source, rows = loaded[0]
-    some = range(min(len(rows), 20))
-    first: Any = next((row for _, _, row in rows_of(rows[: len(some)], some, source) if isinstance(row, dict)), {})
+    first: Any = next((row for _, _, row in rows_of(rows[:20], 0, source) if isinstance(row, dict)), {})
     meaning = dict(pair.split("=", 1) for pair in columns.split(",")) if columns else _meaning(first)
     if wrong := [name for name in meaning if name not in first]:
         raise RecipeError(f"--columns: there is no column {wrong[0]!r}, there are {', '.join(first)}")

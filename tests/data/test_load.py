@@ -103,23 +103,16 @@ def test_both_forms_of_formatting_func(count):
     ):
         assert TextFunction(function)(rows) == [f"Red {i}?!" for i in range(count)]
     assert TextFunction("question-answer")([{"instruction": "a", "output": "b"}]) == ["###Question: a\n###Answer: b"]
-
-
-def test_a_batch_function_that_gives_too_few_texts():
-    texts = TextFunction(lambda batch: batch["q"][:2])
     with pytest.raises(FormatError, match="a list of 3 texts for 3 rows expected, found list"):
-        texts([{"q": "x"}] * 3)
+        TextFunction(lambda batch: batch["q"][:2])([{"q": "x"}] * 3)
 
 
 ROWS = Dataset.from_dict({"n": range(9)})
 
 
-def test_datasets_keeps_what_decides_the_rows_in_fingerprint():
+def test_datasets_keeps_what_decides_the_rows_in_fingerprint_and_their_order_in_indices():
     mapped = ROWS.map(lambda row: {"n": row["n"] + 1}, new_fingerprint="mine")
     assert fingerprint_of(mapped) == "mine" and fingerprint_of(ROWS) not in ("mine", fingerprint_of(ROWS.select([1])))
-
-
-def test_datasets_keeps_the_order_of_rows_in_indices():
     assert table_rows(ROWS) is None
     shuffled = ROWS.shuffle(seed=3)
     rows = table_rows(shuffled)

@@ -17,6 +17,7 @@ from ma_sft.data.functions import formatting_func
 from ma_sft.data.load import Source
 from ma_sft.data.messages import BadAnswer, to_tools
 from ma_sft.data.mixture import load_mixture
+from ma_sft.data.stages import unused_columns
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.labels.tokenize import label
 
@@ -108,7 +109,7 @@ def test_marks_of_a_row_are_followed(name):
             with pytest.raises(BadAnswer, match="marks a bad answer"):
                 to_messages({**row, name: bad}, form)
     good = {"question": "q", "answer": "a", name: name != "rejected"}
-    assert read_row(good).unused == {}
+    assert read_row(good)["unused"] == {}
 
 
 def test_bad_answers_are_counted_and_never_trained(tmp_path):
@@ -118,10 +119,10 @@ def test_bad_answers_are_counted_and_never_trained(tmp_path):
     assert [row["messages"][1]["content"] for row in rows] == ["Paris"]
     assert report.skipped == 1 and report.stages[1].removed == {"bad answers": 1}
     assert "line 2: field 'label': bool false marks a bad answer" in report.stages[1].examples["bad answers"][0]
-    assert report.unused == {}
+    assert unused_columns(report.stages) == {}
     with pytest.raises(FormatError, match="every row was skipped"):
         load(CASES / "kto.jsonl")
-    assert read_row({"question": "q", "answer": "a", "label": "positive"}).unused == {
+    assert read_row({"question": "q", "answer": "a", "label": "positive"})["unused"] == {
         "label": 'is not used (str "positive")'
     }
     for mark in ({"deleted": True}, {"is_correct": False}, {"trainable": False}):
@@ -306,12 +307,12 @@ def test_what_a_row_says(row, messages):
     assert to_messages(row) == messages
     # what is the same once more in another form, or a part of what is trained
     told = {"reasoning", "solution", "prompt", "answer", "expected_answer", "inputs", "targets"}
-    assert told.issuperset(read_row(row).unused)
+    assert told.issuperset(read_row(row)["unused"])
 
 
 def test_an_ambiguous_format_names_only_formats_that_work():
     both = {"messages": [user("q"), assistant("a")], "question": "q", "answer": "a"}
-    assert read_row(both).unused == {}
+    assert read_row(both)["unused"] == {}
     assert detect_format(both) == detect_format({**both, "answer": ["a"]}) == "messages"
     assert detect_format({**both, "messages": "see attachment"}) == "question-answer"
     with pytest.raises(FormatError, match="fit question-answer and question-response; say which"):
@@ -368,7 +369,10 @@ def test_columns_that_are_not_used_are_told(tmp_path, caplog):
     sources = [(write_rows(tmp_path / "a.jsonl", [*rows])), (write_rows(tmp_path / "b.jsonl", [messages]))]
     report = load_mixture(sources).report
     because = {"rationale": 'is not used (str "because")'}
-    assert report.unused == {sources[0]: because, sources[1]: {"messages[].citations": 'is not used (list ["c"])'}}
+    assert unused_columns(report.stages) == {
+        sources[0]: because,
+        sources[1]: {"messages[].citations": 'is not used (list ["c"])'},
+    }
     assert [record.getMessage() for record in caplog.records if "not used" in record.getMessage()] == [
         f'{sources[0]}: rationale is not used (str "because")',
         f'{sources[1]}: messages[].citations is not used (list ["c"])',
@@ -376,9 +380,9 @@ def test_columns_that_are_not_used_are_told(tmp_path, caplog):
     caplog.clear()
     for streaming in (False, True):
         mixture = load_mixture([{"path": sources[0], "ignore": ["rationale"]}], streaming=streaming)
-        assert len(list(mixture.train)) == 3000 and mixture.report.unused == {}
+        assert len(list(mixture.train)) == 3000 and unused_columns(mixture.report.stages) == {}
     stream = load_mixture([sources[0]], streaming=True)
-    assert len(list(stream.train)) == 3000 and list(stream.report.unused.values()) == [because]
+    assert len(list(stream.train)) == 3000 and list(unused_columns(stream.report.stages).values()) == [because]
     assert caplog.text.count("not used") == 1
 
 
@@ -526,9 +530,9 @@ def test_preview_shows_what_is_left_after_max_length(tmp_path, capsys):
 
 def test_the_tool_that_a_turn_of_chatglm_calls_is_told():
     row = {"messages": [user("q"), {**assistant("{}"), "metadata": "f"}, {"role": "tool", "content": "r"}]}
-    assert read_row(row).unused == {"messages[].metadata": 'is not used (str "f")'}
+    assert read_row(row)["unused"] == {"messages[].metadata": 'is not used (str "f")'}
     row["messages"][1]["metadata"] = {"tokens": 3}
-    assert read_row(row).unused == {}
+    assert read_row(row)["unused"] == {}
 
 
 def test_lists_of_messages_in_cells_of_text():
@@ -542,7 +546,9 @@ def test_lists_of_messages_in_cells_of_text():
 
 def test_columns_of_one_name_or_none(tmp_path):
     (tmp_path / "a.csv").write_text(",question,answer,,\n0,q,a,more,\n")
-    assert load(tmp_path / "a.csv")[1].unused == {str(tmp_path / "a.csv"): {"column 4": 'is not used (str "more")'}}
+    assert unused_columns(load(tmp_path / "a.csv")[1].stages) == {
+        str(tmp_path / "a.csv"): {"column 4": 'is not used (str "more")'}
+    }
     pq.write_table(pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"]), tmp_path / "a.parquet")
     with pytest.raises(FormatError, match=r"a\.parquet: cannot be read as parquet: Multiple matches for .*answer"):
         load(tmp_path / "a.parquet")
