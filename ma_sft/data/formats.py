@@ -434,24 +434,31 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
+    ordered = ""  # the fields whose roles have an order: not those of a text, nor of a function
     if known := isinstance(name, str) and name in formats:
         if names := known_names(frozenset(tracked), name):
             tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
-        found: Any = SIDES[name](tracked) if preference else _of_format(tracked, name)
-        in_turns = not preference and name != "text"
-        refuse_changing(tracked, name, {"label"} if in_turns else set())
-        if in_turns:
-            found = merge_turns(found) if merge else found
-            check_order(found, ", ".join(sorted(names[0] for names in FORMATS[name].needs)))
+        sides = SIDES[name](tracked) if preference else {"messages": _of_format(tracked, name)}
+        if not preference and name != "text":
+            ordered = ", ".join(sorted(names[0] for names in FORMATS[name].needs))
+        refuse_changing(tracked, name, {"label"} if ordered else set())
     else:
         given = load_function(name)(row)
         if preference and not given:
             raise BadAnswer("neither answer is a good one")
-        found = SIDES["preference"](TrackedRow(given)) if preference else conversation(given, f"{name} gave messages")
-    (check_sides if preference else _check_answers)(found)
+        made = f"{name} gave messages"
+        sides = SIDES["preference"](TrackedRow(given)) if preference else {"messages": conversation(given, made)}
+    if merge:
+        sides = {side: merge_turns(turns) for side, turns in sides.items()}
+    said = sides["prompt"] + sides["chosen"] if preference else sides["messages"]
+    if ordered:
+        check_order(said, ordered)
+    if preference:
+        check_sides(sides)
+    else:
+        _check_answers(said)
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, found["prompt"] + found["chosen"] if preference else found) if known else {}
-    sides = found if preference else {"messages": found}
+    unused = unused_of(tracked, said) if known else {}
     return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
 
 
