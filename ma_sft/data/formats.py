@@ -73,22 +73,13 @@ HARMLESS = re.compile(
 
 # Chinese headers of tables, and what a column may mean that has none of the known names.
 CHINESE = {
-    theirs: ours
-    for ours, names in {
-        "question": "问题 提问 题目 问",
-        "answer": "答案 回答 答",
-        "instruction": "指令 任务",
-        "response": "回复 响应",
-        "input": "输入",
-        "output": "输出",
-        "prompt": "提示 提示词",
-        "context": "上下文",
-        "system": "系统提示",
-        "text": "文本",
-        "conversations": "对话",
-        "options": "选项",
-    }.items()
-    for theirs in names.split()
+    **dict.fromkeys("问题 提问 题目 问".split(), "question"),
+    **dict.fromkeys("答案 回答 答".split(), "answer"),
+    **dict.fromkeys(("指令", "任务"), "instruction"),
+    **dict.fromkeys(("回复", "响应"), "response"),
+    **dict.fromkeys(("提示", "提示词"), "prompt"),
+    **{"输入": "input", "输出": "output", "上下文": "context", "系统提示": "system", "文本": "text"},
+    **{"对话": "conversations", "选项": "options"},
 }
 MEANINGS = {
     "question": re.compile(
