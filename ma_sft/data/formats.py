@@ -199,13 +199,15 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     letters, field = string.ascii_uppercase, row.first(CHOICES) or "choices"
     choices: Any = row[field] if field in row else {letter: row[letter] for letter in letters if letter in row}
     choices = from_json(choices, field, begins=("[", "{"))
-    if choices and are_objects(choices):
-        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    labels, texts = None, choices
+    if isinstance(choices, dict) and "text" in choices:
+        labels, texts = choices.get("label"), choices["text"]
+    elif isinstance(choices, dict):
+        labels, texts = list(choices), list(choices.values())
+    elif choices and are_objects(choices):
+        labels, texts = ([choice.get(name) for choice in choices] for name in ("label", "text"))
     elif isinstance(choices, list | tuple):
-        choices = {"text": choices, "label": list(letters[: len(choices)])}
-    elif isinstance(choices, dict) and "text" not in choices:
-        choices = {"text": list(choices.values()), "label": list(choices)}
-    texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
+        labels = list(letters[: len(choices)])
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
         raise expected("equally many texts and labels", field, choices)
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
