@@ -161,9 +161,8 @@ def drop_duplicates(rows: Dataset, filters: Filters, report: Report, name: str, 
 def equal(keys: "NDArray[Any]") -> "NDArray[Any]":
     """Pairs (int64, n x 2) of rows with the same key, which is not 0: the first of them and each other."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    pairs: NDArray[Any] = np.stack([first[inverse], np.arange(len(keys))], axis=1)
-    pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (keys != 0)]
-    return pairs
+    pairs = np.stack([first[inverse], np.arange(len(keys))], axis=1)
+    return np.asarray(pairs[(pairs[:, 0] != pairs[:, 1]) & (keys != 0)])
 
 
 def near_duplicates(rows: Dataset, threshold: float, num_proc: int | None = None) -> "NDArray[Any]":

@@ -73,22 +73,13 @@ HARMLESS = re.compile(
 
 # Chinese headers of tables, and what a column may mean that has none of the known names.
 CHINESE = {
-    theirs: ours
-    for ours, names in {
-        "question": "问题 提问 题目 问",
-        "answer": "答案 回答 答",
-        "instruction": "指令 任务",
-        "response": "回复 响应",
-        "input": "输入",
-        "output": "输出",
-        "prompt": "提示 提示词",
-        "context": "上下文",
-        "system": "系统提示",
-        "text": "文本",
-        "conversations": "对话",
-        "options": "选项",
-    }.items()
-    for theirs in names.split()
+    **dict.fromkeys("问题 提问 题目 问".split(), "question"),
+    **dict.fromkeys("答案 回答 答".split(), "answer"),
+    **dict.fromkeys(("指令", "任务"), "instruction"),
+    **dict.fromkeys(("回复", "响应"), "response"),
+    **dict.fromkeys(("提示", "提示词"), "prompt"),
+    **{"输入": "input", "输出": "output", "上下文": "context", "系统提示": "system", "文本": "text"},
+    **{"对话": "conversations", "选项": "options"},
 }
 MEANINGS = {
     "question": re.compile(
@@ -208,13 +199,15 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     letters, field = string.ascii_uppercase, row.first(CHOICES) or "choices"
     choices: Any = row[field] if field in row else {letter: row[letter] for letter in letters if letter in row}
     choices = from_json(choices, field, begins=("[", "{"))
-    if choices and are_objects(choices):
-        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    labels, texts = None, choices
+    if isinstance(choices, dict) and "text" in choices:
+        labels, texts = choices.get("label"), choices["text"]
+    elif isinstance(choices, dict):
+        labels, texts = list(choices), list(choices.values())
+    elif choices and are_objects(choices):
+        labels, texts = ([choice.get(name) for choice in choices] for name in ("label", "text"))
     elif isinstance(choices, list | tuple):
-        choices = {"text": choices, "label": list(letters[: len(choices)])}
-    elif isinstance(choices, dict) and "text" not in choices:
-        choices = {"text": list(choices.values()), "label": list(choices)}
-    texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
+        labels = list(letters[: len(choices)])
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
         raise expected("equally many texts and labels", field, choices)
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
@@ -434,24 +427,31 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
+    ordered = ""  # the fields whose roles have an order: not those of a text, nor of a function
     if known := isinstance(name, str) and name in formats:
         if names := known_names(frozenset(tracked), name):
             tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
-        found: Any = SIDES[name](tracked) if preference else _of_format(tracked, name)
-        in_turns = not preference and name != "text"
-        refuse_changing(tracked, name, {"label"} if in_turns else set())
-        if in_turns:
-            found = merge_turns(found) if merge else found
-            check_order(found, ", ".join(sorted(names[0] for names in FORMATS[name].needs)))
+        sides = SIDES[name](tracked) if preference else {"messages": _of_format(tracked, name)}
+        if not preference and name != "text":
+            ordered = ", ".join(sorted(names[0] for names in FORMATS[name].needs))
+        refuse_changing(tracked, name, {"label"} if ordered else set())
     else:
         given = load_function(name)(row)
         if preference and not given:
             raise BadAnswer("neither answer is a good one")
-        found = SIDES["preference"](TrackedRow(given)) if preference else conversation(given, f"{name} gave messages")
-    (check_sides if preference else _check_answers)(found)
+        made = f"{name} gave messages"
+        sides = SIDES["preference"](TrackedRow(given)) if preference else {"messages": conversation(given, made)}
+    if merge:
+        sides = {side: merge_turns(turns) for side, turns in sides.items()}
+    said = sides["prompt"] + sides["chosen"] if preference else sides["messages"]
+    if ordered:
+        check_order(said, ordered)
+    if preference:
+        check_sides(sides)
+    else:
+        _check_answers(said)
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, found["prompt"] + found["chosen"] if preference else found) if known else {}
-    sides = found if preference else {"messages": found}
+    unused = unused_of(tracked, said) if known else {}
     return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
 
 

@@ -93,7 +93,11 @@ class TextFunction:
     def __call__(self, rows: list[Row]) -> list[Any]:
         """The text of each row; raises `FormatError` where the function failed, or gives not a text a row."""
         if rows and self.takes_batches is None:
-            self.takes_batches = self._finds_batches(rows[0])
+            try:  # one that takes a row alone fails at two, or gives one text for both
+                two = self.function(_columns([rows[0], rows[0]]))
+            except Exception:
+                two = None
+            self.takes_batches = isinstance(two, list | tuple) and len(two) == 2
         if self.takes_batches:
             texts = self.function(_columns(rows))
             if not isinstance(texts, list | tuple) or len(texts) != len(rows):
@@ -101,14 +105,6 @@ class TextFunction:
             return list(texts)
         texts = [self.function(dict(row)) for row in rows]
         return [text[0] if isinstance(text, list | tuple) and len(text) == 1 else text for text in texts]
-
-    def _finds_batches(self, row: Row) -> bool:
-        """Whether it gives two texts for two rows; one that takes a row alone fails, or gives one text for both."""
-        try:
-            texts = self.function(_columns([row, row]))
-        except Exception:
-            return False
-        return isinstance(texts, list | tuple) and len(texts) == 2
 
 
 def _columns(rows: list[Row]) -> dict[str, list[Any]]:

@@ -45,10 +45,7 @@ CALL_KEYS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PARTIAL = ("mask", "masked", "train_detail")  # marks of parts of a turn
 # Marks of a turn or a row: whether to train it, or whether its answer is a good one. Those of BAD mean the opposite.
-WEIGHTS = (
-    *("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "output_with_loss"),
-    *("train", "training", "trainable", "train_on_turn"),
-)
+WEIGHTS = "weight loss_weight loss loss_scale loss_mask output_with_loss train training trainable train_on_turn".split()
 GOOD = [prefix + word for prefix in ("", "is_") for word in ("good", "correct", "accepted", "valid", "safe")]
 GOOD += ["problem_is_valid", "solution_is_valid"]
 BAD = ("rejected", "deleted", "is_rejected", "is_deleted", "is_bad", "is_wrong")
@@ -58,14 +55,9 @@ TURN_KEYS = MARKS.union(ROLE_KEYS, CONTENT_KEYS, REASONING_KEYS, CALL_KEYS, MEDI
 TURN_KEYS |= {"tool_call_id", "name", "tools", "channel"}
 
 # Columns of a row that hold its system message, or a text to answer from.
-SYSTEM = (
-    *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "meta_instruction"),
-    "developer_content",
-)
-CONTEXT = (
-    *("context", "knowledge", "passage", "background", "document", "documents", "article", "paragraph"),
-    *("definition", "sql_context"),
-)
+SYSTEM = "system system_prompt system_message system_instruction systemInstruction meta_instruction".split()
+SYSTEM += ["developer_content"]
+CONTEXT = "context knowledge passage background document documents article paragraph definition sql_context".split()
 
 BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # a text of these shows nothing
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # what LLaMA-Factory's data have before the call
@@ -363,8 +355,7 @@ def _read_content(message: Message, content: Any, where: str, optional: bool = F
         message["content"] = check_text(content, where)
         return []
     parts = ({"type": "text", "text": part} if isinstance(part, str) else part for part in content)
-    found = [_read_part(message, part, f"{where}[{i}]") for i, part in enumerate(parts)]
-    return [result for result in found if result]
+    return [result for i, part in enumerate(parts) for result in _read_part(message, part, f"{where}[{i}]")]
 
 
 def _are_parts(content: Any) -> bool:
@@ -372,8 +363,8 @@ def _are_parts(content: Any) -> bool:
     return are_objects(content) and all(part.keys() & keys or part.get("type") in kinds for part in content)
 
 
-def _read_part(message: Message, part: Any, where: str) -> Message | None:
-    """Add a part to `message`, or give the message that it is."""
+def _read_part(message: Message, part: Any, where: str) -> list[Message]:
+    """Add a part to `message`, or give the messages that it is."""
     part = part if isinstance(part, dict) else {"type": str(part)}
     if not _is_trained(part, where):
         raise FormatError(f"field {where!r} must not be trained; mark its turn as a whole with train: false")
@@ -388,19 +379,11 @@ def _read_part(message: Message, part: Any, where: str) -> Message | None:
     elif isinstance(call, dict):
         message["tool_calls"] = [*message["tool_calls"], call]
     elif isinstance(result, dict):
-        return _result(result, where)
+        turn = {"role": "tool", "name": result.get("name"), "content": result.get("content", result.get("response"))}
+        return _messages(turn | {"tool_call_id": result.get("tool_use_id", result.get("id"))}, where)
     else:
         raise FormatError(f"field {where!r}: only text parts can be trained on, found {show(part)}")
-    return None
-
-
-def _result(result: dict[str, Any], where: str) -> Message:
-    message: Message = {"role": "tool", "content": ""}
-    _read_content(message, result.get("content", result.get("response")), where, optional=True)
-    for key, value in (("tool_call_id", result.get("tool_use_id", result.get("id"))), ("name", result.get("name"))):
-        if value:
-            message[key] = check_text(value, f"{where}.{key}")
-    return message
+    return []
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -501,8 +484,7 @@ def to_tools(row: Row) -> str | None:
         turns = dict.get(row, column)
         for i, turn in enumerate(turns if isinstance(turns, list | tuple) else ()):
             given[f"{column}[{i}].tools"] = turn.get("tools") if isinstance(turn, dict) else None
-    lists = {field: _schemas(value, field) for field, value in given.items() if not is_empty(value)}
-    lists = {field: found for field, found in lists.items() if found}
+    lists = {field: found for field, value in given.items() if (found := _schemas(value, field))}
     first = next(iter(lists.values()), None)
     if any(found != first for found in lists.values()):
         raise FormatError(f"two different lists of tools, in {' and '.join(lists)}")
@@ -511,7 +493,7 @@ def to_tools(row: Row) -> str | None:
 
 def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
     """Schemas in OpenAI's form, of OpenAI's older, Anthropic's or Vertex' form; those of another one as they are."""
-    tools = from_json(tools, field) or []
+    tools = [] if is_empty(tools) else from_json(tools, field) or []
     tools = [from_json(tool, field, begins="{") for tool in tools] if isinstance(tools, list | tuple) else tools
     if not are_objects(tools):
         raise expected("a list of JSON schemas", field, tools)

@@ -334,6 +334,10 @@ def test_turns_are_merged_where_asked(tmp_path):
     row["messages"][2]["train"] = False  # what must not be trained is not joined with what must
     with pytest.raises(FormatError, match="message 3 is 'assistant', which cannot come after 'assistant'"):
         load(write_rows(tmp_path / "b.jsonl", [row]), merge_turns=True)
+    pair = {"prompt": [user("a"), user("b")], "chosen": "c", "rejected": "d"}
+    path = write_rows(tmp_path / "c.jsonl", [pair])
+    found = present(load_mixture([path], kind="preference", merge_turns=True).train[0])
+    assert (found["prompt"], found["chosen"]) == ([user("a\n\nb")], [assistant("c")])
 
 
 GOOD, BAD = [user("q"), assistant("good")], [user("q"), assistant("bad")]
