@@ -11,6 +11,7 @@ from helpers import FUZZ, assistant, load_tokenizer, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds_of_rows import TOOLS, calls, result
+from strange_templates import stops
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError, tokenize_conversation
@@ -132,9 +133,7 @@ def test_properties_of_every_template(name):
     `make fuzz` runs this on 500 conversations of each template.
     """
     tokenizer = trl_tokenizer(name)
-    # GLM's generation_config names the role tokens at which it stops; this tokenizer has none beside it.
-    roles = [token for token in ("<|user|>", "<|observation|>") if name == "glm4moe"]
-    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=stops(name, tokenizer))
     proven = 0
 
     @settings(max_examples=FUZZ // 20 or 60)
