@@ -4,7 +4,6 @@ The facts need `input_ids` and `labels` alone, so they serve every way in which 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -366,9 +365,7 @@ class _Check:
         columns, own_prompt = self.columns("input_ids", "labels", "untrained"), _own_prompt(verifier)
 
         def verify_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            own = [columns[sequences[number]] for number in numbers]
-            results = _verify_rows(batch, own, verifier, own_prompt)
-            return {name: [result[name] for result in results] for name in ("proven", "codes", "words")}
+            return _verify_rows(batch, [columns[sequences[number]] for number in numbers], verifier, own_prompt)
 
         texts, count = List(Value("string")), Value("int64")
         verified = conversations.map(
@@ -460,7 +457,7 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
 
 def _verify_rows(
     batch: dict[str, list[Any]], sequences: list[dict[str, list[Any]]], verifier: Verifier, own_prompt: str
-) -> list[dict[str, Any]]:
+) -> dict[str, list[Any]]:
     names = ("messages", "tools", "chat_template_kwargs")
     rows = zip(*(parsed(batch.get(name), len(sequences)) for name in names), strict=True)
     conversations = [([_without_nulls(m) for m in messages], *more) for messages, *more in rows]
@@ -468,7 +465,7 @@ def _verify_rows(
         (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
         for (messages, tools, kwargs), own in zip(conversations, sequences, strict=True)
     )
-    made = []
+    made: dict[str, list[Any]] = {"proven": [len(result.proven) for result in results], "codes": [], "words": []}
     for (messages, *_), own, result in zip(conversations, sequences, results, strict=True):
         found = list(result.errors)
         if len(result.untrained) > sum(map(len, own.get("untrained", []))):
@@ -483,8 +480,8 @@ def _verify_rows(
         ):
             found += [(code, each) for each in words]
         found = list(dict.fromkeys(found))
-        codes, what = [code for code, _ in found], [what for _, what in found]
-        made.append({"proven": len(result.proven), "codes": codes, "words": what})
+        made["codes"].append([code for code, _ in found])
+        made["words"].append([what for _, what in found])
     return made
 
 
@@ -494,8 +491,8 @@ def _own_prompt(verifier: Verifier) -> str:
         text = verifier.render([{"role": "user", "content": "Qux"}], None, verifier.template_kwargs, prompt=False)
     except TemplateError:
         return ""
-    controls = "|".join(map(re.escape, control_tokens(verifier.tokenizer))) or r"(?!)"
-    parts = [" ".join(part.split()).removeprefix("system ") for part in re.split(controls, text.partition("Qux")[0])]
+    parts = verifier.control_text.split(text.partition("Qux")[0])
+    parts = [" ".join(part.split()).removeprefix("system ") for part in parts]
     return next((repr(part) for part in parts if part.count(" ") > 2), "")
 
 

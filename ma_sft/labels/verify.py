@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import chain, groupby, product, takewhile
 from typing import Any
 
@@ -19,15 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.apply_template import bounded, clock_at, text_and_marks
+from ma_sft.labels.apply_template import bounded, clock_at
 from ma_sft.labels.placeholders import Lost, Message, arguments_of, dropped_content, named, shape, tags_of
 
 IGNORE_INDEX = -100
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what an assistant writes itself as structure
 PRIVATE = 0xF0000  # the first of the characters that stand for control tokens where ids are compared as text
 EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
-NO_TURNS = "turns cannot be read back from the ids"
-NOT_CONTINUED = "the template does not continue its own generation prompt"
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
 Form = Callable[[Message], Message]  # in which a serving stack may give a message to a template
 Ids = tuple[int, ...]
@@ -108,7 +107,8 @@ class Verifier:
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
         self._ends: dict[str, End] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
-        self._decoded: dict[Ids, str] = {}
+        # Beginnings of a conversation share most of their stretches
+        self._decode = lru_cache(4096)(partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False))
 
     def verify(
         self,
@@ -125,7 +125,7 @@ class Verifier:
     def verify_batch(self, rows: Iterable[Row]) -> list[VerifyResult]:
         """`verify` of many conversations, tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        self._known, self._decoded = {}, {}
+        self._known = {}
         self.ids([text for conversation, _ in found for text in conversation.texts()])
         return [conversation.verify(sequences) for conversation, sequences in found]
 
@@ -166,13 +166,12 @@ class Verifier:
         Raises:
             TemplateError: the template raised.
         """
-        template, names = self.tokenizer.get_chat_template(tools=tools), {**self.tokenizer.special_tokens_map, **kwargs}
+        apply, template = self.tokenizer.apply_chat_template, self.tokenizer.get_chat_template(tools=tools)
         try:
             with bounded(), clock_at(self.template_date, template):
-                rendered: Any = text_and_marks(
-                    [messages], tools, chat_template=template, add_generation_prompt=prompt, **names
-                )
-            return str(rendered[0][0])
+                # A batch of one may be an empty conversation
+                texts = apply([messages], tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs)
+            return str(texts[0])
         except Exception as error:  # templates raise what they like
             raise TemplateError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
@@ -201,11 +200,6 @@ class Verifier:
         return "".join(
             "".join(map(self.signs.__getitem__, run)) if control else self._decode((*run,)) for control, run in runs
         )
-
-    def _decode(self, ids: Ids) -> str:
-        if ids not in self._decoded:  # beginnings of a conversation share most of their stretches
-            self._decoded[ids] = str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
-        return self._decoded[ids]
 
     def spell(self, value: Any) -> str:
         """Ids, or a text of `text`, as people read it."""
@@ -241,7 +235,9 @@ class _Conversation:
         self.verifier, self.raw, self.given_tools = verifier, raw, tools or None
         self.kwargs = {**verifier.template_kwargs, **kwargs}
         self.turns = [k for k, m in enumerate(raw) if m["role"] == "assistant"]
-        self.is_text, self.result = len(raw) == 1, VerifyResult(unproven=[] if self.turns else [NO_TURNS])
+        self.is_text, self.result = len(raw) == 1, VerifyResult()
+        if not self.turns:
+            self.result.unproven = ["turns cannot be read back from the ids"]
         self.form, used_tools, self.lost = FORMS[0], self.given_tools, list[Lost]()
         try:
             if self.turns and not self.is_text:
@@ -388,7 +384,7 @@ class _Conversation:
         elif goes_on and self._goes_on(k, prompt, ids[:end], stops):
             self.result.proven.append((number, begin, end))
         elif dropped and not self._reasoning(k):
-            self.result.unproven.append(NOT_CONTINUED)
+            self.result.unproven.append("the template does not continue its own generation prompt")
         elif not goes_on and self._stands_behind_its_header(k, ids[:end], begin, stops):
             self.result.proven.append((number, begin, end))
         else:
