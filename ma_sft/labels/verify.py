@@ -182,11 +182,12 @@ class Verifier:
         if that gives the ids of the longest texts.
         """
         new = {text: [part for part in self._sections.split(text) if part] for text in texts if text not in self._known}
-        longest = sorted(new, key=len)[-3:]
-        found = self._tokenize({*longest, *chain.from_iterable(new.values())})
-        joined = {text: tuple(chain.from_iterable(map(found.__getitem__, parts))) for text, parts in new.items()}
-        same = all(joined[text] == found[text] for text in longest)
-        self._known |= joined if same else self._tokenize(new)
+        if new:
+            longest = sorted(new, key=len)[-3:]
+            found = self._tokenize({*longest, *chain.from_iterable(new.values())})
+            joined = {text: tuple(chain.from_iterable(map(found.__getitem__, parts))) for text, parts in new.items()}
+            same = all(joined[text] == found[text] for text in longest)
+            self._known |= joined if same else self._tokenize(new)
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: Iterable[str]) -> dict[str, Ids]:
