@@ -22,7 +22,8 @@ ENDS = (
 # Hunyuan's template puts its tokens together
 HUNYUAN = [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
 # Their generation_config names the role tokens at which they stop, beside the EOS token
-ROLES = {"GLM": ("<|user|>", "<|observation|>"), "upstage": ("<|calls|>",), "openai": ("<|call|>",)}
+ROLES = {**dict.fromkeys(("GLM", "glm4moe"), ("<|user|>", "<|observation|>"))}
+ROLES |= {"upstage": ("<|calls|>",), "openai": ("<|call|>",)}
 
 
 @cache

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ma_sft.errors import MaSftError
 
@@ -29,8 +29,6 @@ MEMORY = 2 << 30  # bytes more than before
 TEXT = 100_000_000  # characters of one conversation
 
 compiled = _compile_jinja_template
-# Text and generation marks; `apply_chat_template` leaves out keys that are null before it does the same.
-text_and_marks = render_jinja_template
 
 _ONE_AT_A_TIME = threading.Lock()  # threads share a compiled template
 

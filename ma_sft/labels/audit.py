@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,35 +103,30 @@ def _audit(
     reader = Reader(verifier)
     sequences = [_cut_back(sequence, max_length) for sequence in sequences]
     read = [reader.read(ids) for ids, _ in sequences]
-    conversations = list(_rows_of(read, rows)) if rows else [{"messages": messages} for messages in read]
-    turns = [sum(message["role"] == "assistant" for message in each["messages"]) for each in conversations]
-    labelled = {
-        "input_ids": [ids for ids, _ in sequences],
-        "labels": [labels for _, labels in sequences],
-        "untrained": [[LEFT_OUT] * (n - len([*runs(y)])) for n, (_, y) in zip(turns, sequences, strict=True)],
-    }
-    columns = {name: [each.get(name) for each in conversations] for name in ("tools", "chat_template_kwargs")}
-    messages = {"messages": [json.dumps(each["messages"]) for each in conversations]}
-    report = check_dataset(
-        Dataset.from_dict(labelled),
-        tokenizer,
-        conversations=Dataset.from_dict({**messages, **columns}),
-        verifier=verifier,
-        sample=None,
-    )
-    report.findings = [_fault_first(finding) for finding in report.findings]
+    conversations = _rows_of(read, rows) if rows else ({"messages": messages} for messages in read)
+    labelled, raw = list[dict[str, Any]](), list[dict[str, Any]]()
+    for row, (ids, labels) in zip(conversations, sequences, strict=True):
+        others = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+        raw.append({"messages": json.dumps(row["messages"]), **others})
+        turns = sum(message["role"] == "assistant" for message in row["messages"])
+        left_out = [LEFT_OUT] * (turns - len([*runs(labels)]))
+        labelled.append({"input_ids": ids, "labels": labels, "untrained": left_out})
+    dataset, messages = Dataset.from_list(labelled), Dataset.from_list(raw)
+    report = check_dataset(dataset, tokenizer, conversations=messages, verifier=verifier, sample=None)
+    for finding in report.findings:
+        _put_fault_first(finding)
     if not any(read) and all(reader.is_foreign(sequence) for sequence in sequences):
         report.findings.insert(0, Finding("error", "unlike inference", len(sequences), [], OTHER_TEMPLATE))
     return report
 
 
-def _fault_first(finding: Finding) -> Finding:
-    """The finding with what is wrong in one of its rows before what that means."""
+def _put_fault_first(finding: Finding) -> None:
+    """Say what is wrong in one of its rows before what that means."""
     meaning, found, example = finding.message.partition(": row ")
     row, _, what = example.partition(": ")
     fault = "the end token is not trained; " if finding.code == "missing end token" else ""
-    what = fault + what.removeprefix(fault)
-    return replace(finding, message=f"{what} (row {row}; {meaning})") if found else finding
+    if found:
+        finding.message = f"{fault}{what.removeprefix(fault)} (row {row}; {meaning})"
 
 
 def _cut_back(sequence: Labelled, max_length: int | None) -> Labelled:
@@ -153,23 +148,21 @@ class Reader:
         self._tails: set[str] = set()
         self._signs = {*verifier.signs.values()}
         for begins, end, prompt in product(((), ("system",)), range(2, 6), (False, True)):
-            self._learn((*begins, *("user", "assistant") * 2)[:end], prompt)
+            with suppress(TemplateError):
+                self._learn((*begins, *("user", "assistant") * 2)[:end], prompt)
         frames = sorted(map(re.escape, self._between), key=len, reverse=True)
         self._frame = re.compile(f"({'|'.join(frames) or r'(?!)'})")
 
     def _learn(self, roles: Sequence[str], prompt: bool) -> None:
         messages = [{"role": role, "content": f"Qux{n}z"} for n, role in enumerate(roles)]
-        try:
-            text = self.verifier.render(messages, None, {}, prompt=prompt)
-        except TemplateError:
-            return
+        text = self.verifier.render(messages, None, {}, prompt=prompt)
         head, *parts = re.split(r"Qux\dz", self.verifier.text(self.verifier.ids([text])[0]))
         if len(parts) != len(roles):
             return
         self._heads.setdefault(head, roles[0])
-        self._between |= {part: role for part, role in zip(parts, roles[1:], strict=False) if part.strip()}
-        if prompt and roles[-1] == "user" and parts[-1].strip():
-            self._between[parts[-1]] = "assistant"
+        # A generation prompt begins an answer
+        following = [*roles[1:], *["assistant"] * (prompt and roles[-1] == "user")]
+        self._between |= {part: role for part, role in zip(parts, following, strict=False) if part.strip()}
         if not prompt and roles[-1] == "assistant":
             self._tails.add(parts[-1])
 

@@ -4,9 +4,8 @@ The facts need `input_ids` and `labels` alone, so they serve every way in which 
 """
 
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -43,9 +42,9 @@ TEXT_ROWS = (
     "in their place, and each turn ends in a trained end token"
 )
 TEMPLATE_CODES = {
-    "response template missing": "missing",
-    "border inside a token": "merged",
-    "ambiguous templates": "ambiguous",
+    "missing": "response template missing",
+    "merged": "border inside a token",
+    "ambiguous": "ambiguous templates",
 }
 SHOWN = 5  # rows of a finding, and details
 
@@ -91,7 +90,7 @@ DETAILS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finding:
     """Something that the check found: how often, in which rows first, and what it means.
 
@@ -100,9 +99,9 @@ class Finding:
 
     level: str
     code: str
-    count: int
-    rows: list[int]
-    message: str
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    message: str = ""
     places: list[str] = field(default_factory=list)
     details: dict[str, int] = field(default_factory=dict)
 
@@ -210,33 +209,6 @@ class CheckReport(Readable):
         return Group(*lines)
 
 
-class Findings:
-    """How often each code was found, in which rows first, and what in detail."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.rows: defaultdict[str, list[int]] = defaultdict(list)
-        self.details: defaultdict[str, Counter[str]] = defaultdict(Counter)
-
-    def add(self, code: str, rows: Sequence[int], details: Iterable[str] = (), count: int | None = None) -> None:
-        """Note that rows have a fault; `count` is how often, if not once in each. Of errors one detail is kept."""
-        self.counts[code] += len(rows) if count is None else count
-        self.rows[code] = list(dict.fromkeys([*self.rows[code], *rows[:SHOWN]]))[:SHOWN]
-        if CODES[code][0] == "warning" or not self.details[code]:
-            self.details[code].update(details)
-
-    def listed(self, max_length: int | None, place: Callable[[int], str]) -> list[Finding]:
-        """The findings in the order of `CODES`; `place` says where a row comes from."""
-        found = []
-        for code, (level, message) in CODES.items():
-            if self.counts[code]:
-                rows, details = self.rows[code], dict(self.details[code])
-                shown = [f"{what} ({n:,})" if len(details) > 1 else what for what, n in [*details.items()][:SHOWN]]
-                words = ": ".join(filter(None, [message.format(max_length=max_length), "; ".join(shown)]))
-                found.append(Finding(level, code, self.counts[code], rows, words, [*map(place, rows)], details))
-        return found
-
-
 class Kept(Protocol):
     """What truncation leaves of rows: int64 arrays; `length` tokens of `row` from `start` on, rows in rising order."""
 
@@ -278,16 +250,16 @@ def check_dataset(
     if conversations is not None:
         check.verify(conversations, verifier or Verifier(tokenizer), sample, num_proc)
     elif template_report is not None:
-        check.findings.add("not proven", [], [TEXT_ROWS] * len(dataset), len(dataset))
-        for code, status in TEMPLATE_CODES.items():
+        check.add("not proven", [], [TEXT_ROWS] * len(dataset), len(dataset))
+        for status, code in TEMPLATE_CODES.items():
             problems = [problem for problem in template_report.problems if problem.status == status]
             words = [f"{check.place(problem.row)}: {problem.text}" for problem in problems]
-            check.findings.add(code, [p.row for p in problems], words[:1], getattr(template_report, status))
-    report, lost = check.report, check.findings.counts["nothing left after cutting"]
+            check.add(code, [p.row for p in problems], words[:1], getattr(template_report, status))
+    report, lost = check.report, check.found["nothing left after cutting"].count
     if report.trained_tokens == 0 or lost + report.rows_without_label >= report.rows:
         cut = f"max_length={max_length} cuts off every response; raise max_length"
-        check.findings.add("nothing to train", [], [cut if lost else "no row has a label"], report.rows)
-    report.findings = check.findings.listed(max_length, check.place)
+        check.add("nothing to train", [], [cut if lost else "no row has a label"], report.rows)
+    report.findings = check.listed(max_length)
     return report
 
 
@@ -295,7 +267,8 @@ class _Check:
     """The facts of all rows, and what is found in them."""
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None) -> None:
-        self.dataset, self.report, self.findings = dataset, CheckReport(rows=len(dataset)), Findings()
+        self.dataset, self.report = dataset, CheckReport(rows=len(dataset))
+        self.found = {code: Finding(level, code) for code, (level, _) in CODES.items()}
         self.owner = np.asarray(dataset["row"][:]) if "row" in dataset.column_names else np.arange(len(dataset))
         self.origins: Any = dataset["origin"] if "origin" in dataset.column_names else None
         columns, parts, forms, first = self.columns("input_ids", "labels", "shape"), [], dict[Any, int](), 0
@@ -309,12 +282,12 @@ class _Check:
             table = self.columns(name).with_format("arrow")[:]
             lists = table[name] if name in table.column_names else pa.array([[]] * first)
             facts[code] = np.asarray(pc.list_value_length(lists)) > 0
-            self.findings.details[code].update(pc.list_flatten(lists).to_pylist())
+            self.found[code].details.update(Counter(pc.list_flatten(lists).to_pylist()))
         facts["no labels"] = (facts["labels"] == 0) & ~facts["untrained turns"]
         _, originals, same = np.unique(facts["hash"], return_index=True, return_inverse=True)
         facts["duplicate rows"] = originals[same] != np.arange(first)
         for code in CODES.keys() & facts.keys():
-            self.findings.add(code, np.flatnonzero(facts[code])[:SHOWN].tolist(), count=int(facts[code].sum()))
+            self.add(code, np.flatnonzero(facts[code])[:SHOWN].tolist(), count=int(facts[code].sum()))
         report = self.report
         report.tokens, report.trained_tokens, report.turns = (
             int(facts[n].sum()) for n in ("tokens", "trained", "turns")
@@ -322,6 +295,25 @@ class _Check:
         report.rows_without_label = int((facts["labels"] == 0).sum())
         lengths, counts = np.unique(2 ** np.ceil(np.log2(np.maximum(facts["size"], 1))), return_counts=True)
         report.histogram = dict(zip(lengths.astype(int).tolist(), counts.tolist(), strict=True))
+
+    def add(self, code: str, rows: list[int], details: Sequence[str] = (), count: int | None = None) -> None:
+        """Note that rows have a fault; `count` is how often, if not once in each. Of errors one detail is kept."""
+        finding = self.found[code]
+        finding.count += len(rows) if count is None else count
+        finding.rows = [*dict.fromkeys(finding.rows + rows)][:SHOWN]
+        if finding.level == "warning" or not finding.details:
+            finding.details = dict(Counter(finding.details) + Counter(details))
+
+    def listed(self, max_length: int | None) -> list[Finding]:
+        """What was found, in the order of `CODES`."""
+        listed = [finding for finding in self.found.values() if finding.count]
+        for finding in listed:
+            shown = [f"{what} ({n:,})" for what, n in [*finding.details.items()][:SHOWN]]
+            shown = shown if len(finding.details) > 1 else [*finding.details]
+            message = CODES[finding.code][1].format(max_length=max_length)
+            finding.message = ": ".join(filter(None, [message, "; ".join(shown)]))
+            finding.places = [*map(self.place, finding.rows)]
+        return listed
 
     def columns(self, *names: str) -> Dataset:
         """Those of these columns that there are."""
@@ -363,7 +355,7 @@ class _Check:
             known = {code for code in CODES.keys() & facts.keys() if facts[code][own].any()}
             for code, what in zip(result["codes"], result["words"], strict=True):
                 words = f"{self.place(own.start)}: {what}" if CODES[code][0] == "error" else what
-                self.findings.add(code, [own.start], [words], count=int(code not in known))
+                self.add(code, [own.start], [words], count=int(code not in known))
                 known.add(code)
 
     def _verified(
@@ -373,9 +365,7 @@ class _Check:
         columns, own_prompt = self.columns("input_ids", "labels", "untrained"), _own_prompt(verifier)
 
         def verify_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            own = [columns[sequences[number]] for number in numbers]
-            results = _verify_rows(batch, own, verifier, own_prompt)
-            return {name: [result[name] for result in results] for name in ("proven", "codes", "words")}
+            return _verify_rows(batch, [columns[sequences[number]] for number in numbers], verifier, own_prompt)
 
         texts, count = List(Value("string")), Value("int64")
         verified = conversations.map(
@@ -469,7 +459,7 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
 
 def _verify_rows(
     batch: dict[str, list[Any]], sequences: list[dict[str, list[Any]]], verifier: Verifier, own_prompt: str
-) -> list[dict[str, Any]]:
+) -> dict[str, list[Any]]:
     names = ("messages", "tools", "chat_template_kwargs")
     rows = zip(*(parsed(batch.get(name), len(sequences)) for name in names), strict=True)
     conversations = [([_without_nulls(m) for m in messages], *more) for messages, *more in rows]
@@ -477,7 +467,7 @@ def _verify_rows(
         (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
         for (messages, tools, kwargs), own in zip(conversations, sequences, strict=True)
     )
-    made = []
+    made: dict[str, list[Any]] = {"proven": [len(result.proven) for result in results], "codes": [], "words": []}
     for (messages, *_), own, result in zip(conversations, sequences, results, strict=True):
         found = list(result.errors)
         if len(result.untrained) > sum(map(len, own.get("untrained", []))):
@@ -492,8 +482,8 @@ def _verify_rows(
         ):
             found += [(code, each) for each in words]
         found = list(dict.fromkeys(found))
-        codes, what = [code for code, _ in found], [what for _, what in found]
-        made.append({"proven": len(result.proven), "codes": codes, "words": what})
+        made["codes"].append([code for code, _ in found])
+        made["words"].append([what for _, what in found])
     return made
 
 
@@ -503,8 +493,8 @@ def _own_prompt(verifier: Verifier) -> str:
         text = verifier.render([{"role": "user", "content": "Qux"}], None, verifier.template_kwargs, prompt=False)
     except TemplateError:
         return ""
-    controls = "|".join(map(re.escape, control_tokens(verifier.tokenizer))) or r"(?!)"
-    parts = [" ".join(part.split()).removeprefix("system ") for part in re.split(controls, text.partition("Qux")[0])]
+    parts = verifier.control_text.split(text.partition("Qux")[0])
+    parts = [" ".join(part.split()).removeprefix("system ") for part in parts]
     return next((repr(part) for part in parts if part.count(" ") > 2), "")
 
 

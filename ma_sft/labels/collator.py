@@ -8,6 +8,7 @@ template is not guessed: the last one of a turn counts, and a row that may mean 
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +28,7 @@ from ma_sft.errors import ResponseTemplateError
 from ma_sft.labels.token_bytes import TokenBytes
 
 SURROUNDINGS = 32  # bytes of text shown on each side of the nearest place
+DESCRIBED = 20  # rows with each kind of problem
 
 
 class RowProblem(NamedTuple):
@@ -150,46 +152,38 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             self.missing_rows += 1
         return cast(list[int], labels.tolist())
 
-    def check(self, dataset: Iterable[Mapping[str, Any]], *, max_problems: int = 20) -> TemplateReport:
-        """Look at every row of a dataset with `input_ids` (and perhaps `attention_mask`) without raising.
-
-        Of each kind of problem, `max_problems` rows are described; all are counted.
-        """
-        report = TemplateReport()
+    def check(self, dataset: Iterable[Mapping[str, Any]]) -> TemplateReport:
+        """Look at every row of a dataset with `input_ids` (and perhaps `attention_mask`) without raising."""
+        counts, described = Counter[str](), list[RowProblem]()
         for row, example in enumerate(dataset):
             ids, attended = self._read(example)
             labels, problems = self._label(ids[attended])
             if "missing" not in problems and (labels == self.ignore_index).all():
                 problems = {"nothing_left": "no token is left after the response template; raise max_length"}
-            report.rows += 1
-            report.found += not {"missing", "nothing_left"} & {*problems}
-            for status, text in problems.items():
-                setattr(report, status, count := getattr(report, status) + 1)
-                report.problems += [RowProblem(row, status, text)] * (count <= max_problems)
-        return report
+            counts.update(["rows", *problems, *([] if {"missing", "nothing_left"} & {*problems} else ["found"])])
+            described += [RowProblem(row, status, t) for status, t in problems.items() if counts[status] <= DESCRIBED]
+        return TemplateReport(**counts, problems=described)
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
         if not examples:
             raise ResponseTemplateError("the batch is empty: give at least one row of input_ids")
         rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        ignored, multiple = self.ignore_index, self.pad_to_multiple_of
         for number, row in enumerate(rows):
             ids, attended = self._read(row)
             labels = np.asarray(row.get("labels", ids))
             if np.array_equal(labels[attended], ids[attended]):
-                labels = np.full(len(ids), -100)
+                labels = np.full(len(ids), ignored)
                 labels[attended] = self.labels_for(ids[attended].tolist(), index=number)
-            labels = np.where(labels == -100, self.ignore_index, labels)
+            labels = np.where(labels == -100, ignored, labels)
+            row["labels"] = labels.tolist()
+            row.pop("special_tokens_mask", None)
             if self.padding_free:
                 rows[number] = {"input_ids": ids[attended], "labels": labels[attended]}
-            else:
-                row["labels"] = labels.tolist()
-                row.pop("special_tokens_mask", None)
-        ignored = self.ignore_index
         if self.padding_free:
             flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, separator_id=ignored)
             return BatchEncoding(flatten(rows, return_tensors="pt"))
-        multiple = self.pad_to_multiple_of
         pad = DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=multiple, label_pad_token_id=ignored)
         return cast(BatchEncoding, pad(rows))
 
@@ -272,7 +266,10 @@ class _Template:
             self.raw = self.raw.removeprefix(b" ")  # sentencepiece puts a space before a text
         self.spaced = token_bytes[self.ids[0]] == b" "  # as a token of its own
         # `####Answer:` is another heading than `###Answer:`, not the template with something in front
-        self.before = b"" if self.raw[:1].isspace() else b"(?<!" + re.escape(self.raw[:1]) + b")"
+        before = b"" if self.raw[:1].isspace() else b"(?<!" + re.escape(self.raw[:1]) + b")"
+        begun = (re.escape(self.raw[:size]) for size in range(len(self.raw) - 1, 0, -1) if self.raw[:size].strip())
+        self.whole = re.compile(before + re.escape(self.raw))
+        self.begun = re.compile(before + b"(?:" + (b"|".join(begun) or b"(?!)") + rb")\Z")
 
     def __str__(self) -> str:
         return f"{self.name} {self.bytes.readable(self.raw)!r} (ids {self.ids})"
@@ -283,7 +280,7 @@ class _Template:
             template, ids = ("".join(map(chr, each)) for each in (self.ids, row.ids.tolist()))
             return [Match(*found.span()) for found in re.finditer(re.escape(template), ids)]
         matches: list[Match] = []
-        for found in re.finditer(self.before + re.escape(self.raw), row.raw):
+        for found in self.whole.finditer(row.raw):
             start, last = row.tokens(*found.span())
             begin = row.ends[last - 1] if last else 0
             merged = bool(row.ends[last] > found.end())
@@ -294,12 +291,8 @@ class _Template:
 
     def cut_off(self, row: _Row) -> int:
         """The token in which the template begins, if the row ends in the middle of it; else the number of tokens."""
-        for size in range(len(self.raw) - 1, 0, -1):
-            beginning, near = self.raw[:size], max(len(row.raw) - size - 1, 0)
-            cut = re.compile(self.before + re.escape(beginning) + rb"\Z").search(row.raw, near)
-            if cut and beginning.strip():
-                return self._with_space(row.tokens(*cut.span())[0], row)
-        return len(row.ids)
+        cut = self.begun.search(row.raw, max(len(row.raw) - len(self.raw), 0))
+        return self._with_space(row.tokens(*cut.span())[0], row) if cut else len(row.ids)
 
     def _with_space(self, start: int, row: _Row) -> int:
         """The first token of a template, with the space that sentencepiece puts before a text."""

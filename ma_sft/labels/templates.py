@@ -69,9 +69,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text -> id of every token that is structure: special tokens, and added tokens that the template writes."""
-    template = tokenizer.chat_template or ""
-    if isinstance(template, dict):  # one for rows with tools and one for the others
-        template = "".join(template.values())
+    template = str(tokenizer.chat_template or "")  # of a dict, all are
     return {
         token.content: index
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -9,9 +9,10 @@ proven". What follows the last label cannot change a label, and is not looked at
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, groupby, product
+from functools import lru_cache, partial
+from itertools import chain, groupby, product, takewhile
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.apply_template import bounded, clock_at, text_and_marks
+from ma_sft.labels.apply_template import bounded, clock_at
 from ma_sft.labels.placeholders import Lost, Message, arguments_of, dropped_content, named, shape, tags_of
 
 IGNORE_INDEX = -100
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what an assistant writes itself as structure
 PRIVATE = 0xF0000  # the first of the characters that stand for control tokens where ids are compared as text
 EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
-NO_TURNS = "turns cannot be read back from the ids"
-NOT_CONTINUED = "the template does not continue its own generation prompt"
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
 Form = Callable[[Message], Message]  # in which a serving stack may give a message to a template
 Ids = tuple[int, ...]
+End = tuple[int | None, str, str]
+# Messages, the sequences that train them, tools, variables of the template
+Row = tuple[list[Message], Sequence[Labelled], list[Any] | None, dict[str, Any] | None]
 
 
 def _form(convert: Callable[[Message], Any], empty: str | None = "", *, parts: bool = False) -> Form:
@@ -52,15 +54,6 @@ def _as_text(function: Message) -> str:
 
 
 FORMS = (_form(arguments_of), _form(_as_text, None), _form(_as_text), _form(arguments_of, parts=True))
-
-
-def walk(value: Any, function: Callable[[str], Any]) -> Any:
-    """The value with each text in it converted."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: walk(item, function) for key, item in value.items()}
-    return [walk(item, function) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass
@@ -112,10 +105,10 @@ class Verifier:
         known = (tokenizer.eos_token_id, *stop_ids(generation_config(tokenizer.name_or_path)))
         self.stops: set[int] = {*stops, *known} - {None}
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
-        self._ends: dict[str, tuple[int | None, str, str]] = {}
+        self._ends: dict[str, End] = {}
         self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
-        self._by_section: dict[str, Ids] = {}  # and of their sections, where these give the ids of whole texts
-        self._decoded: dict[Ids, str] = {}
+        # Beginnings of a conversation share most of their stretches
+        self._decode = lru_cache(4096)(partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False))
 
     def verify(
         self,
@@ -129,12 +122,10 @@ class Verifier:
         (result,) = self.verify_batch([(messages, sequences, tools, kwargs)])
         return result
 
-    def verify_batch(
-        self, rows: Iterable[tuple[list[Message], Sequence[Labelled], list[Any] | None, dict[str, Any] | None]]
-    ) -> list[VerifyResult]:
-        """`verify` of many conversations (messages, sequences, tools, kwargs), tokenised together."""
+    def verify_batch(self, rows: Iterable[Row]) -> list[VerifyResult]:
+        """`verify` of many conversations, tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        self._known, self._by_section, self._decoded = {}, {}, {}
+        self._known = {}
         self.ids([text for conversation, _ in found for text in conversation.texts()])
         return [conversation.verify(sequences) for conversation, sequences in found]
 
@@ -149,7 +140,10 @@ class Verifier:
             found, refusal = list[Any](), TemplateError()
             # A template of rows with tools may need a list
             for given, form in product((tools,) if tools else (None, []), FORMS):
-                render = partial(self._render_as, form, kwargs)
+
+                def render(said: list[Message], tools: Any, prompt: bool, form: Form = form) -> str:
+                    return self.render([form(message) for message in said], tools, kwargs, prompt=prompt)
+
                 try:
                     lost, as_python = dropped_content(render, messages, given, self.tags)
                 except TemplateError as error:
@@ -164,11 +158,6 @@ class Verifier:
             raise known
         return known
 
-    def _render_as(
-        self, form: Form, kwargs: dict[str, Any], messages: list[Message], tools: list[Any] | None, prompt: bool
-    ) -> str:
-        return self.render([form(m) for m in messages], tools, kwargs, prompt=prompt)
-
     # -- texts and ids --------------------------------------------------------------------------------------------
 
     def render(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], *, prompt: bool) -> str:
@@ -177,41 +166,33 @@ class Verifier:
         Raises:
             TemplateError: the template raised.
         """
-        template, names = self.tokenizer.get_chat_template(tools=tools), {**self.tokenizer.special_tokens_map, **kwargs}
+        apply, template = self.tokenizer.apply_chat_template, self.tokenizer.get_chat_template(tools=tools)
         try:
             with bounded(), clock_at(self.template_date, template):
-                rendered: Any = text_and_marks(
-                    [messages], tools, chat_template=template, add_generation_prompt=prompt, **names
-                )
-            return str(rendered[0][0])
+                # A batch of one may be an empty conversation
+                texts = apply([messages], tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs)
+            return str(texts[0])
         except Exception as error:  # templates raise what they like
             raise TemplateError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
     def ids(self, texts: list[str]) -> list[Ids]:
         """Ids of rendered texts, of which many share their beginnings, as in a long conversation.
 
-        Control tokens cut a text before anything else does, so each section from one to the next is tokenised once;
-        in each batch, that gives the ids of its longest texts.
+        Control tokens cut a text before anything else does, so each section from one to the next is tokenised once,
+        if that gives the ids of the longest texts.
         """
-        new = [*dict.fromkeys(text for text in texts if text not in self._known)]
-        if not self._by_section and len(new) <= 8:
-            self._known |= self._tokenize(new)
-        elif new:
-            parts = {text: [part for part in self._sections.split(text) if part] for text in new}
-            longest = [] if self._by_section else sorted(new, key=len)[-3:]
-            missing = {part for each in parts.values() for part in each} - self._by_section.keys()
-            found = self._tokenize([*longest, *missing])
-            found, whole = self._by_section | found, {text: found[text] for text in longest}
-            joined = {text: tuple(chain.from_iterable(map(found.__getitem__, each))) for text, each in parts.items()}
-            same = all(joined[text] == ids for text, ids in whole.items())
-            self._by_section = found if same else {}
+        new = {text: [part for part in self._sections.split(text) if part] for text in texts if text not in self._known}
+        if new:
+            longest = sorted(new, key=len)[-3:]
+            found = self._tokenize({*longest, *chain.from_iterable(new.values())})
+            joined = {text: tuple(chain.from_iterable(map(found.__getitem__, parts))) for text, parts in new.items()}
+            same = all(joined[text] == found[text] for text in longest)
             self._known |= joined if same else self._tokenize(new)
         return [self._known[text] for text in texts]
 
-    def _tokenize(self, texts: list[str]) -> dict[str, Ids]:
+    def _tokenize(self, texts: Iterable[str]) -> dict[str, Ids]:
         self.tokenizer("")  # leaves the backend without padding, truncation or split special tokens
-        texts = [*dict.fromkeys(texts)]
-        found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts := [*texts], add_special_tokens=False)
         return {text: tuple(encoding.ids) for text, encoding in zip(texts, found, strict=True)}
 
     def text(self, ids: Sequence[int]) -> str:
@@ -221,16 +202,11 @@ class Verifier:
             "".join(map(self.signs.__getitem__, run)) if control else self._decode((*run,)) for control, run in runs
         )
 
-    def _decode(self, ids: Ids) -> str:
-        if ids not in self._decoded:  # beginnings of a conversation share most of their stretches
-            self._decoded[ids] = str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
-        return self._decoded[ids]
-
     def spell(self, value: Any) -> str:
         """Ids, or a text of `text`, as people read it."""
         return (value if isinstance(value, str) else self.text(value)).translate(self._names)
 
-    def end_of_turn(self, form: Form, tools: Any, kwargs: dict[str, Any]) -> tuple[int | None, str, str]:
+    def end_of_turn(self, form: Form, tools: Any, kwargs: dict[str, Any]) -> End:
         """How the template ends a plain turn: the control token that it writes, None where it writes none (GLM).
 
         And what it writes behind a turn's text if nothing follows, and if a question does, up to its first token.
@@ -260,7 +236,9 @@ class _Conversation:
         self.verifier, self.raw, self.given_tools = verifier, raw, tools or None
         self.kwargs = {**verifier.template_kwargs, **kwargs}
         self.turns = [k for k, m in enumerate(raw) if m["role"] == "assistant"]
-        self.is_text, self.result = len(raw) == 1, VerifyResult(unproven=[] if self.turns else [NO_TURNS])
+        self.is_text, self.result = len(raw) == 1, VerifyResult()
+        if not self.turns:
+            self.result.unproven = ["turns cannot be read back from the ids"]
         self.form, used_tools, self.lost = FORMS[0], self.given_tools, list[Lost]()
         try:
             if self.turns and not self.is_text:
@@ -268,34 +246,40 @@ class _Conversation:
         except TemplateError as error:
             self.turns, self.result.unproven = [], [f"the template refuses the conversation: {error}"]
         self.hidden: dict[str, str] = {}  # placeholder -> the text that spells a control token
-        self.messages = [self._hide(self.form(message)) for message in raw]
-        self.tools = walk(used_tools, self._hide_text) if used_tools else used_tools
-        self.rendered: dict[tuple[int, bool], str | None] = {}
+        answers = [{"role": "tool" if m.get("tool_calls") else "user", "content": "Qux"} for m in raw[-1:]]
+        self.messages = [  # and one that may follow
+            {k: self._hide(v, MARKUP if (m["role"], k) == ("assistant", "content") else ()) for k, v in m.items()}
+            for m in map(self.form, [*raw, *answers])
+        ]
+        self.tools, self.rendered = self._hide(used_tools), dict[tuple[int, bool], str | None]()
+        self.around: tuple[list[int], list[int]] = [], []  # ids that stand around what a template writes
+        if self.is_text:
+            self.rendered = {(0, True): "", (1, False): str(self.messages[0]["content"])}
+            self.own_end, self.tail, self.gap = verifier.tokenizer.eos_token_id, "", ""
+            self.around = verifier.tokenizer("")["input_ids"], [self.own_end]
 
-    def _hide(self, message: Message) -> Message:
-        """The message with placeholders for text that spells control tokens, but not for an assistant's markup."""
-        markup = {"content": MARKUP} if message["role"] == "assistant" else {}
-        return {key: walk(v, partial(self._hide_text, markup=markup.get(key, ()))) for key, v in message.items()}
+    def _hide(self, value: Any, markup: tuple[str, ...] = ()) -> Any:
+        """The value with placeholders for text that spells control tokens, but not for an assistant's `markup`."""
 
-    def _hide_text(self, text: str, markup: tuple[str, ...] = ()) -> str:
         def placeholder(match: re.Match[str]) -> str:
             if match[0] in markup:
                 return match[0]
             self.hidden[name := f"§{len(self.hidden)}§"] = match[0]
             return name
 
-        return self.verifier.control_text.sub(placeholder, text)
+        if isinstance(value, dict):
+            return {key: self._hide(item, markup) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hide(item, markup) for item in value]
+        return self.verifier.control_text.sub(placeholder, value) if isinstance(value, str) else value
 
-    def render(self, end: int, *, prompt: bool) -> str | None:
+    def render(self, end: int, *, prompt: bool = False) -> str | None:
         """The first `end` messages; None where the template refuses them."""
-        if self.is_text:
-            return "" if prompt else str(self.messages[0]["content"])
         if (end, prompt) not in self.rendered:
-            try:
+            self.rendered[end, prompt] = None
+            with suppress(TemplateError):
                 text = self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
-            except TemplateError:
-                text = None
-            self.rendered[end, prompt] = text
+                self.rendered[end, prompt] = text
         return self.rendered[end, prompt]
 
     def texts(self) -> list[str]:
@@ -303,12 +287,12 @@ class _Conversation:
         found = [self.render(k + end, prompt=not end) for k in self.turns for end in (0, 1)]
         return [text for text in found if text is not None]
 
-    def ids(self, end: int, *, prompt: bool) -> Ids | None:
+    def ids(self, end: int, *, prompt: bool = False) -> Ids | None:
         """The ids of `render`, and those that the tokenizer puts around a text."""
-        text, tokenizer = self.render(end, prompt=prompt), self.verifier.tokenizer
-        if text is None or not self.is_text:
-            return None if text is None else self.verifier.ids([text])[0]
-        return (*tokenizer("")["input_ids"], *self.verifier.ids([text])[0], *[tokenizer.eos_token_id] * (not prompt))
+        if (text := self.render(end, prompt=prompt)) is None:
+            return None
+        (ids,), (before, behind) = self.verifier.ids([text]), self.around
+        return (*before, *ids, *(() if prompt else behind))
 
     def text(self, ids: Sequence[int]) -> str:
         text = self.verifier.text(ids)
@@ -323,6 +307,8 @@ class _Conversation:
     def verify(self, sequences: Sequence[Labelled]) -> VerifyResult:
         if not self.turns:
             return self.result
+        if not self.is_text:
+            self.own_end, self.tail, self.gap = self.verifier.end_of_turn(self.form, self.tools, self.kwargs)
         prompts = {k: self.key(asked) for k in self.turns if (asked := self.ids(k, prompt=True)) is not None}
         by_prompt = {key: k for k, key in prompts.items()}
         trained: list[int] = []
@@ -335,33 +321,38 @@ class _Conversation:
                     trained.append(by_prompt[before])
                     self._verify_turn(number, by_prompt[before], tuple(ids), begin, end)
                 elif prompts:
-                    held = [k for k in prompts if self.key(tuple(ids))[: len(prompts[k])] == prompts[k]]
-                    nearest = min(held, key=lambda k: abs(len(prompts[k]) - len(before)), default=None)
-                    if nearest is None:
-                        nearest = max(prompts, key=lambda k: len(shared(prompts[k], before)))
-                    trained.append(nearest)
-                    what = self._misplaced(nearest, tuple(ids), labels, begin)
-                    difference = self._difference(before, prompts[nearest])
-                    self._add_error("unlike inference", f"{what}before message {nearest}: {difference}")
+                    trained.append(self._misplaced(prompts, tuple(ids), labels, begin))
                 else:
                     self.result.unproven.append("the template refuses every prompt of the conversation")
         self._compare_with_wanted(trained)
         return self.result
 
-    def _misplaced(self, k: int, ids: Ids, labels: list[int], begin: int) -> str:
-        """In a user's words, where labels begin that do not begin where turn `k` does; empty for another prompt."""
-        prompt, history = self.ids(k, prompt=True) or (), self.ids(k, prompt=False) or ()
+    def _misplaced(self, prompts: dict[int, Any], ids: Ids, labels: list[int], begin: int) -> int:
+        """Say in a user's words where labels begin that begin behind no prompt; the turn that is meant."""
+        whole, before = self.key(ids), self.key(ids[:begin])
+
+        def nearness(k: int) -> tuple[bool, int]:
+            if whole[: len(prompts[k])] == prompts[k]:
+                return True, -abs(len(prompts[k]) - len(before))
+            return False, len(shared(prompts[k], before))
+
+        k, what = max(prompts, key=nearness), ""
+        prompt, history = self.ids(k, prompt=True) or (), self.ids(k) or ()
         early = len(prompt) - begin
-        if ids[: len(prompt)] != prompt:
-            return ""
-        if early < 0:
+        if ids[: len(prompt)] != prompt:  # another prompt
+            pass
+        elif early < 0:
             masked = any(label != IGNORE_INDEX for label in labels[len(prompt) : begin])
-            return "tokens inside a turn are not trained; " if masked else f"labels begin {-early} tokens late; "
-        if early <= len(prompt) - len(history) + 2:  # the header, and what ends the message before
-            return f"labels begin {early} tokens early; "
-        roles = " and ".join(sorted({m["role"] for m in self.raw[:k]} - {"assistant"}, reverse=True))
-        share = sum(label != IGNORE_INDEX for label in labels) / len(labels)
-        return f"{roles} tokens are trained ({share:.0%} of the row); "
+            what = "tokens inside a turn are not trained; " if masked else f"labels begin {-early} tokens late; "
+        elif early <= len(prompt) - len(history) + 2:  # the header, and what ends the message before
+            what = f"labels begin {early} tokens early; "
+        else:
+            roles = " and ".join(sorted({m["role"] for m in self.raw[:k]} - {"assistant"}, reverse=True))
+            share = sum(label != IGNORE_INDEX for label in labels) / len(labels)
+            what = f"{roles} tokens are trained ({share:.0%} of the row); "
+        difference = self._difference(before, prompts[k])
+        self._add_error("unlike inference", f"{what}before message {k}: {difference}")
+        return k
 
     def _add_error(self, code: str, what: str) -> None:
         self.result.errors.append((code, what))
@@ -369,7 +360,7 @@ class _Conversation:
     # -- one turn -------------------------------------------------------------------------------------------------
 
     def _verify_turn(self, number: int, k: int, ids: Ids, begin: int, end: int) -> None:
-        prompt, whole, spell = self.ids(k, prompt=True), self.ids(k + 1, prompt=False), self.verifier.spell
+        prompt, whole, spell = self.ids(k, prompt=True), self.ids(k + 1), self.verifier.spell
         if prompt is None or whole is None:
             self.result.unproven.append(f"the template refuses message {k}")
             return
@@ -378,10 +369,9 @@ class _Conversation:
         if last < end and not spell(ids[last:end]).strip():
             self.result.remarks.append("whitespace behind the end token is trained too")
             end = last
-        opens = self._opens(k)
-        dropped = opens and "</think>" not in spell(whole[len(prompt) :])  # the reasoning, from the last turn too
-        same = not self.hidden and whole[: len(prompt)] == prompt
-        goes_on = not dropped and (same or self._rest(whole, prompt, prompt) is not None)
+        # The reasoning that its prompt opens, from the last turn too
+        dropped = self._opens(k) and "</think>" not in spell(whole[len(prompt) :])
+        goes_on = not dropped and self._rest(whole, prompt, prompt) is not None
         if ids[end - 1] not in stops:
             right = repr(spell(whole[-8:])) if goes_on else "a token at which generation stops"
             what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {right}"
@@ -395,8 +385,8 @@ class _Conversation:
         elif goes_on and self._goes_on(k, prompt, ids[:end], stops):
             self.result.proven.append((number, begin, end))
         elif dropped and not self._reasoning(k):
-            self.result.unproven.append(NOT_CONTINUED)
-        elif not goes_on and self._stands_behind_its_header(k, ids, begin, end, stops, opens):
+            self.result.unproven.append("the template does not continue its own generation prompt")
+        elif not goes_on and self._stands_behind_its_header(k, ids[:end], begin, stops):
             self.result.proven.append((number, begin, end))
         else:
             difference = self._difference(self.key(ids[:end]), self.key(whole))
@@ -407,73 +397,62 @@ class _Conversation:
         reasoning = self.raw[k].get("reasoning_content") or (closed and in_text.replace("<think>", ""))
         return str(reasoning).strip()
 
-    def _end(self) -> tuple[int | None, str, str]:
-        return (None, "", "") if self.is_text else self.verifier.end_of_turn(self.form, self.tools, self.kwargs)
-
     def _stops(self, k: int, whole: Ids) -> set[int]:
         """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
-        own, stops = self._end()[0], self.verifier.stops
         last = next((index for index in reversed(whole) if self.verifier.spell([index]).strip()), -1)
         closing = {last} & {*self.verifier.signs} if self.raw[k].get("tool_calls") else set()
-        if self.is_text or own is not None:
-            return stops | closing | ({own} if own is not None else set())
-        return stops | (self._next_begins(k) or closing)
+        if self.own_end is not None:
+            return self.verifier.stops | closing | {self.own_end}
+        return self.verifier.stops | (self._next_begins(k) or closing)
 
     def _next_begins(self, k: int) -> set[int]:
         """The control token that begins the message after turn `k`: the result of a call, a question (GLM)."""
-        role = "tool" if self.raw[k].get("tool_calls") else "user"
-        following = self.messages[k + 1 : k + 2] or [self.form({"role": role, "content": "Qux"})]
-        try:
-            text = self.verifier.render([*self.messages[: k + 1], *following], self.tools, self.kwargs, prompt=False)
-        except TemplateError:
-            return set()
-        written = (self.render(k + 1, prompt=False) or "").rstrip()
+        text, written = self.render(k + 2) or "", (self.render(k + 1) or "").rstrip()
         begins = self.verifier.control_text.match(text[len(written) :].lstrip()) if text.startswith(written) else None
         return {self.verifier.controls[begins[0]]} if begins else set()
 
-    def _rest(self, whole: Ids, begin: Ids, prompt: Ids) -> str | None:
-        """What `whole` has behind `begin`, as text; None if it does not begin with it.
+    def _rest(self, whole: Ids, begin: Ids, prompt: Ids) -> Any:
+        """What `whole` has behind `begin`, as ids or text; None if it does not begin with it.
 
         Texts are compared where text spells control tokens, or the prompt's last token has become another one.
         """
-        if not self.hidden and whole[: len(prompt)] == prompt:
-            return self.verifier.spell(whole[len(begin) :]) if whole[: len(begin)] == begin else None
-        text, start = self.text(whole), self.text(begin)
-        return self.verifier.spell(text[len(start) :]) if text.startswith(start) else None
+        same = not self.hidden and whole[: len(prompt)] == prompt
+        text, start = (whole, begin) if same else (self.text(whole), self.text(begin))
+        return text[len(start) :] if text[: len(start)] == start else None
 
     def _goes_on(self, k: int, prompt: Ids, trained: Ids, stops: set[int]) -> bool:
         """Whether the template goes on with what is trained, and writes nothing more but stops and whitespace."""
-        whole = self.ids(k + 1, prompt=False) or ()
+        whole = self.ids(k + 1) or ()
         rest = self._rest(whole, trained, prompt)
         if rest is None and k + 1 < len(self.raw):  # history is written without an empty reasoning
-            text, asked = self.render(k + 1, prompt=False) or "", self.render(k, prompt=True) or ""
+            text, asked = self.render(k + 1) or "", self.render(k, prompt=True) or ""
             (shorter,) = self.verifier.ids([asked + EMPTY_REASONING.sub("", text[len(asked) :], count=1)])
             rest = self._rest(shorter, trained, prompt) if text.startswith(asked) else None
-        own, tail, gap = self._end()
-        if rest is not None and (trained[-1] in {*self.verifier.stops, own} or self._is_blank(rest, stops)):
+        certain = trained[-1] in {*self.verifier.stops, self.own_end}
+        if rest is not None and (certain or self._is_blank(rest, stops)):
             return True
-        if own is not None or self.is_text or any(index in stops for index in whole[len(prompt) :]):
+        if self.own_end is not None or any(index in stops for index in whole[len(prompt) :]):
             return False
         # The template ends no turn: whitespace that it writes behind one is then no part of it
-        text = self.render(k + 1, prompt=False) or ""
-        written = [text.removesuffix(tail) + gap, text.removesuffix(tail)]
+        text = self.render(k + 1) or ""
+        written = [text.removesuffix(self.tail) + self.gap, text.removesuffix(self.tail)]
         if self.raw[k].get("tool_calls"):
             written = [text, text.rstrip()]
-        return any(self._rest(ids, trained[:-1], prompt) == "" for ids in self.verifier.ids(written))
+        rests = [self._rest(ids, trained[:-1], prompt) for ids in self.verifier.ids(written)]
+        return any(rest is not None and not rest for rest in rests)
 
-    def _stands_behind_its_header(self, k: int, ids: Ids, begin: int, end: int, stops: set[int], opens: bool) -> bool:
+    def _stands_behind_its_header(self, k: int, ids: Ids, begin: int, stops: set[int]) -> bool:
         """Whether the template writes the turn as it is trained, where it writes what stands before it otherwise.
 
         The turn then stands behind what the generation prompt writes, or behind the beginning of that, which may have
         opened a reasoning that the template writes otherwise, or nowhere.
         """
-        spell, own = self.verifier.spell, self._end()[0]
-        prompt, whole = self.text(ids[:begin]), spell(self.text(self.ids(k + 1, prompt=False) or ()))
-        trained = spell(self.text(ids[:end])[len(prompt) : None if own is not None else -1])
-        prompt = spell(prompt)
-        history = spell(self.text(self.ids(k, prompt=False) or ()))
+        spell, own, opens = self.verifier.spell, self.own_end, self._opens(k)
+        prompt, both = self.text(ids[:begin]), self.text(ids)
+        trained = spell(both[len(prompt) : None if own is not None else -1])
+        prompt, history, whole = map(spell, (prompt, self.text(self.ids(k) or ()), self.text(self.ids(k + 1) or ())))
         before, found, rest = whole.rpartition(trained)
-        certain = bool(history) and before.startswith(history) and ids[end - 1] in {*self.verifier.stops, own}
+        certain = bool(history) and before.startswith(history) and ids[-1] in {*self.verifier.stops, own}
         thought = rf"\s*{re.escape(self._reasoning(k))}\s*</think>\s*"
         if opens and not found and (begins := re.match(thought, trained)):
             before, found, rest = whole.rpartition(trained[begins.end() :])
@@ -486,9 +465,9 @@ class _Conversation:
         headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
         return any(before.rstrip().endswith(each) for each in headers - {""})
 
-    def _is_blank(self, text: str, stops: set[int]) -> bool:
-        """Whether a spelled text has nothing but whitespace and tokens at which generation stopped already."""
-        controls = self.verifier.controls
+    def _is_blank(self, rest: Any, stops: set[int]) -> bool:
+        """Whether ids or a text hold nothing but whitespace and tokens at which generation stopped already."""
+        controls, text = self.verifier.controls, self.verifier.spell(rest)
         return not self.verifier.control_text.sub(lambda m: "" if controls[m[0]] in stops else m[0], text).strip()
 
     # -- the conversation as a whole ------------------------------------------------------------------------------
@@ -534,5 +513,5 @@ def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def shared(one: Any, other: Any) -> Any:
     """The common beginning of two texts, or two tuples of ids."""
-    differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[: next(differ, min(len(one), len(other)))]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return one[: sum(1 for _ in same)]

@@ -98,10 +98,8 @@ def test_a_collator_that_masks_the_end_with_the_padding_is_found(model, tmp_path
                         batch["labels"][n, at] = -100
             return batch
 
-    right = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True)
-    labels = [row["labels"] for row in right.train_dataset]
-    assert any(label != -100 for label in labels[0])
     mine = trainer(model, tmp_path, template=MARKED, assistant_only_loss=True, collator=Collator(tokenizer, mlm=False))
+    assert any(label != -100 for label in mine.train_dataset[0]["labels"])
     report = ma_sft.audit(mine)
     assert {finding.code for finding in report.errors} == {"missing end token"}
 
@@ -121,10 +119,15 @@ def prepared(chats, change=lambda ids, labels: (ids, labels)):
     return Dataset.from_list(rows)
 
 
+def audited(folder, rows):
+    """The report on a folder in which these rows are saved."""
+    rows.save_to_disk(folder / "prepared" / "0123")
+    return audit_folder(folder / "prepared", load_tokenizer("smollm2"))
+
+
 def test_a_folder_is_verified_with_and_without_its_rows(tmp_path, capsys, smollm2):
-    prepared(CHATS).save_to_disk(tmp_path / "prepared" / "0123")
     rows = write_rows(tmp_path / "rows.jsonl", ({"messages": chat} for chat in CHATS))
-    assert audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).verdict.startswith("every label is right")
+    assert audited(tmp_path, prepared(CHATS)).verdict.startswith("every label is right")
     command = ["audit", str(tmp_path / "prepared"), "--tokenizer", str(smollm2), "--rows", rows]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["proven"] is True
@@ -165,25 +168,19 @@ def holed(ids, labels):
     ],
 )
 def test_each_fault_of_a_folder_is_found_without_its_rows_and_said_in_the_users_words(tmp_path, change, code, fault):
-    prepared(CHATS, change).save_to_disk(tmp_path / "prepared")
-    report = audit_folder(tmp_path / "prepared", load_tokenizer("smollm2"))
+    report = audited(tmp_path, prepared(CHATS, change))
     assert any(f.message.startswith(fault) and f.code.startswith(code) for f in report.errors), report.errors
     assert "wrong" in report.verdict and (not fault or all("(row 0; " in f.message for f in report.errors))
 
 
-def test_what_cannot_be_read_back_is_not_proven(tmp_path):
+def test_what_cannot_be_read_back_is_not_proven_and_another_models_template_is_found(tmp_path):
     ids = load_tokenizer("smollm2")("Once upon a time.<|im_end|>")["input_ids"]
-    Dataset.from_dict({"input_ids": [ids], "labels": [ids]}).save_to_disk(tmp_path / "text")
-    report = audit_folder(tmp_path / "text", load_tokenizer("smollm2"))
+    report = audited(tmp_path / "text", Dataset.from_dict({"input_ids": [ids], "labels": [ids]}))
     assert report.errors == [] and report.not_proven == {"turns cannot be read back from the ids": 1}
     assert "not proven" in report.verdict
-
-
-def test_another_models_template_is_found_without_the_rows(tmp_path):
     ids = load_tokenizer("smollm2")("[INST] Hi [/INST] Hello!<|endoftext|>")["input_ids"]
-    rows = {"input_ids": [ids], "labels": [[-100] * 8 + ids[8:]]}
-    Dataset.from_dict(rows).save_to_disk(tmp_path / "prepared")
-    (finding,) = [f for f in audit_folder(tmp_path / "prepared", load_tokenizer("smollm2")).errors]
+    report = audited(tmp_path / "other", Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * 8 + ids[8:]]}))
+    (finding,) = report.errors
     assert finding.code == "unlike inference" and "another template" in finding.message
 
 

@@ -11,6 +11,7 @@ from helpers import FUZZ, assistant, load_tokenizer, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds_of_rows import TOOLS, calls, result
+from strange_templates import stops
 from trl_templates import NAMES, trl_tokenizer
 
 from ma_sft import TemplateError, tokenize_conversation
@@ -132,9 +133,7 @@ def test_properties_of_every_template(name):
     `make fuzz` runs this on 500 conversations of each template.
     """
     tokenizer = trl_tokenizer(name)
-    # GLM's generation_config names the role tokens at which it stops; this tokenizer has none beside it.
-    roles = [token for token in ("<|user|>", "<|observation|>") if name == "glm4moe"]
-    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=tokenizer.convert_tokens_to_ids(roles))
+    encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer, stops=stops(name, tokenizer))
     proven = 0
 
     @settings(max_examples=FUZZ // 20 or 60)
@@ -183,15 +182,30 @@ def test_consecutive_turns_of_one_role_are_kept_apart_where_the_template_allows_
     assert learned(tokenizer, row) == "不客气！<|im_end|>"
 
 
-def test_a_turn_that_the_template_does_not_open_is_not_trained():
-    tokenizer = load_tokenizer("llama2")  # Mistral's way: an answer has no header, and two of them run together
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
-        "{% endfor %}"
-    )
-    with pytest.warns(UserWarning, match="message 2 is not trained: the template opens no turn after an assistant's"):
-        row = tokenize_conversation([TURNS[0], TURNS[1], TURNS[3]], tokenizer)
-    assert learned(tokenizer, row) == "It is 4.</s>"
+@pytest.mark.parametrize(
+    ("name", "template", "messages", "warning", "learns"),
+    [
+        (  # Mistral's way: an answer has no header, and two of them run together
+            *("llama2", "{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"),
+            *(
+                [TURNS[0], TURNS[1], TURNS[3]],
+                "message 2 is not trained: the template opens no turn after an assistant's",
+            ),
+            "It is 4.</s>",
+        ),
+        (
+            "qwen3",
+            "{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' and 'open' not in m.content %}{{ eos_token }}"
+            "{% endif %}\n{% if loop.last and add_generation_prompt %}assistant:{% endif %}",
+            *([TURNS[0], assistant("left open")], "the template writes no end-of-turn token after this turn", ""),
+        ),
+    ],
+)
+def test_a_turn_that_the_template_does_not_open_or_end_is_not_trained(name, template, messages, warning, learns):
+    tokenizer = load_tokenizer(name)
+    with pytest.warns(UserWarning, match=warning):
+        row = tokenize_conversation(messages, tokenizer, template="{% for m in messages %}" + template + "{% endfor %}")
+    assert learned(tokenizer, row) == learns
 
 
 def test_history_that_the_template_rewrites():
@@ -259,19 +273,6 @@ def test_refused_with_a_reason(name, messages, message):
     with pytest.raises(TemplateError) as error:
         tokenize_conversation(messages, load_tokenizer(name))
     assert message in str(error.value)
-
-
-def test_a_turn_without_an_end_token_is_not_trained():
-    tokenizer = load_tokenizer("qwen3")
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-        "{% if m.role == 'assistant' and 'open' not in m.content %}{{ eos_token }}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    messages = [TURNS[0], {"role": "assistant", "content": "left open"}]
-    with pytest.warns(UserWarning, match="the template writes no end-of-turn token after this turn"):
-        row = tokenize_conversation(messages, tokenizer, template=template)
-    assert set(row["labels"]) == {-100}
 
 
 ALPACA = (

@@ -171,7 +171,8 @@ def _accuses(verdict):
     return bool(verdict.errors or verdict.untrained or verdict.unproven)
 
 
-def _find_all(name):
+@pytest.mark.parametrize("name", [*REAL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW + TRL)])
+def test_every_mutation_is_found(name):
     tokenizer = _tokenizer(name)
     encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer)
     chat, misread = CHAT, MISREAD
@@ -183,29 +184,12 @@ def _find_all(name):
     assert not _accuses(judge.verify(chat, right)), "the encoder is right"
     *others, last = right if len(right) == 1 or [*runs(right[0][1])][-1:] < [*runs(right[-1][1])][-1:] else right[::-1]
     begin, end = [*runs(last[1])][-1]
-    missed = []
-    for what, change in BROKEN.items():
-        broken = change(*last, begin, end, tokenizer)
-        assert broken != last, what
-        if not _accuses(judge.verify(chat, [*others, broken])):
-            missed.append(what)
-    for what, change in misread.items():
-        if not _accuses(judge.verify(chat, _sequences(encoder, change(chat)))):
-            missed.append(what)
-    if not _accuses(judge.verify(chat, [*right, last])):
-        missed.append("a turn is trained twice")
+    wrong = {what: [*others, change(*last, begin, end, tokenizer)] for what, change in BROKEN.items()}
+    assert all(sequences[-1] != last for sequences in wrong.values())
+    wrong |= {what: _sequences(encoder, change(chat)) for what, change in misread.items()}
+    wrong["a turn is trained twice"] = [*right, last]
+    missed = [what for what, sequences in wrong.items() if not _accuses(judge.verify(chat, sequences))]
     assert len(BROKEN) + len(MISREAD) > 30 and missed == []
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_every_mutation_is_found(name):
-    _find_all(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW + TRL)
-def test_every_mutation_is_found_with_more_templates(name):
-    _find_all(name)
 
 
 @pytest.mark.parametrize("name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_TOOLS)])
@@ -214,10 +198,7 @@ def test_every_mutation_of_a_call_is_found(name):
     encoder, judge = ChatEncoder(tokenizer), Verifier(tokenizer)
     verdict = judge.verify(AGENT, _sequences(encoder, AGENT, TOOLS), tools=TOOLS)
     assert not _accuses(verdict) and len(verdict.proven) == 2
-    missed = []
-    for what, change in MISCALLED.items():
-        if not _accuses(judge.verify(AGENT, _sequences(encoder, change(AGENT), TOOLS), tools=TOOLS)):
-            missed.append(what)
-    if not _accuses(judge.verify(AGENT, _sequences(encoder, AGENT, TOOLS[:1]), tools=TOOLS)):
-        missed.append("a tool is lost")
+    wrong = {what: _sequences(encoder, change(AGENT), TOOLS) for what, change in MISCALLED.items()}
+    wrong["a tool is lost"] = _sequences(encoder, AGENT, TOOLS[:1])
+    missed = [what for what, each in wrong.items() if not _accuses(judge.verify(AGENT, each, tools=TOOLS))]
     assert missed == []
