@@ -58,20 +58,20 @@ def run(
     check_login(settings)
     with SignalHandler() as signals, claimed(settings) as folder:
         out, settings = folder.out, folder.settings
-        folder.restore_revisions()
         settings = at_commit(settings)
         tokenizer, added_tokens = load_tokenizer(settings)
         settings = with_date(settings, tokenizer)
-        peft = check_early(settings)
+        check_early(settings)
         rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
         digests = agree("/".join(part.digest for part in (data, held_out) if part))
-        content = {"data": digests, "stream": data.order}
-        checkpoint = folder.begin(content, settings)
+        content = {"data": digests, **(data.order or {})}
+        once(lambda: folder.begin(content, settings))
+        checkpoint = str(folder.checkpoint) if folder.checkpoint else None
         manifest = make_manifest(settings, tokenizer, data)
         memory = forecast_memory(settings, data) if settings.training.process_index == 0 else None
         tests = held_out.by_source() if held_out else None
-        trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, peft_config=peft)
+        trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests)
         evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
         checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": recipe_of(settings)})
         logger = JsonlLogger(out / "log.jsonl")
@@ -84,7 +84,8 @@ def run(
             write_start(settings, data, tokenizer, lines)
             say(rehearsed)
         trainer.train(resume_from_checkpoint=checkpoint)
-        signals.stop_if_asked()
+        if signals.signal:
+            signals.stop()
         summary: dict[str, Any] = {
             "name": settings.run.name,
             "rows": data.counts.rows or None,  # a stream does not know

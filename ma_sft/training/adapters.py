@@ -1,31 +1,26 @@
-"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen.
+"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen."""
 
-The configuration is checked against the model's skeleton, before its weights are loaded.
-"""
-
-import copy
 import json
 import re
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 import peft
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer, get_peft_config
 
-from ma_sft.config import Settings, nearest, settings_of
+from ma_sft.config import Settings
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import explain, load_pretrained, model_class, refuse_pickles, saved_folder
 from ma_sft.training.distributed import outside_zero3
@@ -68,16 +63,16 @@ def lora_config(settings: Settings) -> PeftConfig | None:
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    given, setting = dict(cast(dict[str, Any], adapter.peft_config or adapter.lora_config or {})), "lora_config"
-    method, base = "LORA", {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    given, setting = cast(dict[str, Any], adapter.peft_config or adapter.lora_config or {}), "lora_config"
+    base = {"peft_type": "LORA", **{f.name: getattr(config, f.name) for f in fields(config) if f.init}}
     if adapter.peft_config:
-        setting, method, base = "peft_config", str(given.pop("peft_type", "")).upper(), {"task_type": "CAUSAL_LM"}
-        if method not in (known := [*peft.PEFT_TYPE_TO_CONFIG_MAPPING]):
-            raise RecipeError(f"peft_config: peft_type: {method!r} is none of {', '.join(sorted(known))}")
-    given = _peft_fields(setting, peft.PEFT_TYPE_TO_CONFIG_MAPPING[method], given)
+        setting, base = "peft_config", {"task_type": "CAUSAL_LM"}
+        given = {**given, "peft_type": str(given.get("peft_type")).upper()}
+        if given["peft_type"] not in (known := [*peft.PEFT_TYPE_TO_CONFIG_MAPPING]):
+            raise RecipeError(f"peft_config: peft_type: {given['peft_type']!r} is none of {', '.join(sorted(known))}")
     try:
-        found: PeftConfig = peft.get_peft_config({**base, "peft_type": method, **given})
-    except (TypeError, ValueError) as error:
+        found: PeftConfig = peft.get_peft_config({**base, **given})
+    except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"{setting}: {one_line(error)}") from None
     init = str(getattr(found, "init_lora_weights", None))
     if init in NEED_DATA:
@@ -87,24 +82,6 @@ def lora_config(settings: Settings) -> PeftConfig | None:
             f"{setting}: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
         )
     return found
-
-
-def _peft_fields(setting: str, kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a PEFT configuration in the types that PEFT wants and does not check, mappings as its dataclasses."""
-    hints, known = get_type_hints(kind), settings_of({"adapter": kind})
-    taken = {}
-    for key, value in given.items():
-        if key not in known:
-            raise RecipeError(f"{setting}: peft.{kind.__name__} has no field {key!r}{nearest(key, hints, '')}")
-        nested: Any = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
-        try:
-            if nested and isinstance(value, dict):
-                taken[key] = nested(**value)
-            else:  # `pissa_niter_4` is named with a blank for its number
-                taken[key] = value if str(value).startswith("pissa_niter_") else known[key].take(value)
-        except (TypeError, RecipeError) as error:
-            raise RecipeError(f"{setting}: {error}") from None
-    return taken
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -151,15 +128,13 @@ def model_skeleton(settings: Settings) -> Any:
         raise RecipeError(explain(error, str(model.model_name_or_path))) from None
 
 
-def fitting_adapter(
-    settings: Settings, model: PreTrainedModel | None = None, config: PeftConfig | None = None
-) -> PeftConfig | None:
-    """The recipe's adapter (or `config`) for a model (or its skeleton), None without one.
+def fitting_adapter(settings: Settings, model: PreTrainedModel, config: PeftConfig | None = None) -> PeftConfig | None:
+    """The recipe's adapter (or `config`) for a model or its skeleton, None without one; PEFT checks the rest itself.
 
     PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
 
     Raises:
-        RecipeError: as `lora_config`; a name that matches nothing in the model; what PEFT cannot adapt.
+        RecipeError: as `lora_config`; a name that matches nothing in the model.
     """
     by_hand = config is not None or bool(settings.adapter.peft_config)
     by_hand = by_hand or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
@@ -171,27 +146,13 @@ def fitting_adapter(
     if off and config.is_prompt_learning:
         what = f"{config.peft_type.value} trains tokens before a sequence: in no document of a pack, in no weight"
         raise RecipeError(f"peft_config: {what}; set {', '.join(f'{name}=false' for name in off)}")
-    model = model if model is not None else model_skeleton(settings)
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
         config.exclude_modules = _unfit(model, config)
-    if not settings.adapter.adapter_name_or_path:  # whose configuration has names that PEFT made
+    if config.base_model_name_or_path is None:  # else it was saved, with names that PEFT made
         _check_names(model, config)
-    trial: Any = copy.deepcopy(config)
-    trial.init_lora_weights = False  # there are no weights to begin from
-    trial.lora_dropout = getattr(trial, "lora_dropout", 0.0) if by_hand else 0.0
-    bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
-    try:
-        with warnings.catch_warnings(action="ignore"), outside_zero3():
-            adapted = get_peft_model(copy.deepcopy(model, bare), trial, low_cpu_mem_usage=True)
-    except Exception as error:  # a value of a wrong type fails somewhere in PEFT
-        raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
-    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):  # as TRL refuses it once the data is prepared
-        raise RecipeError(
-            "an adapter on the head would never be trained, as the loss is computed from its weight alone; leave "
-            'lm_head out of lora_target_modules, and to train it whole set lora_modules_to_save=["lm_head"]'
-        )
-    if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
-        config.lora_dropout = 0.0
+    if isinstance(config, LoraConfig) and not by_hand:
+        convert_peft_config_for_transformers(config, model, None)  # which names the experts, as PEFT will
+        config.lora_dropout = 0.0 if config.target_parameters else config.lora_dropout
     return config
 
 

@@ -29,7 +29,6 @@ from ma_sft.labels.turns import Message
 from ma_sft.training.checkpoints import SignalHandler, watched
 from ma_sft.training.distributed import gather, once
 from ma_sft.training.prepare import Prepared
-from ma_sft.training.quantized import repacked
 from ma_sft.training.trainer import ResumableTrainer, score_name
 from ma_sft.utils import read_json, write_whole
 
@@ -270,7 +269,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(starts) * max_new_tokens, desc=desc, unit="token", disable=not watched())
-    with repacked(model), bar:
+    with bar:
         for start in starts:
             check()
             chunk = order[start : start + batch_size]

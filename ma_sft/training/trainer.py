@@ -31,7 +31,6 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.trainer_utils import validate_quantization_for_training
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
@@ -76,10 +75,6 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
     settings = with_date(settings, tokenizer)
-    model, peft = given.get("model"), given.get("peft_config")
-    if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
-        peft = adapters.fitting_adapter(settings, model, peft)
-    given["peft_config"] = peft
     parts = test if isinstance(test, dict) else {"held-out": test}
     labelled = parts if all(map(_is_labelled, parts.values())) else None
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
@@ -115,12 +110,11 @@ def _is_labelled(rows: Any) -> bool:
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
 
 
-def check_early(settings: Settings) -> PeftConfig | None:
-    """Find, before any row is read, what would end the run once all are prepared; gives the adapter.
+def check_early(settings: Settings) -> None:
+    """Find, before any row is read, what would end the run once all are prepared, and what no rehearsal can find.
 
     Raises:
-        RecipeError: a model that does not write text, an adapter, frozen layers or a quantisation that cannot be, a
-            metric that does not exist.
+        RecipeError: a model that does not write text, a quantisation that cannot be, a metric that does not exist.
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
@@ -132,13 +126,9 @@ def check_early(settings: Settings) -> PeftConfig | None:
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
-    peft = adapters.fitting_adapter(settings)
-    if settings.adapter.freeze:
-        adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
     if settings.evaluation.metric != "exact-match":
         load_function(settings.evaluation.metric)
     check_best_metric(settings, None)
-    return peft
 
 
 def score_name(settings: Settings) -> str:
@@ -175,7 +165,7 @@ def build_trainer(
 
     Args:
         held_out: rows, or the rows of each source by name.
-        given: arguments of `SFTTrainer` that win over the settings. `peft_config` is an adapter that was checked.
+        given: arguments of `SFTTrainer` that win over the settings.
 
     Raises:
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
@@ -183,10 +173,11 @@ def build_trainer(
     args = trl_arguments(settings)
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
-    model = given.pop("model", None)
-    peft = given.pop("peft_config") if "peft_config" in given else adapters.fitting_adapter(settings)
+    model, peft = given.pop("model", None), given.pop("peft_config", None)
     if model is None:
-        model = load_model(settings, args, peft, frugal=not added_tokens)
+        model = load_model(settings, args, frugal=not added_tokens)
+    if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
+        peft = adapters.fitting_adapter(settings, model, peft)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
@@ -230,7 +221,7 @@ def trl_arguments(settings: Settings) -> SFTConfig:
     return args
 
 
-def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, frugal: bool = True) -> Any:
+def load_model(settings: Settings, args: SFTConfig, *, frugal: bool = True) -> Any:
     """The recipe's model with its weights, as TRL loads it.
 
     Args:
@@ -252,8 +243,6 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
     try:
         with no_bar_for_weights():
             loaded = trl_utils.create_model_from_path(folder, **kwargs)
-        if peft is None:
-            validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
     except Exception as error:
         if own and not isinstance(error, OSError):

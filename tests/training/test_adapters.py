@@ -115,17 +115,12 @@ def test_defaults_of_the_methods():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_config": {"use_doraa": True}}, "peft.LoraConfig has no field 'use_doraa'; did you mean 'use_dora'?"),
         ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"r": "x"}}, "lora_config: r: int expected, found 'x'"),
-        ({"lora_config": {"rank_pattern": 3}}, "lora_config: rank_pattern: a JSON object expected"),
-        ({"lora_config": {"bias": "some"}}, "lora_config: bias: invalid choice: 'some'"),
-        ({"lora_config": {"init_lora_weights": "pisa"}}, "did you mean 'pissa'?"),
         ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
-        ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: peft.LoHaConfig has no field 'rank'"),
-        ({"peft_config": {"peft_type": "LOHA", "r": "x"}}, "peft_config: r: int expected, found 'x'"),
+        ({"lora_config": {"use_doraa": True}}, "lora_config: .* unexpected keyword argument 'use_doraa'"),
+        ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: .* unexpected keyword argument 'rank'"),
         ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),
         (
             {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
@@ -145,11 +140,8 @@ def test_settings_that_cannot_be(more, message):
     ("more", "message"),
     [
         ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches no module of LlamaForCausalLM; the linear"),
-        ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
         ({"lora_target_modules": "(q"}, "lora_target_modules: '[(]q' is no regular expression: missing [)], unter"),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
-        # As MA-RLHF's r1 script has it
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, r'train it whole set lora_modules_to_save=\["lm_head"\]'),
         ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
     ],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_bpe, packin
     assert losses("workers", *going_on, "--dataloader_num_workers", "1") == whole
     done = tmp_path / "whole" / "checkpoint-3" / COMPLETE
     done.write_text(done.read_text().replace('"processes": 1', '"processes": 2'))
-    with pytest.raises(RecipeError, match=r"processes=2, .* and not 1: bring 2 back"):
+    with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
         run(recipe, ["--output_dir", str(tmp_path / "other"), *going_on])
 
 
