@@ -12,13 +12,12 @@ from typing import Any, cast
 import peft
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, load_peft_weights, set_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from trl import SFTTrainer, get_peft_config
+from trl import get_peft_config
 
 from ma_sft.config import Settings
 from ma_sft.errors import RecipeError, first_line, one_line
@@ -203,10 +202,7 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
         setting = f"lora_{key}" if isinstance(config, LoraConfig) and key != "exclude_modules" else key
         kind, there = ("parameter", parameters) if key == "target_parameters" else ("module", modules)
         names = getattr(config, key, None) or []
-        if isinstance(names, str):
-            _compiled(setting, names)
-            continue
-        for name in sorted(names):
+        for name in [] if isinstance(names, str) else sorted(names):
             if not any(found == name or found.endswith(f".{name}") for found in there):
                 linear = {
                     n.rpartition(".")[2] for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
@@ -215,13 +211,6 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
                     f"{setting}: {name!r} matches no {kind} of {type(model).__name__}; the linear layers are "
                     f"{', '.join(sorted(linear))}"
                 )
-
-
-def _compiled(setting: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
 
 
 def adapted_layers(model: nn.Module) -> str:
@@ -239,11 +228,11 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
 
     Raises:
-        RecipeError: a pattern that is none or finds nothing, or nothing left to train.
+        RecipeError: a pattern that finds nothing, or nothing left to train.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
-        found = [name for name in names if _compiled("freeze", pattern).search(name)]
+        found = [name for name in names if re.search(pattern, name)]
         if not found:
             shown = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
             raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
@@ -251,14 +240,6 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             names[name].requires_grad_(False)
     if not any(p.requires_grad for p in names.values()):
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
-
-
-def add_loraplus(trainer: SFTTrainer, ratio: float) -> None:
-    """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
-    kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
-    trainer.optimizer = create_loraplus_optimizer(
-        trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
-    )
 
 
 def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,6 +31,7 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
+from transformers.trainer_utils import validate_quantization_for_training
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
@@ -128,7 +129,6 @@ def check_early(settings: Settings) -> None:
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
     if settings.evaluation.metric != "exact-match":
         load_function(settings.evaluation.metric)
-    check_best_metric(settings, None)
 
 
 def score_name(settings: Settings) -> str:
@@ -136,16 +136,16 @@ def score_name(settings: Settings) -> str:
     return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
 
 
-def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
-    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
+def check_best_metric(settings: Settings, sources: Iterable[str]) -> None:
+    """See that the figure by which the best model is chosen is measured.
 
     Raises:
         RecipeError: it is not; the message says what is.
     """
     best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
+    known = [*MEASURED, *(f"{source}_{figure}" for source in sources for figure in MEASURED)]
     known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known and not (sources is None and best.endswith(MEASURED)):
+    if best not in known:
         raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
@@ -175,7 +175,8 @@ def build_trainer(
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
     model, peft = given.pop("model", None), given.pop("peft_config", None)
     if model is None:
-        model = load_model(settings, args, frugal=not added_tokens)
+        has_adapter = settings.model.use_peft or peft is not None
+        model = load_model(settings, args, has_adapter=has_adapter, frugal=not added_tokens)
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
     if added_tokens:
@@ -195,10 +196,6 @@ def build_trainer(
         **given,
     )
     _finish_model(trainer, settings, tokenizer, peft)
-    if settings.adapter.loraplus_lr_ratio is not None:
-        if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optim out")
-        adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
@@ -221,10 +218,11 @@ def trl_arguments(settings: Settings) -> SFTConfig:
     return args
 
 
-def load_model(settings: Settings, args: SFTConfig, *, frugal: bool = True) -> Any:
+def load_model(settings: Settings, args: SFTConfig, *, has_adapter: bool, frugal: bool) -> Any:
     """The recipe's model with its weights, as TRL loads it.
 
     Args:
+        has_adapter: whether it will get one, without which a quantised model is not trained.
         frugal: whether it may be spread over devices while it is loaded; one that will grow must be whole.
 
     Raises:
@@ -243,6 +241,8 @@ def load_model(settings: Settings, args: SFTConfig, *, frugal: bool = True) -> A
     try:
         with no_bar_for_weights():
             loaded = trl_utils.create_model_from_path(folder, **kwargs)
+        if not has_adapter:
+            validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
     except Exception as error:
         if own and not isinstance(error, OSError):
