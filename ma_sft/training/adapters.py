@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -32,8 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "all-linear": {"lora_target_modules": "all-linear"},
 }
-NEED_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT wants a pass over data before training
-CHANGE_BASE = ("pissa", "olora")  # those that take a part of the base's weights into the adapter
+# Initialisations for which PEFT wants calls of its own: a pass over data before training, or a conversion of what is
+# saved, as they take a part of the base's weights into the adapter
+NEED_CALLS = ("eva", "corda", "lora_ga", "pissa", "olora")
 
 
 def lora_config(settings: Settings) -> PeftConfig | None:
@@ -74,11 +74,9 @@ def lora_config(settings: Settings) -> PeftConfig | None:
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"{setting}: {one_line(error)}") from None
     init = str(getattr(found, "init_lora_weights", None))
-    if init in NEED_DATA:
-        raise RecipeError(f"{setting}: init_lora_weights={init!r} needs PEFT's own pass over the data before training")
-    if init.startswith(CHANGE_BASE) and settings.quantised:
+    if init.startswith(NEED_CALLS):
         raise RecipeError(
-            f"{setting}: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
+            f"{setting}: init_lora_weights={init!r} needs calls of PEFT's own before training or after it"
         )
     return found
 
@@ -259,22 +257,6 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
     # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
     if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
         raise RecipeError(f"{told} made for another model, which has {unexpected[0]}")
-
-
-def keep_initial(model: Any, folder: Path) -> None:
-    """Save the fresh adapter of an initialisation that also changed the base (PiSSA, OLoRA), for `save_converted`."""
-    model.peft_config["default"].init_lora_weights = True  # so that what is saved loads as the plain adapter it is
-    model.save_pretrained(folder)
-
-
-def save_converted(model: Any, folder: Path, initial: Path) -> None:
-    """Save again what was trained from `initial`, as a plain adapter for the unchanged base; then `initial` goes.
-
-    Its rank is twice the trained one's: the trained update less the initial one. Does nothing without `initial`.
-    """
-    if initial.is_dir():
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
-        shutil.rmtree(initial)
 
 
 def with_new_tokens(

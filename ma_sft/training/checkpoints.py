@@ -39,7 +39,7 @@ REVISIONS = "revisions.json"  # the commits of the run's model and data, for whe
 
 # All that a run writes into its folder, and so what a run that takes its place removes.
 _WRITTEN = re.compile(
-    r"(recipe|run|before|answers|summary|revisions)\.json|log\.jsonl|report\.html|README\.md|runs|initial_adapter"
+    r"(recipe|run|before|answers|summary|revisions)\.json|log\.jsonl|report\.html|README\.md|runs"
     r"|adapter|merged|model|checkpoint-\d+|\.(adapter|model|merged|recipe|run|before|answers|summary|report|revisions)"
     r"\b.*"
 )

@@ -255,7 +255,7 @@ def _finish_model(
     trainer: SFTTrainer, settings: Settings, tokenizer: PreTrainedTokenizerBase, peft: PeftConfig | None
 ) -> None:
     """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
-    model, adapter, training = trainer.model, settings.adapter, settings.training
+    model, adapter = trainer.model, settings.adapter
     _score_whole_head(model.get_base_model() if hasattr(model, "peft_config") else model)
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
@@ -267,9 +267,6 @@ def _finish_model(
     quantized.keep_gradients(model)
     if adapter.adapter_name_or_path:
         adapters.continue_adapter(model, Path(adapter.adapter_name_or_path), tokenizer)
-    changes_base = str(getattr(peft, "init_lora_weights", "")).startswith(adapters.CHANGE_BASE)
-    if changes_base and training.process_index == 0:
-        adapters.keep_initial(model, Path(training.output_dir) / "initial_adapter")
 
 
 def _score_whole_head(model: Any) -> None:

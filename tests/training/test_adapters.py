@@ -95,9 +95,9 @@ def logits(model):
         # What the recipe sets wins over the preset
         ({"lora_preset": "mini", "lora_r": 4, "lora_target_modules": ["k_proj"]},
          {"r": 4, "lora_alpha": 8, "target_modules": {"k_proj"}}),
-        ({"lora_config": {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]},
+        ({"lora_config": {"init_lora_weights": "gaussian", "use_rslora": True, "layers_to_transform": [1]},
           "lora_preset": "mini", "use_dora": True},
-         {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
+         {"init_lora_weights": "gaussian", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
         ({"lora_config": '{"r": 3}'}, {"r": 3}),
     ],
 )  # fmt: skip
@@ -123,9 +123,9 @@ def test_defaults_of_the_methods():
     ("more", "message"),
     [
         ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
+        ({"lora_config": {"init_lora_weights": "eva"}}, "needs calls of PEFT's own before training"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
-        ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
+        ({"lora_config": {"init_lora_weights": "pissa_niter_4"}}, "needs calls of PEFT's own before training or after"),
         ({"lora_config": {"use_doraa": True}}, "lora_config: .* unexpected keyword argument 'use_doraa'"),
         ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: .* unexpected keyword argument 'rank'"),
         ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),

@@ -158,15 +158,6 @@ def test_new_tokens_on_a_base_of_exactly_the_tokenizers_size(tied, use_peft):
     assert ("merges to" in line and "goes on" in line) == use_peft
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_initialisations_that_change_the_base(init):
-    changes = {"use_peft": True, "lora_config": {"init_lora_weights": init}}
-    assert "merges to" in rehearsed("llama", **changes)
-    others = ({"use_dora": True}, {"lora_modules_to_save": ["lm_head"]}, {"added": NEW}) if init == "pissa" else ()
-    for more in ({"lora_config": {"init_lora_weights": init, "bias": "all"}}, *others):
-        assert "cannot be: " in refused("llama", **{**changes, **more}), more
-
-
 @pytest.mark.parametrize(
     "more",
     [
