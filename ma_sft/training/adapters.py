@@ -125,8 +125,10 @@ def model_skeleton(settings: Settings) -> Any:
         raise RecipeError(explain(error, str(model.model_name_or_path))) from None
 
 
-def fitting_adapter(settings: Settings, model: PreTrainedModel, config: PeftConfig | None = None) -> PeftConfig | None:
-    """The recipe's adapter (or `config`) for a model or its skeleton, None without one; PEFT checks the rest itself.
+def fitting_adapter(
+    settings: Settings, model: PreTrainedModel | None = None, config: PeftConfig | None = None
+) -> PeftConfig | None:
+    """The recipe's adapter (or `config`) for a model, or for the recipe's; None without one. PEFT checks the rest.
 
     PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
 
@@ -143,6 +145,7 @@ def fitting_adapter(settings: Settings, model: PreTrainedModel, config: PeftConf
     if off and config.is_prompt_learning:
         what = f"{config.peft_type.value} trains tokens before a sequence: in no document of a pack, in no weight"
         raise RecipeError(f"peft_config: {what}; set {', '.join(f'{name}=false' for name in off)}")
+    model = model if model is not None else model_skeleton(settings)
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
         config.exclude_modules = _unfit(model, config)
     if config.base_model_name_or_path is None:  # else it was saved, with names that PEFT made
@@ -172,7 +175,7 @@ def _unfit(model: PreTrainedModel, config: PeftConfig) -> str | None:
 
 
 def _is_product(layer: nn.Linear) -> bool:
-    if type(layer).forward is nn.Linear.forward:
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():  # the latter is quantised
         return True
     try:
         return bool(layer(layer.weight.new_empty(2, layer.in_features)).shape == (2, layer.out_features))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from ma_sft.config import (
@@ -231,9 +231,7 @@ class Rehearsal:
         values |= {"model_name_or_path": str(self.base), **({"dtype": "float32"} if self.exact else {}), **changes}
         settings = _settings({name: value for name, value in values.items() if value is not ...}, self.chosen)
         rows = Dataset.from_list(self.rows)
-        trainer = build_trainer(settings, self.tokenizer, self.added_tokens, rows, None, **given)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        return build_trainer(settings, self.tokenizer, self.added_tokens, rows, None, **given)
 
     def compare(self, what: str, found: torch.Tensor, expected: torch.Tensor) -> str:
         """The largest difference, relative to the largest value; more than rounding is an error."""

@@ -174,11 +174,10 @@ def build_trainer(
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
     model, peft = given.pop("model", None), given.pop("peft_config", None)
-    if model is None:
-        has_adapter = settings.model.use_peft or peft is not None
-        model = load_model(settings, args, has_adapter=has_adapter, frugal=not added_tokens)
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
+    if model is None:
+        model = load_model(settings, args, has_adapter=peft is not None, frugal=not added_tokens)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
