@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.config import Recipe, Settings
-from ma_sft.errors import first_line
+from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import pin, recall
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
@@ -71,7 +71,10 @@ def run(
         manifest = make_manifest(settings, tokenizer, data)
         memory = forecast_memory(settings, data) if settings.training.process_index == 0 else None
         tests = held_out.by_source() if held_out else None
-        trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests)
+        try:
+            trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests)
+        except ValueError as error:  # TRL's and PEFT's own are clear
+            raise RecipeError(one_line(error)) from error
         evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
         checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": recipe_of(settings)})
         logger = JsonlLogger(out / "log.jsonl")

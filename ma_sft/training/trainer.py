@@ -31,7 +31,6 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.trainer_utils import validate_quantization_for_training
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
@@ -177,7 +176,7 @@ def build_trainer(
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
     if model is None:
-        model = load_model(settings, args, has_adapter=peft is not None, frugal=not added_tokens)
+        model = load_model(settings, args, frugal=not added_tokens)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
@@ -217,11 +216,10 @@ def trl_arguments(settings: Settings) -> SFTConfig:
     return args
 
 
-def load_model(settings: Settings, args: SFTConfig, *, has_adapter: bool, frugal: bool) -> Any:
+def load_model(settings: Settings, args: SFTConfig, *, frugal: bool) -> Any:
     """The recipe's model with its weights, as TRL loads it.
 
     Args:
-        has_adapter: whether it will get one, without which a quantised model is not trained.
         frugal: whether it may be spread over devices while it is loaded; one that will grow must be whole.
 
     Raises:
@@ -240,8 +238,6 @@ def load_model(settings: Settings, args: SFTConfig, *, has_adapter: bool, frugal
     try:
         with no_bar_for_weights():
             loaded = trl_utils.create_model_from_path(folder, **kwargs)
-        if not has_adapter:
-            validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
     except Exception as error:
         if own and not isinstance(error, OSError):
