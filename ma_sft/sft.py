@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.config import Recipe, Settings
-from ma_sft.errors import first_line
+from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import commits, pin
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.pages.report import write_report, write_start
@@ -52,25 +52,25 @@ def run(
     settings = recipe.resolve(args)
     check_login(settings)
     with SignalHandler() as signals, claimed(settings) as folder:
-        out, settings = folder.out, folder.settings
-        folder.restore_revisions()
-        settings = at_commit(settings)
+        out, settings = folder.out, at_commit(folder.settings)
         tokenizer, added_tokens = load_tokenizer(settings)
         settings = with_date(settings, tokenizer)
-        peft = check_early(settings)
+        check_early(settings)
         rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
-        digests = agree("/".join(part.digest for part in (data, held_out) if part))
-        content = {"data": digests, "stream": data.order}
-        checkpoint = folder.begin(content, settings)
+        content = {"data": agree("/".join(part.digest for part in (data, held_out) if part)), **(data.order or {})}
+        once(lambda: folder.begin(content, settings))
+        checkpoint = str(folder.checkpoint) if folder.checkpoint else None
         manifest = make_manifest(settings, tokenizer, data)
         memory = forecast_memory(settings, data) if settings.training.process_index == 0 else None
         tests = held_out.by_source() if held_out else None
-        trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, peft_config=peft)
+        try:
+            trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests)
+        except ValueError as error:  # TRL's and PEFT's own are clear
+            raise RecipeError(one_line(error)) from error
         evaluation = EvalCallback(settings, tokenizer, held_out, trainer, out / "before.json", signals)
         checkpoints = CheckpointCallback(trainer, signals, {**content, "recipe": recipe_of(settings)})
-        logger = JsonlLogger(out / "log.jsonl")
-        for callback in (logger, evaluation, checkpoints, *early_stopping(settings)):
+        for callback in (logger := JsonlLogger(out / "log.jsonl"), evaluation, checkpoints, *early_stopping(settings)):
             trainer.add_callback(callback)
         if on_trainer:
             on_trainer(trainer)
@@ -79,7 +79,8 @@ def run(
             write_start(settings, data, tokenizer, lines)
             say(rehearsed)
         trainer.train(resume_from_checkpoint=checkpoint)
-        signals.stop_if_asked()
+        if signals.signal:
+            signals.stop()
         summary: dict[str, Any] = {
             "name": settings.run.name,
             "rows": data.counts.rows or None,  # a stream does not know

@@ -124,6 +124,11 @@ class Run:
                 self.kill()
         return self.processes[0].exitcode
 
+    def done(self, seconds: float = 60 * PATIENCE) -> "Run":
+        """The run itself, which must end well."""
+        assert self.finish(seconds) == 0, self.text
+        return self
+
     @property
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

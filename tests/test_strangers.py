@@ -187,7 +187,7 @@ OF_LIBRARIES = [
     (["--model_init_kwargs", '{"x": 1}'], "model_init_kwargs: "),
     (["--model_init_kwargs", '{"device_map": "x"}'], "model_init_kwargs: When passing device_map as a string"),
     (["--model_init_kwargs", '{"num_hidden_layers": 1}'], "`num_hidden_layers` (1) must be equal to"),
-    (["--use_peft", "true", "--lora_target_modules", "["], "lora_target_modules: '[' is no regular expression"),
+    (["--use_peft", "true", "--lora_target_modules", "["], "lora_target_modules=[ cannot be: set lora_target_modules"),
     (["--seed", str(2**64)], "seed: a whole number from 0"),
     (["--name", "\udcff"], "name: found"),
     (["--deepspeed", "rows.jsonl"], "deepspeed: a JSON object expected, found 'rows.jsonl'"),

@@ -96,7 +96,7 @@ def trained_encoder(tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
 
 def save(trainer: "SFTTrainer", tokenizer: PreTrainedTokenizerBase, folder: Path, manifest: dict[str, Any]) -> None:
     """Save adapter or model with its manifest, under another name first; every process must call it."""
-    from ma_sft.training.adapters import name_base, save_converted
+    from ma_sft.training.adapters import name_base
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.generation_config.eos_token_id = manifest["end_of_turn_ids"] = end_ids(model.generation_config, tokenizer)
@@ -106,7 +106,6 @@ def save(trainer: "SFTTrainer", tokenizer: PreTrainedTokenizerBase, folder: Path
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
-    save_converted(model, scratch, folder.with_name("initial_adapter"))
     if folder.name == "adapter":
         name_base(scratch, manifest["base_model"]["name_or_path"], manifest["base_model"]["revision"])
     else:

@@ -1,31 +1,24 @@
-"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen.
+"""What is trained: LoRA and its kin through PEFT, or the model itself with layers frozen."""
 
-The configuration is checked against the model's skeleton, before its weights are loaded.
-"""
-
-import copy
 import json
 import re
-import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 import peft
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora.layer import ParamWrapper
+from peft import LoraConfig, PeftConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from trl import SFTTrainer, get_peft_config
+from trl import get_peft_config
 
-from ma_sft.config import Settings, nearest, settings_of
+from ma_sft.config import Settings
 from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import explain, load_pretrained, model_class, refuse_pickles, saved_folder
 from ma_sft.training.distributed import outside_zero3
@@ -38,8 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "attention": {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "all-linear": {"lora_target_modules": "all-linear"},
 }
-NEED_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT wants a pass over data before training
-CHANGE_BASE = ("pissa", "olora")  # those that take a part of the base's weights into the adapter
+# Initialisations for which PEFT wants calls of its own: a pass over data before training, or a conversion of what is
+# saved, as they take a part of the base's weights into the adapter
+NEED_CALLS = ("eva", "corda", "lora_ga", "pissa", "olora")
 
 
 def lora_config(settings: Settings) -> PeftConfig | None:
@@ -68,43 +62,23 @@ def lora_config(settings: Settings) -> PeftConfig | None:
     # TRL's parser makes a list of one name a text, which PEFT takes for a regular expression over full names
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
-    given, setting = dict(cast(dict[str, Any], adapter.peft_config or adapter.lora_config or {})), "lora_config"
-    method, base = "LORA", {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    given, setting = cast(dict[str, Any], adapter.peft_config or adapter.lora_config or {}), "lora_config"
+    base = {"peft_type": "LORA", **{f.name: getattr(config, f.name) for f in fields(config) if f.init}}
     if adapter.peft_config:
-        setting, method, base = "peft_config", str(given.pop("peft_type", "")).upper(), {"task_type": "CAUSAL_LM"}
-        if method not in (known := [*peft.PEFT_TYPE_TO_CONFIG_MAPPING]):
-            raise RecipeError(f"peft_config: peft_type: {method!r} is none of {', '.join(sorted(known))}")
-    given = _peft_fields(setting, peft.PEFT_TYPE_TO_CONFIG_MAPPING[method], given)
+        setting, base = "peft_config", {"task_type": "CAUSAL_LM"}
+        given = {**given, "peft_type": str(given.get("peft_type")).upper()}
+        if given["peft_type"] not in (known := [*peft.PEFT_TYPE_TO_CONFIG_MAPPING]):
+            raise RecipeError(f"peft_config: peft_type: {given['peft_type']!r} is none of {', '.join(sorted(known))}")
     try:
-        found: PeftConfig = peft.get_peft_config({**base, "peft_type": method, **given})
-    except (TypeError, ValueError) as error:
+        found: PeftConfig = peft.get_peft_config({**base, **given})
+    except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"{setting}: {one_line(error)}") from None
     init = str(getattr(found, "init_lora_weights", None))
-    if init in NEED_DATA:
-        raise RecipeError(f"{setting}: init_lora_weights={init!r} needs PEFT's own pass over the data before training")
-    if init.startswith(CHANGE_BASE) and settings.quantised:
+    if init.startswith(NEED_CALLS):
         raise RecipeError(
-            f"{setting}: init_lora_weights={init!r} rewrites the base's weights, which are quantised here"
+            f"{setting}: init_lora_weights={init!r} needs calls of PEFT's own before training or after it"
         )
     return found
-
-
-def _peft_fields(setting: str, kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a PEFT configuration in the types that PEFT wants and does not check, mappings as its dataclasses."""
-    hints, known = get_type_hints(kind), settings_of({"adapter": kind})
-    taken = {}
-    for key, value in given.items():
-        if key not in known:
-            raise RecipeError(f"{setting}: peft.{kind.__name__} has no field {key!r}{nearest(key, hints, '')}")
-        nested: Any = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
-        try:
-            if nested and isinstance(value, dict):
-                taken[key] = nested(**value)
-            else:  # `pissa_niter_4` is named with a blank for its number
-                taken[key] = value if str(value).startswith("pissa_niter_") else known[key].take(value)
-        except (TypeError, RecipeError) as error:
-            raise RecipeError(f"{setting}: {error}") from None
-    return taken
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -154,12 +128,12 @@ def model_skeleton(settings: Settings) -> Any:
 def fitting_adapter(
     settings: Settings, model: PreTrainedModel | None = None, config: PeftConfig | None = None
 ) -> PeftConfig | None:
-    """The recipe's adapter (or `config`) for a model (or its skeleton), None without one.
+    """The recipe's adapter (or `config`) for a model, or for the recipe's; None without one. PEFT checks the rest.
 
     PEFT cannot drop out on fused experts of a mixture of experts: where the default adapter is on some, dropout is 0.
 
     Raises:
-        RecipeError: as `lora_config`; a name that matches nothing in the model; what PEFT cannot adapt.
+        RecipeError: as `lora_config`; a name that matches nothing in the model.
     """
     by_hand = config is not None or bool(settings.adapter.peft_config)
     by_hand = by_hand or "lora_dropout" in [*settings.chosen, *(settings.adapter.lora_config or ())]
@@ -174,24 +148,11 @@ def fitting_adapter(
     model = model if model is not None else model_skeleton(settings)
     if getattr(config, "target_modules", None) == "all-linear" and not config.exclude_modules:
         config.exclude_modules = _unfit(model, config)
-    if not settings.adapter.adapter_name_or_path:  # whose configuration has names that PEFT made
+    if config.base_model_name_or_path is None:  # else it was saved, with names that PEFT made
         _check_names(model, config)
-    trial: Any = copy.deepcopy(config)
-    trial.init_lora_weights = False  # there are no weights to begin from
-    trial.lora_dropout = getattr(trial, "lora_dropout", 0.0) if by_hand else 0.0
-    bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
-    try:
-        with warnings.catch_warnings(action="ignore"), outside_zero3():
-            adapted = get_peft_model(copy.deepcopy(model, bare), trial, low_cpu_mem_usage=True)
-    except Exception as error:  # a value of a wrong type fails somewhere in PEFT
-        raise RecipeError(f"PEFT cannot adapt {type(model).__name__}: {first_line(error)}") from None
-    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):  # as TRL refuses it once the data is prepared
-        raise RecipeError(
-            "an adapter on the head would never be trained, as the loss is computed from its weight alone; leave "
-            'lm_head out of lora_target_modules, and to train it whole set lora_modules_to_save=["lm_head"]'
-        )
-    if not by_hand and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
-        config.lora_dropout = 0.0
+    if isinstance(config, LoraConfig) and not by_hand:
+        convert_peft_config_for_transformers(config, model, None)  # which names the experts, as PEFT will
+        config.lora_dropout = 0.0 if config.target_parameters else config.lora_dropout
     return config
 
 
@@ -214,7 +175,7 @@ def _unfit(model: PreTrainedModel, config: PeftConfig) -> str | None:
 
 
 def _is_product(layer: nn.Linear) -> bool:
-    if type(layer).forward is nn.Linear.forward:
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():  # the latter is quantised
         return True
     try:
         return bool(layer(layer.weight.new_empty(2, layer.in_features)).shape == (2, layer.out_features))
@@ -242,10 +203,7 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
         setting = f"lora_{key}" if isinstance(config, LoraConfig) and key != "exclude_modules" else key
         kind, there = ("parameter", parameters) if key == "target_parameters" else ("module", modules)
         names = getattr(config, key, None) or []
-        if isinstance(names, str):
-            _compiled(setting, names)
-            continue
-        for name in sorted(names):
+        for name in [] if isinstance(names, str) else sorted(names):
             if not any(found == name or found.endswith(f".{name}") for found in there):
                 linear = {
                     n.rpartition(".")[2] for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
@@ -254,13 +212,6 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
                     f"{setting}: {name!r} matches no {kind} of {type(model).__name__}; the linear layers are "
                     f"{', '.join(sorted(linear))}"
                 )
-
-
-def _compiled(setting: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
 
 
 def adapted_layers(model: nn.Module) -> str:
@@ -278,11 +229,11 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
 
     Raises:
-        RecipeError: a pattern that is none or finds nothing, or nothing left to train.
+        RecipeError: a pattern that finds nothing, or nothing left to train.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
-        found = [name for name in names if _compiled("freeze", pattern).search(name)]
+        found = [name for name in names if re.search(pattern, name)]
         if not found:
             shown = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
             raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
@@ -290,14 +241,6 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             names[name].requires_grad_(False)
     if not any(p.requires_grad for p in names.values()):
         raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
-
-
-def add_loraplus(trainer: SFTTrainer, ratio: float) -> None:
-    """Give the trainer PEFT's LoRA+ optimiser (https://arxiv.org/abs/2402.12354) of the recipe's kind."""
-    kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
-    trainer.optimizer = create_loraplus_optimizer(
-        trainer.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=trainer.args.weight_decay, **kwargs
-    )
 
 
 def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -317,22 +260,6 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
     # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
     if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
         raise RecipeError(f"{told} made for another model, which has {unexpected[0]}")
-
-
-def keep_initial(model: Any, folder: Path) -> None:
-    """Save the fresh adapter of an initialisation that also changed the base (PiSSA, OLoRA), for `save_converted`."""
-    model.peft_config["default"].init_lora_weights = True  # so that what is saved loads as the plain adapter it is
-    model.save_pretrained(folder)
-
-
-def save_converted(model: Any, folder: Path, initial: Path) -> None:
-    """Save again what was trained from `initial`, as a plain adapter for the unchanged base; then `initial` goes.
-
-    Its rank is twice the trained one's: the trained update less the initial one. Does nothing without `initial`.
-    """
-    if initial.is_dir():
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
-        shutil.rmtree(initial)
 
 
 def with_new_tokens(

@@ -31,7 +31,7 @@ from transformers.utils.logging import tqdm
 from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.hub import commits
-from ma_sft.training.distributed import largest, once
+from ma_sft.training.distributed import gather, once
 from ma_sft.utils import not_there, say, write_whole
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
@@ -39,7 +39,7 @@ REVISIONS = "revisions.json"  # the commits of the run's model and data, for whe
 
 # All that a run writes into its folder, and so what a run that takes its place removes.
 _WRITTEN = re.compile(
-    r"(recipe|run|before|answers|summary|revisions)\.json|log\.jsonl|report\.html|README\.md|runs|initial_adapter"
+    r"(recipe|run|before|answers|summary|revisions)\.json|log\.jsonl|report\.html|README\.md|runs"
     r"|adapter|merged|model|checkpoint-\d+|\.(adapter|model|merged|recipe|run|before|answers|summary|report|revisions)"
     r"\b.*"
 )
@@ -67,6 +67,8 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
     folder = RunFolder(settings, once(lambda: _free_folder(settings)))
     try:
         folder.checkpoint = once(folder.claim)
+        if folder.checkpoint:  # goes on with the very commits of model and data that it began with
+            commits.update(_read(folder.out / REVISIONS) or {})
         yield folder
     except KeyboardInterrupt as stop:
         last = newest(folder.out)
@@ -111,7 +113,7 @@ class RunFolder:
 
     def claim(self) -> Path | None:
         """Lock the folder and decide whether the run goes on, starts anew, or may not; gives the checkpoint."""
-        out, run = self.out, self.settings.run
+        out, run, chosen = self.out, self.settings.run, self.settings.training.resume_from_checkpoint
         known = (out / "recipe.json").exists() or (out / "summary.json").exists()
         if out.exists() and not known and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
             raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
@@ -120,39 +122,41 @@ class RunFolder:
             self.lock.acquire()
         except Timeout:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
+        if chosen and not Path(chosen).is_dir():
+            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(chosen)}")
+        last = None if run.overwrite_output_dir else newest(out)
+        delete = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
+        from_model = "start anew from its model with model_name_or_path or adapter_name_or_path"
+        self._check_recipe(last, f"{out} holds an unfinished run", delete)
+        self._check_recipe(
+            chosen, f"resume_from_checkpoint: {chosen} is", f"bring the old values back, or {from_model}"
+        )
         self.anew = known and (run.overwrite_output_dir or run.resume == "never")
-        goes_on = known and not run.overwrite_output_dir and newest(out)
-        if goes_on and (changes := self._changes(_read(out / "recipe.json"))):
-            way_out = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-            raise RecipeError(f"{out} holds an unfinished run of another recipe ({changes}); {way_out}")
+        checkpoint = Path(chosen) if chosen else None if self.anew else last
+        if checkpoint and not _is_resumable(checkpoint):
+            raise RecipeError(
+                f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
+                "to delete it and start anew, or another --name"
+            )
         if self.anew:
             self._check_removable()
         else:
             _remove_cut_off(out)
         if not known:
             _write_recipe(out, self.settings)  # who watches the folder knows it by this
-        return self._checkpoint_to_resume()
+        return checkpoint
 
-    def restore_revisions(self) -> None:
-        """Let a run that goes on use the very commits of model and data that it began with."""
-        if self.checkpoint:
-            commits.update(_read(self.out / REVISIONS) or {})
-
-    def begin(self, content: dict[str, Any], settings: Settings) -> str | None:
-        """Now that the data has been read: remove the old run if a new one is asked for; gives the checkpoint.
+    def begin(self, content: dict[str, Any], settings: Settings) -> None:
+        """Now that the data has been read: remove the old run if a new one is asked for.
 
         Args:
-            content: `data`, a digest of all rows, and of a stream (`stream`) what its order depends on.
+            content: `data`, a digest of all rows, and of a stream what its order depends on.
             settings: the run's, with the date of its template.
 
         Raises:
             RecipeError: the content is not what the checkpoint was trained on, so that going on would train some rows
                 twice and others never.
         """
-        once(lambda: self._begin(content, settings))
-        return str(self.checkpoint) if self.checkpoint else None
-
-    def _begin(self, content: dict[str, Any], settings: Settings) -> None:
         if self.anew:
             self._check_removable()  # once more: reading the data may have taken hours
         for path in self.out.iterdir():
@@ -162,24 +166,25 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-        known = (_read(self.checkpoint / COMPLETE) if self.checkpoint else None) or content
-        for name, value in (content["stream"] or {}).items() if known["stream"] else ():
-            if (before := known["stream"][name]) != value:
+        known = _of_checkpoint(self.checkpoint)
+        for name, value in content.items():
+            if (before := known.get(name, value)) != value:
                 raise RecipeError(
-                    f"{self.checkpoint} was trained with {name}={before}, on which a stream's order depends, and not "
-                    f"{value}: bring {before} back, or start anew with --resume never"
+                    f"the data is not what {self.checkpoint} was trained on ({name} {before} -> {value}): bring it "
+                    "back, or start anew with --resume never"
                 )
-        if known["data"] != content["data"]:
-            raise RecipeError(
-                f"the data is not what {self.checkpoint} was trained on; bring the old rows back, or start anew with "
-                "--resume never"
-            )
         _write_recipe(self.out, settings)
         write_whole(self.out / REVISIONS, json.dumps(commits, indent=2))
 
-    def _changes(self, before: Any) -> str:
+    def _check_recipe(self, checkpoint: Path | str | None, what: str, way_out: str) -> None:
+        """Refuse a checkpoint of another recipe, which the run's would not follow."""
+        trained = _of_checkpoint(checkpoint).get("recipe")
+        if trained and (changes := self._changes(trained)):
+            raise RecipeError(f"{what} of another recipe ({changes}); {way_out}")
+
+    def _changes(self, before: dict[str, Any]) -> str:
         """What differs from the recipe of the run to go on with, but for a longer training: `key old -> new, ...`."""
-        now, before = json.loads(json.dumps(recipe_of(self.settings))), before if isinstance(before, dict) else {}
+        now = json.loads(json.dumps(recipe_of(self.settings)))
         differing = {key for key in {*before, *now}.difference(_NOT_TRAINED) if before.get(key) != now.get(key)}
         if "template_now" not in now:  # found once the tokenizer is known; the digest of the data tells
             differing.discard("template_now")
@@ -188,24 +193,6 @@ class RunFolder:
             if isinstance(old, int | float) and isinstance(new, int | float) and new > old:
                 differing.discard(key)
         return ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(differing))
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        chosen = self.settings.training.resume_from_checkpoint
-        if chosen and not Path(chosen).is_dir():
-            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(chosen)}")
-        checkpoint = Path(chosen) if chosen else None if self.anew else newest(self.out)
-        if checkpoint and not _is_resumable(checkpoint):
-            raise RecipeError(
-                f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
-                "to delete it and start anew, or another --name"
-            )
-        trained = (_read(checkpoint / COMPLETE) or {}).get("recipe") if checkpoint else None
-        if trained and (changes := self._changes(trained)):
-            raise RecipeError(
-                f"resume_from_checkpoint: {checkpoint} is of another recipe ({changes}); bring the old values back, or "
-                "start anew from its model with model_name_or_path or adapter_name_or_path"
-            )
-        return checkpoint
 
     def _check_removable(self) -> None:
         """Refuse to remove what is no run, or what this one is about to read."""
@@ -248,6 +235,11 @@ def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Setting
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint in a run's folder."""
     return next((p for p in map(Path, reversed(sort_checkpoints(str(out)))) if (p / COMPLETE).exists()), None)
+
+
+def _of_checkpoint(checkpoint: Path | str | None) -> dict[str, Any]:
+    """What a checkpoint says of its run: the data, and the recipe; nothing without one."""
+    return dict(_read(Path(checkpoint) / COMPLETE) or {}) if checkpoint else {}
 
 
 def _is_resumable(checkpoint: Path) -> bool:
@@ -309,16 +301,11 @@ class SignalHandler:
         """Raise what ends the run: exit code 0 for SIGTERM, as a stop on request is no failure; 130 for Ctrl-C."""
         raise kind("stopped", 0 if self.signal == signal.SIGTERM else 130)
 
-    def stop_if_asked(self) -> None:
-        """End a run whose training was stopped."""
-        if self.signal:
-            self.stop()
-
     def asked(self) -> bool:
         """Whether any process was asked to stop, by a signal or by the end of `accelerate launch`; all ask together."""
         if self._parent is not None and os.getppid() != self._parent:
             self.signal = self.signal or signal.SIGTERM
-        self.signal = largest(self.signal)
+        self.signal = max(gather(self.signal))
         return bool(self.signal)
 
     def check(self) -> None:

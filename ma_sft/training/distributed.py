@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import dill
 import numpy as np
-import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
@@ -57,15 +56,6 @@ def gather(value: T) -> list[T]:
     if len(values) > 1:
         dist.all_gather_object(values, value, group=_cpu_group())
     return values
-
-
-def largest(value: int) -> int:
-    """The largest `value` of all processes."""
-    if PartialState().num_processes == 1:
-        return value
-    tensor = torch.tensor(value)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
-    return int(tensor)
 
 
 def once(make: Callable[[], T], *, per_machine: bool = False) -> T:

@@ -29,7 +29,6 @@ from ma_sft.labels.turns import Message
 from ma_sft.training.checkpoints import SignalHandler, watched
 from ma_sft.training.distributed import gather, once
 from ma_sft.training.prepare import Prepared
-from ma_sft.training.quantized import repacked
 from ma_sft.training.trainer import ResumableTrainer, score_name
 from ma_sft.utils import read_json, write_whole
 
@@ -141,13 +140,22 @@ class EvalCallback(TrainerCallback):
         return [shares[i % world][i // world] for i in range(count)]
 
     def _grade(self, answers: list[Answer]) -> list[float]:
-        return grade(answers, [question.reference for question in self.questions], self.settings.metric)
+        """The grade of each answer: 1 or 0 for an exact match, or what the user's function gives."""
+        metric, grades = self.settings.metric, []
+        function = exact_match if metric == "exact-match" else load_function(metric)
+        for row, (answer, question) in enumerate(zip(answers, self.questions, strict=True)):
+            try:
+                grades.append(float(function(answer.text, question.reference)))
+            except Exception as error:
+                why = error.__cause__ or error  # what the user's own function raised
+                raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
+        return grades
 
     def figures(self) -> dict[str, Any]:
         """What `summary.json` keeps of it: the headlines, and all under `evaluation`.
 
         Raises:
-            RecipeError: the metric fails.
+            RecipeError: the user's metric fails, or gives no number.
         """
         if not self.after.losses:
             return {}
@@ -209,28 +217,6 @@ def _as_json(text: str) -> Any:
         return None
 
 
-def grade(answers: Sequence[Answer], references: Sequence[str], metric: str = "exact-match") -> list[float]:
-    """The grade of each answer: 1 or 0 for an exact match, or what the user's function gives.
-
-    Args:
-        answers: generated answers.
-        references: what they should be.
-        metric: `"exact-match"`, or `module:function` or `file.py:function` of (answer, reference) -> number or bool.
-
-    Raises:
-        RecipeError: no such function, or one that fails or gives no number.
-    """
-    function = exact_match if metric == "exact-match" else load_function(metric)
-    grades = []
-    for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
-        try:
-            grades.append(float(function(answer.text, reference)))
-        except Exception as error:
-            why = error.__cause__ or error  # what the user's own function raised
-            raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
-    return grades
-
-
 class TokenByToken(StoppingCriteria):
     """Moves a bar on with each token that a batch of answers gets, and calls `check`; stops no answer by itself."""
 
@@ -270,7 +256,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(starts) * max_new_tokens, desc=desc, unit="token", disable=not watched())
-    with repacked(model), bar:
+    with bar:
         for start in starts:
             check()
             chunk = order[start : start + batch_size]

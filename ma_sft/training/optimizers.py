@@ -1,4 +1,4 @@
-"""Optimisers that transformers does not know by name: Muon, and any class that is named as `module:Class`."""
+"""Optimisers that transformers does not know by name: Muon, LoRA+, and any class that is named as `module:Class`."""
 
 import json
 from contextlib import suppress
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import Trainer
 
 from ma_sft.config import Settings, transformers_optim
 from ma_sft.data.functions import load_object
@@ -18,13 +20,20 @@ def own_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
     """`SFTTrainer`'s `optimizer_cls_and_kwargs` of the recipe, None where transformers makes the optimiser.
 
     Raises:
-        RecipeError: no such class, or Muon under DeepSpeed, which has no matrices.
+        RecipeError: no such class, Muon under DeepSpeed, which has no matrices, or one of these for LoRA+.
     """
-    training, name = settings.training, settings.optimizer
-    if transformers_optim(name) == name:
+    training, name, ratio = settings.training, settings.optimizer, settings.adapter.loraplus_lr_ratio
+    is_ours = transformers_optim(name) != name
+    if ratio is not None:  # https://arxiv.org/abs/2402.12354
+        if is_ours:
+            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optim out")
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
+        ours = {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": training.weight_decay}
+        return (lambda: create_loraplus_optimizer), {"optimizer_cls": kind, **kwargs, **ours}
+    if not is_ours:
         return None
     pairs = [pair.split("=", 1) for pair in (training.optim_args or "").replace(" ", "").split(",") if "=" in pair]
-    kwargs: dict[str, Any] = {"lr": training.learning_rate} | {key: _number(value) for key, value in pairs}
+    kwargs = {"lr": training.learning_rate} | {key: _number(value) for key, value in pairs}
     if name != "muon":
         return load_object(name), kwargs
     if training.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):

@@ -2,8 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,32 +54,3 @@ def keep_gradients(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, REPACKS):
             setattr(module, REPACKS, False)
-
-
-def _fits_kernel(layer: Any) -> bool:
-    """Whether bitsandbytes' blocks of 32 x 64 weights fit a layer on the CPU; others stay as they are."""
-    state: Any = getattr(layer.weight, "quant_state", None) if hasattr(layer, REPACKS) else None
-    if state is None or layer.weight.device.type != "cpu":
-        return False
-    return bool(state.shape[0] % 32 == 0 and state.shape[1] % 64 == 0)
-
-
-@contextmanager
-def repacked(model: Any) -> Iterator[None]:
-    """Let bitsandbytes repack 4-bit weights on a CPU while answers are generated, many times as fast.
-
-    Afterwards the layers have the very weights and scales that they had: bitsandbytes' own way back rounds the scales.
-    """
-    layers = [layer for layer in model.modules() if _fits_kernel(layer)]
-    kept = [(layer.weight.data, copy.copy(layer.weight.quant_state), getattr(layer, REPACKS)) for layer in layers]
-    if layers:
-        from bitsandbytes.functional import has_avx512bf16
-
-        for layer in layers:
-            setattr(layer, REPACKS, has_avx512bf16())
-    try:
-        yield
-    finally:
-        for layer, (data, state, repacks) in zip(layers, kept, strict=True):
-            layer.weight.data, layer.weight.quant_state = data, state
-            setattr(layer, REPACKS, repacks)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from ma_sft.config import (
@@ -52,12 +52,11 @@ PACKED = ["packing", "padding_free", "eval_packing"]
 # What may be turned off to make a run possible, in the order in which it is tried
 CHANGEABLE = """loss_type label_smoothing_factor router_aux_loss_coef use_liger_kernel activation_offloading
     gradient_checkpointing use_dora use_rslora lora_modules_to_save lora_target_parameters lora_target_modules
-    attn_implementation loraplus_lr_ratio freeze lora_config merge""".split()
+    attn_implementation loraplus_lr_ratio freeze lora_config peft_config merge lora_dropout""".split()
 # What else a rehearsal depends on
 OTHERS = """max_length packing_strategy pad_to_multiple_of liger_kernel_config gradient_checkpointing_kwargs optim
     optim_args optim_target_modules weight_decay neftune_noise_alpha bf16 fp16 use_cpu model_init_kwargs dtype use_peft
-    trust_remote_code lora_r lora_alpha lora_dropout lora_task_type lora_preset adapter_name_or_path
-    peft_config""".split()
+    trust_remote_code lora_r lora_alpha lora_task_type lora_preset adapter_name_or_path""".split()
 # Two steps of which nothing is logged or kept, and that change something
 STEPS = {
     **{"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0},
@@ -170,13 +169,13 @@ def _ways_out(values: Values) -> Iterator[tuple[str, Values]]:
     """The settings as they are, and with one of them turned off, after what there is to say if that is possible."""
     yield "", values
     defaults = {item.name: [] if item.default is MISSING else item.default for kind in KINDS for item in fields(kind)}
-    defaults["router_aux_loss_coef"] = 0.0  # None is the model's own
+    defaults |= {"router_aux_loss_coef": 0.0, "lora_dropout": 0.0}  # None is the model's own
     for name in PACKED + CHANGEABLE:
         value, off = values[name], False if values[name] is True else defaults[name]
-        if name == "lora_config":
+        if name in ("lora_config", "peft_config"):
             for key in value or ():
                 fewer = {other: value[other] for other in value if other != key}
-                yield f"lora_config: {key} cannot be: leave it out; ", {**values, name: fewer}
+                yield f"{name}: {key} cannot be: leave it out; ", {**values, name: fewer}
         elif value != off:
             cannot = "" if value is None else f"{name}={value} cannot be: "
             yield f"{cannot}set {name}={json.dumps(off)}; ", {**values, name: off}
@@ -232,9 +231,7 @@ class Rehearsal:
         values |= {"model_name_or_path": str(self.base), **({"dtype": "float32"} if self.exact else {}), **changes}
         settings = _settings({name: value for name, value in values.items() if value is not ...}, self.chosen)
         rows = Dataset.from_list(self.rows)
-        trainer = build_trainer(settings, self.tokenizer, self.added_tokens, rows, None, **given)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        return build_trainer(settings, self.tokenizer, self.added_tokens, rows, None, **given)
 
     def compare(self, what: str, found: torch.Tensor, expected: torch.Tensor) -> str:
         """The largest difference, relative to the largest value; more than rounding is an error."""

@@ -31,7 +31,6 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.trainer_utils import validate_quantization_for_training
 from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
@@ -75,10 +74,6 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
     settings = with_date(settings, tokenizer)
-    model, peft = given.get("model"), given.get("peft_config")
-    if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
-        peft = adapters.fitting_adapter(settings, model, peft)
-    given["peft_config"] = peft
     parts = test if isinstance(test, dict) else {"held-out": test}
     labelled = parts if all(map(_is_labelled, parts.values())) else None
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
@@ -114,12 +109,11 @@ def _is_labelled(rows: Any) -> bool:
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
 
 
-def check_early(settings: Settings) -> PeftConfig | None:
-    """Find, before any row is read, what would end the run once all are prepared; gives the adapter.
+def check_early(settings: Settings) -> None:
+    """Find, before any row is read, what would end the run once all are prepared, and what no rehearsal can find.
 
     Raises:
-        RecipeError: a model that does not write text, an adapter, frozen layers or a quantisation that cannot be, a
-            metric that does not exist.
+        RecipeError: a model that does not write text, a quantisation that cannot be, a metric that does not exist.
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
@@ -131,13 +125,8 @@ def check_early(settings: Settings) -> PeftConfig | None:
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
-    peft = adapters.fitting_adapter(settings)
-    if settings.adapter.freeze:
-        adapters.freeze(adapters.model_skeleton(settings), settings.adapter.freeze)
     if settings.evaluation.metric != "exact-match":
         load_function(settings.evaluation.metric)
-    check_best_metric(settings, None)
-    return peft
 
 
 def score_name(settings: Settings) -> str:
@@ -145,16 +134,16 @@ def score_name(settings: Settings) -> str:
     return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
 
 
-def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
-    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
+def check_best_metric(settings: Settings, sources: Iterable[str]) -> None:
+    """See that the figure by which the best model is chosen is measured.
 
     Raises:
         RecipeError: it is not; the message says what is.
     """
     best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
+    known = [*MEASURED, *(f"{source}_{figure}" for source in sources for figure in MEASURED)]
     known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known and not (sources is None and best.endswith(MEASURED)):
+    if best not in known:
         raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
@@ -174,7 +163,7 @@ def build_trainer(
 
     Args:
         held_out: rows, or the rows of each source by name.
-        given: arguments of `SFTTrainer` that win over the settings. `peft_config` is an adapter that was checked.
+        given: arguments of `SFTTrainer` that win over the settings.
 
     Raises:
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
@@ -182,10 +171,11 @@ def build_trainer(
     args = trl_arguments(settings)
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
         check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
-    model = given.pop("model", None)
-    peft = given.pop("peft_config") if "peft_config" in given else adapters.fitting_adapter(settings)
+    model, peft = given.pop("model", None), given.pop("peft_config", None)
+    if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
+        peft = adapters.fitting_adapter(settings, model, peft)
     if model is None:
-        model = load_model(settings, args, peft, frugal=not added_tokens)
+        model = load_model(settings, args, frugal=not added_tokens)
     if added_tokens:
         model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
@@ -203,10 +193,6 @@ def build_trainer(
         **given,
     )
     _finish_model(trainer, settings, tokenizer, peft)
-    if settings.adapter.loraplus_lr_ratio is not None:
-        if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-            raise RecipeError("loraplus_lr_ratio makes an optimizer of its own; leave one of it and optim out")
-        adapters.add_loraplus(trainer, settings.adapter.loraplus_lr_ratio)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     return trainer
@@ -229,7 +215,7 @@ def trl_arguments(settings: Settings) -> SFTConfig:
     return args
 
 
-def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, frugal: bool = True) -> Any:
+def load_model(settings: Settings, args: SFTConfig, *, frugal: bool) -> Any:
     """The recipe's model with its weights, as TRL loads it.
 
     Args:
@@ -250,8 +236,6 @@ def load_model(settings: Settings, args: SFTConfig, peft: PeftConfig | None, *, 
     set_seed(args.seed)
     try:
         loaded = trl_utils.create_model_from_path(folder, **kwargs)
-        if peft is None:
-            validate_quantization_for_training(loaded)
         loaded.config.validate()  # as saving does, with what model_init_kwargs changed
     except Exception as error:
         if own and not isinstance(error, OSError):
@@ -264,7 +248,7 @@ def _finish_model(
     trainer: SFTTrainer, settings: Settings, tokenizer: PreTrainedTokenizerBase, peft: PeftConfig | None
 ) -> None:
     """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
-    model, adapter, training = trainer.model, settings.adapter, settings.training
+    model, adapter = trainer.model, settings.adapter
     _score_whole_head(model.get_base_model() if hasattr(model, "peft_config") else model)
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
@@ -276,9 +260,6 @@ def _finish_model(
     quantized.keep_gradients(model)
     if adapter.adapter_name_or_path:
         adapters.continue_adapter(model, Path(adapter.adapter_name_or_path), tokenizer)
-    changes_base = str(getattr(peft, "init_lora_weights", "")).startswith(adapters.CHANGE_BASE)
-    if changes_base and training.process_index == 0:
-        adapters.keep_initial(model, Path(training.output_dir) / "initial_adapter")
 
 
 def _score_whole_head(model: Any) -> None:

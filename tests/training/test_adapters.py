@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +21,7 @@ from transformers import (
 
 from ma_sft import RecipeError, run
 from ma_sft.config import Recipe
-from ma_sft.release.manifest import read_weights
+from ma_sft.release.manifest import read_weights, write_manifest
 from ma_sft.release.merge import find_base, load_adapter, merge
 from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
 from ma_sft.training.twin import shrink
@@ -70,6 +72,12 @@ def adapter(base, folder, **config):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A trained adapter on the tied base; whoever changes it takes a copy."""
+    return adapter(base(), tmp_path_factory.mktemp("trained") / "adapter")
+
+
 def logits(model):
     with torch.no_grad():
         return model(torch.arange(100, 150)[None]).logits
@@ -87,9 +95,9 @@ def logits(model):
         # What the recipe sets wins over the preset
         ({"lora_preset": "mini", "lora_r": 4, "lora_target_modules": ["k_proj"]},
          {"r": 4, "lora_alpha": 8, "target_modules": {"k_proj"}}),
-        ({"lora_config": {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1]},
+        ({"lora_config": {"init_lora_weights": "gaussian", "use_rslora": True, "layers_to_transform": [1]},
           "lora_preset": "mini", "use_dora": True},
-         {"init_lora_weights": "pissa", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
+         {"init_lora_weights": "gaussian", "use_rslora": True, "layers_to_transform": [1], "use_dora": True}),
         ({"lora_config": '{"r": 3}'}, {"r": 3}),
     ],
 )  # fmt: skip
@@ -114,17 +122,12 @@ def test_defaults_of_the_methods():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_config": {"use_doraa": True}}, "peft.LoraConfig has no field 'use_doraa'; did you mean 'use_dora'?"),
         ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"r": "x"}}, "lora_config: r: int expected, found 'x'"),
-        ({"lora_config": {"rank_pattern": 3}}, "lora_config: rank_pattern: a JSON object expected"),
-        ({"lora_config": {"bias": "some"}}, "lora_config: bias: invalid choice: 'some'"),
-        ({"lora_config": {"init_lora_weights": "pisa"}}, "did you mean 'pissa'?"),
-        ({"lora_config": {"init_lora_weights": "eva"}}, "needs PEFT's own pass over the data"),
+        ({"lora_config": {"init_lora_weights": "eva"}}, "needs calls of PEFT's own before training"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
-        ({"lora_config": {"init_lora_weights": "pissa"}, "load_in_4bit": True}, "rewrites the base's weights"),
-        ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: peft.LoHaConfig has no field 'rank'"),
-        ({"peft_config": {"peft_type": "LOHA", "r": "x"}}, "peft_config: r: int expected, found 'x'"),
+        ({"lora_config": {"init_lora_weights": "pissa_niter_4"}}, "needs calls of PEFT's own before training or after"),
+        ({"lora_config": {"use_doraa": True}}, "lora_config: .* unexpected keyword argument 'use_doraa'"),
+        ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: .* unexpected keyword argument 'rank'"),
         ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),
         (
             {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
@@ -144,11 +147,7 @@ def test_settings_that_cannot_be(more, message):
     ("more", "message"),
     [
         ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches no module of LlamaForCausalLM; the linear"),
-        ({"lora_target_modules": ["mlp"]}, "PEFT cannot adapt LlamaForCausalLM: Target module LlamaMLP"),
-        ({"lora_target_modules": "(q"}, "lora_target_modules: '[(]q' is no regular expression: missing [)], unter"),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
-        # As MA-RLHF's r1 script has it
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, r'train it whole set lora_modules_to_save=\["lm_head"\]'),
         ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
     ],
 )  # fmt: skip
@@ -198,27 +197,13 @@ def test_merged_model_says_what_the_adapter_says(base, tmp_path, tied, config):
     assert "whole model in memory" in found.note if config.get("bias") else not found.note
 
 
-def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, tmp_path):
-    folder = base()
-    found = merge(adapter(folder, tmp_path / "adapter"), tmp_path / "merged")
-    merged, before = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", folder))
+def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, trained, tmp_path):
+    found = merge(trained, tmp_path / "merged")
+    merged, before = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", base()))
     assert merged.keys() == before.keys()
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
     assert 1e-4 < found.difference < 0.1 * found.largest
     assert "its logits differ from the adapter model's by at most" in str(found)
-
-
-def test_merge_writes_shards_without_holding_the_model(base, tmp_path, monkeypatch):
-    run = adapter(base(), tmp_path / "adapter")
-    merge(run, tmp_path / "one")
-    monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
-    merge(run, tmp_path / "many")
-    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
-    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "many"))
-    assert logits(one).equal(logits(many))
-    again = merge(adapter(tmp_path / "many", tmp_path / "adapter2"), tmp_path / "again")
-    assert again.difference is not None
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -232,77 +217,66 @@ def refused(run, out, **more):
     return str(error.value)
 
 
-def test_adapter_of_another_model(base, tmp_path):
-    run = adapter(base(), tmp_path / "adapter")
-    wider = refused(run, tmp_path / "out", base=str(base(hidden_size=64)))
+def test_adapter_of_another_model(base, trained, tmp_path):
+    out = tmp_path / "out"
+    wider = refused(trained, out, base=str(base(hidden_size=64)))
     assert "was trained on another model" in wider and "--base" in wider
-    fewer = refused(run, tmp_path / "out", base=str(base(num_hidden_layers=1)))
+    fewer = refused(trained, out, base=str(base(num_hidden_layers=1)))
     assert "was trained on another model" in fewer and "layers.1" in fewer
-
-
-def test_adapter_of_another_base_of_the_same_shape(base, tmp_path):
-    from ma_sft.release.manifest import write_manifest
-
-    folder, other = base(), base(seed=5)
-    run = adapter(folder, tmp_path / "adapter")
-    described = {"name_or_path": str(folder), "weights": read_weights(folder).digest, "quantization": None}
+    run = shutil.copytree(trained, tmp_path / "adapter")
+    described = {"name_or_path": str(base()), "weights": read_weights(base()).digest, "quantization": None}
     write_manifest(run, {"format": 1, "base_model": described})
-    assert "holds other weights; pass the right base model" in refused(run, tmp_path / "out", base=str(other))
+    same_shape = refused(run, out, base=str(base(seed=5)))
+    assert "holds other weights; pass the right base model" in same_shape
 
 
-def test_missing_and_broken_shards(base, tmp_path, monkeypatch):
-    run, many, out = adapter(base(), tmp_path / "adapter"), tmp_path / "many", tmp_path / "out"
+def test_shards_are_written_without_holding_the_model_and_may_not_be_missing_or_broken(trained, tmp_path, monkeypatch):
+    many, out = tmp_path / "many", tmp_path / "out"
+    merge(trained, tmp_path / "one")
     monkeypatch.setattr("ma_sft.release.merge.SHARD_BYTES", 50_000)
-    merge(run, many)
-    (shard, *_) = sorted(many.glob("*.safetensors"))
+    merge(trained, many)
+    files = sorted(path.name for path in many.glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "one", many))
+    assert logits(one).equal(logits(other))
+    assert merge(adapter(many, tmp_path / "adapter2"), tmp_path / "again").difference is not None
+    shard = many / files[0]
     shard.rename(tmp_path / "kept")
-    assert "many lacks 1 of" in refused(run, out, base=str(many))
+    assert "many lacks 1 of" in refused(trained, out, base=str(many))
     for content in ((tmp_path / "kept").read_bytes()[:-10], b"not a tensor in sight"):
         shard.write_bytes(content)
-        assert "is no whole safetensors file" in refused(run, out, base=str(many))
-    assert "is no file or folder here and cannot be had from a hub" in refused(run, out, base="no/such-model")
+        assert "is no whole safetensors file" in refused(trained, out, base=str(many))
+    assert "is no file or folder here and cannot be had from a hub" in refused(trained, out, base="no/such-model")
 
 
-def test_adapter_of_a_newer_peft(base, tmp_path):
-    run = adapter(base(), tmp_path / "adapter")
-    path = run / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrow": True, "peft_version": "9.9.9"}))
-    message = refused(run, tmp_path / "out")
-    assert "made by PEFT 9.9.9 and sets use_tomorrow" in message and "pip install -U peft" in message
-    path.write_text("{}")
-    assert "is no adapter's configuration" in refused(run, tmp_path / "out")
-
-
-def test_tokenizer_with_more_tokens_than_the_embedding(base, tmp_path):
-    folder = base()
-    run = adapter(folder, tmp_path / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<a>", "<b>"])
-    tokenizer.save_pretrained(run)
-    assert "has 2 tokens more than the embedding" in refused(run, tmp_path / "out")
-
-
-def test_merge_into_a_quantised_model(base, tmp_path):
-    from transformers import BitsAndBytesConfig
-
-    folder = base()
-    run = adapter(folder, tmp_path / "adapter")
-    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    quantised.save_pretrained(tmp_path / "quantised")
-    message = refused(run, tmp_path / "out", base=str(tmp_path / "quantised"))
-    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
-
-
-def test_adapter_that_is_not_a_number(base, tmp_path):
-    run = adapter(base(), tmp_path / "adapter")
+def test_broken_adapters(base, trained, tmp_path):
+    run, out = shutil.copytree(trained, tmp_path / "adapter"), tmp_path / "out"
     tensors = load_file(run / "adapter_model.safetensors")
     tensors[next(iter(tensors))][0, 0] = float("nan")
     save_file(tensors, run / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
     ):
-        merge(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        merge(run, out)
+    assert not out.exists()
+    tokenizer = AutoTokenizer.from_pretrained(base())
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.save_pretrained(run)
+    assert "has 2 tokens more than the embedding" in refused(run, out)
+    path = run / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrow": True, "peft_version": "9.9.9"}))
+    message = refused(run, out)
+    assert "made by PEFT 9.9.9 and sets use_tomorrow" in message and "pip install -U peft" in message
+    path.write_text("{}")
+    assert "is no adapter's configuration" in refused(run, out)
+
+
+def test_merge_into_a_quantised_model(base, trained, tmp_path):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    quantised = AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits)
+    quantised.save_pretrained(tmp_path / "quantised")
+    message = refused(trained, tmp_path / "out", base=str(tmp_path / "quantised"))
+    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
 def test_new_tokens_are_part_of_the_merge(base, tmp_path):

@@ -166,10 +166,8 @@ def test_trl_asks_the_head_for_a_bias_which_pefts_wrapper_of_a_tied_head_lacks(t
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_names(tmp_path, caplog, bits):
-    from bitsandbytes.functional import has_avx512bf16
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    assert has_avx512bf16() in (True, False)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
     )
@@ -179,7 +177,6 @@ def test_bitsandbytes_names(tmp_path, caplog, bits):
     layer = model.model.layers[0].mlp.up_proj
     if bits == 4:
         assert hasattr(layer, REPACKS)
-        assert tuple(layer.weight.quant_state.shape) == (64, 64)
     else:
         with caplog.at_level(logging.WARNING, NOISY_LOGGER):
             layer(torch.ones(1, 64))

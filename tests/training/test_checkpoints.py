@@ -50,8 +50,7 @@ def outcome(out: Path) -> tuple[list, bytes, float]:
 def uncut(request, base, tmp_path_factory):
     """(settings, outcome) of a run that nothing cut off."""
     settings = {**base, **KINDS[request.param], "output_dir": str(tmp_path_factory.mktemp("uncut") / "run")}
-    run = Run(settings)
-    assert run.finish() == 0, run.text
+    run = Run(settings).done()
     return settings, outcome(run.out)
 
 
@@ -99,8 +98,7 @@ def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
         path.unlink()
     for folder in [*out.glob("model"), *out.glob("adapter")]:
         shutil.rmtree(folder)
-    run = Run({**settings, "output_dir": str(out)})
-    assert run.finish() == 0, run.text
+    run = Run({**settings, "output_dir": str(out)}).done()
     assert "going on from" in run.text and "checkpoint-30" in run.text
     assert outcome(out) == expected
 
@@ -149,8 +147,7 @@ def test_stopped_run_goes_on_to_the_same_weights(base, tmp_path):
     run.signal(signal.SIGTERM)
     assert run.finish() == uncut.finish() == 0
     assert not (run.out / "summary.json").exists()
-    run = Run(run.settings)
-    assert run.finish() == 0, run.text
+    run = Run(run.settings).done()
     (curve, weights, _), (found, found_weights, _) = outcome(uncut.out), outcome(run.out)
     assert found_weights == weights
     assert {log["num_tokens"] for log in curve} <= {log["num_tokens"] for log in found}
@@ -173,8 +170,7 @@ def test_full_disk_keeps_the_last_whole_checkpoint(settings, tmp_path):
         for name in kept:
             if name != f"checkpoint-{last}":
                 shutil.rmtree(run.out / name)
-        run = Run({**run.settings, "save_total_limit": 1})
-        assert run.finish() == 0, run.text
+        run = Run({**run.settings, "save_total_limit": 1}).done()
         assert f"going on from {run.out}/checkpoint-{last}" in run.text
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -188,8 +184,7 @@ def test_changed_data_is_refused(settings, tmp_path):
     run = Run(run.settings)
     assert run.finish() == 2
     assert "error: the data is not what" in run.text and "--resume never" in run.text
-    run = Run(run.settings, "--resume", "never")
-    assert run.finish() == 0, run.text
+    run = Run(run.settings, "--resume", "never").done()
     assert "going on from" not in run.text
 
 

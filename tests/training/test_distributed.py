@@ -89,8 +89,7 @@ def single(request, base, tmp_path_factory):
     """(settings, outcome) of one process with a batch of two."""
     out = tmp_path_factory.mktemp("single") / "run"
     settings = {**base, **KINDS[request.param], "output_dir": str(out)}
-    run = Run(settings, "--per_device_train_batch_size", "2")
-    assert run.finish() == 0, run.text
+    Run(settings, "--per_device_train_batch_size", "2").done()
     return settings, outcome(out)
 
 
@@ -110,7 +109,7 @@ def test_two_processes_train_what_one_trains(single, tmp_path, name):
         processes=2,
         env=engine(name),
     )
-    assert run.finish(300 * PATIENCE) == 0, run.text
+    run.done(300 * PATIENCE)
     assert [process.exitcode for process in run.processes] == [0, 0]
     found, found_weights, found_summary = outcome(run.out)
     assert found == pytest.approx(losses, abs=1e-4)
@@ -132,15 +131,13 @@ def test_killed_and_resumed(base, tmp_path, name):
     settings = {**base, **KINDS["lora" if name in ("ddp", "zero2") else "full"], "generate_eval": 0, "merge": False}
     del settings["max_new_tokens"]
     args = ("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp"))
-    uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")}, *args, processes=2, env=engine(name))
-    assert uncut.finish() == 0, uncut.text
+    uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")}, *args, processes=2, env=engine(name)).done()
     cut = Run({**settings, "output_dir": str(tmp_path / "cut")}, *args, processes=2, env=engine(name))
     cut.wait_for(f"checkpoint-5/{COMPLETE}")
     cut.kill()
     cut.finish()
     assert not (cut.out / "summary.json").exists()
-    again = Run(cut.settings, *args, processes=2, env=engine(name))
-    assert again.finish() == 0, again.text
+    again = Run(cut.settings, *args, processes=2, env=engine(name)).done()
     assert "going on from" in again.text
     (losses, weights, _), (found, found_weights, _) = outcome(uncut.out), outcome(again.out)
     assert found == pytest.approx(losses, abs=1e-6)
@@ -152,7 +149,7 @@ def test_one_stopped_process_stops_both_and_saves(base, tmp_path):
     run = two(base, tmp_path, max_steps=100_000)
     run.wait_for("checkpoint-5")
     os.kill(run.processes[1].pid, signal.SIGTERM)
-    assert run.finish(30 * PATIENCE) == 0, run.text
+    run.done(30 * PATIENCE)
     assert run.processes[1].exitcode == 0
     assert run.text.count("stopped; the same command goes on from") == 1
 
@@ -199,7 +196,7 @@ def test_second_process_reads_what_the_first_prepared(base, tmp_path):
         Run({**settings, "dataset_name": "nowhere.jsonl", "eval_dataset": "no.jsonl"}, "--use_cpu", "true", env=second),
     ]
     for run in runs:
-        assert run.finish() == 0, run.text
+        run.done()
 
 
 def test_machines_with_different_data_refuse_to_train(base, tmp_path):
@@ -332,10 +329,10 @@ def test_zero3_offload(base, tmp_path):
     settings = {**base, "output_dir": str(tmp_path / "run"), "generate_eval": 0}
     del settings["max_new_tokens"]
     env = launcher("zero3_offload") | {"DS_ACCELERATOR": "cpu"}
-    run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env)
-    assert run.finish(600 * PATIENCE) == 0, run.text
-    single = Run({**settings, "output_dir": str(tmp_path / "one")}, "--per_device_train_batch_size", "2")
-    assert single.finish() == 0, single.text
+    run = Run(settings, "--per_device_train_batch_size", "1", "--use_cpu", "false", processes=2, env=env).done(
+        600 * PATIENCE
+    )
+    single = Run({**settings, "output_dir": str(tmp_path / "one")}, "--per_device_train_batch_size", "2").done()
     assert outcome(run.out)[0] == pytest.approx(outcome(single.out)[0], abs=1e-4)
 
 
@@ -375,6 +372,5 @@ def test_two_processes_with_loader_workers_share_a_packed_stream(base, tmp_path)
     settings |= {"packing": True, "max_length": 64, "max_steps": 2, "save_steps": 2}
     runs = [Run(settings, "--use_cpu", "true", env=env) for env in ranks((0, 1))]
     for run in runs:
-        assert run.finish() == 0, run.text
-    stream = json.loads((tmp_path / "run" / "checkpoint-2" / COMPLETE).read_text())["stream"]
-    assert stream["processes"] == 2
+        run.done()
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / COMPLETE).read_text())["processes"] == 2

@@ -31,12 +31,27 @@ def settings(tiny_bpe, tmp_path):
     return {**QUICK, **places, "dataset_name": rows, "eval_dataset": held_out}
 
 
+@pytest.fixture
+def start(settings, tmp_path):
+    """Starts a run in a folder, with callbacks and more settings; its summary."""
+
+    def started(out="run", *callbacks, **more):
+        def add(trainer):
+            for callback in callbacks:
+                trainer.add_callback(callback)
+
+        return run(Recipe(**{**settings, "output_dir": str(tmp_path / out), **more}), on_trainer=add)
+
+    return started
+
+
 def logs(out, key):
     return [log[key] for log in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in log]
 
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
-BEST = {**EVERY_STEP, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
+BEST = {**EVERY_STEP, **SAVES, "load_best_model_at_end": True}
 BEST_ANSWERS = {**BEST, "metric_for_best_model": "eval_exact_match", "generate_eval": 2, "max_new_tokens": 3}
 KINDS = [
     {"per_device_eval_batch_size": 1},
@@ -48,11 +63,10 @@ KINDS = [
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(settings, tmp_path):
+def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(start, tmp_path):
     found = []
     for number, kind in enumerate(KINDS):
-        out = tmp_path / f"{number}"
-        summary = run(Recipe(**{**settings, **EVERY_STEP, "learning_rate": 0.0, "output_dir": str(out), **kind}))
+        summary, out = start(f"{number}", **EVERY_STEP, learning_rate=0.0, **kind), tmp_path / f"{number}"
         losses = logs(out, "eval_loss")
         # before, at both steps; the last step's is not made again for after
         assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, abs=1e-6)
@@ -78,23 +92,21 @@ def test_held_out_data_sets_keep_their_names(settings, labelled):
     assert {"eval_loss", "eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
 
 
-@pytest.mark.parametrize("metric", ["eval_test_loss", "blue", "exact_match"])
-def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, metric):
-    with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
-        run(Recipe(**{**settings, **BEST, "metric_for_best_model": metric}))
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start):
+    for metric in ("eval_test_loss", "blue", "exact_match"):
+        with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
+            start(**BEST, metric_for_best_model=metric)
 
 
-def test_the_best_model_by_the_answers(settings, tmp_path):
-    more = {"greater_is_better": True, "max_steps": 5, "early_stopping_patience": 2}
-    summary = run(Recipe(**{**settings, **BEST_ANSWERS, **more}))
+def test_the_best_model_by_the_answers(start, tmp_path):
+    summary = start(**BEST_ANSWERS, greater_is_better=True, max_steps=5, early_stopping_patience=2)
     assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
 
 
-def test_answers_at_each_evaluation(settings, tmp_path):
-    more = {**EVERY_STEP, "generate_eval": 2, "max_new_tokens": 3, "rehearse": False}
+def test_answers_at_each_evaluation(start, tmp_path):
     for wanted, found in ((False, []), (True, [0.0] * 2)):
-        run(Recipe(**{**settings, **more, "overwrite_output_dir": True, "predict_with_generate": wanted}))
-        assert logs(tmp_path / "run", "eval_exact_match") == found
+        start(f"{wanted}", **EVERY_STEP, generate_eval=2, max_new_tokens=3, predict_with_generate=wanted)
+        assert logs(tmp_path / f"{wanted}", "eval_exact_match") == found
 
 
 class Die(TrainerCallback):
@@ -108,49 +120,39 @@ class Die(TrainerCallback):
             raise RunError("killed")
 
 
-def test_early_stopping_keeps_its_patience_when_the_run_goes_on(settings, tmp_path):
-    more = {**BEST, "metric_for_best_model": "eval_loss", "max_steps": 12, "learning_rate": 3.0}
+def test_early_stopping_keeps_its_patience_when_the_run_goes_on(start):
+    def stopped(out, *callbacks):
+        more = {**BEST, "metric_for_best_model": "eval_loss", "max_steps": 12, "learning_rate": 3.0}
+        return start(out, EarlyStoppingCallback(early_stopping_patience=3), *callbacks, **more)["steps"]
 
-    def start(out, *callbacks):
-        def add(trainer):
-            for callback in (EarlyStoppingCallback(early_stopping_patience=3), *callbacks):
-                trainer.add_callback(callback)
-
-        return run(Recipe(**{**settings, **more, "output_dir": str(tmp_path / out)}), on_trainer=add)
-
-    uncut = start("uncut")["steps"]
+    uncut = stopped("uncut")
     assert 3 < uncut < 12
     with pytest.raises(RunError, match="killed"):
-        start("cut", Die(uncut - 1))
-    assert start("cut")["steps"] == uncut
+        stopped("cut", Die(uncut - 1))
+    assert stopped("cut") == uncut
 
 
-def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(settings, tmp_path):
-    settings |= {"save_strategy": "steps", "save_steps": 1}
-    run(Recipe(**settings))
-    more = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-1")}
+def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_path):
+    start(**SAVES, lr_scheduler_type="linear")
+    first, last = (str(tmp_path / f"run/checkpoint-{step}") for step in (1, 2))
+    more = {**SAVES, "lr_scheduler_type": "linear", "resume_from_checkpoint": first}
     for key, value in {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "use_peft": True}.items():
         with pytest.raises(RecipeError, match=f"is of another recipe .*{key} .* -> {value}"):
-            run(Recipe(**{**settings, **more, key: value}))
-    assert run(Recipe(**{**settings, **more}))["steps"] == 2
-
-
-def test_more_steps_from_a_finished_runs_checkpoint(settings, tmp_path):
-    settings |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
-    run(Recipe(**settings))
-    more = {"output_dir": str(tmp_path / "more"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
-    assert run(Recipe(**{**settings, **more, "max_steps": 4}))["steps"] == 4
+            start("other", **{**more, key: value})
+    assert start("other", **more)["steps"] == 2
+    # More steps from a finished run's checkpoint
+    assert start("more", **{**more, "resume_from_checkpoint": last}, max_steps=4)["steps"] == 4
     assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
 
 
-def test_a_start_that_failed_does_not_block_the_corrected_command(settings, tmp_path):
+def test_a_start_that_failed_does_not_block_the_corrected_command(start, tmp_path):
     with pytest.raises(RunError):
-        run(Recipe(**settings), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
-    assert run(Recipe(**{**settings, "learning_rate": 1e-3}))["steps"] == 2
+        start("run", Die(1))
+    assert start(learning_rate=1e-3)["steps"] == 2
     assert logs(tmp_path / "run", "start") == [0]
 
 
-def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, tmp_path):
+def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, start):
     seen = []
 
     class Press(TrainerCallback):
@@ -159,17 +161,17 @@ def test_ctrl_c_during_an_evaluation_stops_within_one_batch_and_saves(settings, 
                 seen.append(state.global_step)
                 signal.raise_signal(signal.SIGINT)
 
-    saves = {"per_device_eval_batch_size": 1, "save_strategy": "steps", "save_steps": 500}
-    recipe = Recipe(**{**settings, **EVERY_STEP, **saves})
+    more = {**EVERY_STEP, "per_device_eval_batch_size": 1, **SAVES, "save_steps": 500}
     with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
+        recipe = Recipe(**{**settings, **more})
         run(recipe, on_trainer=lambda trainer: trainer.callback_handler.callbacks.insert(0, Press()))
     assert seen == [1]
-    assert run(recipe)["steps"] == 2
+    assert start(**more)["steps"] == 2
 
 
-def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(settings):
-    more = {**BEST_ANSWERS, "load_best_model_at_end": False, "save_steps": 500, "max_new_tokens": 40, "rehearse": False}
-    recipe, seen = Recipe(**{**settings, **more}), []
+def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(settings, start):
+    more = {**BEST_ANSWERS, "load_best_model_at_end": False, "save_steps": 500, "max_new_tokens": 40}
+    seen = []
 
     def press(trainer):
         def generate(*args, real=trainer.model.generate, **kwargs):
@@ -183,9 +185,9 @@ def test_ctrl_c_while_answers_are_generated_stops_within_one_token_and_saves(set
         trainer.model.generate = generate
 
     with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-1"):
-        run(recipe, on_trainer=press)
+        run(Recipe(**{**settings, **more}), on_trainer=press)
     assert seen == [1]
-    assert run(recipe)["steps"] == 2
+    assert start(**more)["steps"] == 2
 
 
 def test_the_last_step_of_an_epoch_has_what_is_left(settings):
@@ -218,8 +220,8 @@ def test_neftune_scales_the_noise_by_each_documents_length(settings):
     assert len({end - start for start, end in documents}) > 1
 
 
-def test_without_a_terminal_each_log_is_a_line(settings, capsys):
-    run(Recipe(**settings))
+def test_without_a_terminal_each_log_is_a_line(start, capsys):
+    start()
     shown = capsys.readouterr().out
     assert re.search(r"step 1 of 2: loss \d+\.\d+, token accuracy [\d.]+%, [\d,]+ tokens/s, \d:\d\d:\d\d left", shown)
     assert "step 0 of 2: eval_near_loss" in shown and "it/s" not in shown

@@ -158,15 +158,6 @@ def test_new_tokens_on_a_base_of_exactly_the_tokenizers_size(tied, use_peft):
     assert ("merges to" in line and "goes on" in line) == use_peft
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_initialisations_that_change_the_base(init):
-    changes = {"use_peft": True, "lora_config": {"init_lora_weights": init}}
-    assert "merges to" in rehearsed("llama", **changes)
-    others = ({"use_dora": True}, {"lora_modules_to_save": ["lm_head"]}, {"added": NEW}) if init == "pissa" else ()
-    for more in ({"lora_config": {"init_lora_weights": init, "bias": "all"}}, *others):
-        assert "cannot be: " in refused("llama", **{**changes, **more}), more
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -174,12 +165,25 @@ def test_initialisations_that_change_the_base(init):
         {"layer_replication": [[0, 2], [1, 2]]},
         {"alora_invocation_tokens": [5, 6]},
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        {"init_lora_weights": "pisa"},
+        {"use_doraa": True},
+        {"rank_pattern": 3},
     ],
 )
-def test_fields_of_peft_that_do_not_come_back(more):
+def test_fields_of_peft_that_it_refuses_or_that_do_not_come_back(more):
     # All layers, where they are named by number
     message = refused("llama", use_peft=True, lora_config=more, config={"num_hidden_layers": 3})
     assert f"lora_config: {next(iter(more))} cannot be: leave it out" in message
+
+
+def test_layers_and_values_that_peft_or_trl_refuse():
+    for targets in (["mlp"], ["q_proj", "lm_head"]):  # the latter as MA-RLHF's r1 script has it
+        message = refused("llama", use_peft=True, lora_target_modules=targets)
+        assert "cannot be: set lora_target_modules=null; rehearsed on a twin: ValueError" in message
+    message = refused("llama", use_peft=True, peft_config={"peft_type": "loha", "r": "x"})
+    assert "peft_config: r cannot be: leave it out; rehearsed on a twin: TypeError" in message
+    message = refused("llama", use_peft=True, lora_target_modules=["query"])
+    assert "rehearsed on a twin: lora_target_modules: 'query' matches no module of LlamaForCausalLM; the" in message
 
 
 def test_positions():

@@ -3,9 +3,11 @@
 import json
 import pickle
 from collections import Counter
+from functools import cache
 from itertools import islice
 
 import datasets
+import numpy as np
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from helpers import QUICK, write_rows
@@ -65,35 +67,41 @@ def read(rows, workers, processes, strategy, batch, steps):
     return found
 
 
-def documents(pack):
-    at = 0
-    for length in pack["seq_lengths"]:
-        yield int(pack["input_ids"][at])
-        at += length
+def documents(found):
+    """The rows of which the documents are that all processes got, step by step."""
+    packs = [pack for step in zip(*found, strict=True) for batch in step for pack in batch]
+    return [int(pack["input_ids"][at]) for pack in packs for at in np.cumsum([0, *pack["seq_lengths"][:-1]])]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    """(rows, the documents of two epochs) of a stream that one process reads without workers."""
+
+    @cache
+    def make(kind, files):
+        rows = source(tmp_path_factory.mktemp("rows"), FILES[files], kind)
+        return rows, documents(read(rows, 0, 1, "none", 5, -(-2 * sum(FILES[files]) // 5)))
+
+    return make
 
 
 @pytest.mark.parametrize(("kind", "files"), [("mixture", "unequal"), ("hub", "unequal"), ("mixture", "three equal")])
 @pytest.mark.parametrize(
     ("workers", "processes"), SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
 )
-def test_batches_are_those_of_one_process_without_workers(tmp_path, kind, files, workers, processes):
-    rows, total = source(tmp_path, FILES[files], kind), sum(FILES[files])
-    steps = -(-2 * total // (5 * processes))
-    found = read(rows, workers, processes, "none", 5, steps)
-    together = [row for step in zip(*found, strict=True) for batch in step for pack in batch for row in documents(pack)]
+def test_batches_are_those_of_one_process_without_workers(two_epochs, kind, files, workers, processes):
+    (rows, alone), total = two_epochs(kind, files), sum(FILES[files])
+    together = documents(read(rows, workers, processes, "none", 5, -(-2 * total // (5 * processes))))
     assert Counter(together[:total]) == Counter(together[total : 2 * total]) == dict.fromkeys(range(total), 1)
     assert together[:total] != together[total : 2 * total], "each epoch comes in another order"
-    alone = read(rows, 0, 1, "none", 5, -(-2 * total // 5))[0]
-    assert together[: 2 * total] == [row for batch in alone for pack in batch for row in documents(pack)][: 2 * total]
+    assert together[: 2 * total] == alone[: 2 * total]
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 2)])
 def test_packs_hold_each_row_of_an_epoch_once(tmp_path, workers, processes):
     rows, total = source(tmp_path, (3, 61), "mixture"), 64  # two buffers of 32 rows
-    found = read(rows, workers, processes, "bfd", 1, 20)
-    packs = [pack for step in zip(*found, strict=True) for batch in step for pack in batch]
-    documents_of = [row for pack in packs for row in documents(pack)]
-    assert Counter(documents_of[:total]) == dict.fromkeys(range(total), 1)
+    found = documents(read(rows, workers, processes, "bfd", 1, 20))
+    assert Counter(found[:total]) == dict.fromkeys(range(total), 1)
 
 
 def test_a_stream_without_a_row_ends_with_an_error(tmp_path):
@@ -139,7 +147,7 @@ def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_bpe, packin
     assert losses("workers", *going_on, "--dataloader_num_workers", "1") == whole
     done = tmp_path / "whole" / "checkpoint-3" / COMPLETE
     done.write_text(done.read_text().replace('"processes": 1', '"processes": 2'))
-    with pytest.raises(RecipeError, match=r"processes=2, .* and not 1: bring 2 back"):
+    with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
         run(recipe, ["--output_dir", str(tmp_path / "other"), *going_on])
 
 
@@ -156,6 +164,5 @@ def test_a_short_source_ends_an_epoch_repeats_or_drops_out(tmp_path, ends):
         assert long == [1] * 60 and min(short) >= 2 and max(short) - min(short) <= 1
     else:
         assert short + long == [1] * 72
-    batches = read(rows, 2, 2, "none", 3, -(-epoch.total() // 6))
-    found = [row for step in zip(*batches, strict=True) for batch in step for pack in batch for row in documents(pack)]
+    found = documents(read(rows, 2, 2, "none", 3, -(-epoch.total() // 6)))
     assert Counter(found[: epoch.total()]) == epoch

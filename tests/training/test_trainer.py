@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from helpers import QUICK, ROOT, assistant, user, write_rows
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
 from ma_sft import LabelError, Recipe, RecipeError, make_trainer
@@ -103,6 +103,18 @@ def test_model_is_an_object(settings, file, tiny_bpe):
     assert trainer.model is model
     trainer.train()
     assert not model.model.layers[0].mlp.up_proj.weight.equal(before)
+
+
+def test_model_in_4_bits_is_an_object_and_gets_the_recipes_adapter(settings, file, tiny_bpe):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_bpe, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.bfloat16
+    )
+    trainer = make_trainer(Recipe(**settings, dataset_name=file, use_peft=True), model=model)
+    assert "down_proj" in {n.split(".")[-4] for n, p in trainer.model.named_parameters() if p.requires_grad}
+    before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
+    assert trainer.train().global_step == 2
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not one.equal(other) for one, other in zip(before, after, strict=True))
 
 
 def test_model_with_an_adapter_of_its_own(settings, file, tiny_bpe):
