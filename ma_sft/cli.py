@@ -17,7 +17,7 @@ from typer import Argument, Option
 from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]  # core imports CompletionItem
 
 from ma_sft.errors import MaSftError, RecipeError, one_line
-from ma_sft.utils import as_written, console, guard, not_there, progress, say
+from ma_sft.utils import as_written, console, frozen, guard, not_there, progress, say
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
@@ -213,7 +213,8 @@ def _load(args: list[str] | None, *, reads_rows: bool = True, first_word: str = 
 
 
 def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
-    from ma_sft.sft import MERGING, run
+    with frozen():  # looking for garbage takes a seventh of the imports
+        from ma_sft.sft import MERGING, run
 
     return int(MERGING in run(recipe, flags).get("failed", {}))  # a merged model that is not what the adapter says
 
@@ -248,7 +249,8 @@ def _check(
 ) -> int:
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
-    from ma_sft.look import check
+    with frozen():  # looking for garbage takes a seventh of the imports
+        from ma_sft.look import check
 
     return _show(check(recipe, flags, every_row=every_row), as_json)
 
@@ -289,7 +291,8 @@ def _preview(
 ) -> None:
     """show which tokens of a recipe's rows are trained"""
     recipe, flags = _load(args)
-    from ma_sft.look import preview
+    with frozen():  # looking for garbage takes a seventh of the imports
+        from ma_sft.look import preview
 
     preview(recipe, flags, n=n, html=html, borders=borders)
     if html:
