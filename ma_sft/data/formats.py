@@ -48,6 +48,7 @@ TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column hol
 QUESTIONS = ("question", "Question", "question_stem", "query", "ctx")  # of choices
 CHOICES = ("choices", "options", "endings")
 ANSWERS = ("answerKey", "answer_idx", "answer_index", "answer", "Answer", "correct", "correct_option")
+ROW_MARKS = MARKS | {"kto_tag", "label"}  # KTO's among them
 STRANGERS = frozenset(("label", "labels", "target", "code", "role", "parent_id"))  # of these, a text is only a part
 
 # Columns that change what a row says: where no format reads them, the row is refused.
@@ -434,7 +435,7 @@ def read_row(
         sides = SIDES[name](tracked) if preference else {"messages": _of_format(tracked, name)}
         if not preference and name != "text":
             ordered = ", ".join(sorted(names[0] for names in FORMATS[name].needs))
-        refuse_changing(tracked, name, {"label"} if ordered else set())
+        refuse_changing(tracked, name, ROW_MARKS if ordered else ROW_MARKS - {"label"})
     else:
         given = load_function(name)(row)
         if preference and not given:
@@ -479,7 +480,7 @@ def _matches(pattern: re.Pattern[str], column: str) -> bool:
     return pattern.fullmatch(column) is not None
 
 
-def refuse_changing(row: TrackedRow, format: str, more_marks: set[str]) -> None:
+def refuse_changing(row: TrackedRow, format: str, marks: frozenset[str]) -> None:
     """Raise `FormatError` at a column that nothing read and that would change what the row says.
 
     It is a `BadAnswer` where the column says that the row's answer is a bad one, or must not be trained.
@@ -491,13 +492,13 @@ def refuse_changing(row: TrackedRow, format: str, more_marks: set[str]) -> None:
                 f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}"
                 f"{other}; if the row says the same without it, leave it out (ignore: [{field}])"
             )
-    for field in sorted(row.keys() & (MARKS | {"kto_tag"} | more_marks) - row.used):
+    for field in sorted((row.keys() & marks) - row.used):
         value = dict.get(row, field)
         good = truth(value)
         if good is None and field in WEIGHTS and not is_empty(value):
             what = f"a row is trained (1) or not (0); found {show(value)}; if it says something else"
             raise FormatError(f"field {field!r}: {what}, leave it out (ignore: [{field}])")
-        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):  # KTO's
+        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):
             what = f"found {show(value)}; if it says whether the answer is good, write true or false"
             raise FormatError(f"field {field!r}: {what}, if not, leave it out (ignore: [{field}])")
         if good is (field in BAD):

@@ -484,6 +484,7 @@ def to_tools(row: Row) -> str | None:
         turns = dict.get(row, column)
         for i, turn in enumerate(turns if isinstance(turns, list | tuple) else ()):
             given[f"{column}[{i}].tools"] = turn.get("tools") if isinstance(turn, dict) else None
+    given = {field: value for field, value in given.items() if not is_empty(value)}
     lists = {field: found for field, value in given.items() if (found := _schemas(value, field))}
     first = next(iter(lists.values()), None)
     if any(found != first for found in lists.values()):
@@ -493,7 +494,7 @@ def to_tools(row: Row) -> str | None:
 
 def _schemas(tools: Any, field: str) -> list[dict[str, Any]]:
     """Schemas in OpenAI's form, of OpenAI's older, Anthropic's or Vertex' form; those of another one as they are."""
-    tools = [] if is_empty(tools) else from_json(tools, field) or []
+    tools = from_json(tools, field) or []
     tools = [from_json(tool, field, begins="{") for tool in tools] if isinstance(tools, list | tuple) else tools
     if not are_objects(tools):
         raise expected("a list of JSON schemas", field, tools)
