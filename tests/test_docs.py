@@ -192,10 +192,10 @@ def assumed(tiny_bpe, tmp_path_factory):
 
 
 @pytest.fixture
-def shell(assumed, tiny_bpe, tiny_qwen3, tmp_path, monkeypatch):
+def shell(assumed, tiny_bpe, tiny, tmp_path, monkeypatch):
     """In a copy of that folder."""
     shutil.copytree(assumed, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "gguf-model").symlink_to(tiny_qwen3)
+    (tmp_path / "gguf-model").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLAMA_CPP", str(fetch_converter()))
     # Who is asked says: the tiny model, what is offered twice, one question, nothing more.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import load_tokenizer, write_rows
+from helpers import write_rows
 from reference.models import PAD, as_decoder, examples, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -101,15 +101,11 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, id="full", marks=pytest.mark.slow), pytest.param(4, id="lora")])
-def test_the_command_trains_writes_and_samples(tmp_path, rank, capsys):
-    """A tiny model with the real tokenizer; what it writes loads elsewhere."""
-    tokenizer = load_tokenizer("smollm2")
-    theirs = tiny("llama", vocab_size=len(tokenizer), initializer_range=0.02)
-    theirs.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
+def test_the_command_trains_writes_and_samples(tmp_path, rank, tiny_bpe, capsys):
+    """What it writes loads elsewhere."""
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(20)]
     files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "heldout")}
-    places = {**files, "model": tmp_path / "start", "output_dir": tmp_path / "out", "lora_r": rank}
+    places = {**files, "model": tiny_bpe, "output_dir": tmp_path / "out", "lora_r": rank}
     flags = "--packing --max_length=64 --max_steps=8 --learning_rate=0.02 --warmup_steps=1 --device=cpu".split()
     train.main([*(f"--{name}={value}" for name, value in places.items()), *flags])
     printed = capsys.readouterr().out
@@ -119,5 +115,5 @@ def test_the_command_trains_writes_and_samples(tmp_path, rank, capsys):
     if rank:
         assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 2 * 2 * 7
     else:
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
-        assert not torch.equal(again.model.norm.weight, theirs.model.norm.weight)
+        before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_bpe, tmp_path / "out/final"))
+        assert not torch.equal(after.model.norm.weight, before.model.norm.weight)
