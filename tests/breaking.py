@@ -44,18 +44,18 @@ def mutate(row, rng):
     return row
 
 
-def spoil(text, rng):
-    """The text cut off, with bytes changed, or something else altogether."""
-    data = bytearray(text.encode())
-    kind = rng.randrange(4)
+def spoil(data: bytes, rng) -> bytes:
+    """A file's or a line's bytes cut off, with bytes changed or put in, or something else altogether."""
+    data, kind = bytearray(data), rng.randrange(4)
+    at = rng.randrange(len(data))
     if kind == 0:
-        del data[rng.randrange(len(data)) :]
+        del data[at:]
     elif kind == 1:
-        for _ in range(3):
-            data[rng.randrange(len(data))] = rng.randrange(256)
+        data[at : at + 3] = rng.randbytes(3)
     elif kind == 2:
-        at = rng.randrange(len(data))
         data[at:at] = rng.randbytes(3)
     else:
-        data = bytearray(rng.choice([b"", b"null", b"[]", b"{}", b"3", b"[" * 20_000, b"\xff\xfe", b'{"a":' * 5_000]))
+        data = rng.choice(
+            [b"", b"null", b"[]", b"{}", b"3", b"[" * 20_000, b"\xff\xfe", b'{"a":' * 5_000, b"\x1f\x8b\x08"]
+        )
     return bytes(data)

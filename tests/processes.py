@@ -1,34 +1,57 @@
-"""Runs on CPUs in processes of their own that a test can kill; forked from one that has imported everything."""
+"""Runs and commands in processes of their own, on CPUs, that a test can kill; forked from one that has imported all."""
 
 import gc
+import importlib
 import multiprocessing
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from patience import PATIENCE
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed chooses as it is imported
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["ma_sft.sft", "peft.tuners.lora", "torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3"]
-)
+PRELOADED = """ma_sft.cli ma_sft.sft ma_sft.data.mixture ma_sft.labels.preview ma_sft.release.merge ma_sft.pages.report
+    ma_sft.tools.memory datasets.packaged_modules.json.json deepspeed peft.tuners.lora scipy.io
+    torch.utils.tensorboard transformers.models.qwen3.modeling_qwen3"""
+CONTEXT.set_forkserver_preload(PRELOADED.split())
+
+
+def enter(out: str, err: str, env: dict[str, str]) -> None:
+    """What a process that was just forked begins with: its output in files, its variables, one thread."""
+    import torch
+
+    gc.freeze()  # what is imported is no garbage
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    os.environ.update(env)
+
+
+def command(words: list[str], folder: str, out: str, err: str, env: dict[str, str]) -> None:
+    """What `ma-sft WORDS` does in a folder, with variables that the libraries read as they are imported."""
+    import datasets
+    import huggingface_hub.constants
+
+    from ma_sft.cli import main
+
+    enter(out, err, env)
+    for variables in (huggingface_hub.constants, datasets.config):
+        importlib.reload(variables)
+    os.setsid()  # no terminal to ask at
+    os.chdir(folder)
+    end(main(words) or 0)
 
 
 def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> None:
     """What `ma-sft train` does, with the terminal's output in the file `log`."""
-    import torch
-
     from ma_sft import Recipe, run
     from ma_sft.utils import guard
 
-    gc.freeze()  # what is imported is no garbage
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    os.environ.update(env)
+    enter(log, log, env)
     if "ACCELERATE_TORCH_DEVICE" in env:
         fsdp_on_cpu()
     if env.get("DS_ACCELERATOR") == "cpu":
@@ -36,8 +59,12 @@ def train(settings: dict, args: list[str], log: str, env: dict[str, str]) -> Non
 
         # a faster way between processes on CPUs, which DeepSpeed would compile for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    code = guard(lambda: run(Recipe(**settings), args) and 0)
+    end(guard(lambda: run(Recipe(**settings), args) and 0))
+
+
+def end(code: int) -> None:
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -91,17 +118,17 @@ class Run:
 
     def wait_for(self, path: str, seconds: float = 60 * PATIENCE) -> None:
         """Until something in the run's folder matches the glob `path`."""
-        end = time.monotonic() + seconds
-        while not any(self.out.glob(path)):
-            assert time.monotonic() < end and self.processes[0].is_alive(), self.text
-            time.sleep(0.002)
+        self._wait(lambda: any(self.out.glob(path)), seconds)
+        assert any(self.out.glob(path)), self.text
 
     def wait_for_step(self, step: int, seconds: float = 60 * PATIENCE) -> None:
         """Until a checkpoint of this step or a later one begins, or the run is over."""
+        self._wait(lambda: any(int(p.name.split("-")[1]) >= step for p in self.out.glob("checkpoint-*")), seconds)
+
+    def _wait(self, there: Callable[[], bool], seconds: float) -> None:
+        """Until it is there, or the run is over."""
         end = time.monotonic() + seconds
-        while self.processes[0].is_alive() and step > max(
-            (int(path.name.split("-")[1]) for path in self.out.glob("checkpoint-*")), default=0
-        ):
+        while self.processes[0].is_alive() and not there():
             assert time.monotonic() < end, self.text
             time.sleep(0.002)
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 WRITTEN = re.compile(
     r"<[|｜][^<>\n\s{}'\"]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|〈\|EOS\|〉|<SPECIAL_\d+>|</?seed:[a-z_]+>"
     r"|</?(?:start_of_turn|end_of_turn|beginning_of_sentence|end_of_sentence|begin_of_document|sep|role|mm:think)>"
-    r"|</?(?:assistant|user|system)>|\[/?[A-Z_]{3,}\]|\](?:~!|~)b[\[\]]|\[e~\[|\]minimax\["
+    r"|</?(?:assistant|user|system)>|\[/?[A-Z_]{3,}\]|\](?:~!|~)b[\[\]]|\[e~\[|\]minimax\[|<end_of_utterance>|</s>"
 )
 # What ends a turn of each family, in the order in which it is looked for in a template
 ENDS = (
-    *("<|END_OF_TURN_TOKEN|>", "<|return|>", "<|im_end|>", "<|eot_id|>", "<turn|>", "<end_of_turn>", "<sep>"),
-    *("<｜end▁of▁sentence｜>", "<|assistant_end|>", "<|end_of_text|>", "<|end_of_msg|>", "<|message_sep|>", "<|eot|>"),
-    *("<|role_end|>", "<end_of_sentence>", "[e~[", "<SPECIAL_12>", "<seed:eos>", "</assistant>", "<|end|>"),
+    *("<|END_OF_TURN_TOKEN|>", "<|return|>", "<|im_end|>", "<|eot_id|>", "<turn|>", "<end_of_turn>"),
+    *("<end_of_utterance>", "<sep>", "<｜end▁of▁sentence｜>", "<|assistant_end|>", "<|end_of_text|>", "<|end_of_msg|>"),
+    *("<|message_sep|>", "<|role_end|>", "<end_of_sentence>", "[e~[", "<SPECIAL_12>", "<seed:eos>", "</assistant>"),
 )
 # Hunyuan's template puts its tokens together
 HUNYUAN = [f"<｜hy_{name}:opensource｜>" for name in ("eos", "begin_of_sentence", "User", "Assistant")]
@@ -31,16 +31,23 @@ def templates() -> dict[str, str]:
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(fetch_templates().glob("*.jinja"))}
 
 
+def family_tokenizer(template: str, end: str | None, *more: str) -> PreTrainedTokenizerBase:
+    """Qwen3's tokenizer with a template, the tokens that it writes and `more`; its EOS is `end` or one of ENDS."""
+    end = next((end for end in ENDS if end in template), end)
+    written = {token.replace("\\", "") for token in WRITTEN.findall(template)}
+    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), "<s>", end, *more])
+    tokenizer.chat_template, tokenizer.eos_token = template, end
+    if "bos_token" in template:
+        tokenizer.bos_token = "<s>"
+    return tokenizer
+
+
 def strange_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer with the template `name` and its tokens; its EOS is the family's end of turn."""
     template = templates()[name]
-    end = next((end for end in ENDS if end in template), "</s>")
-    written = set(WRITTEN.findall(template))
     if name.startswith("tencent"):
-        written, end = set(HUNYUAN), HUNYUAN[0]
-    tokenizer = load_tokenizer("qwen3", special=[*missing("qwen3", written), "<s>", end])
-    tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = template, "<s>", end
-    return tokenizer
+        return family_tokenizer(template, HUNYUAN[0], *HUNYUAN)
+    return family_tokenizer(template, next((end for end in ("<|eot|>", "<|end|>") if end in template), "</s>"))
 
 
 def stops(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -122,6 +122,8 @@ class Shell:
         if words[0] == "train":
             asks = {"eval_dataset", "test_size"} & set(Recipe.load(words[1]).settings)
             words = [*words, *SHORT, *([] if asks else ["--eval_dataset", "heldout.jsonl"])]
+        if words[0] == "chat":
+            words = [*words, "--max_new_tokens", "4"]
         if words[-1].endswith(".gguf") or "--outtype" in words:
             words = ["export", "gguf-model", *words[2:]]
         assert main(words) == 0
@@ -163,40 +165,37 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_bpe, tmp_path_factory):
-    """A finished run of a tiny model."""
-    folder = tmp_path_factory.mktemp("finished")
-    rows = write_rows(folder / "rows.jsonl", ROWS)
-    settings = {"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "test_size": 5, "use_peft": True}
-    run(Recipe(name="demo", output_dir=str(folder / "run"), **settings), SHORT)
-    return folder / "run"
-
-
-@pytest.fixture
-def shell(tiny_bpe, finished, tiny_qwen3, tmp_path, monkeypatch):
-    """A folder as the pages assume it."""
+def assumed(tiny_bpe, tmp_path_factory):
+    """A folder as the pages assume it: rows, recipes, two finished runs of a tiny model."""
+    folder = tmp_path_factory.mktemp("assumed")
     for name, rows in (("rows", ROWS), ("heldout", ROWS[:4])):
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    (tmp_path / "mixture.yaml").write_text(
-        "datasets: [rows.jsonl]\nfilters: {exact_duplicates: true}\ntest_size: 0.1\n"
-    )
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "mixture.yaml").write_text("datasets: [rows.jsonl]\nfilters: {exact_duplicates: true}\ntest_size: 0.1\n")
     chats = [[user(row["instruction"]), assistant(row["output"])] for row in ROWS]
     encoded = ChatEncoder(AutoTokenizer.from_pretrained(tiny_bpe)).encode(chats)
     prepared = [{"input_ids": e.input_ids, "labels": e.labels} for examples in encoded for e in examples]
-    Dataset.from_list(prepared).save_to_disk(tmp_path / "prepared")
-    (tmp_path / "overrides.yaml").write_text("learning_rate: 0.001\n")
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    Dataset.from_list(prepared).save_to_disk(folder / "prepared")
+    (folder / "overrides.yaml").write_text("learning_rate: 0.001\n")
+    for name in ("recipes", "data/demo"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (readme,) = (code for _, code, _ in blocks(Path("README.md")) if code.startswith("# recipes/mine.py"))
-    (tmp_path / "recipes" / "mine.py").write_text(readme)
-    for path in (tmp_path / "recipes").glob("*.py"):
+    (folder / "recipes" / "mine.py").write_text(readme)
+    for path in (folder / "recipes").glob("*.py"):
         text = path.read_text(encoding="utf-8").replace('"trl-lib/Capybara"', '"rows.jsonl"')
         for hub in ("demo", *HUB):
             text = text.replace(f'model_name_or_path="{hub}"', f"model_name_or_path={str(tiny_bpe)!r}")
         path.write_text(text, encoding="utf-8")
-    shutil.copytree(ROOT / "data" / "demo", tmp_path / "data" / "demo")
-    for name in ("demo", "other"):
-        shutil.copytree(finished, tmp_path / "runs" / name)
-    (tmp_path / "gguf-model").symlink_to(tiny_qwen3)
+    places = {"dataset_name": str(folder / "rows.jsonl"), "output_dir": str(folder / "runs" / "demo")}
+    run(Recipe(name="demo", model_name_or_path=str(tiny_bpe), test_size=5, use_peft=True, **places), SHORT)
+    shutil.copytree(folder / "runs" / "demo", folder / "runs" / "other")
+    return folder
+
+
+@pytest.fixture
+def shell(assumed, tiny_bpe, tiny, tmp_path, monkeypatch):
+    """In a copy of that folder."""
+    shutil.copytree(assumed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "gguf-model").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLAMA_CPP", str(fetch_converter()))
     # Who is asked says: the tiny model, what is offered twice, one question, nothing more.

@@ -8,7 +8,7 @@ import string
 
 import pytest
 import zstandard
-from breaking import mutate
+from breaking import mutate, spoil
 from datasets import Dataset
 from helpers import ROOT, load_tokenizer
 
@@ -47,64 +47,42 @@ def check_messages(messages, row):
             assert set(re.findall(r"\w+", message["content"])) <= {*string.ascii_uppercase, *re.findall(r"\w+", given)}
 
 
-@pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.stem)
+def conversations(row, path, rng):
+    """What a row becomes: a conversation, or the two of a preference, or none where neither answer is safe."""
+    if path in FORMATS:
+        return [to_messages(row, rng.choice([None, path.stem if path.stem != "ruozhiba" else "alpaca"]))]
+    sides = to_preference(row)
+    if sides is None:
+        assert row["is_response_0_safe"] is False and row["is_response_1_safe"] is False
+        return []
+    assert sides["chosen"] != sides["rejected"]
+    assert sides["chosen"][0]["role"] == sides["rejected"][0]["role"] == "assistant"
+    return [sides["prompt"] + sides["chosen"], sides["prompt"] + sides["rejected"]]
+
+
+@pytest.mark.parametrize("path", [*FORMATS, *PREFERENCES], ids=lambda path: f"{path.parent.stem}-{path.stem}")
 def test_rows(path):
     rng = random.Random(path.stem)
     rows, kept = read(path), 0
     for _ in range(1500):
         row = mutate(rng.choice(rows), rng)
         try:
-            messages = to_messages(row, rng.choice([None, path.stem if path.stem != "ruozhiba" else "alpaca"]))
+            found = conversations(row, path, rng)
         except FormatError as error:
             assert "\n" not in str(error)
             str(error).encode()
             continue
-        kept += 1
-        check_messages(messages, row)
-    assert kept > 20
-
-
-@pytest.mark.parametrize("path", PREFERENCES, ids=lambda path: path.stem)
-def test_preferences(path):
-    rng = random.Random(path.stem)
-    rows, kept = read(path), 0
-    for _ in range(1500):
-        row = mutate(rng.choice(rows), rng)
-        try:
-            sides = to_preference(row)
-        except FormatError as error:
-            assert "\n" not in str(error)
-            str(error).encode()
-            continue
-        if sides is None:
-            assert row["is_response_0_safe"] is False and row["is_response_1_safe"] is False
-            continue
-        kept += 1
-        assert sides["chosen"] != sides["rejected"]
-        for side in ("chosen", "rejected"):
-            check_messages(sides["prompt"] + sides[side], row)
-            assert sides[side][0]["role"] == "assistant"
+        kept += bool(found)
+        for messages in found:
+            check_messages(messages, row)
     assert kept > 20
 
 
 def break_line(row, rng):
     """The row as a line of a file, broken as JSON, as a row, or both."""
-    kind = rng.random()
-    if kind < 0.5:
+    if rng.random() < 0.5:
         return json.dumps(mutate(row, rng)).encode()
-    line = bytearray(json.dumps(row, ensure_ascii=False).encode())
-    at = rng.randrange(len(line))
-    if kind < 0.7:
-        line[at] = rng.choice([b for b in range(256) if b not in b"\n"])
-    elif kind < 0.8:
-        del line[at:]
-    elif kind < 0.9:
-        line[at:at] = rng.randbytes(3).replace(b"\n", b"")
-    else:
-        line = bytearray(
-            rng.choice([b"[]", b"null", b"3", b'"text"', b"{}", b"\x1f\x8b\x08", b"{" * 5000, b"\xff\xfe"])
-        )
-    return bytes(line)
+    return spoil(json.dumps(row, ensure_ascii=False).encode(), rng).replace(b"\n", b"")
 
 
 @pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.stem)
@@ -117,11 +95,9 @@ def test_files(path, tmp_path):
         lines, good = [], {}
         for at in range(1, 13):
             row = rng.choice(rows)
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 or at == 2:  # which tells that a first line is cut off
                 good[at] = to_messages(row)
             lines.append(json.dumps(row).encode() if at in good else break_line(row, rng))
-        if not good:
-            continue
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(b"\n".join(lines))
         mixture = load_mixture([{"path": str(file), "format": format}], on_error="skip")
@@ -171,14 +147,7 @@ def test_broken_containers(kind, tmp_path):
     outcomes = set()
     for number in range(20):
         file = tmp_path / f"{number}{kind}"
-        broken = bytearray(content)
-        if number % 4 == 1:
-            del broken[rng.randrange(1, len(broken)) :]
-        elif number % 4 == 2:
-            broken[: len(broken) // 2] = rng.randbytes(len(broken) // 2)
-        elif number:
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-        file.write_bytes(broken)
+        file.write_bytes(spoil(content, rng) if number else content)
         try:
             mixture = load_mixture([{"path": str(file), "format": "alpaca"}], on_error="skip")
         except MaSftError as error:

@@ -59,7 +59,7 @@ FILES += ["merged/generation_config.json", "merged/tokenizer_config.json"]
 def test_run_folder(name, stranger, capsys):
     rng = random.Random(name)
     path = stranger / name
-    good = path.read_text(encoding="utf-8")
+    good = path.read_bytes()
     related = [c for c in commands(stranger) if concerns(c, name)]
     for turn in range(int(os.environ.get("MA_SFT_FUZZ") or 12)):
         path.write_bytes(spoil(good, rng) if turn % 3 == 0 else changed(good, path.suffix, rng))
@@ -79,8 +79,8 @@ def concerns(command, name):
     return command[0] in ("report", "check") if name == "recipe.json" else command[0] == "report"
 
 
-def changed(text, suffix, rng):
-    lines = text.splitlines() if suffix == ".jsonl" else [text]
+def changed(content, suffix, rng):
+    lines = content.decode().splitlines() if suffix == ".jsonl" else [content.decode()]
     at = rng.randrange(len(lines))
     value = json.loads(lines[at])
     lines[at] = json.dumps(rng.choice(JUNK) if rng.random() < 0.1 else mutate({"": value}, rng).get("", value))

@@ -1,10 +1,6 @@
-"""A hub on loopback for the whole session, and commands that know no other, forked from a process that is warm."""
+"""A hub on loopback for the whole session, and commands that know no other."""
 
 import io
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,38 +13,7 @@ import pytest
 import yaml
 from helpers import assistant, user
 from hub.server import Hub
-
-# Imports everything once; each line of stdin is a command that a fork of it runs, with its own cache and token.
-WARM = """
-import gc, json, os, sys
-import ma_sft, datasets, deepspeed, torch, transformers, trl, peft.tuners.lora, huggingface_hub.constants as constants
-import datasets.packaged_modules.json.json, transformers.models.qwen3.modeling_qwen3
-import ma_sft.cli, ma_sft.sft, ma_sft.hub, ma_sft.release.merge, ma_sft.tools.memory, ma_sft.training.checkpoints
-import ma_sft.training.prepare, ma_sft.pages.report, ma_sft.data.mixture
-ma_sft.config.known_settings()
-torch.set_num_threads(1)
-gc.freeze()
-for line in sys.stdin:
-    command = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.environ.update(command["env"])
-        if not os.environ["HF_TOKEN"]:
-            del os.environ["HF_TOKEN"]
-        home = os.environ["HF_HOME"]
-        constants.HF_HUB_CACHE = home + "/hub"
-        constants.HF_XET_CACHE = home + "/xet"
-        datasets.config.HF_DATASETS_CACHE = home + "/datasets"
-        os.chdir(command["cwd"])
-        for number, name in ((0, os.devnull), (1, command["out"]), (2, command["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdin = open(0, closefd=False)
-        code = ma_sft.cli.main(command["args"])
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+from processes import CONTEXT, command
 
 
 @dataclass
@@ -85,17 +50,9 @@ def chats(count: int, word: str = "sum") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def running_hub() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="session")
-def warm(running_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    env = {**os.environ, **running_hub.env(tmp_path_factory.mktemp("warm")), "CUDA_VISIBLE_DEVICES": ""}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", WARM], env=env, **pipes) as process:
-        yield process
-        process.stdin.close()
+    hub = Hub()
+    yield hub
+    hub.stop()
 
 
 @pytest.fixture
@@ -108,23 +65,20 @@ def hub(running_hub: Hub) -> Hub:
 
 
 @pytest.fixture
-def ma_sft(hub: Hub, warm: subprocess.Popen[str], tmp_path: Path) -> Callable[..., Done]:
+def ma_sft(hub: Hub, tmp_path: Path) -> Callable[..., Done]:
     """`ma_sft("train", "recipe.yaml", token=..., home=...)`: what the command line would do, in `tmp_path`."""
 
-    def run(*args: object, token: str | None = None, home: Path | None = None, **env: str) -> Done:
+    def run(*words: object, token: str | None = None, home: Path | None = None, **env: str) -> Done:
         out, err = tmp_path / "stdout", tmp_path / "stderr"
-        command = {
-            "args": [str(arg) for arg in args],
-            "env": {**hub.env(home or tmp_path / "home", token), **env},
-            "cwd": str(tmp_path),
-            "out": str(out),
-            "err": str(err),
-        }
-        start = time.monotonic()
-        warm.stdin.write(json.dumps(command) + "\n")
-        warm.stdin.flush()
-        code = int(warm.stdout.readline())
-        return Done(code, out.read_text(), err.read_text(), time.monotonic() - start)
+        for file in (out, err):
+            file.write_text("")
+        variables = {**hub.env(home or tmp_path / "home", token), "CUDA_VISIBLE_DEVICES": "", **env}
+        arguments = ([str(word) for word in words], str(tmp_path), str(out), str(err), variables)
+        begin = time.monotonic()
+        process = CONTEXT.Process(target=command, args=arguments)
+        process.start()
+        process.join()
+        return Done(process.exitcode, out.read_text(), err.read_text(), time.monotonic() - begin)
 
     return run
 

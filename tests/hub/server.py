@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_BYTES = 100_000  # larger files, and those of these kinds, are named by their SHA-256, as the hub's LFS files are
-LFS_KINDS = (".safetensors", ".parquet", ".bin", ".model")
 TOKEN = "hf_right"
-API = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit|refs))?(?:/(.*))?"
-)
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit))?(?:/(.*))?")
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -46,7 +42,7 @@ class Repo:
 class Fault:
     """What goes wrong with the next `times` requests whose path matches.
 
-    kind: a status as "503", "429" (Retry-After: 1), "cut" in the middle, "corrupt" bytes, or "stall" for `seconds`.
+    kind: a status as "503", "429" (Retry-After: 1), "cut" in the middle, or "stall" for `seconds`.
     """
 
     pattern: str
@@ -56,15 +52,13 @@ class Fault:
     seconds: float = 60.0
 
 
-def etag_of(name: str, content: bytes) -> tuple[str, bool]:
-    """How the hub names a file's content, and whether it lies in LFS."""
-    if len(content) > LFS_BYTES or name.endswith(LFS_KINDS):
-        return hashlib.sha256(content).hexdigest(), True
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), False
+def etag_of(content: bytes) -> str:
+    """How the hub names a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub:
-    """The server; `with Hub() as hub` stops it at the end, and `hub.env` points a process at it."""
+    """The server; `stop` ends it, and `hub.env` points a process at it."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -99,25 +93,12 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def __enter__(self) -> "Hub":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def add(
-        self, kind: str, name: str, files: Path | dict[str, bytes], branch: str = "main", access: str = "public"
-    ) -> str:
+    def add(self, kind: str, name: str, files: Path | dict[str, bytes], branch: str = "main") -> str:
         """Put the files of a folder, or these, on a branch of a repository (`models` or `datasets`); the commit."""
         if isinstance(files, Path):
-            files = {
-                path.relative_to(files).as_posix(): path.read_bytes()
-                for path in sorted(files.rglob("*"))
-                if path.is_file()
-            }
-        repo = self.repos.setdefault((kind, name), Repo(kind, name))
-        repo.access = access
-        return repo.commit(files, branch)
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+        return self.repos.setdefault((kind, name), Repo(kind, name)).commit(files, branch)
 
     def fail(self, pattern: str, kind: str, times: int = 1, method: str = "GET", seconds: float = 60.0) -> None:
         self.faults.append(Fault(pattern, kind, times, method, seconds))
@@ -183,12 +164,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(match, fault)
         elif match := API.fullmatch(path):
             self._api(match, body, query)
-        elif match := re.fullmatch(r"/api/(models|datasets)", path):
-            owner, search = query.get("author", [""])[0], query.get("search", [""])[0].lower()
-            names = [n for k, n in self.hub.repos if k == match[1] and search in n.lower()]
-            self._json([{"id": n} for n in names if not owner or n.split("/")[0] == owner])
-        elif path == "/api/whoami-v2" and self._token() == TOKEN:
-            self._json({"name": "me", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
@@ -208,8 +183,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404 if self._token() else 401, "RepoNotFound", "Repository not found")
         elif file and repo.access == "gated" and self._token() != TOKEN:
             self._error(401, "GatedRepo", f"Access to {name} is restricted: you must be authenticated.")
-        elif file and repo.access == "terms":
-            self._error(403, "GatedRepo", f"Access to {name} is restricted: you are not in the list.")
         else:
             return repo
         return None
@@ -230,18 +203,12 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return
-        etag, lfs = etag_of(match[4], content)
-        head = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        if lfs:
-            head |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+        head = {"X-Repo-Commit": commit, "ETag": f'"{etag_of(content)}"', "Accept-Ranges": "bytes"}
         status = 200
         if ranges := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(ranges[1]), int(ranges[2] or len(content) - 1)
             head["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
             content, status = content[first : last + 1], 206
-        if fault and fault.kind == "corrupt":
-            at = len(content) // 2
-            content = content[:at] + bytes(255 - byte for byte in content[at : at + 8]) + content[at + 8 :]
         self._send(status, content, head, cut=fault is not None and fault.kind == "cut")
 
     def _api(self, match: re.Match[str], body: bytes, query: dict[str, list[str]]) -> None:
@@ -249,30 +216,19 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._allowed(kind, name, file=what in ("preupload", "commit"))
         if repo is None:
             return
-        if what == "refs":
-            branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": c} for b, c in repo.branches.items()]
-            self._json({"branches": branches, "tags": [], "converts": []})
-        elif what == "preupload":
+        if what == "preupload":
             files = json.loads(body)["files"]
             answer = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
             self._json({"files": answer})
         elif what == "commit":
             self._commit(repo, rest, body)
         elif commit := self._commit_of(repo, rest if what == "revision" else rest.split("/")[0]):
-            files = {
-                path: {"type": "file", "path": path, "size": len(content), "oid": etag_of(path, content)[0][:40]}
-                | ({"lfs": _lfs(path, content)} if etag_of(path, content)[1] else {})
-                for path, content in repo.commits[commit].items()
-            }
+            files = repo.commits[commit]
             if what == "revision":
                 siblings = [{"rfilename": path} for path in files]
-                gated = "manual" if repo.access in ("gated", "terms") else False
+                gated = "manual" if repo.access == "gated" else False
                 info = {"id": name, "sha": commit, "private": repo.access == "private", "gated": gated, "tags": []}
                 self._json({**info, "siblings": siblings, "downloads": 0, "likes": 0})
-            elif what == "paths-info":
-                text = body.decode()
-                wanted = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
-                self._json([e for path in wanted for e in _entries(files, path)])
             else:
                 folder = "/".join(rest.split("/")[1:])
                 self._json(_listing(files, folder, query.get("recursive", [""])[0].lower() in ("true", "1")))
@@ -284,11 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or "me"
         kind = asked.get("type", "model") + "s"
         name = f"{owner}/{asked['name']}"
-        private = asked.get("private") or asked.get("visibility") == "private"
-        if (kind, name) in self.hub.repos:
-            self._send(409, json.dumps({"url": f"{self.hub.endpoint}/{name}"}).encode(), {})
-            return
-        self.hub.add(kind, name, {".gitattributes": b""}, access="private" if private else "public")
+        self.hub.add(kind, name, {".gitattributes": b""})
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.repos[kind, name].access = "private"
         self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
 
     def _commit(self, repo: Repo, branch: str, body: bytes) -> None:
@@ -297,8 +251,6 @@ class _Handler(BaseHTTPRequestHandler):
             operation = json.loads(line)
             if operation["key"] == "file":
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
-            elif operation["key"].startswith("deleted"):
-                files.pop(operation["value"]["path"], None)
         commit = repo.commit(files, branch)
         url = f"{self.hub.endpoint}/{repo.name}/commit/{commit}"
         self._json({"commitUrl": url, "commitOid": commit, "hookOutput": "", "success": True})
@@ -324,26 +276,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _lfs(path: str, content: bytes) -> dict[str, Any]:
-    return {"oid": etag_of(path, content)[0], "size": len(content), "pointerSize": 130}
-
-
-def _entries(files: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    """The file, or the folder, of this path."""
-    if path in files:
-        return [files[path]]
-    return [_folder(path)] if any(name.startswith(f"{path}/") for name in files) else []
-
-
-def _listing(files: dict[str, Any], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    prefix = f"{folder}/" if folder else ""
-    below = {path: entry for path, entry in files.items() if path.startswith(prefix)}
-    parts = {path: path.removeprefix(prefix).split("/") for path in below}
-    depth = (lambda names: range(1, len(names))) if recursive else (lambda names: range(1, min(2, len(names))))
-    folders = {prefix + "/".join(names[:n]) for names in parts.values() for n in depth(names)}
-    direct = [entry for path, entry in below.items() if recursive or len(parts[path]) == 1]
-    return [_folder(path) for path in sorted(folders)] + direct
-
-
-def _folder(path: str) -> dict[str, Any]:
-    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+def _listing(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """The files below a folder, or what lies directly in it."""
+    prefix, found = f"{folder}/" if folder else "", {}
+    for path, content in files.items():
+        name, deeper, _ = path.removeprefix(prefix).partition("/")
+        if path.startswith(prefix) and deeper and not recursive:
+            found[name] = {"type": "directory", "path": prefix + name, "size": 0, "oid": "0" * 40}
+        elif path.startswith(prefix):
+            found[path] = {"type": "file", "path": path, "size": len(content), "oid": etag_of(content)}
+    return list(found.values())

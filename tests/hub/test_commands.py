@@ -8,6 +8,7 @@ import yaml
 from hub.conftest import chats, parquet
 from hub.server import TOKEN
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 
 def other_weights(folder, to):
@@ -23,29 +24,37 @@ def succeeds(done):
     return done.out
 
 
-def saved_revision(folder):
-    return json.loads((folder / "run/adapter/adapter_config.json").read_text())["revision"]
-
-
-def test_train_merge_chat_and_export_of_a_revision(hub, data, ma_sft, recipe, tiny_bpe, tmp_path):
-    wanted = hub.add("models", "tiny/model", tiny_bpe, branch="v1")
+def test_a_revision_is_trained_merged_and_used_with_the_weights_that_are_needed(
+    hub, data, ma_sft, recipe, tiny_bpe, tmp_path
+):
+    folder = shutil.copytree(tiny_bpe, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny_bpe).save_pretrained(folder, max_shard_size="50KB")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    (folder / "original").mkdir()
+    for useless in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
+        (folder / useless).write_bytes(b"useless")
+    wanted = hub.add("models", "tiny/model", folder, branch="v1")
     hub.add("models", "tiny/model", other_weights(tiny_bpe, tmp_path / "other"))
     succeeds(ma_sft("train", recipe(model_revision="v1")))
+    came = [path.split("/resolve/")[1].split("/", 1) for path in hub.fetched("tiny/model/resolve")]
+    assert {commit for commit, _ in came} == {wanted}
+    assert sorted(name for _, name in came if name.endswith((".safetensors", ".bin"))) == shards
+    assert len(came) == len({name for _, name in came})
     saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("tiny/model", wanted)
     manifest = json.loads((tmp_path / "run/merged/sft_manifest.json").read_text())
     assert manifest["base_model"]["revision"] == wanted
-    assert not hub.fetched(hub.repos["models", "tiny/model"].branches["main"])
     succeeds(ma_sft("handoff-check", "run/adapter"))
     succeeds(ma_sft("chat", "run/adapter", "--prompt", "Hi", "--max_new_tokens", 2))
     succeeds(ma_sft("merge", "run/adapter", "-o", "again"))
     for name, tensor in load_file(tmp_path / "again/model.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "run/merged/model.safetensors")[name])
-    cached = [path for path in (tmp_path / "run").rglob("*.json") if str(tmp_path / "home") in path.read_text()]
-    assert not [path for path in cached if path.parent.name in ("adapter", "merged")]
+    for path in (*tmp_path.glob("run/adapter/*.json"), *tmp_path.glob("run/merged/*.json")):
+        assert str(tmp_path / "home") not in path.read_text()
 
 
-def test_a_branch_that_moves_changes_nothing_in_a_run(
+def test_a_branch_that_moves_changes_nothing_in_a_run_nor_where_it_is_resumed(
     hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path, monkeypatch
 ):
     """The weights are asked for after the tokenizer: `main` moves between the two."""
@@ -57,45 +66,22 @@ def test_a_branch_that_moves_changes_nothing_in_a_run(
             moved.append(hub.add("models", "tiny/model", other))
         return answer(method, path)
 
+    def holds_to_the_first_commit():
+        saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+        return saved["revision"] == model and not hub.fetched(f"tiny/model/resolve/{moved[0]}")
+
     monkeypatch.setattr(hub, "fault", move)
-    succeeds(ma_sft("train", recipe(save_strategy="steps", save_steps=1)))
-    assert moved and not hub.fetched(f"tiny/model/resolve/{moved[0]}")
+    path = recipe(save_strategy="steps", save_steps=1)
+    succeeds(ma_sft("train", path))
+    assert holds_to_the_first_commit()
     succeeds(ma_sft("handoff-check", "run/adapter"))
-    assert saved_revision(tmp_path) == model
     assert model in (tmp_path / "run/revisions.json").read_text()
-
-
-def test_a_resumed_run_goes_on_with_its_commits(hub, data, model, ma_sft, recipe, tiny_bpe, tmp_path):
-    steps = {"save_strategy": "steps", "save_steps": 1}
-    succeeds(ma_sft("train", recipe(**steps)))
-    for unfinished in ("summary.json", "adapter", "merged", "checkpoint-2"):
-        path = tmp_path / "run" / unfinished
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    moved = hub.add("models", "tiny/model", other_weights(tiny_bpe, tmp_path / "other"))
+    (tmp_path / "run/summary.json").unlink()
+    for unfinished in ("adapter", "merged", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "run" / unfinished)
     hub.add("datasets", "tiny/chats", {"data/train-0.parquet": parquet(chats(9, "product"))})
-    assert "going on from" in succeeds(ma_sft("train", recipe(**steps)))
-    assert saved_revision(tmp_path) == model and not hub.fetched(moved)
-
-
-def test_only_the_weights_that_are_needed_come(hub, data, ma_sft, recipe, tiny_bpe, tmp_path):
-    folder = shutil.copytree(tiny_bpe, tmp_path / "sharded")
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, weight_map = sorted(tensors), {}
-    for at, part in enumerate((names[:5], names[5:]), 1):
-        file = f"model-0000{at}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "original").mkdir()
-    for useless in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
-        (folder / useless).write_bytes(b"useless")
-    hub.add("models", "tiny/model", folder)
-    succeeds(ma_sft("train", recipe()))
-    came = [path.split("/resolve/")[1].split("/", 1)[1] for path in hub.fetched("tiny/model/resolve")]
-    assert sorted(name for name in came if name.endswith((".safetensors", ".bin"))) == sorted(set(weight_map.values()))
-    assert len(came) == len(set(came))
+    assert "going on from" in succeeds(ma_sft("train", path))
+    assert holds_to_the_first_commit()
 
 
 def test_configurations_splits_and_revisions_of_data(hub, model, ma_sft, recipe):
@@ -133,7 +119,6 @@ def test_configurations_splits_and_revisions_of_data(hub, model, ma_sft, recipe)
         assert all(word in error for word in says)
 
 
-# `datasets` waits 5 s at each end of a stream of Parquet files.
 # `datasets` waits 5 s at each end of a stream of Parquet files.
 @pytest.mark.parametrize("ending", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_stream(hub, model, ma_sft, recipe, ending):
@@ -178,23 +163,9 @@ def test_preview_plan_init_chat_handoff_and_export(hub, data, model, ma_sft, rec
     assert "has no sft_manifest.json" in ma_sft("handoff-check", "tiny/model").error
 
 
-def test_an_adapter_on_the_hub(hub, data, model, ma_sft, recipe, tmp_path):
-    succeeds(ma_sft("train", recipe(merge=False)))
-    hub.add("models", "me/adapter", tmp_path / "run/adapter")
-    succeeds(ma_sft("merge", "me/adapter", "-o", "merged", home=tmp_path / "elsewhere"))
-    succeeds(ma_sft("handoff-check", "me/adapter", home=tmp_path / "elsewhere"))
-    more = {"adapter_name_or_path": "me/adapter", "output_dir": str(tmp_path / "more"), "lora_preset": None}
-    succeeds(ma_sft("train", recipe("more", **more)))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model_revision": "v1", "filters": {"max_tokens": 1000}},  # which counts with the revision's tokenizer
-        {"model_init_kwargs": {"revision": "v1"}},
-    ],
-)
-def test_the_tokenizer_is_the_revisions(hub, data, ma_sft, recipe, tiny_bpe, settings):
+def test_the_tokenizer_is_the_revisions(hub, data, ma_sft, recipe, tiny_bpe):
     hub.add("models", "tiny/model", tiny_bpe, branch="v1")
     hub.add("models", "tiny/model", {"README.md": b"moved away"})
-    succeeds(ma_sft("check", recipe(**settings)))
+    succeeds(ma_sft("check", recipe(model_init_kwargs={"revision": "v1"})))
+    # which counts with the revision's tokenizer
+    succeeds(ma_sft("check", recipe(model_revision="v1", filters={"max_tokens": 1000})))

@@ -17,7 +17,7 @@ def published(hub, name):
     return {path: content for path, content in files.items() if path != ".gitattributes"}, len(repo.commits)
 
 
-def test_an_adapter_with_its_card(hub, data, model, ma_sft, recipe, tmp_path):
+def test_an_adapter_with_its_card_is_as_good_as_a_folder(hub, data, model, ma_sft, recipe, tmp_path):
     path = recipe(push_to_hub=True, hub_model_id="me/tuned", hub_private_repo=True, save_strategy="steps", save_steps=1)
     done = ma_sft("train", path, "--hub_token", TOKEN)
     assert done.code == 0, done.err
@@ -32,7 +32,11 @@ def test_an_adapter_with_its_card(hub, data, model, ma_sft, recipe, tmp_path):
     everything = b"".join(files.values()) + (tmp_path / "run/summary.json").read_bytes()
     assert TOKEN.encode() not in everything
     assert not [f for f in (tmp_path / "run").rglob("*") if f.is_file() and TOKEN.encode() in f.read_bytes()]
-    again = ma_sft("merge", "me/tuned", "-o", "merged", token=TOKEN, home=tmp_path / "elsewhere")
+    for command in (("merge", "me/tuned", "-o", "merged"), ("handoff-check", "me/tuned")):
+        again = ma_sft(*command, token=TOKEN, home=tmp_path / "elsewhere")
+        assert again.code == 0, again.err
+    more = {"adapter_name_or_path": "me/tuned", "output_dir": str(tmp_path / "more"), "lora_preset": None}
+    again = ma_sft("train", recipe("more", **more), token=TOKEN)
     assert again.code == 0, again.err
 
 
@@ -51,14 +55,11 @@ def test_without_a_token_nothing_begins(hub, data, model, ma_sft, recipe, tmp_pa
 
 
 def test_a_hub_that_fails_at_the_end(hub, data, model, ma_sft, recipe, tmp_path):
-    path = recipe(push_to_hub=True, hub_model_id="me/tuned", overwrite_output_dir=True)
-    for fault in ("503", "401"):
-        hub.faults.clear()
-        hub.fail("repos/create", fault, times=100, method="POST")
-        done = ma_sft("train", path, token=TOKEN)
-        assert done.code == 0, done.err
-        (line,) = [line for line in done.err.splitlines() if "publishing failed" in line]
-        assert re.search(r"later: hf upload me/tuned \S+/adapter", line)
-        summary = json.loads((tmp_path / "run/summary.json").read_text())
-        assert "publishing" in summary["failed"] and "published" not in summary
-        assert (tmp_path / "run/merged/model.safetensors").is_file() and (tmp_path / "run/report.html").is_file()
+    hub.fail("repos/create", "503", times=100, method="POST")
+    done = ma_sft("train", recipe(push_to_hub=True, hub_model_id="me/tuned"), token=TOKEN)
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if "publishing failed" in line]
+    assert re.search(r"later: hf upload me/tuned \S+/adapter", line)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "publishing" in summary["failed"] and "published" not in summary
+    assert (tmp_path / "run/merged/model.safetensors").is_file() and (tmp_path / "run/report.html").is_file()

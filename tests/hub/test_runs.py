@@ -14,6 +14,7 @@ from patience import PATIENCE
 from processes import free_port
 
 pytestmark = pytest.mark.slow
+RECIPE = [sys.executable, "recipes/qwen3.py", "--max_steps", "2", "--output_dir"]
 
 
 @pytest.fixture
@@ -23,29 +24,26 @@ def qwen3(hub, tmp_path):
     return hub.add("models", "Qwen/Qwen3-0.6B", save_tiny(tmp_path / "tiny", load_tokenizer("qwen3")))
 
 
-def start(command, env, log: Path):
-    """A process with its own group, so that a test can end all of it."""
-    with open(log, "w") as out:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
-
-
-def environment(hub, home: Path, **more: object) -> dict[str, str]:
+def environment(hub, home, **more):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     own = {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **own, **hub.env(home), **{key: str(value) for key, value in more.items()}}
 
 
-def finish(process, log: Path, seconds: float = 500 * PATIENCE) -> str:
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise
-    assert code == 0, log.read_text()
-    return log.read_text()
+def together(hub, folder, *commands):
+    """Run commands at once, each with variables of its own, on one cache; what each printed."""
+    logs = [folder / f"{number}.log" for number in range(len(commands))]
+    started = []
+    for (words, variables), log in zip(commands, logs, strict=True):
+        with log.open("w") as out:
+            env = environment(hub, folder / "home", **variables)
+            started.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=out))
+    for process, log in zip(started, logs, strict=True):
+        assert process.wait(500 * PATIENCE) == 0, log.read_text()
+    return [log.read_text() for log in logs]
 
 
-def fetched_once(hub) -> None:
+def fetched_once(hub):
     """Each file came once, however many processes asked for it."""
     files = hub.fetched("/resolve/")
     assert files and len(files) == len(set(files)), sorted(files)
@@ -60,8 +58,7 @@ def test_make_sft_qwen3_as_it_stands(hub, qwen3, tmp_path):
     command = dry.stdout.strip().splitlines()[-1]
     assert "recipes/qwen3.py" in command and "--max_steps 4" in command
     command = command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-    log = tmp_path / "log"
-    text = finish(start(command.split(), environment(hub, tmp_path / "home"), log), log)
+    (text,) = together(hub, tmp_path, (command.split(), {}))
     assert "Traceback" not in text
     fetched_once(hub)
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
@@ -69,29 +66,17 @@ def test_make_sft_qwen3_as_it_stands(hub, qwen3, tmp_path):
 
 
 def test_two_processes_of_one_run(hub, qwen3, tmp_path):
-    port, processes = free_port(), []
-    for rank in range(2):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        env = environment(
-            hub, tmp_path / "home", **ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true"
-        )
-        command = [sys.executable, "recipes/qwen3.py", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
-        log = tmp_path / f"log-{rank}"
-        processes.append((start(command, env, log), log))
-    for process, log in processes:
-        finish(process, log)
+    ranks = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [*RECIPE, tmp_path / "run"]
+    variables = ({**ranks, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"} for rank in range(2))
+    together(hub, tmp_path, *((command, own) for own in variables))
     fetched_once(hub)
     assert (tmp_path / "run/merged/model.safetensors").is_file()
 
 
 def test_two_runs_at_once(hub, qwen3, tmp_path):
-    runs = []
-    for name in ("a", "b"):
-        command = [sys.executable, "recipes/qwen3.py", "--max_steps", "2", "--output_dir", str(tmp_path / name)]
-        runs.append((start(command, environment(hub, tmp_path / "home"), tmp_path / f"{name}.log"), name))
-    for process, name in runs:
-        finish(process, tmp_path / f"{name}.log")
-        assert (tmp_path / name / "merged/model.safetensors").is_file()
+    together(hub, tmp_path, *(([*RECIPE, tmp_path / name], {}) for name in "ab"))
+    assert all((tmp_path / name / "merged/model.safetensors").is_file() for name in "ab")
     fetched_once(hub)
 
 

@@ -1,14 +1,11 @@
 """Same weights, same data: the reference's loss, gradients, curve and weights are those of TRL's SFTTrainer."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 from helpers import load_tokenizer
 from packed_rows import trainer_settings
 from reference.models import PAD, as_decoder, examples, tiny, trl_rows
-from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from ma_sft.reference import collate, train
@@ -21,16 +18,14 @@ class Recorder(SFTTrainer):
 
     first_gradients: dict[str, torch.Tensor] | None = None
 
-    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+    def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self.first_gradients is None:
             self.first_gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
         return loss
 
 
-def run_trl(
-    theirs: PreTrainedModel, rows: list, settings: train.Settings, folder: Path, padding_free: bool
-) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_trl(theirs, rows, settings, folder, padding_free):
     columns = trl_rows(rows)
     if not padding_free:
         del columns["seq_lengths"]
@@ -58,9 +53,7 @@ def run_trl(
         pytest.param("llama", 2, 2, True, id="llama-packed-accumulated"),
     ],
 )
-def test_ten_steps_are_those_of_sft_trainer(
-    kind: str, micro: int, accumulation: int, packed: bool, tmp_path: Path
-) -> None:
+def test_ten_steps_are_those_of_sft_trainer(kind, micro, accumulation, packed, tmp_path):
     settings = train.Settings(
         max_steps=STEPS,
         per_device_train_batch_size=micro,
@@ -103,7 +96,7 @@ def test_ten_steps_are_those_of_sft_trainer(
         assert (weight - start[name]).abs().max() > 1e-3, f"{name} did not move"
 
 
-def test_mean_of_means_is_another_loss(tmp_path: Path) -> None:
+def test_mean_of_means_is_another_loss(tmp_path):
     """The definition is not a matter of taste: on unequal micro-batches the two differ far beyond rounding."""
     ours = as_decoder(tiny("llama"), tmp_path)
     short, long = examples(1, (6, 6)), examples(1, (40, 40))

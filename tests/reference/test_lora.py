@@ -1,7 +1,6 @@
 """LoRALinear is PEFT's layer: forward, gradients, merged weights and files."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,50 +8,48 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference.models import PAD, as_decoder, examples, tiny
 from torch import nn
 
-from ma_sft.reference import InputError, collate, lora, model, train
+from ma_sft.reference import InputError, collate, lora, train
 
 PATTERN = r"(q|v|down)_proj$"
 
 
-def randomise(module: nn.Module) -> None:
+def randomise(module):
     torch.manual_seed(5)
     for name, weight in module.named_parameters():
         if "lora_" in name:
             nn.init.normal_(weight.data, std=0.3)
 
 
-def peft_model(**settings: object) -> PeftModel:
+def peft_model(**settings):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], **settings)
     found = get_peft_model(tiny("qwen3"), config)
     randomise(found)
     return found
 
 
-def from_peft(theirs: PeftModel, folder: Path) -> model.Decoder:
+def from_peft(theirs, folder):
     theirs.save_pretrained(folder / "adapter")
     ours = as_decoder(tiny("qwen3"), folder / "base")
     lora.load_adapter(ours, folder / "adapter")
     return ours
 
 
-def batch() -> collate.Batch:
+def batch():
     return collate.collate(examples(3), PAD)
 
 
-def their_logits(theirs: nn.Module, inputs: collate.Batch) -> torch.Tensor:
+def their_logits(theirs, inputs):
     """Of real tokens; at padding the two models differ and nothing reads them."""
     mask = inputs["attention_mask"]
     return theirs(input_ids=inputs["input_ids"], attention_mask=mask).logits[mask.bool()]
 
 
-def our_logits(ours: nn.Module, inputs: collate.Batch) -> torch.Tensor:
+def our_logits(ours, inputs):
     return ours(inputs["input_ids"], inputs["attention_mask"])[inputs["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
-def test_a_peft_adapter_loads_with_equal_outputs_gradients_and_merged_weights(
-    tmp_path: Path, settings: dict[str, bool]
-) -> None:
+def test_a_peft_adapter_loads_with_equal_outputs_gradients_and_merged_weights(tmp_path, settings):
     theirs = peft_model(**settings)
     ours = from_peft(theirs, tmp_path)
     inputs = batch()
@@ -78,7 +75,7 @@ def test_a_peft_adapter_loads_with_equal_outputs_gradients_and_merged_weights(
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_our_adapter_loads_in_peft(tmp_path: Path, normalise: bool) -> None:
+def test_our_adapter_loads_in_peft(tmp_path, normalise):
     ours = as_decoder(tiny("qwen3"), tmp_path / "base")
     names = lora.inject(ours, PATTERN, r=4, alpha=0.5, normalise=normalise)
     assert len(names) == 6
@@ -91,7 +88,7 @@ def test_our_adapter_loads_in_peft(tmp_path: Path, normalise: bool) -> None:
     assert layer.scale == (0.5 / 4 if normalise else 0.5)
 
 
-def test_merging_keeps_the_outputs_and_unmerging_gives_the_weight_back() -> None:
+def test_merging_keeps_the_outputs_and_unmerging_gives_the_weight_back():
     torch.manual_seed(0)
     base = nn.Linear(6, 5)
     before = base.weight.detach().clone()
@@ -110,9 +107,7 @@ def test_merging_keeps_the_outputs_and_unmerging_gives_the_weight_back() -> None
 @pytest.mark.parametrize(
     ("init", "a_learns", "b_learns"), [("B=0", False, True), ("A=0", True, False), ("A=B=0", False, False)]
 )
-def test_what_learns_at_the_first_step_follows_from_the_initialisation(
-    init: lora.Init, a_learns: bool, b_learns: bool
-) -> None:
+def test_what_learns_follows_from_the_initialisation_and_the_rest_stays(tmp_path, init, a_learns, b_learns):
     torch.manual_seed(0)
     base = nn.Linear(6, 5)
     layer = lora.LoRALinear(base, r=2, alpha=3.0, init=init)
@@ -123,22 +118,17 @@ def test_what_learns_at_the_first_step_follows_from_the_initialisation(
     assert (layer.lora_B.grad.abs().max() > 0) == b_learns
     assert layer.weight.grad is None
 
-
-@pytest.mark.parametrize(("init", "learns"), [("B=0", True), ("A=0", True), ("A=B=0", False)])
-def test_training_moves_the_adapter_alone_unless_both_factors_start_at_zero(
-    tmp_path: Path, init: lora.Init, learns: bool
-) -> None:
     ours = as_decoder(tiny("llama"), tmp_path)
     lora.inject(ours, PATTERN, r=2, alpha=4, init=init)
     frozen = {n: p.clone() for n, p in ours.named_parameters() if not p.requires_grad}
     settings = train.Settings(max_steps=4, learning_rate=0.01, warmup_steps=1, weight_decay=0.0)
-    losses = train.train(ours, [[e] for e in examples(8)] * 4, settings, PAD)
+    assert len(train.train(ours, [[e] for e in examples(8)] * 4, settings, PAD)) == 4
     assert all(torch.equal(p, frozen[n]) for n, p in ours.named_parameters() if n in frozen)
-    assert any(bool(layer.update().abs().max() > 0) for layer in lora.adapters(ours).values()) == learns
-    assert len(losses) == 4
+    moved = any(bool(layer.update().abs().max() > 0) for layer in lora.adapters(ours).values())
+    assert moved == (a_learns or b_learns)
 
 
-def test_what_is_not_plain_lora_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_plain_lora_is_refused(tmp_path):
     ours = as_decoder(tiny("llama"), tmp_path / "base")
     with pytest.raises(InputError, match="finds no linear layer"):
         lora.inject(ours, "query_key_value", r=2, alpha=4)

@@ -1,10 +1,8 @@
 """The loop itself: packing and padding change nothing, resuming is exact, the demo runs from its command."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from helpers import load_tokenizer, write_rows
+from helpers import write_rows
 from reference.models import PAD, as_decoder, examples, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +14,7 @@ SETTINGS = train.Settings(
 )
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path: Path) -> None:
+def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path):
     """No document sees another and none is asked for the next one's first token."""
     ours = as_decoder(tiny("qwen3"), tmp_path)
     conversations = examples(7)
@@ -30,7 +28,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path: Path) 
         torch.testing.assert_close(gradients, results[0][1], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_several_documents() -> None:
+def test_rows_of_several_documents():
     conversations = examples(50)
     rows = collate.first_fit(conversations, 40)
     assert sorted(e.input_ids for row in rows for e in row) == sorted(e.input_ids for e in conversations)
@@ -42,10 +40,10 @@ def test_rows_of_several_documents() -> None:
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_a_stopped_run_goes_on_exactly(tmp_path: Path, adapted: bool) -> None:
+def test_a_stopped_run_goes_on_exactly(tmp_path, adapted):
     rows = [[e] for e in examples(5)]
 
-    def fresh() -> torch.nn.Module:
+    def fresh():
         ours = as_decoder(tiny("llama"), tmp_path / "start")
         if adapted:
             torch.manual_seed(3)
@@ -62,7 +60,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, adapted: bool) -> None:
         assert torch.equal(weight, dict(whole.named_parameters())[name])
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     rows = [[e] for e in examples(5)]
     ours = as_decoder(tiny("llama"), tmp_path / "start")
     train.train(ours, rows, SETTINGS, PAD, tmp_path / "checkpoint", stop_at=2)
@@ -71,7 +69,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train.train(ours, rows, other, PAD, tmp_path / "checkpoint")
 
 
-def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:
+def test_every_row_is_seen_once_an_epoch_in_another_order():
     rows = [[e] for e in examples(8)]
     epochs = []
     for epoch in range(2):
@@ -82,7 +80,7 @@ def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:
     assert epochs[0] != epochs[1]
 
 
-def test_bf16_is_close_and_leaves_the_weights_in_float32(tmp_path: Path) -> None:
+def test_bf16_is_close_and_leaves_the_weights_in_float32(tmp_path):
     ours = as_decoder(tiny("qwen3"), tmp_path)
     batch = collate.collate(examples(4), PAD)
     exact = train.loss_sum(ours, batch).item()
@@ -93,7 +91,7 @@ def test_bf16_is_close_and_leaves_the_weights_in_float32(tmp_path: Path) -> None
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
 
 
-def test_what_cannot_be_trained_is_an_error(tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_an_error(tmp_path):
     example = examples(1)[0]
     with pytest.raises(InputError, match="no label"):
         collate.collate([example._replace(is_label=[True] + [False] * (len(example.input_ids) - 1))], PAD)
@@ -103,15 +101,11 @@ def test_what_cannot_be_trained_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, id="full", marks=pytest.mark.slow), pytest.param(4, id="lora")])
-def test_the_command_trains_writes_and_samples(tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tiny model with the real tokenizer; what it writes loads elsewhere."""
-    tokenizer = load_tokenizer("smollm2")
-    theirs = tiny("llama", vocab_size=len(tokenizer), initializer_range=0.02)
-    theirs.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
+def test_the_command_trains_writes_and_samples(tmp_path, rank, tiny_bpe, capsys):
+    """What it writes loads elsewhere."""
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(20)]
     files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "heldout")}
-    places = {**files, "model": tmp_path / "start", "output_dir": tmp_path / "out", "lora_r": rank}
+    places = {**files, "model": tiny_bpe, "output_dir": tmp_path / "out", "lora_r": rank}
     flags = "--packing --max_length=64 --max_steps=8 --learning_rate=0.02 --warmup_steps=1 --device=cpu".split()
     train.main([*(f"--{name}={value}" for name, value in places.items()), *flags])
     printed = capsys.readouterr().out
@@ -121,5 +115,5 @@ def test_the_command_trains_writes_and_samples(tmp_path: Path, rank: int, capsys
     if rank:
         assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 2 * 2 * 7
     else:
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
-        assert not torch.equal(again.model.norm.weight, theirs.model.norm.weight)
+        before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_bpe, tmp_path / "out/final"))
+        assert not torch.equal(after.model.norm.weight, before.model.norm.weight)
