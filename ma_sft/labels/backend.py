@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 FAST, STANDARD = "fastokens", "tokenizers"
-EVERY = 250  # of so many texts of a batch, one is encoded by both
+EVERY = 1000  # of so many texts of a batch, one is encoded by both
 # Spaces, line ends, digits, joined and composed characters, scripts, bytes, markup that is no control token.
 HARD = (
     *("", " ", "  a  b\n\n\n c\t\td \r\n", "a" * 1000, "1234567890 3.14 1,000", "don't I'LL we've"),

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.apply_template import RunawayTemplateError, apply_template, check_size
+from ma_sft.labels.message_form import is_plain
 
 Message = dict[str, Any]
 
@@ -156,6 +157,8 @@ class _OddError(Exception):
 def describe(value: Any) -> str | None:
     """What decides, beside the words, how a template treats a value; None where minijinja is known to differ."""
     try:
+        if isinstance(value, dict) and is_plain(value):  # as nearly every message is
+            return f"{{role:{value.get('role')},content:{_describe_text(value['content'])}}}"
         return _describe(value)
     except _OddError:
         return None
