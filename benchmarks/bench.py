@@ -80,6 +80,12 @@ def side(*arguments: object, script: str = "sides.py") -> dict[str, Any]:
         return process(*arguments, env=env, script=script)
 
 
+def fastest(*sides: tuple[object, ...], env: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Sides in turn, twice; the faster run of each, as a machine has busy moments. With `env`, three times in that."""
+    runs = [[process(*each, env=env) if env else side(*each) for each in sides] for _ in range(3 if env else 2)]
+    return [min(found, key=lambda run: float(run["wall"])) for found in zip(*runs, strict=True)]
+
+
 def command(*arguments: str, env: dict[str, str], code: int = 0) -> float:
     """Seconds of a whole command that ends with exit code `code`, the best of three."""
     best = float("inf")
@@ -138,26 +144,34 @@ def preparation(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     def beyond(found: dict[str, Any]) -> float:
         return float(found["wall"]) - imports
 
-    theirs = beyond(side("trl_rows", many, model, options.num_proc))
-    for backend, goal in (("fast", 4), ("standard", 2)):
-        ours = beyond(side("our_rows", many, model, options.num_proc, "true", backend))
+    both = ("our_rows", many, model, options.num_proc)
+    theirs, *ours = map(beyond, fastest(("trl_rows", *both[1:]), (*both, "true", "fast"), (*both, "true", "standard")))
+    for backend, goal, seconds in zip(("fast", "standard"), (4, 2), ours, strict=True):
         what = f"{rows:,} conversations to proven packs, {backend} tokenizer, beyond imports: rows/s"
-        yield Row(what, rows / ours, rows / theirs, theirs / ours, goal)
-    whole, trl = (side(w, few, model, options.num_proc)["wall"] for w in ("our_rows", "trl_rows"))
+        yield Row(what, rows / seconds, rows / theirs, theirs / seconds, goal)
+    whole, trl = (
+        run["wall"] for run in fastest(*((w, few, model, options.num_proc) for w in ("our_rows", "trl_rows")))
+    )
     yield Row(f"{some:,} conversations, whole processes: rows/s", some / whole, some / trl, trl / whole, 2)
 
     warm = scratch / "warm"
     with cold(warm) as env:
         first = process("our_rows", few, model, 1, env=env)
-        again = beyond(process("our_rows", few, model, 1, env=env))
-    unchecked = beyond(side("our_rows", few, model, 1, "false"))
-    share = 1 - unchecked / beyond(first)
+        idle, again = (run["wall"] for run in fastest(("our_imports",), ("our_rows", few, model, 1), env=env))
+    checked, unchecked = map(beyond, fastest(*(("our_rows", few, model, 1, check) for check in ("true", "false"))))
+    share = 1 - unchecked / checked
     yield Row("the check's share of the preparation (one process): at most a quarter", share, None, 0.25 / share, 1)
-    yield Row(f"{some:,} conversations prepared again, beyond imports: at most 0.5 s", again, None, 0.5 / again, 1)
+    yield Row(
+        f"{some:,} conversations prepared again, beyond imports: at most 0.5 s",
+        again - idle,
+        None,
+        0.5 / (again - idle),
+        1,
+    )
     found = [p for p in warm.rglob("*.arrow") if _holds_tokens(p)]
     nbytes = sum(path.stat().st_size for path in found) / first["tokens"]
     yield Row("bytes written per prepared token: ids and labels once (8)", nbytes, None, 8.8 / nbytes, 1)
-    one, two = (beyond(side("our_rows", many, model, n)) for n in (1, 2))
+    one, two = map(beyond, fastest(*(("our_rows", many, model, n) for n in (1, 2))))
     yield Row("rows/s of two processes beside one", rows / two, rows / one, one / two, 1.7)
 
 

@@ -84,29 +84,29 @@ def load_mixture(
         raise RecipeError(f"datasets: a list of sources expected, found {datasets!r}")
     defaults = {"format": format, "system_prompt": system_prompt, "merge_turns": merge_turns, "split": split}
     sources = [Source.of(source, **defaults) for source in datasets]
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights and (len(weights) != len(sources) or sum(weights) <= 0):
-        raise RecipeError("weight: all sources need one, or none; and one above 0")
-    shares = [weight / sum(weights) for weight in weights] or None
+    shares = _shares(sources)
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=shares)
     filters = Filters.of(filters, tokenizer)
     mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
     if streaming:
-        if test_size is not None or (len(sources) > 1 and not weights):
+        if test_size is not None or (len(sources) > 1 and not shares):
             raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
         parts = mixer.convert(sources)
-        stream = (combine(parts) if weights else parts[0]).remove_columns(KEYS)
+        stream = (combine(parts) if shares else parts[0]).remove_columns(KEYS)
         return Mixture(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), None, mixer.report)
     rows, test = mixer.filter(concatenate_datasets(mixer.convert(sources))), None
     if test_size is not None:
-        with mixer.report.stage("hold out", len(rows)) as stage:
-            procs = processes(num_proc, len(rows))
-            train, held_out = split_held_out(rows, test_size, seed=seed, near=test_near_duplicates, num_proc=procs)
-            stage.remove("held out", len(held_out))
-            test = rows.select(held_out).shuffle(seed=seed).remove_columns(KEYS)
-            rows = rows.select(train)
-    rows = mixer.draw(rows, combine if weights else None)
+        rows, test = mixer.hold_out(rows, test_size, test_near_duplicates)
+    rows = mixer.draw(rows, combine if shares else None)
     return Mixture(rows.remove_columns(KEYS), test, mixer.report)
+
+
+def _shares(sources: Sequence[Source]) -> list[float] | None:
+    """Of each source among the rows drawn; None where none has a weight."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and (len(weights) != len(sources) or sum(weights) <= 0):
+        raise RecipeError("weight: all sources need one, or none; and one above 0")
+    return [weight / sum(weights) for weight in weights] or None
 
 
 def read_mixture(path: str | Path) -> dict[str, Any]:
@@ -217,6 +217,14 @@ class _Mixer:
         if rows.data.column("chat_template_kwargs").null_count == len(rows.data):
             rows = rows.remove_columns("chat_template_kwargs")  # TRL would take its nulls for variables
         return drop_duplicates(rows, self.filters, self.report, "all", processes(self.num_proc, len(rows)))
+
+    def hold_out(self, rows: Dataset, size: float, near: float | None) -> tuple[Dataset, Dataset]:
+        """Training rows and held-out rows."""
+        with self.report.stage("hold out", len(rows)) as stage:
+            procs = processes(self.num_proc, len(rows))
+            train, test = split_held_out(rows, size, seed=self.seed, near=near, num_proc=procs)
+            stage.remove("held out", len(test))
+            return rows.select(train), rows.select(test).shuffle(seed=self.seed).remove_columns(KEYS)
 
     def draw(self, rows: Dataset, combine: Any) -> Dataset:
         """All rows shuffled; or, to `combine`, the shuffled rows of each source."""
