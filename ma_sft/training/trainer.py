@@ -113,7 +113,7 @@ def check_early(settings: Settings) -> None:
     """Find, before any row is read, what would end the run once all are prepared, and what no rehearsal can find.
 
     Raises:
-        RecipeError: a model that does not write text, a quantisation that cannot be, a metric that does not exist.
+        RecipeError: a model that does not write text, a quantisation or a metric that cannot be.
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
@@ -127,6 +127,7 @@ def check_early(settings: Settings) -> None:
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
     if settings.evaluation.metric != "exact-match":
         load_function(settings.evaluation.metric)
+    check_best_metric(settings, None)
 
 
 def score_name(settings: Settings) -> str:
@@ -134,16 +135,16 @@ def score_name(settings: Settings) -> str:
     return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
 
 
-def check_best_metric(settings: Settings, sources: Iterable[str]) -> None:
-    """See that the figure by which the best model is chosen is measured.
+def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
+    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
 
     Raises:
         RecipeError: it is not; the message says what is.
     """
     best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [*MEASURED, *(f"{source}_{figure}" for source in sources for figure in MEASURED)]
+    known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
     known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known:
+    if best not in known and not (sources is None and best.endswith(MEASURED)):
         raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
