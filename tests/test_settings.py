@@ -745,7 +745,7 @@ PROVEN = {
     "resume": "training/test_checkpoints.py::test_changed_data_is_refused",
     "resume_from_checkpoint": "training/test_streams.py::test_a_stream_goes_on_where_it_stopped_or_refuses",
     "push_to_hub": "hub/test_publish.py::test_an_adapter_with_its_card_is_as_good_as_a_folder",
-    "model_revision": "hub/test_commands.py::test_a_revision_is_trained_merged_and_used_with_the_weights_that_are_needed",
+    "model_revision": "hub/test_commands.py::test_a_revision_is_trained_merged_and_used",
     "ddp_backend": "training/test_distributed.py::test_two_processes_train_what_one_trains",
 }
 

@@ -24,9 +24,7 @@ def succeeds(done):
     return done.out
 
 
-def test_a_revision_is_trained_merged_and_used_with_the_weights_that_are_needed(
-    hub, data, ma_sft, recipe, tiny_bpe, tmp_path
-):
+def test_a_revision_is_trained_merged_and_used(hub, data, ma_sft, recipe, tiny_bpe, tmp_path):
     folder = shutil.copytree(tiny_bpe, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
     AutoModelForCausalLM.from_pretrained(tiny_bpe).save_pretrained(folder, max_shard_size="50KB")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
