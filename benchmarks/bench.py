@@ -144,9 +144,10 @@ def preparation(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     def beyond(found: dict[str, Any]) -> float:
         return float(found["wall"]) - imports
 
-    both = ("our_rows", many, model, options.num_proc)
-    theirs, *ours = map(beyond, fastest(("trl_rows", *both[1:]), (*both, "true", "fast"), (*both, "true", "standard")))
-    for backend, goal, seconds in zip(("fast", "standard"), (4, 2), ours, strict=True):
+    given, goals = (many, model, options.num_proc), {"fast": 4, "standard": 2}
+    sides = [("trl_rows", *given), *(("our_rows", *given, "true", backend) for backend in goals)]
+    theirs, *ours = map(beyond, fastest(*sides))
+    for (backend, goal), seconds in zip(goals.items(), ours, strict=True):
         what = f"{rows:,} conversations to proven packs, {backend} tokenizer, beyond imports: rows/s"
         yield Row(what, rows / seconds, rows / theirs, theirs / seconds, goal)
     whole, trl = (

@@ -213,7 +213,7 @@ def _load(args: list[str] | None, *, reads_rows: bool = True, first_word: str = 
 
 
 def _run(recipe: "Recipe", flags: Sequence[str]) -> int:
-    with frozen():  # looking for garbage takes a seventh of the imports
+    with frozen():
         from ma_sft.sft import MERGING, run
 
     return int(MERGING in run(recipe, flags).get("failed", {}))  # a merged model that is not what the adapter says
@@ -249,7 +249,7 @@ def _check(
 ) -> int:
     """prove the labels of a recipe's rows, without training; exit code 1 if any is wrong"""
     recipe, flags = _load(args)
-    with frozen():  # looking for garbage takes a seventh of the imports
+    with frozen():
         from ma_sft.look import check
 
     return _show(check(recipe, flags, every_row=every_row), as_json)
@@ -291,7 +291,7 @@ def _preview(
 ) -> None:
     """show which tokens of a recipe's rows are trained"""
     recipe, flags = _load(args)
-    with frozen():  # looking for garbage takes a seventh of the imports
+    with frozen():
         from ma_sft.look import preview
 
     preview(recipe, flags, n=n, html=html, borders=borders)

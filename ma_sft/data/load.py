@@ -50,6 +50,7 @@ PLACES = {
     "hub": ("a hub data set", ("name", "split", "revision", "data_files", "data_dir")),
 }
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson")  # the other is mostly one document
 OF_A_FILE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(JSON_SUFFIXES, ("field", "encoding")),
     **dict.fromkeys((".csv", ".tsv"), ("encoding", "delimiter")),
@@ -70,6 +71,7 @@ CHUNK = 1 << 26  # bytes of a file that are looked through at once
 NUMBER = "_number"  # of a row that was drawn
 ERROR = "_error"
 SURROGATE = re.compile("[\ud800-\udfff]")
+NOT_UTF8 = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
 T = TypeVar("T")
 
 
@@ -250,14 +252,16 @@ def _load_files(source: Source, streaming: bool) -> Any:
 
 def _load_lines(files: list[tuple[str, int, int]], how: dict[str, Any]) -> Dataset | None:
     """Where the rows of JSON Lines in UTF-8 are: they are read when they are converted. None for other files."""
-    if how["field"] or how["encoding"] or any(os.path.splitext(file)[1] not in JSON_SUFFIXES for file, *_ in files):
+    if how["field"] or how["encoding"] or any(os.path.splitext(file)[1] not in JSON_LINES for file, *_ in files):
         return None
     fingerprint = Hasher.hash((files, __version__))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines" / fingerprint
     if not folder.is_dir():
-        tables = [_find_lines(file) for file, *_ in files]
-        if None in tables:
-            return None
+        tables = []
+        for file, *_ in files:
+            if (table := _find_lines(file)) is None:
+                return None
+            tables.append(table)
         with atomic_dir(folder) as target:
             Dataset(pa.concat_tables(tables), fingerprint=fingerprint).save_to_disk(target)
     return Dataset.load_from_disk(str(folder))
@@ -288,7 +292,7 @@ def _lines_at(places: list[str], starts: list[int], lengths: list[int]) -> Itera
                 try:
                     yield data[start : start + length].decode().removeprefix("\ufeff")
                 except UnicodeDecodeError:
-                    yield json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
+                    yield NOT_UTF8
 
 
 def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: str) -> Iterator[Row]:
@@ -308,7 +312,7 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
                 for place, text in READERS.get(kind, _json)(stream, where, how):
                     if not text.isascii() and (broken := SURROGATE.search(text)):
                         of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
-                        text = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"} if of_a_byte else json.loads(text))
+                        text = NOT_UTF8 if of_a_byte else json.dumps(json.loads(text))
                     empty = False
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:

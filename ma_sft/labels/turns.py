@@ -266,8 +266,8 @@ class Turns:
             content, own = message.get("content"), message["role"] == "assistant"
             if not isinstance(content, str) or (own and i not in targets):
                 continue
-            found = _find(targets[i] if own else full, content.strip(), 0 if own else at)
-            if found >= 0:
+            text, start = (targets[i], 0) if own else (full, at)
+            if (found := _find(text, content.strip(), start)) >= 0:
                 at = at if own else found  # texts stand in the order of the messages
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
