@@ -3,10 +3,13 @@
 The facts need `input_ids` and `labels` alone, so they serve every way in which labels are made.
 """
 
+import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +39,7 @@ EACH_SHAPE = 5  # conversations of every shape that are verified, or all if ther
 BY_SHAPE = 1_000  # at most so many for their shape's sake
 AT_RANDOM = 1_000  # beside them: a fault in 0.5 % of the rows is among so many with 99 %
 FEW = 100  # conversations to verify, for which other processes are not worth their start
+BATCH = 10_000  # rows whose facts are found at once
 LIKE_ROWS = 50  # verifying a conversation takes as long as converting and tokenising so many
 TEXT_ROWS = (
     "text has no chat template to compare with; proven of it: the response template was found, labels are the tokens "
@@ -241,12 +245,12 @@ def check_dataset(
         kept: a `Kept`, if rows are not trained whole; what it leaves out is not counted.
         max_length: the setting that decided `kept`, for the messages.
         sample: how many conversations are verified at random, beside `EACH_SHAPE` of every shape; None for all.
-        num_proc: processes that verify; None for all cores if there are many conversations.
+        num_proc: processes that verify, threads that count; None for all cores if there are many conversations.
 
     Raises:
         LabelError: there is no row, or one whose labels and ids differ in length.
     """
-    check = _Check(dataset, tokenizer, kept)
+    check = _Check(dataset, tokenizer, kept, num_proc)
     if conversations is not None:
         check.verify(conversations, verifier or Verifier(tokenizer), sample, num_proc)
     elif template_report is not None:
@@ -266,26 +270,29 @@ def check_dataset(
 class _Check:
     """The facts of all rows, and what is found in them."""
 
-    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None) -> None:
+    def __init__(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None, num_proc: int | None
+    ) -> None:
         self.dataset, self.report = dataset, CheckReport(rows=len(dataset))
         self.found = {code: Finding(level, code) for code, (level, _) in CODES.items()}
         self.owner = np.asarray(dataset["row"][:]) if "row" in dataset.column_names else np.arange(len(dataset))
         self.origins: Any = dataset["origin"] if "origin" in dataset.column_names else None
-        columns, parts, forms, first = self.columns("input_ids", "labels", "shape"), [], dict[Any, int](), 0
-        for batch in columns.with_format("arrow").iter(batch_size=10_000):
-            parts.append(_facts(batch, first, tokenizer, kept, forms))
-            first += len(batch)
-        if not parts:
+        if not len(dataset):
             raise LabelError("the data set is empty: there is no row to check")
+        columns = self.columns("input_ids", "labels", "shape").with_format("arrow")
+        firsts, forms = range(0, len(dataset), BATCH), defaultdict[Any, int](itertools.count().__next__)
+        with ThreadPoolExecutor(processes(num_proc, len(dataset)) or 1) as threads:  # numpy lets others run meanwhile
+            facts_of = partial(_facts, tokenizer=tokenizer, kept=kept, forms=forms)
+            parts = [*threads.map(facts_of, columns.iter(BATCH), firsts)]
         facts = self.facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for code, name in (("untrained turns", "untrained"), ("special-token text", "special_text")):
             table = self.columns(name).with_format("arrow")[:]
-            lists = table[name] if name in table.column_names else pa.array([[]] * first)
+            lists = table[name] if name in table.column_names else pa.array([[]] * len(dataset))
             facts[code] = np.asarray(pc.list_value_length(lists)) > 0
             self.found[code].details.update(Counter(pc.list_flatten(lists).to_pylist()))
         facts["no labels"] = (facts["labels"] == 0) & ~facts["untrained turns"]
         _, originals, same = np.unique(facts["hash"], return_index=True, return_inverse=True)
-        facts["duplicate rows"] = originals[same] != np.arange(first)
+        facts["duplicate rows"] = originals[same] != np.arange(len(dataset))
         for code in CODES.keys() & facts.keys():
             self.add(code, np.flatnonzero(facts[code])[:SHOWN].tolist(), count=int(facts[code].sum()))
         report = self.report
@@ -386,7 +393,7 @@ class _Check:
 
 
 def _facts(
-    batch: pa.Table, first: int, tokenizer: PreTrainedTokenizerBase, kept: Kept | None, forms: dict[Any, int]
+    batch: pa.Table, first: int, tokenizer: PreTrainedTokenizerBase, kept: Kept | None, forms: defaultdict[Any, int]
 ) -> "dict[str, NDArray[Any]]":
     """Of each row: what is counted, how often it has a code, and the number of its form among `forms`.
 
@@ -436,7 +443,7 @@ def _facts(
     return {
         **{"size": size, "tokens": count(left), "labels": count(trained), "trained": count(learned)},
         **{"turns": count(begins), "all turns": all_turns},
-        "form": np.array([forms.setdefault(key, len(forms)) for key in keys]),
+        "form": np.array([forms[key] for key in keys]),
         "hash": np.array([hash(ids[begin:end].tobytes()) for begin, end in pairwise(starts.tolist())]),
         "foreign labels": count(trained & left & (labels != ids)) > 0,
         "missing end token": count(lasts[~np.isin(ids[ends], stops)]),

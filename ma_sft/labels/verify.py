@@ -106,7 +106,8 @@ class Verifier:
         self.stops: set[int] = {*stops, *known} - {None}
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
         self._ends: dict[str, End] = {}
-        self._known: dict[str, Ids] = {}  # ids of texts of the batch at hand
+        self._known: dict[str, Ids] = {}  # ids of texts and sections of the batch at hand
+        self._by_section = True
         # Beginnings of a conversation share most of their stretches
         self._decode = lru_cache(4096)(partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False))
 
@@ -125,8 +126,12 @@ class Verifier:
     def verify_batch(self, rows: Iterable[Row]) -> list[VerifyResult]:
         """`verify` of many conversations, tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        self._known = {}
-        self.ids([text for conversation, _ in found for text in conversation.texts()])
+        texts = [text for conversation, _ in found for text in conversation.texts()]
+        whole = self._tokenize({*sorted(texts, key=len)[-3:]})
+        self._known, self._by_section = {}, True
+        if self.ids([*whole]) != [*whole.values()]:
+            self._known, self._by_section = {}, False
+        self.ids(texts)
         return [conversation.verify(sequences) for conversation, sequences in found]
 
     def form_of(self, messages: list[Message], tools: Any, kwargs: dict[str, Any]) -> tuple[Form, Any, list[Lost]]:
@@ -179,15 +184,14 @@ class Verifier:
         """Ids of rendered texts, of which many share their beginnings, as in a long conversation.
 
         Control tokens cut a text before anything else does, so each section from one to the next is tokenised once,
-        if that gives the ids of the longest texts.
+        if that gives the ids of the longest texts of the batch.
         """
-        new = {text: [part for part in self._sections.split(text) if part] for text in texts if text not in self._known}
-        if new:
-            longest = sorted(new, key=len)[-3:]
-            found = self._tokenize({*longest, *chain.from_iterable(new.values())})
-            joined = {text: tuple(chain.from_iterable(map(found.__getitem__, parts))) for text, parts in new.items()}
-            same = all(joined[text] == found[text] for text in longest)
-            self._known |= joined if same else self._tokenize(new)
+        new = {text: [text] for text in texts if text not in self._known}
+        if self._by_section:
+            new = {text: [part for part in self._sections.split(text) if part] for text in new}
+        if parts := {*chain.from_iterable(new.values())} - self._known.keys():
+            self._known |= self._tokenize(parts)
+        self._known |= {text: tuple(chain.from_iterable(map(self._known.__getitem__, new[text]))) for text in new}
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: Iterable[str]) -> dict[str, Ids]:
