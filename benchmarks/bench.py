@@ -135,19 +135,20 @@ def write_conversations(path: Path, count: int) -> None:
 def preparation(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     """Rows to labelled, proven packs."""
     model = side("save_model", scratch / "model")["folder"]
-    imports = min(side("our_imports")["wall"] for _ in range(3))
+    imports = {who: min(side(f"{who}_imports")["wall"] for _ in range(3)) for who in ("our", "trl")}
     many, few = scratch / "many.jsonl", scratch / "few.jsonl"
     write_conversations(many, options.conversations)
     write_conversations(few, options.conversations // 5)
     rows, some = options.conversations, options.conversations // 5
 
-    def beyond(found: dict[str, Any]) -> float:
-        return float(found["wall"]) - imports
+    def beyond(found: dict[str, Any], who: str = "our") -> float:
+        return float(found["wall"]) - imports[who]
 
     given, goals = (many, model, options.num_proc), {"fast": 4, "standard": 2}
     sides = [("trl_rows", *given), *(("our_rows", *given, "true", backend) for backend in goals)]
-    theirs, *ours = map(beyond, fastest(*sides))
-    for (backend, goal), seconds in zip(goals.items(), ours, strict=True):
+    trl_run, *our_runs = fastest(*sides)
+    theirs = beyond(trl_run, "trl")
+    for (backend, goal), seconds in zip(goals.items(), map(beyond, our_runs), strict=True):
         what = f"{rows:,} conversations to proven packs, {backend} tokenizer, beyond imports: rows/s"
         yield Row(what, rows / seconds, rows / theirs, theirs / seconds, goal)
     whole, trl = (

@@ -14,7 +14,7 @@ from typing import Any
 MAX_LENGTH = 4096
 
 
-def our_imports() -> dict[str, Any]:
+def trl_imports() -> dict[str, Any]:
     """What both sides import before they read a row."""
     import datasets  # noqa: F401
     import torch  # noqa: F401
@@ -22,6 +22,14 @@ def our_imports() -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
     return {}
+
+
+def our_imports() -> dict[str, Any]:
+    """The same as `ma-sft` imports it."""
+    from ma_sft.utils import frozen
+
+    with frozen():
+        return trl_imports()
 
 
 def our_rows(path: str, model: str, num_proc: str, check: str = "true", backend: str = "fast") -> dict[str, Any]:
@@ -46,7 +54,7 @@ def our_rows(path: str, model: str, num_proc: str, check: str = "true", backend:
 
 def trl_rows(path: str, model: str, num_proc: str) -> dict[str, Any]:
     """The same by TRL: `assistant_only_loss=True, packing=True`."""
-    our_imports()
+    trl_imports()
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
