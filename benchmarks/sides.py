@@ -26,9 +26,9 @@ def trl_imports() -> dict[str, Any]:
 
 def our_imports() -> dict[str, Any]:
     """The same as `ma-sft` imports it."""
-    from ma_sft.utils import frozen
+    import ma_sft.cli
 
-    with frozen():
+    with ma_sft.cli.frozen():
         return trl_imports()
 
 

@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), 130 Ctrl-C.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ma_sft.config import Recipe
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: threads that wait leave their core
+atexit.register(gc.freeze)  # else the last collection goes through all that was imported, for a second or two
 app = typer.Typer(
     help="Supervised fine-tuning with proven labels.",
     epilog="Exit codes: 0 done, 1 a check found something wrong, 2 bad input or settings (one line on stderr), "
