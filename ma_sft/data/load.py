@@ -128,6 +128,8 @@ class Source:
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
+            if not (callable(path) or hasattr(path, "__iter__") or hasattr(path, "__getitem__")):
+                raise RecipeError(f"source {path!r}: a path or rows expected, found {type(path).__name__}")
             name = getattr(getattr(path, "info", None), "dataset_name", None)
             settings |= {"path": f"{type(path).__name__} {name or 'in memory'}", "rows": path}
         what = f"source {settings.get('path', value)}"

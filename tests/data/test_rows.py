@@ -462,7 +462,7 @@ def test_delimiter_as_the_message_gives_it(tmp_path, name, mark):
     with pytest.raises(FormatError, match="one column") as error:
         load(tmp_path / name)
     advice = re.search(r"(delimiter: \S+?)\}", str(error.value))[1]
-    ((row,), _) = load(tmp_path / "a.csv", **yaml.safe_load(advice))
+    ((row,), _) = load(tmp_path / name, **yaml.safe_load(advice))
     assert row["messages"] == [user("a, b"), assistant("c")]
 
 
