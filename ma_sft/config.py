@@ -419,7 +419,8 @@ class Setting:
         """The value as this type; ValueError or TypeError where it is none."""
         match kind:
             case "list":
-                return [self._path(item) for item in value] if isinstance(value, list) else [self._path(value)]
+                items = value if isinstance(value, list) else [value]
+                return [self._path(json.loads(x) if isinstance(x, str) and x.startswith('{"') else x) for x in items]
             case "dict":
                 if self.name in CONFIG_FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
                     value = read_json(Path(self._path(value)))

@@ -229,6 +229,11 @@ def test_the_last_of_a_repeated_flag_wins():
     assert settings.training.output_dir == "runs/b"
 
 
+def test_a_flag_may_be_a_source_with_settings():
+    rows = resolve("--datasets", "a.jsonl", '{"path": "~/b.jsonl", "weight": 2}').rows
+    assert rows.datasets == ["a.jsonl", {"path": f"{Path.home()}/b.jsonl", "weight": 2}]
+
+
 def test_later_way_to_say_one_thing_replaces_the_other():
     assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
     assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
