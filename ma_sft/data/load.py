@@ -42,7 +42,7 @@ from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.utils import atomic_dir, not_there
 from ma_sft.version import __version__
 
-__all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "rows_of", "table_rows"]
+__all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "read_saved", "rows_of", "table_rows"]
 
 # What a source is, in words, and which of its fields say where its rows are and how they are read; of files by suffix.
 PLACES = {
@@ -198,7 +198,7 @@ def _load(source: Source, streaming: bool) -> Any:
     if place == "folder":
         if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
-        rows = load_from_disk(path)
+        rows = read_saved(path)
     if isinstance(rows, DatasetDict):
         if source.split not in rows:
             raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(rows)}; set split")
@@ -214,6 +214,18 @@ def _load(source: Source, streaming: bool) -> Any:
             return IterableDataset.from_generator(partial(_as_json, rows), features=features)
         return Dataset.from_dict({ROW: [row[ROW] for row in _as_json(rows)]}, features=features)
     return rows.with_format(None).to_iterable_dataset() if streaming and len(rows) else rows
+
+
+def read_saved(folder: str) -> Any:
+    """What `save_to_disk` wrote, a data set or several by split; raises `FormatError` where it cannot be read."""
+    try:
+        return load_from_disk(folder)
+    except IndexError:
+        raise FormatError(
+            f"{folder}: the data set, or a split of it, is empty; save it with at least one row"
+        ) from None
+    except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{folder}: cannot be read as a saved data set: {one_line(error)[:200]}") from None
 
 
 def _as_json(rows: Any) -> Iterator[Row]:
@@ -497,8 +509,8 @@ def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, 
             file, _, place = where.rpartition(", ")
             origin = f"{file}:{place.rpartition(' ')[2]}"
         row = _parse(cells[ROW]) if ROW in cells else cells
-        # What `ma-sft data build` wrote has origins.
-        yield where, cells.get("origin", origin), _mapped(row, source) if isinstance(row, dict) else row
+        own = cells.get("origin")  # what `ma-sft data build` wrote has origins
+        yield where, own if isinstance(own, str) else origin, _mapped(row, source) if isinstance(row, dict) else row
 
 
 def _same(value: Any) -> Any:

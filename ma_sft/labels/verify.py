@@ -463,6 +463,9 @@ class _Conversation:
         said = str(self.messages[k - 1].get("content") or "").strip()
         behind = prompt.rpartition(said)[2] if said else ""  # a template without a generation prompt of its own
         header = prompt[len(shared(prompt, history)) :] or rest or behind or prompt[-12:]
+        claimed = [header[:n] for n in range(len(header)) if header[n].isspace() and trained.startswith(header[n])]
+        if any(before.endswith(each) for each in claimed if each):
+            return False  # the whitespace that begins it there is the header's
         headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
         return any(before.rstrip().endswith(each) for each in headers - {""})
 

@@ -100,7 +100,7 @@ def test_pandas_reads_a_file_of_arrow_with_its_nulls_and_without_rows(tmp_path):
             load_mixture([{"path": tmp_path / path if isinstance(path, str) else path}], streaming=True)
 
 
-@pytest.mark.parametrize("name", ["_row", "_place", "_start", "_number", "_error", "row", "source", "error"])
+@pytest.mark.parametrize("name", ["_row", "_place", "_start", "_number", "_error", "row", "source", "origin", "error"])
 def test_a_column_may_have_any_name(name):
     for rows in (
         [{"question": "q", "answer": "a", name: 1}],

@@ -109,6 +109,19 @@ def test_reasoning_in_the_text_goes_on_with_an_opened_prompt(opening):
     assert outcome(verified(tokenizer, messages)) == (1, [], [])
 
 
+@pytest.mark.parametrize(("answer", "right"), [("Hello", True), ("\nHello", False), (" Hello", False)])
+def test_whitespace_before_an_answer_is_the_headers_once(answer, right):
+    """Of a template that writes the question otherwise once the answer follows."""
+    tokenizer = qwen(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'user' %}!"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    prompt = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
+    sequence = labelled(tokenizer, [prompt, (f"{answer}<|im_end|>",)])
+    verdict = verified(tokenizer, [user("Hi"), assistant("Hello")], sequence)
+    assert (codes(verdict) == []) is right and bool(verdict.proven) is right
+
+
 def test_the_bos_token_of_a_text_is_not_trained():
     tokenizer, messages = load_tokenizer("gemma3"), [assistant("The Rhine.")]
     ((ids, labels),) = encoded(tokenizer, messages)
