@@ -368,6 +368,7 @@ OTHER_NAMES = {
     "dataset_name": "data dataset train_file",
     "warmup_steps": "warmup_ratio",
     "lora_r": "lora_rank",
+    "dtype": "torch_dtype",
 }
 
 
@@ -400,9 +401,13 @@ class Setting:
         if value is False and "no" in self.choices:  # YAML reads a bare `no` so
             value = "no"
         for kind in self.kinds:
-            with suppress(ValueError, TypeError, OverflowError):
+            try:
                 taken = self._read(kind, value)
                 break
+            except RecipeError as error:  # of a file that it names
+                raise RecipeError(f"{self.name}: {error}") from None
+            except (ValueError, TypeError, OverflowError):
+                continue
         else:
             kinds = " or ".join("a JSON object" if kind == "dict" else kind for kind in self.kinds)
             found = "a secret" if is_secret(self.name) else repr(value)
@@ -414,7 +419,8 @@ class Setting:
         """The value as this type; ValueError or TypeError where it is none."""
         match kind:
             case "list":
-                return [self._path(item) for item in value] if isinstance(value, list) else [self._path(value)]
+                items = value if isinstance(value, list) else [value]
+                return [self._path(json.loads(x) if isinstance(x, str) and x.startswith('{"') else x) for x in items]
             case "dict":
                 if self.name in CONFIG_FILES and isinstance(value, str) and not value.lstrip().startswith("{"):
                     value = read_json(Path(self._path(value)))
@@ -475,7 +481,14 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    # The mappings of a list may be rows
+    return (
+        [item if isinstance(item, dict) else _plain(item) for item in value]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
@@ -573,6 +586,7 @@ class Overrides:
         """Put a layer on top; errors name the line of `file`, where it comes from one."""
         self.last_layer, known = layer, known_settings()
         for name, value in settings.items():
+            name = name.replace("-", "_")
             if name == "dataset_name" and not isinstance(value, str | PathLike | None):
                 name, value = "datasets", [value] if _is_rows(value) else value  # rows in memory, or a mapping
             try:
@@ -613,7 +627,7 @@ def _place(file: Path | None, name: str) -> str:
     """Where a YAML or JSON file sets it, to begin an error with."""
     if file is None:
         return ""
-    key = re.compile(rf"(\s*\"|'?){re.escape(name)}[\"']?\s*:")
+    key = re.compile(rf"(\s*\"|'?){re.escape(name).replace('_', '[-_]')}[\"']?\s*:")
     lines = enumerate(file.expanduser().read_text(encoding="utf-8").splitlines(), start=1)
     return f"{file}{next((f', line {number}' for number, line in lines if key.match(line)), '')}: "
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -217,12 +218,20 @@ def test_dashes_do_for_underscores_everywhere(tmp_path):
     assert settings.chosen["lora_target_modules"] == ["q_proj"] and settings.chosen["loss_type"] == "dft"
     assert settings.training.learning_rate == 2e-4  # the default of an adapter follows the flag
     assert not resolve("--no-check").labels.check and not resolve("--no_merge").adapter.merge
+    (tmp_path / "more.yaml").write_text("learning-rate: 1\nmax_length: 7\n")
+    settings = resolve("--config", str(tmp_path / "more.yaml"))
+    assert settings.training.learning_rate == 1 and settings.training.max_length == 7
 
 
 def test_the_last_of_a_repeated_flag_wins():
     settings = resolve("--use_peft", "false", "--use_peft", "--learning_rate", "1", "--learning-rate", "2", "--name=b")
     assert settings.model.use_peft and settings.training.learning_rate == 2
     assert settings.training.output_dir == "runs/b"
+
+
+def test_a_flag_may_be_a_source_with_settings():
+    rows = resolve("--datasets", "a.jsonl", '{"path": "~/b.jsonl", "weight": 2}').rows
+    assert rows.datasets == ["a.jsonl", {"path": f"{Path.home()}/b.jsonl", "weight": 2}]
 
 
 def test_later_way_to_say_one_thing_replaces_the_other():
@@ -309,6 +318,8 @@ def test_values_of_other_types_become_the_settings_own(tmp_path, monkeypatch):
     assert settings.chosen["lora_target_modules"] == ["q_proj"] and settings.model.lora_modules_to_save == ["a", "b"]
     assert settings.labels.template_kwargs == {"enable_thinking": False} and settings.adapter.lora_config == {"r": 3}
     assert settings.rows.filters == {"exact_duplicates": True} and settings.training.learning_rate == 1e-3
+    variables = resolve(template_kwargs={"date_string": date(2026, 1, 2), 1: (2,)}).labels.template_kwargs
+    assert variables == {"date_string": "2026-01-02", "1": [2]}  # as the JSON of a flag has them
 
 
 @pytest.mark.parametrize("spelling", [True, "true", "full_shard", "full_shard auto_wrap", ["full_shard", "auto_wrap"]])

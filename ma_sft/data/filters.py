@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 from huggingface_hub.dataclasses import strict
 
-from ma_sft.data.functions import load_function
+from ma_sft.data.functions import code_of, load_function
 from ma_sft.data.load import checked, table_rows
 from ma_sft.data.messages import Message, Row
 from ma_sft.data.stages import EXAMPLES, Report
@@ -62,6 +63,12 @@ class Filters:
             raise RecipeError("filters min_tokens and max_tokens need to know whose tokens: set tokenizer")
         if not 0 < (self.near_duplicates or 1) <= 1:
             raise RecipeError(f"filter near_duplicates: a similarity up to 1 expected, not {self.near_duplicates!r}")
+
+    def code(self) -> str:
+        """What caches go by, beside the settings: the code of the function, and the tokenizer's files that count."""
+        counts = self.min_tokens or self.max_tokens
+        files = sorted(Path(str(self.tokenizer)).glob("*.json")) if counts else []
+        return "\0".join((code_of(self.function), *(f"{file} {file.stat().st_mtime_ns}" for file in files)))
 
     def mark(self, records: list[Row]) -> None:
         """Write into converted rows that have no `removed_by` which row filter removes them, and in `error` why."""

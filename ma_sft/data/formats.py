@@ -440,7 +440,7 @@ def read_row(
         given = load_function(name)(row)
         if preference and not given:
             raise BadAnswer("neither answer is a good one")
-        made = f"{name} gave messages"
+        made = f"{getattr(name, '__name__', name)} gave messages"
         sides = SIDES["preference"](TrackedRow(given)) if preference else {"messages": conversation(given, made)}
     if merge:
         sides = {side: merge_turns(turns) for side, turns in sides.items()}

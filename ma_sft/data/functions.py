@@ -112,26 +112,32 @@ def _columns(rows: list[Row]) -> dict[str, list[Any]]:
 
 
 def code_of(name: str | Callable[..., Any] | None) -> str:
-    """The text of the file that holds `module:function` or `file.py:function`, and of the user's modules it imports.
+    """The text of the file that holds a function, and of the user's modules it imports.
 
-    It decides what the function gives, for every cache that keeps what it gave. It is "" for other names, which ship
-    with ma_sft, and for a function itself, whose code `datasets` hashes.
+    It decides what the function gives, for every cache that keeps what it gave. It is "" for names of what ships with
+    ma_sft. The file of a recipe's own function is left out: `datasets` hashes the function, and the file has settings.
     """
-    module, _, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
-    if not module or not function:
-        return ""
     # Installed packages have versions instead.
     roots = [Path(entry or ".").absolute() for entry in sys.path]
     roots = [root for root in roots if root != Path(ast.__file__).parent and not INSTALLED & set(root.parts)]
-    waiting = [Path(module)] if module.endswith(".py") else [*_files(roots, module)]
+    function = getattr(name, "func", name)  # of a partial
+    own = getattr(function, "__module__", None) in ("__main__", "<run_path>")
+    if isinstance(name, str):
+        module = name.rpartition(":")[0]
+    else:
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+        module = getattr(code, "co_filename", "")
+    waiting = [Path(module)] if module.endswith(".py") else [*_files(roots, module)] if module else []
+    waiting = [file for file in waiting if INSTALLED.isdisjoint(file.parts)]
     found: dict[Path, str] = {}
     while waiting:
         file = waiting.pop().resolve()
         if file in found or not file.is_file():
             continue
         try:
-            found[file] = file.read_text(encoding="utf-8")
-            waiting += _imports(file, ast.parse(found[file]), roots)
+            text = file.read_text(encoding="utf-8")
+            waiting += _imports(file, ast.parse(text), roots)
+            found[file], own = "" if own else text, False
         except (SyntaxError, ValueError) as error:
             raise RecipeError(f"{file}, which {name!r} needs, is no Python: {error}") from None
     return "\0".join(found[file] for file in sorted(found))

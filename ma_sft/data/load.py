@@ -7,6 +7,7 @@ that a later part of the file adds; its CSV reader takes a row with one cell too
 value's meaning depends on other rows.
 """
 
+import codecs
 import csv
 import glob
 import itertools
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from mmap import ACCESS_READ, mmap
@@ -41,7 +42,7 @@ from ma_sft.hub import is_hub_id, load_dataset
 from ma_sft.utils import atomic_dir, not_there
 from ma_sft.version import __version__
 
-__all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "rows_of", "table_rows"]
+__all__ = ["Source", "fingerprint_of", "load_rows", "pklregister", "processes", "read_saved", "rows_of", "table_rows"]
 
 # What a source is, in words, and which of its fields say where its rows are and how they are read; of files by suffix.
 PLACES = {
@@ -65,11 +66,11 @@ ENCODING = (
     "utf-16-le, utf-16-be, utf-32, ...)"
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
-ROW, PLACE = "_row", "_place"
-START, LENGTH = "_start", "_length"  # in place of ROW: where its bytes are in the file
+ROW, PLACE = "ma_sft row", "ma_sft place"  # no column of a user's is named so
+START, LENGTH = "ma_sft start", "ma_sft length"  # in place of ROW: where its bytes are in the file
 CHUNK = 1 << 26  # bytes of a file that are looked through at once
-NUMBER = "_number"  # of a row that was drawn
-ERROR = "_error"
+NUMBER = "ma_sft number"  # of a row that was drawn
+ERROR = "ma_sft error"
 SURROGATE = re.compile("[\ud800-\udfff]")
 NOT_UTF8 = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
 T = TypeVar("T")
@@ -127,6 +128,8 @@ class Source:
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
+            if not (callable(path) or hasattr(path, "__iter__") or hasattr(path, "__getitem__")):
+                raise RecipeError(f"source {path!r}: a path or rows expected, found {type(path).__name__}")
             name = getattr(getattr(path, "info", None), "dataset_name", None)
             settings |= {"path": f"{type(path).__name__} {name or 'in memory'}", "rows": path}
         what = f"source {settings.get('path', value)}"
@@ -195,7 +198,7 @@ def _load(source: Source, streaming: bool) -> Any:
     if place == "folder":
         if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
-        rows = load_from_disk(path)
+        rows = read_saved(path)
     if isinstance(rows, DatasetDict):
         if source.split not in rows:
             raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(rows)}; set split")
@@ -204,13 +207,25 @@ def _load(source: Source, streaming: bool) -> Any:
         if not streaming:
             raise RecipeError(f"{path} is a stream: set dataset_streaming (streaming=True), or pass a Dataset")
         return rows
-    if not isinstance(rows, Dataset):
+    if not isinstance(rows, Dataset) or rows.format["type"] == "custom":  # a transform of the user's makes the rows
         features = Features({ROW: Value("string")})
         rows = list(rows) if isinstance(rows, Iterator) else rows  # an iterator ends with the first epoch
         if streaming:
             return IterableDataset.from_generator(partial(_as_json, rows), features=features)
         return Dataset.from_dict({ROW: [row[ROW] for row in _as_json(rows)]}, features=features)
-    return rows.to_iterable_dataset() if streaming else rows
+    return rows.with_format(None).to_iterable_dataset() if streaming and len(rows) else rows
+
+
+def read_saved(folder: str) -> Any:
+    """What `save_to_disk` wrote, a data set or several by split; raises `FormatError` where it cannot be read."""
+    try:
+        return load_from_disk(folder)
+    except IndexError:
+        raise FormatError(
+            f"{folder}: the data set, or a split of it, is empty; save it with at least one row"
+        ) from None
+    except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{folder}: cannot be read as a saved data set: {one_line(error)[:200]}") from None
 
 
 def _as_json(rows: Any) -> Iterator[Row]:
@@ -219,7 +234,20 @@ def _as_json(rows: Any) -> Iterator[Row]:
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     has_length = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     for row in (rows[i] for i in range(len(rows))) if has_length else rows:
-        yield {ROW: json.dumps(row, default=lambda value: _text_of_bytes(value) or str(value))}
+        yield {ROW: json.dumps(row, default=_plain)}
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON does not know; a list that pandas read from Arrow has nulls as Arrow's objects have them."""
+    if hasattr(value, "tolist"):
+        return _without_nulls(value.tolist())
+    return _text_of_bytes(value) or str(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
 
 def _load_files(source: Source, streaming: bool) -> Any:
@@ -232,7 +260,9 @@ def _load_files(source: Source, streaming: bool) -> Any:
     try:
         if kinds in ({".parquet"}, {".arrow"}):
             names = [glob.escape(file) for file in files]
-            return datasets.load_dataset(kinds.pop()[1:], data_files=names, split="train", streaming=streaming)
+            # Of a Parquet file without a row, `datasets` would make batches of none
+            how = {"batch_size": EACH} if kinds == {".parquet"} else {}
+            return datasets.load_dataset(kinds.pop()[1:], data_files=names, split="train", streaming=streaming, **how)
         make: Any = IterableDataset if streaming else Dataset
         stamped = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
         how = {key: getattr(source, key) for key in OF_ANY_FILE}
@@ -268,16 +298,18 @@ def _load_lines(files: list[tuple[str, int, int]], how: dict[str, Any]) -> Datas
 
 
 def _find_lines(file: str) -> pa.Table | None:
-    with open(file, "rb") as stream:
-        head = [*itertools.islice(filter(bytes.strip, stream), 2)]
-    if not head or not _has_a_row_a_line([line.decode("utf-8-sig", "replace") for line in head]):
+    with open(file, encoding="utf-8-sig", errors="replace", newline="\n") as stream:
+        head = [*itertools.islice(filter(str.strip, stream), 2)]
+    if not head or not _has_a_row_a_line(head):
         return None
     data = np.memmap(file, np.uint8, mode="r")
     ends = [at + np.flatnonzero(data[at : at + CHUNK] == ord("\n")) for at in range(0, len(data), CHUNK)]
     bounds = np.concatenate([[-1], *ends, [len(data)]])
+    bounds[0] += 3 * (bytes(data[:3]) == codecs.BOM_UTF8)
     starts, lengths = bounds[:-1] + 1, np.diff(bounds) - 1
-    # Blank lines are no rows; a long one is none of these
-    blank = [n for n in np.flatnonzero(lengths < 16) if not bytes(data[starts[n] : starts[n] + lengths[n]]).strip()]
+    # Blank lines are no rows
+    other = np.flatnonzero((lengths == 0) | (data[np.minimum(starts, len(data) - 1)] != ord("{"))).tolist()
+    blank = [n for n in other if not data[starts[n] : bounds[n + 1]].tobytes().decode("utf-8", "replace").strip()]
     lines = np.delete(np.arange(len(starts)), blank)
     places = pc.binary_join_element_wise(file, pc.cast(pa.array(lines + 1), pa.string()), ", line ")
     return pa.table({PLACE: places, START: starts[lines], LENGTH: lengths[lines]})
@@ -290,7 +322,7 @@ def _lines_at(places: list[str], starts: list[int], lengths: list[int]) -> Itera
         with open(file, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
             for _, start, length in lines:
                 try:
-                    yield data[start : start + length].decode().removeprefix("\ufeff")
+                    yield data[start : start + length].decode()
                 except UnicodeDecodeError:
                     yield NOT_UTF8
 
@@ -304,7 +336,7 @@ def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: 
     for file, _, _ in files:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
-        newline = "" if kind in (".csv", ".tsv") else "\n"
+        newline = {".csv": "", ".tsv": "", ".txt": None, ".md": None}.get(kind, "\n")
         try:
             with fsspec.open(
                 file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline
@@ -345,7 +377,11 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     if how["field"] or not _has_a_row_a_line(full):
         yield from _json_document("".join(head) + stream.read(), where, how["field"])
         return
-    for number, line in enumerate(itertools.chain(head, stream), 1):
+    yield from _json_lines(itertools.chain(head, stream))
+
+
+def _json_lines(lines: Iterable[str]) -> Rows:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"line {number}", line.rstrip("\r\n")
 
@@ -357,9 +393,8 @@ def _has_a_row_a_line(lines: list[str]) -> bool:
         json.loads(first)
     except RecursionError:
         return True
-    except ValueError as error:  # broken inside the line, or cut off among others; or the value goes on in the next one
-        cut_off = len(lines) > 1 and first[0] == lines[1][0] == "{"
-        return cut_off or getattr(error, "pos", 0) < len(first)
+    except ValueError as error:  # broken inside the line, or the value goes on in the next one
+        return getattr(error, "pos", 0) < len(first)
     return len(lines) > 1
 
 
@@ -376,6 +411,10 @@ def _json_document(text: str, where: str, field: str | None) -> Rows:
     try:
         value = read_json(text)
     except json.JSONDecodeError as error:
+        lines = text.split("\n") if kind_of(where) in JSON_LINES and not field else []
+        if any(isinstance(_parse(line), dict) for line in lines):  # whose first line is cut off
+            yield from _json_lines(lines)
+            return
         raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except (FormatError, RecursionError) as error:
         raise FormatError(f"{where}: not valid JSON: {error}") from None
@@ -410,7 +449,7 @@ def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
         names = list(reader.fieldnames or [])
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise FormatError(f"{where}, line 1: column {twice!r} stands twice; rename one of them")
-        if len(names) == 1 and (mark := re.search(r"[;|\t]", names[0])):
+        if len(names) == 1 and (mark := re.search(rf"(?!{re.escape(delimiter)})[,;|\t]", names[0])):
             raise FormatError(
                 f"{where}, line 1: one column {names[0]!r}; if {mark[0]!r} parts its cells, set delimiter: "
                 f"datasets: [{{path: FILE, delimiter: {json.dumps(mark[0])}}}], or save it with commas"
@@ -470,8 +509,8 @@ def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, 
             file, _, place = where.rpartition(", ")
             origin = f"{file}:{place.rpartition(' ')[2]}"
         row = _parse(cells[ROW]) if ROW in cells else cells
-        # What `ma-sft data build` wrote has origins.
-        yield where, cells.get("origin", origin), _mapped(row, source) if isinstance(row, dict) else row
+        own = cells.get("origin")  # what `ma-sft data build` wrote has origins
+        yield where, own if isinstance(own, str) else origin, _mapped(row, source) if isinstance(row, dict) else row
 
 
 def _same(value: Any) -> Any:

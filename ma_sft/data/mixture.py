@@ -179,7 +179,7 @@ class _Mixer:
     def _convert(self, part: int, rows: Any, features: Features) -> Any:
         source = self.sources[part]
         filters = [Filters.of(source.filters, self.tokenizer), self.filters]
-        code = "\0".join((__version__, code_of(source.format), *(code_of(each.function) for each in filters)))
+        code = "\0".join((__version__, code_of(source.format), *(each.code() for each in filters)))
         compared = self.split or any(each.exact_duplicates for each in filters)
         source = replace(source, rows=None, filters=None)
         how: dict[str, Any] = {"source": source, "part": part, "schema": features.arrow_schema}

@@ -97,15 +97,14 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
 
 def _pku(row: TrackedRow) -> Preference:
     *answers, _, _, better = values = [row[field] for field in PKU]
-    safe = values[2:4]
-    for field, value in zip(PKU[2:4], safe, strict=True):
-        if not isinstance(value, bool):
-            raise expected("true or false", field, value)
-    if better not in (0, 1) or isinstance(better, bool):
+    safe = [{"true": True, "false": False}.get(str(value).lower()) for value in values[2:4]]  # a cell of CSV is a text
+    if None in safe:
+        raise expected("true or false", PKU[2:4][safe.index(None)], values[2:4][safe.index(None)])
+    if str(better) not in ("0", "1", "0.0", "1.0"):
         raise expected("0 or 1", PKU[4], better)
     if not any(safe):
         raise BadAnswer("neither answer is a good one")
-    best = int(better) if all(safe) else safe.index(True)
+    best = int(float(better)) if all(safe) else safe.index(True)
     return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from ma_sft.data.load import read_saved
 from ma_sft.errors import LabelError, TemplateError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.check import CheckReport, Finding, check_dataset
@@ -65,13 +66,19 @@ def read_folder(folder: str | Path) -> list[Labelled]:
     found = next((path for name in names for path in sorted(Path(folder).glob("".join(name)))), None)
     if found is None:
         raise LabelError(f"{folder}: no folder with a saved data set; name the one that holds dataset_dict.json")
-    saved = load_from_disk(str(found.parent))
+    saved = read_saved(str(found.parent))
     if isinstance(saved, DatasetDict):
         saved = saved["train"] if "train" in saved else next(iter(saved.values()))
     if missing := {"input_ids", "labels"} - {*saved.column_names}:
         raise LabelError(f"{folder}: no column {min(missing)!r}; it has {', '.join(saved.column_names)}")
     known = [n for n in ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths") if n in saved.features]
-    return [sequence for batch in saved.select_columns(known).iter(1) for sequence in unpacked(batch)]
+    sequences: list[Labelled] = []
+    for row, batch in enumerate(saved.select_columns(known).iter(1)):
+        ids, labels = (np.asarray(batch[name][0]) for name in ("input_ids", "labels"))
+        if ids.ndim != 1 or ids.shape != labels.shape or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0)):
+            raise LabelError(f"{folder}, row {row}: input_ids and labels are no two lists of token ids of one length")
+        sequences += unpacked(batch)
+    return sequences
 
 
 def unpacked(batch: dict[str, Any]) -> Iterator[Labelled]:
@@ -99,6 +106,8 @@ def _audit(
 ) -> CheckReport:
     if not any(label != IGNORE_INDEX for _, labels in sequences for label in labels):
         raise LabelError(f"none of {len(sequences):,} sequences has a label; nothing would be trained")
+    if not tokenizer.chat_template:
+        raise LabelError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; name the one of the training")
     verifier = Verifier(tokenizer, stops=[stop for stop in stops if stop is not None])
     reader = Reader(verifier)
     sequences = [_cut_back(sequence, max_length) for sequence in sequences]

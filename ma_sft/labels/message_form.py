@@ -94,10 +94,10 @@ class MessageForm:
         """The template's text of messages in any form."""
         return self._render(self.messages(messages), tools, prompt)
 
-    def end_in(self, text: str) -> int | None:
-        """Where the turn's end token ends, behind which nothing stands but space and further end tokens."""
+    def end_in(self, text: str) -> tuple[int, int] | None:
+        """Where the turn's end token begins and ends, behind which nothing stands but space and further end tokens."""
         found = self._at_end.search(text)
-        return found.end(1) if found else None
+        return found.span(1) if found else None
 
     def _message(self, message: Message) -> Message:
         if message.get("tool_calls"):

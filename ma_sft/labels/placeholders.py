@@ -83,7 +83,7 @@ class Placeholders:
             texts = [isinstance(part, dict) and isinstance(part.get("text"), str) for part in new["content"]]
             parts = zip(new["content"], texts, strict=True)
             new["content"] = [{**part, "text": self._text(i, part["text"])} if text else part for part, text in parts]
-        if new.get("reasoning_content"):
+        if str(new.get("reasoning_content") or "").strip():
             new["reasoning_content"] = self._word(i, "the reasoning")
         if new.get("tool_calls"):
             new["tool_calls"] = [self._call(i, call) for call in new["tool_calls"]]
@@ -165,17 +165,24 @@ def dropped_content(
         message = {key: value for key, value in messages[k].items() if value}
         kind = sorted(message), len(message.get("tool_calls") or ()), tags.findall(str(message.get("content")))
         kinds.setdefault(repr(kind), k)
-    own = {k: written(k + 1) for k in dict.fromkeys([*kinds.values(), turns[-1]])}
-    whole = own[turns[-1]]
+    whole = written(turns[-1] + 1)
     with suppress(TemplateError):  # a conversation that begins with the assistant's turns has no prompt there
         whole = written(turns[-1], prompt=True) + whole
+
+    def as_last(k: int) -> str:
+        try:
+            return written(k + 1)
+        except TemplateError:  # of a turn before the first question (Qwen3.5)
+            return whole
+
+    own = {k: as_last(k) for k in dict.fromkeys([*kinds.values(), turns[-1]])}
     for key, (i, what) in words.values.items():
         if i > turns[-1] or key in words.others:
             continue
         text = own.get(i, whole)
         if key not in text:
             # History may leave out what the turn itself is trained on
-            again = i in turns and i not in own and key in written(i + 1)
+            again = i in turns and i not in own and key in as_last(i)
             lost.append((key, " of earlier turns" if again else "", again or what == SPEAKER))
         elif key not in whole:
             lost.append((key, " of earlier turns", True))

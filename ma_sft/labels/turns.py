@@ -187,7 +187,7 @@ class Turns:
         rest, built = self._continuation(chat, k, prompt, whole), False
         if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
             answer = self._continuation(chat, k, prompt[: opened.start()], whole) if rest is None else rest
-            rest = _thought_and_answer(message, answer)
+            rest = _thought_and_answer(message, answer, form)
             built = rest is not None
         elif rest is None and (shut := _SHUT_THOUGHT.search(prompt)):
             rest = self._continuation(chat, k, prompt[: shut.start()], whole)
@@ -199,7 +199,7 @@ class Turns:
         stop = form.end_in(written)
         if stop is None and not end.added:
             return TurnText(k, reason="the template writes no end-of-turn token after this turn")
-        target = written + end.gap + end.token if stop is None else rest[:stop]
+        target = written + end.gap + end.token if stop is None else rest[: stop[1]]
         if form.end.token in target[:-1]:
             what = f"the template writes {form.end.token} inside this turn, where generation would stop"
             return TurnText(k, reason=f"{what}; choose another template")
@@ -341,7 +341,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
-def _thought_and_answer(message: Message, written: str | None) -> str | None:
+def _thought_and_answer(message: Message, written: str | None, form: MessageForm) -> str | None:
     """What a turn writes after a prompt that opened `<think>`, where the template drops the reasoning of history.
 
     `written` is what the template writes of the turn: the answer, and the end of the turn.
@@ -352,11 +352,12 @@ def _thought_and_answer(message: Message, written: str | None) -> str | None:
     thought, closed, answer = content.partition("</think>")
     thought = thought.strip().removeprefix("<think>").strip() if closed else reasoning.strip()
     answer = answer.strip() if closed else content.strip()
+    end, _ = form.end_in(written) or (len(written), 0)  # its token may have the answer's letters
+    at = written.rfind(answer, 0, end) if answer else 0  # a call may be all
     # An empty reasoning is none, and one that holds another's mark is not what would be written behind `<think>`
-    if not thought or "<think>" in thought or answer not in written:
+    if not thought or "<think>" in thought or at < 0:
         return None
-    end = written[written.rindex(answer) + len(answer) :] if answer else written
-    return f"{thought}\n</think>\n\n{answer}{end}"
+    return f"{thought}\n</think>\n\n{written[at:]}"
 
 
 def _find(text: str, part: str, start: int) -> int:

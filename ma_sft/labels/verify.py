@@ -42,7 +42,7 @@ def _form(convert: Callable[[Message], Any], empty: str | None = "", *, parts: b
             called = [(call, dict(call.get("function") or call)) for call in message["tool_calls"]]
             calls = [{"type": "function", **c, "function": {**f, "arguments": convert(f)}} for c, f in called]
             message |= {"content": message.get("content") or empty, "tool_calls": calls}
-        if parts:
+        if parts and not isinstance(message.get("content"), list):
             message["content"] = [{"type": "text", "text": message.get("content") or ""}]
         return message
 
@@ -268,11 +268,12 @@ class _Conversation:
         def placeholder(match: re.Match[str]) -> str:
             if match[0] in markup:
                 return match[0]
-            self.hidden[name := f"§{len(self.hidden)}§"] = match[0]
+            # A template may ask whether a text has a `<`, and may write it as ASCII
+            self.hidden[name := f"{match[0][:-1][:1]}Qux{len(self.hidden)}qux"] = match[0]
             return name
 
         if isinstance(value, dict):
-            return {key: self._hide(item, markup) for key, item in value.items()}
+            return {self._hide(key): self._hide(item, markup) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._hide(item, markup) for item in value]
         return self.verifier.control_text.sub(placeholder, value) if isinstance(value, str) else value
@@ -458,7 +459,7 @@ class _Conversation:
         before, found, rest = whole.rpartition(trained)
         certain = bool(history) and before.startswith(history) and ids[-1] in {*self.verifier.stops, own}
         thought = rf"\s*{re.escape(self._reasoning(k))}\s*</think>\s*"
-        if opens and not found and (begins := re.match(thought, trained)):
+        if opens and (begins := re.match(thought, trained)):
             before, found, rest = whole.rpartition(trained[begins.end() :])
             before = re.sub(rf"(?:\s*</?think>)*{thought}\Z", "", before)
         if not found or not (certain or prompt.endswith(rest) or self._is_blank(rest, stops)):
@@ -466,6 +467,9 @@ class _Conversation:
         said = str(self.messages[k - 1].get("content") or "").strip()
         behind = prompt.rpartition(said)[2] if said else ""  # a template without a generation prompt of its own
         header = prompt[len(shared(prompt, history)) :] or rest or behind or prompt[-12:]
+        claimed = [header[:n] for n in range(len(header)) if header[n].isspace() and trained.startswith(header[n])]
+        if any(before.endswith(each) for each in claimed if each):
+            return False  # the whitespace that begins it there is the header's
         headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
         return any(before.rstrip().endswith(each) for each in headers - {""})
 
@@ -509,7 +513,7 @@ class _Conversation:
         return f"token {at}: training has {unit(found)}, inference {unit(right)}, after {after!r}"
 
 
-def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
+def runs(labels: Any) -> Iterator[tuple[int, int]]:
     """Begin and end of each stretch of labels."""
     edges = np.flatnonzero(np.diff(np.asarray(labels) != IGNORE_INDEX, prepend=False, append=False)).tolist()
     yield from zip(edges[::2], edges[1::2], strict=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ma_sft.data.load import fingerprint_of, pklregister, table_rows
 from ma_sft.errors import FormatError, LabelError, RecipeError
 from ma_sft.packing.best_fit import argsort, best_fit_decreasing
-from ma_sft.packing.truncation import POLICIES, Ints, Spans, label_runs, truncate, whole_rows
+from ma_sft.packing.truncation import POLICIES, Ints, Spans, truncate, whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,11 @@ class Tokens:
             counts.append(np.add.reduceat(self.gather(self.labels, part) != IGNORED, begins, dtype=np.int64))
         return np.concatenate(counts)
 
-    def label_runs(self, row: int) -> tuple[Ints, Ints]:
-        """Where the runs of labels of a row begin and end."""
-        return label_runs(self.gather(self.labels, whole_rows(np.array([row]), self.lengths)), IGNORED)
+    def label_runs(self, row: int) -> list[tuple[int, int]]:
+        """Where each run of labels of a row begins and ends."""
+        from ma_sft.labels.verify import runs  # which imports transformers
+
+        return [*runs(self.gather(self.labels, whole_rows(np.array([row]), self.lengths)))]
 
 
 def _offsets(counts: Ints) -> Ints:

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-Runs = Callable[[int], tuple[Ints, Ints]]  # the number of a row -> where its runs of labels begin and end
+# The number of a row -> where each of its runs of labels begins and ends (the token after the last)
+Runs = Callable[[int], list[tuple[int, int]]]
 
 
 class Spans(NamedTuple):
@@ -37,12 +38,6 @@ def truncate(lengths: Ints, runs: Runs, max_length: int, policy: str) -> Spans:
     return kept if kept.length.all() else kept.take(np.flatnonzero(kept.length))
 
 
-def label_runs(labels: NDArray[Any], ignored: int = -100) -> tuple[Ints, Ints]:
-    """Where runs of labels begin and end (the token after the last)."""
-    edges = np.flatnonzero(np.diff(labels != ignored, prepend=False, append=False))
-    return edges[::2], edges[1::2]
-
-
 def _cut(lengths: Ints, runs: Runs, max_length: int) -> Spans:
     """The beginning of each row."""
     return whole_rows(np.arange(len(lengths)), np.minimum(lengths, max_length))
@@ -58,13 +53,13 @@ def _keep_answer(lengths: Ints, runs: Runs, max_length: int) -> Spans:
     """The last answer with as many of the turns before it as there is room for; rows without room for it go."""
     kept = _cut(lengths, runs, max_length)
     for row in np.flatnonzero(lengths > max_length).tolist():
-        begins, ends = runs(row)
-        first = max(int(ends[-1]), max_length) - max_length if len(ends) else 0
-        if len(ends) and begins[-1] <= first > 0:
+        *earlier, (begin, end) = runs(row) or [(1, 0)]
+        first = max(end - max_length, 0)
+        if begin <= first > 0:
             kept.length[row] = 0
             continue
         # The end of an earlier answer is the start of a turn; without one, the turn before the answer is cut.
-        start = int(min(ends[:-1][ends[:-1] >= first], default=first)) if first else 0
+        start = min((end for _, end in earlier if end >= first), default=first) if first else 0
         kept.start[row], kept.length[row] = start, min(first + max_length, lengths[row]) - start
     return kept
 

@@ -98,6 +98,8 @@ def init(
     data = data or _ask("data", "Data: a file (.jsonl, .json, .csv, .parquet, .txt), a folder or a hub id")
     out = out or Path(_module(data) + ".py")
     must_be_new(out, "pass another file with -o")
+    if out.suffix not in (".py", *YAML):
+        raise RecipeError(f"-o: a recipe is a .py or .yaml file, found {out}")
     sources, form, total = _sources(data, split, columns)  # before the next question
     if form == "text" and task not in (None, "text"):
         raise RecipeError(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import assistant, user, write_rows
+from helpers import assistant, load_tokenizer, user, write_rows
 
+from ma_sft.data import filters
 from ma_sft.data.filters import hashes_of, near_duplicates, split_held_out
 from ma_sft.data.mixture import load_mixture
 
@@ -47,6 +48,15 @@ def test_row_filters(tmp_path, filters, bad, found):
     examples = [e for stage in mixture.report.stages for e in stage.examples.get(name, [])]
     assert len(examples) == min(5, len(bad))
     assert all(f"a.jsonl:{len(good) + 1 + i}: " in example and found in example for i, example in enumerate(examples))
+
+
+def test_another_tokenizer_in_the_same_folder_counts_anew(tmp_path):
+    path = write(tmp_path / "a.jsonl", [("你好吗？" * 9, "我很好。"), ("Hi", "Yo")])
+    for name, left in (("smollm2", 1), ("qwen3", 2)):
+        load_tokenizer(name).save_pretrained(tmp_path / "model")
+        filters.load_tokenizer.cache_clear()  # as of a new process
+        limits = {"max_tokens": 50, "tokenizer": str(tmp_path / "model")}
+        assert len(load_mixture([path], filters=limits).train) == left
 
 
 def test_own_function(tmp_path):

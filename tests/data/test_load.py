@@ -7,6 +7,7 @@ import threading
 
 import multiprocess
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
@@ -44,7 +45,7 @@ class Indexed:
         return CALLS[at]
 
 
-KINDS = "jsonl list parquet arrow saved dataset stream rows indexed iterator frame function".split()
+KINDS = "jsonl list parquet arrow saved dataset transformed stream rows indexed iterator frame function".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +64,9 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
         "arrow": lambda: rows.save_to_disk(tmp_path / "s") or next((tmp_path / "s").glob("*.arrow")),
         "saved": lambda: rows.save_to_disk(tmp_path / "s") or tmp_path / "s",
         "dataset": lambda: rows,
+        "transformed": lambda: Dataset.from_dict({"at": [0, 1]}).with_transform(
+            lambda batch: {key: [CALLS[at][key] for at in batch["at"]] for key in CALLS[0]}
+        ),
         "stream": lambda: stream,
         "rows": lambda: CALLS,
         "indexed": Indexed,
@@ -75,6 +79,35 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     arguments = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in found]
     assert arguments == ['{"q": "x", "lang": null}', '{"n": 3.25, "big": 12345678901234567890}']
     assert [json.loads(row["tools"]) for row in found] == [row["tools"] for row in CALLS]
+
+
+def test_pandas_reads_a_file_of_arrow_with_its_nulls_and_without_rows(tmp_path):
+    rows = [
+        {"messages": [user("q"), assistant("", tool_calls=[call])]}
+        for call in (
+            {"function": {"name": "f", "arguments": {"a": "1"}}},
+            {"function": {"name": "f", "arguments": {"b": [2]}}},
+        )
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "1.parquet")
+    pq.write_table(pq.read_table(tmp_path / "1.parquet").slice(0, 0), tmp_path / "2.parquet")
+    for source in (str(tmp_path / "*.parquet"), pd.read_parquet(tmp_path / "1.parquet")):
+        found = load_mixture([{"path": source}]).train
+        arguments = {row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in found}
+        assert arguments == {'{"a": "1"}', '{"b": [2]}'}
+    for path in ("2.parquet", Dataset.from_dict({"question": [], "answer": []})):
+        with pytest.raises(FormatError, match=r"the data set is empty"):
+            load_mixture([{"path": tmp_path / path if isinstance(path, str) else path}], streaming=True)
+
+
+@pytest.mark.parametrize("name", ["_row", "_place", "_start", "_number", "_error", "row", "source", "origin", "error"])
+def test_a_column_may_have_any_name(name):
+    for rows in (
+        [{"question": "q", "answer": "a", name: 1}],
+        Dataset.from_dict({"question": ["q"], "answer": ["a"], name: [1]}),
+    ):
+        (row,) = load_mixture([{"path": rows}]).train
+        assert [m["content"] for m in row["messages"]] == ["q", "a"]
 
 
 def test_a_table_of_pandas_and_a_function_as_format():

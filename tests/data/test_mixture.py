@@ -146,6 +146,15 @@ def test_the_right_file_of_several(tmp_path):
         load_mixture([str(tmp_path / "*.jsonl")])
 
 
+@pytest.mark.parametrize("second", ["3", "[", '{"instruction": "y",', '{"instruction": "y"}'])
+def test_a_first_line_that_is_cut_off_is_one_broken_row(tmp_path, second):
+    path = write_rows(tmp_path / "a.jsonl", ['{"instruction": "x",', second, *ROWS[:3]])
+    with pytest.raises(FormatError, match=r"a\.jsonl, line 1: not valid JSON"):
+        load_mixture([path])
+    found = load_mixture([path], on_error="skip")
+    assert len(found.train) == 3 and found.report.skipped == 2
+
+
 def test_skipped_rows_are_counted(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", ["{broken", *ROWS[:3], {**ROWS[0], "output": ""}, {"messages": []}])
     report = load_mixture([path], on_error="skip").report

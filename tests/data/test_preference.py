@@ -37,8 +37,9 @@ def test_golden(path):
 )
 def test_safety_rule(safe, better, sides):
     row = {**PKU, "is_response_0_safe": safe[0], "is_response_1_safe": safe[1], "better_response_id": better}
-    found = to_preference(row)
-    assert (found and (found["chosen"][0]["content"], found["rejected"][0]["content"])) == sides
+    for given in (row, {key: str(value) for key, value in row.items()}):  # as JSON and as CSV have it
+        found = to_preference(given)
+        assert (found and (found["chosen"][0]["content"], found["rejected"][0]["content"])) == sides
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A row means what it says: nothing that it states is lost, nothing that it forbids is trained, no column unsaid."""
 
+import gzip
 import json
 import re
 
@@ -408,6 +409,9 @@ TURNS = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
         ("a.jsonl", f"[{PAIR}]", {}),
         ("a.jsonl", f"{TURNS}\n", {}),
         ("a.json", f"[{TURNS}]", {}),
+        ("a.json", f'{{"data": [\n{PAIR}\n]}}', {}),
+        ("a.jsonl", b"\xef\xbb\xbf\n\n" + PAIR.encode() + b"\r\n" + b" " * 40 + b"\n", {}),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf\n" + PAIR.encode() + b"\r\n"), {}),
         ("rows", f"{PAIR}\n", {}),
         ("a.csv", "instruction;output\na;b\n", {"delimiter": ";"}),
         ("a.jsonl", f"{PAIR}\n".encode("utf-16"), {"encoding": "utf-16"}),
@@ -433,10 +437,10 @@ def test_files_of_arrow(tmp_path):
     ("sample_by", "texts"), [("line", ["a", "b", "c"]), ("paragraph", ["a\nb", "c"]), ("document", ["a\nb\n\nc\n"])]
 )
 def test_plain_text(tmp_path, sample_by, texts):
-    (tmp_path / "a.txt").write_text("a\nb\n\nc\n")
-    assert [row["messages"] for row in load(tmp_path / "a.txt", sample_by=sample_by)[0]] == [
-        [assistant(t)] for t in texts
-    ]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "a.txt").write_text("a\nb\n\nc\n", newline=end)
+        rows, _ = load(tmp_path / "a.txt", sample_by=sample_by)
+        assert [row["messages"] for row in rows] == [[assistant(text)] for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -452,13 +456,13 @@ def test_text_in_another_encoding(tmp_path, name, encoding):
     assert row["messages"] == [user("你好" if encoding == "gb18030" else "ab 好"), assistant("好")]
 
 
-@pytest.mark.parametrize("mark", [";", "|", "\t"])
-def test_delimiter_as_the_message_gives_it(tmp_path, mark):
-    (tmp_path / "a.csv").write_text(f"instruction{mark}output\na, b{mark}c\n")
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "|"), ("a.csv", "\t"), ("a.tsv", ",")])
+def test_delimiter_as_the_message_gives_it(tmp_path, name, mark):
+    (tmp_path / name).write_text(f'instruction{mark}output\n"a, b"{mark}c\n')
     with pytest.raises(FormatError, match="one column") as error:
-        load(tmp_path / "a.csv")
+        load(tmp_path / name)
     advice = re.search(r"(delimiter: \S+?)\}", str(error.value))[1]
-    ((row,), _) = load(tmp_path / "a.csv", **yaml.safe_load(advice))
+    ((row,), _) = load(tmp_path / name, **yaml.safe_load(advice))
     assert row["messages"] == [user("a, b"), assistant("c")]
 
 

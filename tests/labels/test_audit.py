@@ -9,7 +9,7 @@ from transformers import DataCollatorForLanguageModeling
 from trl import SFTConfig, SFTTrainer
 
 import ma_sft
-from ma_sft import LabelError
+from ma_sft import LabelError, MaSftError
 from ma_sft.cli import main
 from ma_sft.labels.audit import audit_folder, unpacked
 from ma_sft.labels.verify import runs
@@ -199,3 +199,22 @@ def test_a_folder_without_data_is_an_error_in_one_line(tmp_path):
     Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "raw")
     with pytest.raises(LabelError, match="no column 'input_ids'; it has text"):
         audit_folder(tmp_path / "raw", load_tokenizer("smollm2"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([[1, 2], [1, 2]], [[1, 2], [1]], "row 1: input_ids and labels are no two lists of token ids"),
+        ([[1], [2]], [[1], None], "row 1: input_ids and labels are no two lists of token ids"),
+        ([[1, -100]], [[1, -100]], "row 0: input_ids and labels are no two lists of token ids"),
+        (["abc"], ["abc"], "row 0: input_ids and labels are no two lists of token ids"),
+        ([], [], "the data set, or a split of it, is empty"),
+        ([[1, 2]], [[1, 2]], "has no chat template; name the one of the training"),
+    ],
+)
+def test_what_is_no_prepared_data_is_an_error_in_one_line(tmp_path, ids, labels, message):
+    Dataset.from_dict({"input_ids": ids, "labels": labels}).save_to_disk(tmp_path / "prepared")
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.chat_template = None
+    with pytest.raises(MaSftError, match=message):
+        audit_folder(tmp_path / "prepared", tokenizer)

@@ -16,7 +16,7 @@ from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
 from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
 from ma_sft.labels.tokenize import label
-from ma_sft.packing.truncation import label_runs, truncate
+from ma_sft.packing.truncation import truncate
 from ma_sft.pages.preview import preview_html
 from ma_sft.training.prepare import check_as_trained
 
@@ -104,7 +104,7 @@ def test_each_wrong_row_is_an_error_with_its_number(name, code, change, words):
 
 def kept(lengths: list[int], limit: int, overflow: str = "cut"):
     """What packing's policy leaves of rows of these lengths, by itself."""
-    return truncate(np.array(lengths), lambda row: label_runs(np.array([-100])), limit, overflow)
+    return truncate(np.array(lengths), lambda row: [], limit, overflow)
 
 
 def test_what_max_length_cuts_is_a_warning_until_nothing_is_left():

@@ -229,6 +229,7 @@ def test_history_that_the_template_rewrites():
     [
         (assistant("<think>So.</think>Hello."), "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
         (assistant("So.\n</think>\n\nHello."), "So.\n</think>\n\nHello.<｜end▁of▁sentence｜>"),
+        (assistant("end", reasoning_content="So."), "So.\n</think>\n\nend<｜end▁of▁sentence｜>"),
         (assistant("Hello.", reasoning_content=" \n"), ""),
         (assistant("<think>\n\n</think>\n\nHello."), ""),
         (assistant("<think>a</think>b<think>c</think>d"), ""),
@@ -239,6 +240,12 @@ def test_reasoning_in_all_forms_behind_a_prompt_that_opens_it(answer, trained):
     ((example,),) = ChatEncoder(tokenizer).encode([[TURNS[0], answer]])
     assert learned(tokenizer, {"labels": example.labels}) == trained
     assert trained or "opens <think> and this turn has no reasoning" in example.turns[0].reason
+
+
+def test_reasoning_that_says_nothing_is_not_lost():
+    tokenizer = load_tokenizer("smollm2")
+    row = tokenize_conversation([TURNS[0], assistant("Hello.", reasoning_content=" \n")], tokenizer)
+    assert row == tokenize_conversation([TURNS[0], assistant("Hello.")], tokenizer)
 
 
 def test_reasoning_beside_another_in_the_text_is_not_lost():

@@ -1,7 +1,10 @@
 """A change of what decides ids and labels is noticed, however it comes about; what decides nothing is not."""
 
+import runpy
 import shutil
 import sys
+from functools import partial
+from importlib import import_module
 
 import datasets
 import pytest
@@ -9,6 +12,7 @@ from helpers import write_rows
 
 from ma_sft import Recipe
 from ma_sft.data.functions import code_of
+from ma_sft.data.mixture import load_mixture
 from ma_sft.labels.templates import load_tokenizer as load
 from ma_sft.labels.tokenize import check, label
 from ma_sft.labels.verify import Verifier
@@ -99,6 +103,31 @@ def test_code_of_a_function_is_its_own_and_not_the_libraries(rows):
     )
     assert code_of("alone:f") == code_of("alone.py:f") == (rows / "alone.py").read_text()
     assert code_of("alpaca") == code_of(None) == ""
+
+
+@pytest.mark.parametrize("where", ["imported", "of a recipe", "partial", "object"])
+def test_a_function_itself_is_run_again_where_it_or_what_it_imports_changed(rows, where):
+    """`datasets` hashes a function that can be imported by its name."""
+    words = rows / "words.py"
+    (rows / "turns.py").write_text(
+        "from words import word\n\n\ndef turns(row, more=''):\n    return [{'role': 'user', 'content': 'q'}, "
+        "{'role': 'assistant', 'content': word + 'red' + more}]\n\n\n"
+        "class Turns:\n    def __call__(self, row):\n        return turns(row)\n"
+    )
+
+    def answer():
+        forget("turns", "words")
+        found = runpy.run_path(str(rows / "turns.py")) if where == "of a recipe" else vars(import_module("turns"))
+        function = {"partial": partial(found["turns"], more=""), "object": found["Turns"]()}.get(where, found["turns"])
+        (row,) = load_mixture([{"path": [{"q": "a"}], "format": function}]).train
+        return row["messages"][1]["content"]
+
+    words.write_text("word = 'one '\n")
+    assert answer() == "one red"
+    edit(words, "one", "two")
+    assert answer() == "two red"
+    edit(rows / "turns.py", "red", "sad")
+    assert answer() == "two sad"
 
 
 def test_what_decides_nothing_is_found_again(rows, tiny, monkeypatch):

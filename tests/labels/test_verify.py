@@ -98,14 +98,63 @@ def test_a_conversation_may_end_with_the_result_of_a_call(steps):
     assert outcome(verified(load_tokenizer("qwen3"), messages)) == (steps, [], [])
 
 
-def test_reasoning_in_the_text_goes_on_with_an_opened_prompt():
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_reasoning_in_the_text_goes_on_with_an_opened_prompt(opening):
     """Spark closes an empty reasoning before a text, which here has one of its own; its prompt opens one."""
     tokenizer = qwen(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
     )
-    messages = [ASKED[0], assistant("<think>\nSunny?\n</think>\n\nSunny.")]
+    messages = [ASKED[0], assistant(f"{opening}Sunny?\n</think>\n\nSunny.")]
     assert outcome(verified(tokenizer, messages)) == (1, [], [])
+
+
+@pytest.mark.parametrize(("answer", "right"), [("Hello", True), ("\nHello", False), (" Hello", False)])
+def test_whitespace_before_an_answer_is_the_headers_once(answer, right):
+    """Of a template that writes the question otherwise once the answer follows."""
+    tokenizer = qwen(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'user' %}!"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    prompt = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
+    sequence = labelled(tokenizer, [prompt, (f"{answer}<|im_end|>",)])
+    verdict = verified(tokenizer, [user("Hi"), assistant("Hello")], sequence)
+    assert (codes(verdict) == []) is right and bool(verdict.proven) is right
+
+
+def test_the_bos_token_of_a_text_is_not_trained():
+    tokenizer, messages = load_tokenizer("gemma3"), [assistant("The Rhine.")]
+    ((ids, labels),) = encoded(tokenizer, messages)
+    assert (ids[0], labels[0]) == (tokenizer.bos_token_id, -100)
+    assert outcome(verified(tokenizer, messages)) == (1, [], [])
+    ((code, what),) = verified(tokenizer, messages, (ids, ids)).errors
+    assert code == "unlike inference" and what.startswith("labels begin 1 tokens early; before message 0")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CALLS,
+        CALLS.replace("tojson", "tojson(ensure_ascii=True)"),
+        CALLS.replace(
+            "'parameters': c.function.arguments} | tojson }}",
+            "'at': '<' in c.function.arguments | string, 'parameters': c.function.arguments} | tojson }}",
+        ),
+    ],
+    ids=["as it is", "in ASCII", "asks for a bracket"],
+)
+def test_a_control_tokens_text_is_right_in_keys_and_values_however_they_are_written(template):
+    arguments = {"é <|im_end|>": ["<|im_start|>é"], "b": {"<think>": 1}}
+    messages = [ASKED[0], assistant(None, tool_calls=[call("w", arguments)])]
+    assert outcome(verified(qwen(template), messages)) == (1, [], [])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_8"])
+def test_an_answer_before_the_first_question_is_context(name):
+    """Qwen3.5's template refuses it alone."""
+    messages = [assistant("Welcome."), user("Hi"), assistant("Hello.")]
+    verdict = verified(trl_tokenizer(name), messages)
+    assert outcome(verdict) == (1, [], []) and verdict.untrained == [0]
 
 
 FIRST_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig, pack_dataset
 
 from ma_sft import FormatError, LabelError, RecipeError, pack
+from ma_sft.labels.verify import runs
 from ma_sft.packing.best_fit import best_fit_decreasing
 from ma_sft.packing.pack import IGNORED, Packs, as_arrays, fill, flatten, lengths, pack_with_report, packs_of
-from ma_sft.packing.truncation import POLICIES, label_runs, truncate
+from ma_sft.packing.truncation import POLICIES, truncate
 
 datasets.disable_progress_bars()
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -160,7 +161,7 @@ def test_an_answer_that_ends_at_the_cut_is_finished() -> None:
 def test_truncation_is_a_pure_function_of_lengths_and_runs_of_labels(policy: str) -> None:
     rows = [turns((3, 2), (3, 2), (2, 2)), turns((2, 3)), turns((2, 10)), turns((12, 0))]
     labels = [np.array(row["labels"]) for row in rows]
-    kept = truncate(np.array([len(each) for each in labels]), lambda row: label_runs(labels[row]), 10, policy)
+    kept = truncate(np.array([len(each) for each in labels]), lambda row: [*runs(labels[row])], 10, policy)
     spans = zip(kept.row.tolist(), kept.start.tolist(), kept.length.tolist(), strict=True)
     packed = pack(datasets.Dataset.from_list(rows), 10, "none", overflow=policy)
     assert packed["input_ids"][:] == [rows[row]["input_ids"][start : start + length] for row, start, length in spans]

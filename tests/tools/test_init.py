@@ -1,5 +1,7 @@
 """`ma-sft init` on rows that do not say what they are: asked, told, or said what is not used."""
 
+from pathlib import Path
+
 import pytest
 from helpers import assistant, user, write_rows
 
@@ -79,3 +81,8 @@ def test_tools_and_a_template_without_them(here, tiny_bpe):
 @pytest.mark.parametrize("hardware", ["a GPU", "0x24GB", "24GB", "1xlarge", "2x"])
 def test_hardware_that_is_none_is_refused_before_anything_is_read(hardware, here):
     refused("demo", "nothing.jsonl", "cpu, or GPUs as 1x24GB expected", None, hardware)
+
+
+def test_a_recipe_that_no_command_would_read_is_not_written(here):
+    with pytest.raises(MaSftError, match=r"a recipe is a \.py or \.yaml file, found mine\.txt"):
+        init("demo", "nothing.jsonl", "cpu", "chat", Path("mine.txt"))
