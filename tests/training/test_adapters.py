@@ -14,13 +14,16 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     Gemma3ForConditionalGeneration,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     set_seed,
 )
 
-from ma_sft import RecipeError, run
+from ma_sft import RecipeError, RunError, run
 from ma_sft.config import Recipe
+from ma_sft.release import merge as merging
 from ma_sft.release.manifest import read_weights, write_manifest
 from ma_sft.release.merge import find_base, load_adapter, merge
 from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
@@ -54,20 +57,20 @@ def base(tmp_path_factory, smollm2):
     return make
 
 
-def moved(model):
+def moved(model, scale=0.1):
     """The model, each of whose trained weights was moved as training would."""
     set_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += scale * torch.randn_like(parameter)
     return model
 
 
-def adapter(base, folder, **config):
+def adapter(base, folder, scale=0.1, **config):
     """A trained adapter on `base`."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **config})
-    moved(get_peft_model(model, config)).save_pretrained(folder)
+    moved(get_peft_model(model, config), scale).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
@@ -204,6 +207,48 @@ def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, trai
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
     assert 1e-4 < found.difference < 0.1 * found.largest
     assert "its logits differ from the adapter model's by at most" in str(found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("fault", ["none", "missing", "scaled", "swapped"])
+def test_a_wrong_merge_is_never_kept_and_a_right_one_always(base, tmp_path, monkeypatch, dtype, fault):
+    """The adapter changes weights by far less than rounding to bfloat16 does."""
+
+    def wrong(*args):
+        updates = layer_updates(*args)
+        first, second = (name for name in updates if "q_proj" in name)
+        right = updates[first]
+        if fault == "missing":
+            del updates[first]
+        if fault == "scaled":
+            updates[first] = lambda weight: weight + 1.5 * (right(weight) - weight)
+        if fault == "swapped":
+            updates[first], updates[second] = updates[second], right
+        return updates
+
+    layer_updates = merging._layer_updates
+    monkeypatch.setattr(merging, "_layer_updates", wrong)
+    run, out = adapter(base(), tmp_path / "adapter", scale=1e-3), tmp_path / "merged"
+    if fault == "none":
+        assert merge(run, out, dtype=dtype).difference < 0.05
+        return
+    with pytest.raises(RunError, match=r"more than rounding: .*q_proj.weight in its files"):
+        merge(run, out, dtype=dtype)
+    assert not out.exists()
+
+
+def test_rounding_may_send_a_token_to_another_expert(smollm2, tmp_path):
+    """Logits of a mixture of experts differ then, though each weight is the right one."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 2, "pad_token_id": 2}
+    config = GptOssConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / f"base-{seed}")
+        tokenizer.save_pretrained(tmp_path / f"base-{seed}")
+        run = adapter(tmp_path / f"base-{seed}", tmp_path / f"adapter-{seed}", use_dora=True)
+        assert merge(run, tmp_path / f"merged-{seed}").difference
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
