@@ -436,7 +436,10 @@ class JsonlLogger(ProgressCallback):
             line += "" if self.bar else f", {timedelta(seconds=round(left))} left"
         else:
             held_out = {key: value for key, value in entry.items() if key.startswith("eval_") and "_per_" not in key}
-            line = ", ".join(f"{key} {value:.4g}" for key, value in held_out.items())
+            words = {
+                key: f"{value:.4g}" if isinstance(value, int | float) else value for key, value in held_out.items()
+            }
+            line = ", ".join(f"{key} {word}" for key, word in words.items())
         if self.bar and self.training_bar and "loss" in entry:
             self.training_bar.set_postfix_str(line)
         elif line and not self.bar:
