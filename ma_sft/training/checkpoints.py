@@ -248,7 +248,7 @@ def _is_resumable(checkpoint: Path) -> bool:
 
 
 def _remove_cut_off(out: Path) -> None:
-    for path in out.glob("checkpoint-*"):
+    for path in (*out.glob("checkpoint-*"), out / ".adapter", out / ".model"):
         if path.is_dir() and not path.is_symlink() and _WRITTEN.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
