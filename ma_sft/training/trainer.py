@@ -10,6 +10,7 @@ import functools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -71,6 +72,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     given = sft_trainer_arguments
     rows, test, tokenizer = (given.pop(name, None) for name in ("train_dataset", "eval_dataset", "processing_class"))
     settings = _settings_for(recipe, args, given, rows, test)
+    settings = replace(settings, evaluation=replace(settings.evaluation, generate_eval=0))  # answers are `run`'s
     added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)

@@ -94,10 +94,12 @@ def test_held_out_data_sets_keep_their_names(settings, labelled, names):
     assert {"eval_loss", *(f"eval_{name}_loss" for name in names)} <= trainer.evaluate().keys()
 
 
-def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start, tmp_path):
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, start, tmp_path):
     for metric in ("eval_test_loss", "blue", "exact_match", "eval_objective"):
         with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
             start(**BEST, metric_for_best_model=metric)
+    with pytest.raises(RecipeError, match="'exact_match' is not measured"):  # by the trainer alone
+        make_trainer(Recipe(**{**settings, **BEST_ANSWERS}))
     (broken := tmp_path / "broken.jsonl").write_text('{"messages": 1}\n')
     with pytest.raises(RecipeError, match="'blue' is not measured"):  # and before any row is read
         start(**BEST, metric_for_best_model="blue", dataset_name=str(broken))
