@@ -26,7 +26,7 @@ from ma_sft.config import Recipe
 from ma_sft.release import merge as merging
 from ma_sft.release.manifest import read_weights, write_manifest
 from ma_sft.release.merge import find_base, load_adapter, merge
-from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
+from ma_sft.training.adapters import fitting_adapter, freeze, lora_config, with_new_tokens
 from ma_sft.training.twin import shrink
 
 BASE = {"model_name_or_path": "demo", "dataset_name": "x"}
@@ -322,6 +322,29 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
     quantised.save_pretrained(tmp_path / "quantised")
     message = refused(trained, tmp_path / "out", base=str(tmp_path / "quantised"))
     assert "is quantised (bitsandbytes)" in message and "16-bit" in message
+
+
+@pytest.mark.parametrize(
+    ("tied", "config", "rows", "whole"),
+    [
+        (True, {}, [0], set()),
+        (True, {"trainable_token_indices": [3]}, [3, 0], set()),
+        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, [3, 0], {"lm_head"}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, None, {"embed_tokens", "lm_head"}),
+        (True, {"modules_to_save": ["embed_tokens"]}, None, {"embed_tokens"}),
+    ],
+)
+def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base(tied)), AutoTokenizer.from_pretrained(base(tied))
+    tokenizer.add_tokens(["<new>"])
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    peft = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **config)
+    model = get_peft_model(with_new_tokens(model, settings(), ["<new>"], tokenizer, peft), peft)
+    expected = {"embed_tokens": [row or new for row in rows]} if rows else None
+    assert peft.trainable_token_indices == expected and whole <= {*(peft.modules_to_save or ())}
+    head = model.get_output_embeddings()
+    trained = getattr(head, "modules_to_save", None) or getattr(head, "token_adapter", None)
+    assert any(parameter.requires_grad for parameter in trained.parameters()), "the head learns to write them"
 
 
 def test_new_tokens_are_part_of_the_merge(base, tmp_path):
