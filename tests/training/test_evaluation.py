@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_p
     # More steps from a finished run's checkpoint
     assert start("more", **{**more, "resume_from_checkpoint": last}, max_steps=4)["steps"] == 4
     assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
+    # Of a plain trainer's checkpoint, its batches alone are known; one that was cut off has none of its own
+    foreign = shutil.copytree(first, tmp_path / "foreign/checkpoint-1")
+    for path in (Path(first, COMPLETE), foreign / COMPLETE):
+        path.unlink()
+    with pytest.raises(RecipeError, match="trained in batches of 2, and 3 would train some rows twice"):
+        start("other", **{**more, "resume_from_checkpoint": str(foreign)}, per_device_train_batch_size=3)
+    assert start("other", **{**more, "resume_from_checkpoint": str(foreign)})["steps"] == 2
+    with pytest.raises(RecipeError, match="checkpoint-1 was cut off while it was written"):
+        start("run", **more)
     # Steps of more processes have other rows
     (complete := Path(last, COMPLETE)).write_text(complete.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
