@@ -269,7 +269,12 @@ class _Tracked(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Fused experts: PyTorch knows the result's shape in 16 bits alone
+            in16 = [arg.bfloat16() if arg is not None and arg.is_floating_point() else arg for arg in args[:4]]
+            out = func(*in16).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
                 self.known.add(storage._cdata)

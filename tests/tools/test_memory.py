@@ -10,7 +10,14 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, write_rows
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
@@ -60,6 +67,19 @@ def three_layers(tmp_path_factory, smollm2):
     """The demo model with three layers of thirty: a forecast walks through each."""
     config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=3)
     return without_weights(tmp_path_factory.mktemp("three"), config, smollm2)
+
+
+def test_fused_experts_are_simulated_in_any_dtype(tiny_bpe, tmp_path):
+    """PyTorch has no shape of their product but in bfloat16; weights that are trained are float32."""
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 300, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 4},
+        **{"num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    folder = without_weights(tmp_path, config, tiny_bpe)
+    half, full = (forecast(settings(model_name_or_path=folder, bf16=bf16)) for bf16 in (True, False))
+    assert half.weights == full.weights == 4 * half.total
+    assert 0 < half.kept <= full.kept and half.activations < full.activations
 
 
 @pytest.mark.parametrize("nested", [True, False])
