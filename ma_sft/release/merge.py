@@ -312,9 +312,10 @@ def _is_rounded(value: Tensor, exact: Tensor, eps: float) -> bool:
     if value.shape != exact.shape:
         return False
     exact = exact.float()
-    arithmetic = 8 * torch.finfo(torch.float32).eps * (exact.abs() + exact.square().mean().sqrt())
+    arithmetic, size = 8 * torch.finfo(torch.float32).eps, exact.norm() / exact.numel() ** 0.5
     smallest = 6e-8  # step of float16 near 0
-    return bool(((value.float() - exact).abs() <= eps * exact.abs() + arithmetic + smallest).all())
+    allowed = exact.abs().mul_(eps + arithmetic).add_(arithmetic * size + smallest)
+    return bool((value.float().sub(exact).abs_() <= allowed).all())
 
 
 def save_configs(config: PreTrainedConfig, source: Path, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
