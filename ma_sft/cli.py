@@ -375,7 +375,7 @@ def _plan(
     as_json: Json = False,
 ) -> None:
     """forecast a recipe's peak memory and pick the first launcher that fits"""
-    name = str(Path(args[0])) if args else "RECIPE"
+    file = [str(Path(word)) for word in (args or [])[:1] if not word.startswith("-")]
     recipe, flags = _load(args, reads_rows=False)
     from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, show_plan
@@ -389,7 +389,7 @@ def _plan(
     found = plan(settings, gpus, gpu_memory)
     if as_json:
         return _print_json(found)
-    show_plan(settings, found, name, flags)
+    show_plan(settings, found, [*file, *flags])
     say(rehearsed)
 
 

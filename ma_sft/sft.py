@@ -58,7 +58,7 @@ def run(
         check_early(settings)
         rehearsed = rehearse(settings, tokenizer, added_tokens)
         data, held_out = prepare_once(settings, tokenizer)  # rows, tokens, the check, packs
-        content = {"data": agree("/".join(part.digest for part in (data, held_out) if part)), **(data.order or {})}
+        content = {"data": agree("/".join(part.digest for part in (data, held_out) if part)), **data.order}
         once(lambda: folder.begin(content, settings))
         checkpoint = str(folder.checkpoint) if folder.checkpoint else None
         manifest = make_manifest(settings, tokenizer, data)

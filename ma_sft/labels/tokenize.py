@@ -437,14 +437,25 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder 
     The ids of a test conversation are among it: whatever a template reads from outside (a date, another release's
     globals) shows in them. `encoder` is None for a tokenizer without a chat template.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # set by each call
     return {
-        "tokenizer": {"digest": _hash(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
+        "tokenizer": {"digest": _tokenizer_digest(tokenizer), "tokens": len(tokenizer)},
         "chat_template": _hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
         "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
         "probe": _probe(encoder),
     }
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The digest of a tokenizer's state, kept in the cache: parsing a large vocabulary takes a second."""
+    text = tokenizer.backend_tokenizer.to_str()
+    kept = cache_dir() / "tokenizer-digests" / _hash(text)
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    state = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}  # by call
+    found = _hash(json.dumps(state, sort_keys=True))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, found)
+    return found
 
 
 def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder | None, *how: Any) -> str:

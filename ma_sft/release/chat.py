@@ -79,7 +79,8 @@ def reply(
     stopped = output and output[-1] in ends
     if stream:
         full = "the context is full" if limit < max_new_tokens else f"limit of {limit} tokens, not by itself"
-        say(f"[{len(output)} tokens, stopped by {encoder.tokenizer.decode(output[-1:]) if stopped else full}]")
+        why = encoder.tokenizer.decode(output[-1:]) if stopped else full if len(output) == limit else "a stop string"
+        say(f"[{len(output)} tokens, stopped by {why}]")
     return str(encoder.tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True))
 
 

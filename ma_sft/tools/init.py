@@ -296,7 +296,7 @@ def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
             f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"
         )
     settings |= found["changes"]
-    return start_command(found["choice"], gpus, str(out))
+    return start_command(found["choice"], gpus, [str(out)])
 
 
 def _write(settings: dict[str, Any], comments: dict[str, str], head: str) -> str:

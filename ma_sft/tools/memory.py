@@ -269,7 +269,12 @@ class _Tracked(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Fused experts: PyTorch knows the result's shape in 16 bits alone
+            in16 = [arg.bfloat16() if arg is not None and arg.is_floating_point() else arg for arg in args[:4]]
+            out = func(*in16).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
                 self.known.add(storage._cdata)
@@ -478,13 +483,13 @@ def advice(settings: Settings, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def start_command(choice: str, gpus: int, recipe: str, flags: Sequence[str] = ()) -> str:
-    """The command that trains a recipe with a launcher; it runs as it stands, with the flags that were given."""
+def start_command(choice: str, gpus: int, words: Sequence[str]) -> str:
+    """The command that trains a recipe, if one is among the words, with a launcher; it runs as it stands."""
     launcher = [] if choice in ("cpu", "single_gpu") else ["--launcher", choice, "--gpus", str(gpus)]
-    return shlex.join(["ma-sft", "train", recipe, *flags, *launcher])
+    return shlex.join(["ma-sft", "train", *words, *launcher])
 
 
-def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Sequence[str] = ()) -> None:
+def show_plan(settings: Settings, found: dict[str, Any], words: Sequence[str]) -> None:
     """Print a plan: the arithmetic, a table of launchers, and the command that runs the recipe with its flags."""
     screen = console()
     training, gpus, choice = settings.training, found["gpus"], found["choice"]
@@ -507,12 +512,12 @@ def show_plan(settings: Settings, found: dict[str, Any], recipe: str, flags: Seq
         return
     changes = {key: str(value).lower() for key, value in found["changes"].items()}
     if changes:
-        words = " ".join(f"{key}={value}" for key, value in changes.items())
-        screen.print(f"too large as it is; {choice} fits with {words}: {_gb(found['total'])}", soft_wrap=True)
+        needed = " ".join(f"{key}={value}" for key, value in changes.items())
+        screen.print(f"too large as it is; {choice} fits with {needed}: {_gb(found['total'])}", soft_wrap=True)
     for line in advice(settings, found) if not changes else ():
         screen.print(f"faster: {line}", soft_wrap=True)
     more = [word for key, value in changes.items() for word in (f"--{key}", value)]
-    screen.print(start_command(choice, gpus, recipe, [*flags, *more]), soft_wrap=True)
+    screen.print(start_command(choice, gpus, [*words, *more]), soft_wrap=True)
 
 
 def _gb(size: float) -> str:

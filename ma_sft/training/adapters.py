@@ -267,8 +267,8 @@ def with_new_tokens(
 ) -> PreTrainedModel:
     """The model with embedding rows for new tokens, the mean of the old ones, which an adapter then trains.
 
-    Only these rows are trained, not the whole matrix; a separate `lm_head` has to learn to write the tokens too, and
-    TRL can only train it whole.
+    Only these rows are trained, not the whole matrix, unless the adapter saves it; a separate `lm_head` has to learn to
+    write the tokens too, and TRL can only train it whole.
 
     Raises:
         RecipeError: a quantised base model, whose embedding cannot grow.
@@ -287,10 +287,16 @@ def with_new_tokens(
                 f"the template adds the tokens {added}, which {peft.peft_type.value} cannot train; take LORA"
             )
         name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
-        rows = {name: tokenizer.convert_tokens_to_ids(added)}
-        peft.trainable_token_indices = {**(peft.trainable_token_indices or {}), **rows}
-        if not model.config.tie_word_embeddings:
-            peft.modules_to_save = [*(peft.modules_to_save or []), "lm_head"]
+        whole, tied = peft.modules_to_save or [], model.config.tie_word_embeddings
+        if name not in whole:
+            own = peft.trainable_token_indices or {}
+            own = own if isinstance(own, dict) else {name: own}
+            rows = {*own.get(name, ()), *map(tokenizer.convert_tokens_to_ids, added)}
+            peft.trainable_token_indices = {**own, name: sorted(rows)}
+        elif tied:
+            peft.ensure_weight_tying = True
+        if not tied and "lm_head" not in whole:
+            peft.modules_to_save = [*whole, "lm_head"]
     return model
 
 

@@ -122,8 +122,8 @@ class RunFolder:
             self.lock.acquire()
         except Timeout:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
-        if chosen and not Path(chosen).is_dir():
-            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(chosen)}")
+        if chosen:
+            self._check_chosen(Path(chosen))
         last = None if run.overwrite_output_dir else newest(out)
         delete = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
         from_model = "start anew from its model with model_name_or_path or adapter_name_or_path"
@@ -175,6 +175,23 @@ class RunFolder:
                 )
         _write_recipe(self.out, settings)
         write_whole(self.out / REVISIONS, json.dumps(commits, indent=2))
+
+    def _check_chosen(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that is not whole, or that a plain trainer wrote with batches of another size."""
+        if not checkpoint.is_dir():
+            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(checkpoint)}")
+        if (checkpoint / COMPLETE).exists():
+            return
+        if (checkpoint.parent / "recipe.json").exists():
+            raise RecipeError(
+                f"resume_from_checkpoint: {checkpoint} was cut off while it was written; take an older one"
+            )
+        state, batch = _read(checkpoint / "trainer_state.json") or {}, self.settings.training.train_batch_size
+        if (before := state.get("train_batch_size", batch)) != batch:
+            raise RecipeError(
+                f"resume_from_checkpoint: {checkpoint} was trained in batches of {before}, and {batch} would train "
+                f"some rows twice or never; set per_device_train_batch_size={before}"
+            )
 
     def _check_recipe(self, checkpoint: Path | str | None, what: str, way_out: str) -> None:
         """Refuse a checkpoint of another recipe, which the run's would not follow."""
@@ -248,7 +265,7 @@ def _is_resumable(checkpoint: Path) -> bool:
 
 
 def _remove_cut_off(out: Path) -> None:
-    for path in out.glob("checkpoint-*"):
+    for path in (*out.glob("checkpoint-*"), out / ".adapter", out / ".model"):
         if path.is_dir() and not path.is_symlink() and _WRITTEN.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
@@ -436,7 +453,10 @@ class JsonlLogger(ProgressCallback):
             line += "" if self.bar else f", {timedelta(seconds=round(left))} left"
         else:
             held_out = {key: value for key, value in entry.items() if key.startswith("eval_") and "_per_" not in key}
-            line = ", ".join(f"{key} {value:.4g}" for key, value in held_out.items())
+            words = {
+                key: f"{value:.4g}" if isinstance(value, int | float) else value for key, value in held_out.items()
+            }
+            line = ", ".join(f"{key} {word}" for key, word in words.items())
         if self.bar and self.training_bar and "loss" in entry:
             self.training_bar.set_postfix_str(line)
         elif line and not self.bar:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ma_sft.packing.constant_length import ConstantLengthDataset
 
@@ -73,15 +73,18 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         args = _config(args, {key: kwargs.pop(key) for key in [*kwargs] if key in (*TRAINER, *GONE)})
         if data_collator is not None:
             args.packing = False  # its labels are found in rows, and TRL 1.x packs before it
-        sets = []
-        for rows in (train_dataset, eval_dataset):
+
+        def ready(rows: Any) -> Any:
+            if isinstance(rows, dict):
+                return {name: ready(part) for name, part in rows.items()}
             if isinstance(rows, ConstantLengthDataset):
-                rows = rows.to_iterable_dataset()
                 args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-            elif formatting_func is not None and isinstance(rows, Dataset):
-                rows = _formatted(rows, formatting_func, args.dataset_text_field)
-            sets.append(rows)
-        super().__init__(model, args, data_collator, *sets, *positional, **kwargs)
+                return rows.to_iterable_dataset()
+            if formatting_func is not None and isinstance(rows, Dataset | IterableDataset):
+                return _formatted(rows, formatting_func, args.dataset_text_field)
+            return rows
+
+        super().__init__(model, args, data_collator, ready(train_dataset), ready(eval_dataset), *positional, **kwargs)
 
 
 def _config(args: Any, more: dict[str, Any]) -> Any:
@@ -101,12 +104,11 @@ def _config(args: Any, more: dict[str, Any]) -> Any:
     return args
 
 
-def _formatted(rows: Dataset, function: Callable[..., Any], field: str) -> Dataset:
+def _formatted(rows: Any, function: Callable[..., Any], field: str) -> Any:
     """The rows as text: `function` of a row gives one text, of a batch a list of texts, as TRL 0.x allowed both."""
+    first: dict[str, Any] = next(iter(rows), {})
     try:
-        batched = isinstance(function(rows[:1]), list)
+        batched = isinstance(function({name: [value] for name, value in first.items()}), list)
     except (TypeError, ValueError, AttributeError, KeyError):
         batched = False
-    return rows.map(
-        lambda each: {field: function(each)}, batched=batched, remove_columns=rows.column_names, desc="formatting"
-    )
+    return rows.map(lambda each: {field: function(each)}, batched=batched, remove_columns=[*first])

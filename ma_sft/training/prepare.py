@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from ma_sft.config import Settings
 from ma_sft.data.stages import Stage
@@ -42,7 +43,8 @@ class Prepared:
         lengths: a histogram of all rows' lengths before they are cut, in tokens.
         conversations: of held-out rows, what they were made from.
         sources: the source of each held-out row or pack; empty for training rows.
-        order: of a stream, whose rows are counted only when it is read: what their order depends on.
+        order: what the rows of a step depend on beside the settings: the processes that share them, and of a stream,
+            whose rows are counted only when it is read, all that its order does.
     """
 
     dataset: Dataset | IterableDataset
@@ -54,7 +56,7 @@ class Prepared:
     lengths: dict[str, Any]
     conversations: Dataset | None = None
     sources: list[str] = field(default_factory=list)
-    order: dict[str, int] | None = None
+    order: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -69,11 +71,13 @@ class Prepared:
             names = {re.sub(r"[^\w-]+", "_", source): source for source in sources}
         return names
 
-    def by_source(self) -> Dataset | dict[str, Dataset]:
-        """The held-out rows as a trainer takes them: of several sources, those of each by its name."""
+    def by_source(self, given: list[str] | None = None) -> Dataset | dict[str, Dataset]:
+        """The held-out rows as a trainer takes them: of several sources, or `given` ones, those of each by its name."""
         rows: Any = self.dataset
         names, sources = self.metric_names(), np.array(self.sources)
-        if len(names) < 2:
+        if given:
+            names = {name: name for name in given if name in self.sources}
+        elif len(names) < 2:
             return rows
         return {name: rows.select(np.flatnonzero(sources == source)) for name, source in names.items()}
 
@@ -123,6 +127,7 @@ def prepare(
     if training.dataloader_drop_last and not held_out:
         counts.left_out_of_each_epoch = len(dataset) % (training.per_device_train_batch_size * training.world_size)
     prepared = Prepared(dataset, counts, report, packed if packing else None, labelled.stages, *_look(labelled))
+    prepared.order = {"processes": _readers(training)}
     if held_out:
         first = packs.plan.pieces.row[packs.plan.bounds[:-1]]  # of each pack
         prepared.conversations, prepared.sources = labelled.conversations, sources[first].tolist()
@@ -202,9 +207,12 @@ def prepare_once(
         MaSftError: `prepare`'s, in every process alike.
     """
 
+    if train is not None and settings.rows.test_size:
+        raise RecipeError("test_size: rows that have labels already are not split; pass eval_dataset, too")
+
     def make() -> tuple[Prepared, Prepared | None]:
         data = prepare(settings, tokenizer, given={"train": train} if train is not None else None)
-        holds_out = test is not None or settings.rows.eval_dataset or (train is None and settings.rows.test_size)
+        holds_out = test is not None or settings.rows.eval_dataset or settings.rows.test_size
         return data, prepare(settings, tokenizer, held_out=True, given=test) if holds_out else None
 
     return make() if settings.rows.dataset_streaming else once(make, per_machine=True)
@@ -224,13 +232,18 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     report = _check(settings, tokenizer, sample) if settings.labels.check else None
     if not Tokens(sample.dataset).trained(_kept(settings, sample.dataset)).sum():
         raise LabelError("the stream's first rows have nothing to train on")
-    others = training.parallelism_config.non_data_parallel_size if training.parallelism_config else 1
     buffer, batch = STREAM_BUFFER if training.packing else ROWS_AT_A_TIME, training.per_device_train_batch_size
-    order = {"processes": training.world_size // others, "per_device_train_batch_size": batch, "buffer": buffer}
+    order = {"processes": _readers(training), "per_device_train_batch_size": batch, "buffer": buffer}
     encode = make_encoder(settings, tokenizer).tokenize_batch
     pack = partial(pack_table, seed=training.seed, **_how_to_pack(settings, None))
     stream = endless_stream(_mixture(settings).train, encode, pack, buffer)
     return Prepared(stream, sample.counts, report, None, sample.stages, *_look(sample), order=order)
+
+
+def _readers(training: SFTConfig) -> int:
+    """The processes that share the rows of a step; others may share each row."""
+    others = training.parallelism_config.non_data_parallel_size if training.parallelism_config else 1
+    return int(training.world_size // others)
 
 
 def _look(labelled: Labelled) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -8,8 +8,9 @@ bitsandbytes.)
 import copy
 import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -48,7 +49,8 @@ from ma_sft.training.distributed import PaddedSampler, available_attention, fill
 from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
 
-MEASURED = ("loss", "mean_token_accuracy", "entropy", "objective")  # of held-out rows, each over all of their labels
+MEASURED = ("loss", "mean_token_accuracy", "entropy")  # of held-out rows, each over all of their labels
+OBJECTIVE = "objective"  # and of each data set, where another loss is trained
 
 
 def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
@@ -70,6 +72,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     given = sft_trainer_arguments
     rows, test, tokenizer = (given.pop(name, None) for name in ("train_dataset", "eval_dataset", "processing_class"))
     settings = _settings_for(recipe, args, given, rows, test)
+    settings = replace(settings, evaluation=replace(settings.evaluation, generate_eval=0))  # answers are `run`'s
     added_tokens: list[str] = []
     if tokenizer is None:
         tokenizer, added_tokens = load_tokenizer(settings)
@@ -77,7 +80,7 @@ def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_argumen
     parts = test if isinstance(test, dict) else {"held-out": test}
     labelled = parts if all(map(_is_labelled, parts.values())) else None
     data, held_out = prepare_once(settings, tokenizer, rows if _is_labelled(rows) else None, labelled)
-    tests = held_out.by_source() if held_out else None
+    tests = held_out.by_source([*test] if isinstance(test, dict) else None) if held_out else None
     trainer = build_trainer(settings, tokenizer, added_tokens, data.dataset, tests, **given)
     for callback in (JsonlLogger(), *early_stopping(settings)):
         trainer.add_callback(callback)
@@ -135,16 +138,22 @@ def score_name(settings: Settings) -> str:
     return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
 
 
-def check_best_metric(settings: Settings, sources: Iterable[str] | None) -> None:
+def check_best_metric(settings: Settings, sources: Collection[str] | None, *, own_loss: bool = False) -> None:
     """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
+
+    Args:
+        own_loss: whether the caller's own loss is trained.
 
     Raises:
         RecipeError: it is not; the message says what is.
     """
-    best = (settings.training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [*MEASURED, *(f"{source}_{figure}" for source in sources or () for figure in MEASURED)]
+    training = settings.training
+    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    own_loss = own_loss or training.loss_type != "nll" or training.label_smoothing_factor > 0
+    figures = (*MEASURED, OBJECTIVE) if own_loss else MEASURED
+    known = [*(MEASURED if sources else figures), *(f"{source}_{each}" for source in sources or () for each in figures)]
     known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known and not (sources is None and best.endswith(MEASURED)):
+    if best not in known and not (sources is None and best.endswith(figures)):
         raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
@@ -171,7 +180,8 @@ def build_trainer(
     """
     args = trl_arguments(settings)
     if args.eval_strategy != "no" and not given.get("compute_metrics"):
-        check_best_metric(settings, held_out if isinstance(held_out, dict) else ())
+        sources = held_out if isinstance(held_out, dict) else ()
+        check_best_metric(settings, sources, own_loss=bool(given.get("compute_loss_func")))
     model, peft = given.pop("model", None), given.pop("peft_config", None)
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
@@ -402,7 +412,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self.totals[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
         objective = output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if objective is not None and self._has_own_objective:
-            output.metrics[f"{metric_key_prefix}_objective"] = objective
+            output.metrics[f"{metric_key_prefix}_{OBJECTIVE}"] = objective
         output.metrics.update(self._means(metric_key_prefix))
         return output
 

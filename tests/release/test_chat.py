@@ -1,6 +1,7 @@
 """Chat: several turns, where each answer stopped and why, and an answer alone for scripts."""
 
 import re
+import string
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_answer_that_ends_by_itself_says_with_which_token(lively, monkeypatch, c
     lively.generation_config.eos_token_id = list(range(lively.config.vocab_size))
     out = talk("", ["Hi", ""], monkeypatch, capsys)
     assert re.search(r"\[1 tokens, stopped by [^\n]+\]", out) and "limit" not in out
+
+
+def test_answer_that_a_stop_string_ends(lively, monkeypatch, capsys):
+    lively.generation_config.stop_strings = list(string.printable)
+    out = talk("", ["Hi", ""], monkeypatch, capsys)
+    assert re.search(r"\[\d tokens, stopped by a stop string\]", out)
 
 
 def test_context_that_is_full(tiny_bpe):

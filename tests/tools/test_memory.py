@@ -10,7 +10,14 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, write_rows
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 from ma_sft import Recipe, RecipeError
 from ma_sft.cli import main
@@ -60,6 +67,19 @@ def three_layers(tmp_path_factory, smollm2):
     """The demo model with three layers of thirty: a forecast walks through each."""
     config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=3)
     return without_weights(tmp_path_factory.mktemp("three"), config, smollm2)
+
+
+def test_fused_experts_are_simulated_in_any_dtype(tiny_bpe, tmp_path):
+    """PyTorch has no shape of their product but in bfloat16; weights that are trained are float32."""
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 300, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 4},
+        **{"num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    folder = without_weights(tmp_path, config, tiny_bpe)
+    half, full = (forecast(settings(model_name_or_path=folder, bf16=bf16)) for bf16 in (True, False))
+    assert half.weights == full.weights == 4 * half.total
+    assert 0 < half.kept <= full.kept and half.activations < full.activations
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -170,8 +190,8 @@ def test_nothing_fits_says_what_to_try(three_layers, tmp_path, capsys):
 
 def test_the_printed_command_keeps_flags():
     command = "ma-sft train 'my rows.yaml' --max_length 64 --launcher ddp --gpus 2"
-    assert start_command("ddp", 2, "my rows.yaml", ["--max_length", "64"]) == command
-    assert start_command("single_gpu", 1, "mine.yaml", ["--seed", "1"]) == "ma-sft train mine.yaml --seed 1"
+    assert start_command("ddp", 2, ["my rows.yaml", "--max_length", "64"]) == command
+    assert start_command("single_gpu", 1, ["--seed", "1"]) == "ma-sft train --seed 1"
 
 
 def test_a_plan_says_what_is_faster_for_nothing_and_leaves_the_settings_alone(three_layers):
@@ -204,7 +224,7 @@ def test_smaller_batches_checkpointing_and_4_bits_come_before_offload(three_laye
     assert least["choice"] == "single_gpu" and least["changes"] == ones
     again = {**ones, "gradient_checkpointing": True}
     assert [*_smaller(mine)] == [halves, ones, again, {**again, "load_in_4bit": True}]
-    show_plan(mine, less, "mine.yaml", ["--seed", "1"])
+    show_plan(mine, less, ["mine.yaml", "--seed", "1"])
     said = capsys.readouterr().out
     assert "single_gpu fits with per_device_train_batch_size=2 gradient_accumulation_steps=2" in said
     command = "ma-sft train mine.yaml --seed 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
@@ -214,7 +234,7 @@ def test_smaller_batches_checkpointing_and_4_bits_come_before_offload(three_laye
 def test_a_plan_reads_at_80_columns(three_layers, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     mine = settings(model_name_or_path=three_layers, use_peft=True, max_length=64)
-    show_plan(mine, plan(mine, 8, "80GB"), "mine.yaml")
+    show_plan(mine, plan(mine, 8, "80GB"), ["mine.yaml"])
     table = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┃│├┡┏└"]
     assert max(map(len, table)) <= 80
     heads = table[1].replace("┃", " ").split()
@@ -291,6 +311,9 @@ def test_command_line(tmp_path, capsys):
     assert main(["plan", str(path), "--gpus", "0"]) == 0
     out = capsys.readouterr().out
     assert "134,515,008 parameters" in out and f"ma-sft train {path}" in out
+    flags = ["--model_name_or_path", "demo", "--dataset_name", "x", "--max_length", "64"]
+    assert main(["plan", *flags, "--rehearse", "false", "--gpus", "0"]) == 0
+    assert f"\nma-sft train {' '.join(flags)} --rehearse false\n" in capsys.readouterr().out
     assert main(["plan", str(path), "--gpus", "2"]) == (0 if torch.cuda.is_available() else 2)
     assert main(["plan", str(path), "--gpus", "0", "--max_length", "none"]) == 2
     path.write_text(path.read_text() + "lora_target_modules: [query]\n")

@@ -14,16 +14,19 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     Gemma3ForConditionalGeneration,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     set_seed,
 )
 
-from ma_sft import RecipeError, run
+from ma_sft import RecipeError, RunError, run
 from ma_sft.config import Recipe
+from ma_sft.release import merge as merging
 from ma_sft.release.manifest import read_weights, write_manifest
 from ma_sft.release.merge import find_base, load_adapter, merge
-from ma_sft.training.adapters import fitting_adapter, freeze, lora_config
+from ma_sft.training.adapters import fitting_adapter, freeze, lora_config, with_new_tokens
 from ma_sft.training.twin import shrink
 
 BASE = {"model_name_or_path": "demo", "dataset_name": "x"}
@@ -54,20 +57,20 @@ def base(tmp_path_factory, smollm2):
     return make
 
 
-def moved(model):
+def moved(model, scale=0.1):
     """The model, each of whose trained weights was moved as training would."""
     set_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += scale * torch.randn_like(parameter)
     return model
 
 
-def adapter(base, folder, **config):
+def adapter(base, folder, scale=0.1, **config):
     """A trained adapter on `base`."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **config})
-    moved(get_peft_model(model, config)).save_pretrained(folder)
+    moved(get_peft_model(model, config), scale).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
@@ -206,6 +209,48 @@ def test_merge_keeps_the_dtype_of_the_base_and_says_what_rounding_did(base, trai
     assert "its logits differ from the adapter model's by at most" in str(found)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("fault", ["none", "missing", "scaled", "swapped"])
+def test_a_wrong_merge_is_never_kept_and_a_right_one_always(base, tmp_path, monkeypatch, dtype, fault):
+    """The adapter changes weights by far less than rounding to bfloat16 does."""
+
+    def wrong(*args):
+        updates = layer_updates(*args)
+        first, second = (name for name in updates if "q_proj" in name)
+        right = updates[first]
+        if fault == "missing":
+            del updates[first]
+        if fault == "scaled":
+            updates[first] = lambda weight: weight + 1.5 * (right(weight) - weight)
+        if fault == "swapped":
+            updates[first], updates[second] = updates[second], right
+        return updates
+
+    layer_updates = merging._layer_updates
+    monkeypatch.setattr(merging, "_layer_updates", wrong)
+    run, out = adapter(base(), tmp_path / "adapter", scale=1e-3), tmp_path / "merged"
+    if fault == "none":
+        assert merge(run, out, dtype=dtype).difference < 0.05
+        return
+    with pytest.raises(RunError, match=r"more than rounding: .*q_proj.weight in its files"):
+        merge(run, out, dtype=dtype)
+    assert not out.exists()
+
+
+def test_rounding_may_send_a_token_to_another_expert(smollm2, tmp_path):
+    """Logits of a mixture of experts differ then, though each weight is the right one."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 2, "pad_token_id": 2}
+    config = GptOssConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / f"base-{seed}")
+        tokenizer.save_pretrained(tmp_path / f"base-{seed}")
+        run = adapter(tmp_path / f"base-{seed}", tmp_path / f"adapter-{seed}", use_dora=True)
+        assert merge(run, tmp_path / f"merged-{seed}").difference
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +322,29 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
     quantised.save_pretrained(tmp_path / "quantised")
     message = refused(trained, tmp_path / "out", base=str(tmp_path / "quantised"))
     assert "is quantised (bitsandbytes)" in message and "16-bit" in message
+
+
+@pytest.mark.parametrize(
+    ("tied", "config", "rows", "whole"),
+    [
+        (True, {}, [0], set()),
+        (True, {"trainable_token_indices": [3]}, [3, 0], set()),
+        (False, {"trainable_token_indices": {"embed_tokens": [3]}}, [3, 0], {"lm_head"}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, None, {"embed_tokens", "lm_head"}),
+        (True, {"modules_to_save": ["embed_tokens"]}, None, {"embed_tokens"}),
+    ],
+)
+def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base(tied)), AutoTokenizer.from_pretrained(base(tied))
+    tokenizer.add_tokens(["<new>"])
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    peft = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **config)
+    model = get_peft_model(with_new_tokens(model, settings(), ["<new>"], tokenizer, peft), peft)
+    expected = {"embed_tokens": [row or new for row in rows]} if rows else None
+    assert peft.trainable_token_indices == expected and whole <= {*(peft.modules_to_save or ())}
+    head = model.get_output_embeddings()
+    trained = getattr(head, "modules_to_save", None) or getattr(head, "token_adapter", None)
+    assert any(parameter.requires_grad for parameter in trained.parameters()), "the head learns to write them"
 
 
 def test_new_tokens_are_part_of_the_merge(base, tmp_path):

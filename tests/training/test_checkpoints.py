@@ -172,6 +172,10 @@ def test_full_disk_keeps_the_last_whole_checkpoint(settings, tmp_path):
                 shutil.rmtree(run.out / name)
         run = Run({**run.settings, "save_total_limit": 1}).done()
         assert f"going on from {run.out}/checkpoint-{last}" in run.text
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 150_000))
+        run = Run({**settings, "output_dir": str(disk / "unsaved"), "save_strategy": "no"})
+        assert run.finish() == 2 and "error: the disk is full" in run.text and "step 30 of 30" in run.text
+        assert not (run.out / ".model").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
 

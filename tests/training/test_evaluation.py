@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.utils import logging
 from ma_sft import Recipe, RecipeError, RunError, make_trainer, run
 from ma_sft.errors import Interrupted
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.training.checkpoints import StopEvaluation
+from ma_sft.training.checkpoints import COMPLETE, StopEvaluation
 from ma_sft.training.evaluation import generate_answers
 
 ROWS = [{"prompt": f"What is {i}?", "completion": "It is " + "so " * (i * i % 7) + f"{i}."} for i in range(12)]
@@ -83,19 +84,23 @@ def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(start, tmp_pat
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_held_out_data_sets_keep_their_names(settings, labelled):
+@pytest.mark.parametrize("names", [("near", "far"), ("test",), ("v1.0", "data/v1.1")])
+def test_held_out_data_sets_keep_their_names(settings, labelled, names):
     del settings["eval_dataset"]
     rows = [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}] * 3 if labelled else ROWS[:3]
-    tests = {"near": Dataset.from_list(rows), "far": Dataset.from_list(rows[:2])}
-    trainer = make_trainer(Recipe(**settings), ["--eval_strategy", "steps"], eval_dataset=tests)
-    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == {"near": 3, "far": 2}
-    assert {"eval_loss", "eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
+    tests = {name: Dataset.from_list(rows[at:]) for at, name in enumerate(names)}
+    best = {**BEST, "metric_for_best_model": f"eval_{names[0]}_loss"}
+    trainer = make_trainer(Recipe(**{**settings, **best}), eval_dataset=tests)
+    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == dict(zip(names, (3, 2), strict=False))
+    assert {"eval_loss", *(f"eval_{name}_loss" for name in names)} <= trainer.evaluate().keys()
 
 
-def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start, tmp_path):
-    for metric in ("eval_test_loss", "blue", "exact_match"):
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, start, tmp_path):
+    for metric in ("eval_test_loss", "blue", "exact_match", "eval_objective"):
         with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
             start(**BEST, metric_for_best_model=metric)
+    with pytest.raises(RecipeError, match="'exact_match' is not measured"):  # by the trainer alone
+        make_trainer(Recipe(**{**settings, **BEST_ANSWERS}))
     (broken := tmp_path / "broken.jsonl").write_text('{"messages": 1}\n')
     with pytest.raises(RecipeError, match="'blue' is not measured"):  # and before any row is read
         start(**BEST, metric_for_best_model="blue", dataset_name=str(broken))
@@ -146,6 +151,19 @@ def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_p
     # More steps from a finished run's checkpoint
     assert start("more", **{**more, "resume_from_checkpoint": last}, max_steps=4)["steps"] == 4
     assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
+    # Of a plain trainer's checkpoint, its batches alone are known; one that was cut off has none of its own
+    foreign = shutil.copytree(first, tmp_path / "foreign/checkpoint-1")
+    for path in (Path(first, COMPLETE), foreign / COMPLETE):
+        path.unlink()
+    with pytest.raises(RecipeError, match="trained in batches of 2, and 3 would train some rows twice"):
+        start("other", **{**more, "resume_from_checkpoint": str(foreign)}, per_device_train_batch_size=3)
+    assert start("other", **{**more, "resume_from_checkpoint": str(foreign)})["steps"] == 2
+    with pytest.raises(RecipeError, match="checkpoint-1 was cut off while it was written"):
+        start("run", **more)
+    # Steps of more processes have other rows
+    (complete := Path(last, COMPLETE)).write_text(complete.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
+        start("fewer", **{**more, "resume_from_checkpoint": last}, max_steps=4)
 
 
 def test_a_start_that_failed_does_not_block_the_corrected_command(start, tmp_path):

@@ -53,6 +53,24 @@ def test_script_trains(names, script):
         assert not torch.equal(names["model"].lm_head.weight, before)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_formatting_func_of_streams_and_of_several_held_out_sets(names, streamed):
+    rows = names["rows"].to_iterable_dataset() if streamed else names["rows"]
+    held_out = {"near": names["rows"].select(range(3)), "far": names["rows"].select(range(2))}
+    trainer = SFTTrainer(
+        names["model"],
+        SFTConfig(names["output_dir"], **names["short"], eval_strategy="steps"),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        formatting_func=lambda row: f"{row['question']}\n### Answer: {row['answer']}",
+        data_collator=DataCollatorForCompletionOnlyLM("### Answer:", tokenizer=names["tokenizer"]),
+        tokenizer=names["tokenizer"],
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trained(names["tokenizer"], batch["labels"]) == [" Two.<|im_end|>"] * 2
+    assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
+
+
 def test_loop_in_plain_pytorch(names):
     exec(SCRIPTS["loop"], names)
     assert trained(names["tokenizer"], names["batch"]["labels"]) == [" Two."] * 2

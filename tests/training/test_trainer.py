@@ -74,6 +74,8 @@ def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     assert lengths[:3] == [20] * 3 if packing else lengths == [8] * 6
     assert trainer.train().global_step == 2
+    with pytest.raises(RecipeError, match="test_size: rows that have labels already are not split"):
+        make_trainer(Recipe(**settings, test_size=2), train_dataset=rows)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,8 @@ def test_loss_optimizers_callbacks_and_metrics_are_the_callers(settings, file, t
     trainer = make_trainer(
         Recipe(**settings, dataset_name=file, eval_strategy="steps", eval_steps=2),
         model=model, optimizers=(optimizer, None), callbacks=[Count()], compute_loss_func=loss,
-        eval_dataset=Dataset.from_list(ROWS[:2]), compute_metrics=lambda found: {"rows": len(found.predictions)},
+        eval_dataset=Dataset.from_list(ROWS[:2]),
+        compute_metrics=lambda found: {"rows": len(found.predictions), "words": "any"},
     )  # fmt: skip
     before = model.lm_head.weight.clone()
     trainer.train()
