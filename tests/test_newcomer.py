@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assistant, load_tokenizer, refusal, start, user, write_rows
+from helpers import ROOT, assistant, refusal, start, user, write_rows
 from patience import patience
+from transformers import AutoTokenizer
 
 from ma_sft import Recipe
 from ma_sft.cli import main
@@ -174,8 +175,8 @@ WRONG = [  # settings, flags, and what the line says
 
 
 @pytest.fixture(scope="module")
-def without_template(tmp_path_factory):
-    tokenizer = load_tokenizer("smollm2")
+def without_template(tiny_bpe, tmp_path_factory):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder := tmp_path_factory.mktemp("models") / "base")
     return folder
@@ -190,9 +191,10 @@ def wrong(here, without_template):
 
 
 @pytest.mark.parametrize(("changed", "flags", "says"), WRONG, ids=str)
-def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong, here, capsys):
+def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong, here, tiny_bpe, capsys):
     """The second start is no other than the first, which left nothing in its way."""
-    (here / "mine.yaml").write_text(json.dumps({**BASE, "max_steps": 1, **changed}), encoding="utf-8")
+    given = {**BASE, "model_name_or_path": str(tiny_bpe), "max_steps": 1, **changed}
+    (here / "mine.yaml").write_text(json.dumps(given), encoding="utf-8")
     for _ in range(2):
         line = refusal(capsys, "train", "mine.yaml", *flags)
         assert all(part in line for part in says.split(" ... ")), line
@@ -233,8 +235,8 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
     ],
     ids=str,
 )
-def test_wrong_command_is_one_line_that_says_what_to_do(command, says, wrong, capsys):
-    line = refusal(capsys, *command, *(["--model", "demo"] if command[-1].endswith((".csv", "x")) else ()))
+def test_wrong_command_is_one_line_that_says_what_to_do(command, says, wrong, tiny_bpe, capsys):
+    line = refusal(capsys, *command, *(["--model", tiny_bpe] if command[-1].endswith((".csv", "x")) else ()))
     assert all(part in line for part in says.split(" ... "))
 
 

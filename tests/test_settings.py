@@ -608,7 +608,7 @@ def train(tmp_path_factory, model, rows, **settings):
     out = tmp_path_factory.mktemp("run") / "out"
     given = {"model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out)}
     recipe = Recipe(**{**given, "max_steps": 2, "per_device_train_batch_size": 2, "report_to": [],
-                       "disable_tqdm": True, "bf16": False, **settings})  # fmt: skip
+                       "disable_tqdm": True, "bf16": False, "rehearse": False, **settings})  # fmt: skip
     kept = []
     summary = run(recipe, on_trainer=kept.append)
     return Run(recipe.resolve(), kept[0], out, summary)

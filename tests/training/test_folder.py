@@ -63,23 +63,17 @@ def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
     assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x"])
-def test_a_file_that_no_run_wrote_stays(again, name):
-    out, start = again
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
-    (out / name).write_text("mine")
-    start(overwrite_output_dir=True, max_steps=1)
-    assert (out / name).read_text() == "mine" and not (out / "checkpoint-2").exists()
-
-
-def test_a_link_is_not_followed(again, tmp_path):
+def test_a_file_that_no_run_wrote_stays_and_a_link_is_not_followed(again, tmp_path):
     out, start = again
     shutil.rmtree(out / "merged")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "model.safetensors").write_text("mine")
     (out / "merged").symlink_to(tmp_path / "mine")
-    start(overwrite_output_dir=True, merge=False)
-    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine" and not (out / "merged").exists()
+    mine = [out / name for name in ("thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x")]
+    for path in (*mine, linked := tmp_path / "mine" / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    start(overwrite_output_dir=True, merge=False, max_steps=1)
+    assert all(path.read_text() == "mine" for path in (*mine, linked))
+    assert not (out / "checkpoint-2").exists() and not (out / "merged").exists()
 
 
 def test_resume_never_does_not_remove_another_recipes_run(again):
