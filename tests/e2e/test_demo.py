@@ -34,7 +34,7 @@ def demo(tmp_path_factory):
     (folder / "heldout.jsonl").write_text("".join(lines[2:4]), encoding="utf-8")
     out = folder / "demo"
     # float32 on every machine: rounding to bfloat16 may tip the answers of so short a training when it is merged
-    short = "--max_steps 8 --warmup_steps 1 --learning_rate 2e-3 --logging_steps 2 --max_length 256 --bf16 false"
+    short = "--max_steps 8 --warmup_steps 1 --learning_rate 2e-3 --logging_steps 2 --max_length 160 --bf16 false"
     answers = "--generate_eval 1 --max_new_tokens 50"
     return out, *train(out, "--eval_dataset", folder / "heldout.jsonl", *f"{short} {answers}".split())
 

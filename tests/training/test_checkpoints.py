@@ -140,10 +140,10 @@ def test_signal_saves_and_says_how_to_go_on(settings, number, when):
 
 
 def test_stopped_run_goes_on_to_the_same_weights(base, tmp_path):
-    settings = {**base, "max_steps": 200, "save_steps": 50, "logging_steps": 10}
+    settings = {**base, "max_steps": 140, "save_steps": 20, "logging_steps": 10}
     uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")})
     run = Run({**settings, "output_dir": str(tmp_path / "run")})
-    run.wait_for("checkpoint-50")
+    run.wait_for("checkpoint-20")
     run.signal(signal.SIGTERM)
     assert run.finish() == uncut.finish() == 0
     assert not (run.out / "summary.json").exists()
