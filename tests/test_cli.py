@@ -19,11 +19,6 @@ def recipe(tiny_bpe, tmp_path):
     return path
 
 
-def test_check_finds_what_a_setting_breaks(recipe, capsys):
-    assert main(["check", str(recipe), "--max_length", "12"]) == 1
-    assert "cuts off every response" in " ".join(capsys.readouterr().out.split())
-
-
 def test_check_finds_a_response_template_that_is_not_there(recipe, capsys):
     flags = ["--formatting_func", "question-answer", "--response_template", "### Reply:"]
     assert main(["check", str(recipe), *flags]) == 1

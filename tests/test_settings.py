@@ -14,6 +14,7 @@ from processes import launcher
 from settings_page import settings_page
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig
+from trl_templates import SHELF
 
 from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
@@ -503,20 +504,20 @@ def test_chat_template_path_takes_a_file_or_a_tokenizer(tiny_bpe, tiny_qwen3, ro
 
 SYSTEM = {"messages": [user("a"), user("b"), assistant("c")]}
 TWO_TURNS = {"messages": [user("user"), assistant("assistant")] * 2}
+QWEN3 = str(SHELF / "qwen3.jinja")
 THOUGHTS = {"messages": [t for n in "12" for t in (user(n), assistant(f"<think>\nso\n</think>\n\n{n}"))]}
 
 
 @pytest.fixture(scope="module")
-def see(tiny_bpe, tiny_qwen3, rows, tmp_path_factory):
+def see(tiny_bpe, rows, tmp_path_factory):
     """Labels rows as settings say: `see(content, **settings)` gives the texts, the trained texts and all else."""
     folder = tmp_path_factory.mktemp("see")
 
-    def look(content=None, *, held_out=False, thinks=False, **settings):
+    def look(content=None, *, held_out=False, **settings):
         if content is not None:
             path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", content)
             settings = {"dataset_name": path, **settings}
-        model = tiny_qwen3 if thinks else tiny_bpe
-        found, tokenizer, *_ = labelled(model, rows, held_out=held_out, **settings)
+        found, tokenizer, *_ = labelled(tiny_bpe, rows, held_out=held_out, **settings)
         texts = [tokenizer.decode(ids) for ids in found.dataset["input_ids"]]
         trained = [tokenizer.decode([i for i in ids if i != -100]) for ids in found.dataset["labels"]]
         return texts, trained, found
@@ -573,7 +574,7 @@ LABELS = {
     "template_kwargs": lambda see: "user::Say" in see(template=marked(see), template_kwargs={"mark": "::"})[0][0],
     "train_on": lambda see: see([TWO_TURNS], train_on="last")[1][0].count("assistant") == 1,
     "history": lambda see: (
-        len(see([THOUGHTS], thinks=True, history="mask")[0]) < len(see([THOUGHTS], thinks=True)[0])
+        len(see([THOUGHTS], template=QWEN3, history="mask")[0]) < len(see([THOUGHTS], template=QWEN3)[0])
     ),
     "formatting_func": lambda see: see(formatting_func="question-answer")[1][0].startswith("###Question"),
     "response_template": lambda see: see(formatting_func="question-answer", response_template="###Answer:")[1][

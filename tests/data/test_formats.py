@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from helpers import ROOT, assistant, system, user
+from helpers import ROOT, assistant, read_rows, system, user
 
 from ma_sft import FormatError, to_messages, to_messages_batch
 from ma_sft.data.formats import FORMATS, BadAnswer, detect_format, message_features
@@ -25,30 +25,6 @@ PARTS = [{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "
 def calling(arguments):
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     return {"messages": [user("q"), assistant("", tool_calls=[call])]}
-
-
-@pytest.mark.parametrize(
-    ("row", "format", "messages"),
-    [
-        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        ({"messages": [user([{"type": "text", "text": "What is 2+2?"}]), ASSISTANT]}, "messages", [USER, ASSISTANT]),
-        ({"messages": [USER, assistant(None, tool_calls=[CALL])]}, "messages",
-         [USER, assistant("", tool_calls=[CALL])]),
-        ({"system": "Be brief.", "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}]},
-         "sharegpt", [SYSTEM, user("x"), assistant("y")]),
-        ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
-        ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
-        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
-        ({"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
-         "hh-rlhf", [USER, ASSISTANT, user("Sure?"), assistant("Yes")]),
-        ({"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
-         "multiple-choice", [user("Sky?\n1. red\n2. blue"), assistant("2. blue")]),
-    ],
-)  # fmt: skip
-def test_to_messages(row, format, messages):
-    assert detect_format(row) == format
-    assert to_messages(row) == messages
-    assert to_messages(row, format) == messages
 
 
 @pytest.mark.parametrize(
@@ -205,10 +181,11 @@ def test_formatting_func_on_rows_and_batches():
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_golden(path):
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     golden = json.loads(path.with_suffix(".golden.json").read_text(encoding="utf-8"))
-    for row, expected in zip(rows, golden, strict=True):
-        assert to_messages(row) == expected["messages"]
+    for row, expected in zip(read_rows(path), golden, strict=True):
+        format = detect_format(row)
+        assert to_messages(row) == to_messages(row, format) == expected["messages"]
+        assert format == path.stem or path.stem not in FORMATS
         tools = to_tools(row)
         assert (json.loads(tools) if tools else None) == expected.get("tools")
 
@@ -225,12 +202,8 @@ def test_the_table_of_the_documentation():
         assert to_messages(json.loads(row[2]), row[1]) == to_messages(json.loads(row[2]))
 
 
-def test_every_format_has_a_fixture():
-    assert set(FORMATS) <= {path.stem for path in FIXTURES.glob("*.jsonl")}
-
-
 def test_batches_for_map():
-    rows = [json.loads(line) for line in (FIXTURES / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(FIXTURES / "messages.jsonl")
     plain = [{"messages": json.dumps(row["messages"]), "tools": json.dumps(row.get("tools"))} for row in rows]
 
     def convert(batch, indices):
@@ -238,6 +211,7 @@ def test_batches_for_map():
 
     # one row at a time: the first row must not decide which keys the messages of later rows may have
     settings = {"batched": True, "batch_size": 1, "with_indices": True, "features": message_features()}
+    settings |= {"new_fingerprint": "mapped"}  # else `datasets` pickles all that the function can reach
     mapped = Dataset.from_list(plain).map(convert, **settings)
     for row, raw in zip(mapped, rows, strict=True):
         found = [{k: v for k, v in m.items() if v is not None and k != "tool_calls"} for m in row["messages"]]
@@ -250,6 +224,7 @@ def test_batches_for_map():
         to_messages_batch(alpaca, [6, 7], format="alpaca")
 
 
-def test_no_format_is_hidden_by_an_earlier_one():
+def test_every_format_has_a_fixture_and_none_is_hidden_by_an_earlier_one():
+    assert set(FORMATS) <= {path.stem for path in FIXTURES.glob("*.jsonl")}
     for name, known in FORMATS.items():
         assert detect_format({names[0]: ["x"] for names in known.needs}) == name

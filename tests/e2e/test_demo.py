@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, start, system
+from helpers import ROOT, read_rows, start, system
 from patience import HANG
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -92,7 +92,7 @@ METHODS = {"lora": "", "qlora": "--load_in_4bit true", "dora": "--use_dora true"
 
 def answers(model, folder):
     """Answers to all held-out rows, and the share of exact matches."""
-    rows = [json.loads(line) for line in (ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(ROOT / "data/demo/heldout.jsonl")
     conversations = [[system("You write JSON."), *to_messages(row)] for row in rows]
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
     prompts = [encoder.encode_prompt(c[:-1]) for c in conversations]

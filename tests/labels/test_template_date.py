@@ -6,10 +6,10 @@ from datetime import datetime, timedelta
 
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
-from helpers import QUICK, assistant, load_tokenizer, user, write_rows
-from transformers import AutoTokenizer, TrainerCallback
+from helpers import QUICK, Die, assistant, load_tokenizer, user, write_rows
+from transformers import AutoTokenizer
 
-from ma_sft import Recipe, RecipeError, make_trainer, run
+from ma_sft import Recipe, RecipeError, RunError, make_trainer, run
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.templates import TEMPLATES as BUILT_IN
 from ma_sft.labels.templates import load_tokenizer as load
@@ -137,22 +137,14 @@ def test_real_template():
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
 
 
-class Stop(TrainerCallback):
-    """Ends a run after the checkpoint of its second step, as a machine that fails."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise InterruptedError
-
-
 @pytest.mark.slow
 def test_run_keeps_its_date(folder, tiny_bpe, days_later, caplog, capsys):
     """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
     today = days_later(0)
     day = datetime.strptime(today, "%d %b %Y").date().isoformat()
     settings = {"save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
-    with pytest.raises(InterruptedError):
-        run(recipe(tiny_bpe, **settings), on_trainer=lambda trainer: trainer.add_callback(Stop()))
+    with pytest.raises(RunError, match="killed"):
+        run(recipe(tiny_bpe, **settings), on_trainer=lambda trainer: trainer.add_callback(Die(2)))
     assert json.loads((folder / "o" / "recipe.json").read_text())["template_now"] == day
 
     tomorrow = days_later(1)

@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from gguf import GGUFReader
-from helpers import ROOT, refusal, user, write_rows
+from helpers import ROOT, read_rows, refusal, user, write_rows
 from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
@@ -226,8 +226,7 @@ def test_gguf(smollm2, tmp_path, capsys, monkeypatch):
 # -- the next stages, offline -----------------------------------------------------------------------------------------
 
 FILES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
-LINES = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
-PAIRS = [pair for line in LINES if (pair := to_preference(json.loads(line)))]
+PAIRS = [pair for path in FILES for row in read_rows(path) if (pair := to_preference(row))]
 COMMON = {
     **{"per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True},
     **{"gradient_checkpointing": False, "bf16": False, "logging_steps": 1, "learning_rate": 1e-3},

@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from helpers import QUICK, write_rows
+from helpers import QUICK, Die, write_rows
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
@@ -185,13 +185,8 @@ def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
 
 
 def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
-    class Die(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                raise RunError("killed")
-
     with pytest.raises(RunError, match="killed"):
-        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die()))
+        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
     whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
     went_on = run(another(learning_rate=0.1))
     assert went_on["evaluation"] == whole["evaluation"]
