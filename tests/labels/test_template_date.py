@@ -142,7 +142,7 @@ def test_run_keeps_its_date(folder, tiny_bpe, days_later, caplog, capsys):
     """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
     today = days_later(0)
     day = datetime.strptime(today, "%d %b %Y").date().isoformat()
-    settings = {"save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
+    settings = {"save_strategy": "steps", "save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
     with pytest.raises(RunError, match="killed"):
         run(recipe(tiny_bpe, **settings), on_trainer=lambda trainer: trainer.add_callback(Die(2)))
     assert json.loads((folder / "o" / "recipe.json").read_text())["template_now"] == day
