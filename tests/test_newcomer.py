@@ -166,7 +166,6 @@ WRONG = [  # settings, flags, and what the line says
     ({"template": "my.jinja"}, [], "template 'my.jinja' does not exist (counted from /"),
     ({"model_name_or_path": "base"}, [], "choose one with template="),
     ({"max_length": 8}, [], "max_length=8 cuts off every response ... raise max_length"),
-    ({"lora_preset": "all"}, [], "lora_preset"),
     ({}, ["--config", "none.yaml"], "'none.yaml' does not exist (counted from /"),
     ({}, ["--launcher", "zero9"], "--launcher: a file or one of cp, cpu, ddp, "),
     ({}, ["--gpus", "2"], "say which, e.g. --launcher ddp"),

@@ -220,13 +220,10 @@ def test_dashes_do_for_underscores_everywhere(tmp_path):
     assert not resolve("--no-check").labels.check and not resolve("--no_merge").adapter.merge
 
 
-def test_the_last_of_a_repeated_flag_wins():
+def test_what_is_said_later_wins():
     settings = resolve("--use_peft", "false", "--use_peft", "--learning_rate", "1", "--learning-rate", "2", "--name=b")
     assert settings.model.use_peft and settings.training.learning_rate == 2
     assert settings.training.output_dir == "runs/b"
-
-
-def test_later_way_to_say_one_thing_replaces_the_other():
     assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
     assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
 
@@ -405,6 +402,7 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
         *(({name: None}, f"{name}: a value is missing") for name in NOT_NONE.split()),
         (["--max_steps", "many"], "max_steps: int expected, found 'many'"),
         (["--packing_strategy", "best"], "invalid choice: 'best'"),
+        ({"lora_preset": "all"}, "lora_preset"),
         (["--config", "no.yaml"], "'no.yaml' does not exist"),
         (["--config"], "--config: expected one argument"),
     ],
