@@ -133,8 +133,6 @@ def test_defaults_of_the_methods():
             {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
             "peft_config: init_lora_weights='eva' needs",
         ),
-        ({"use_peft": False, "load_in_4bit": True}, "load_in_4bit trains an adapter and use_peft is false"),
-        ({"use_peft": False, "loraplus_lr_ratio": 4}, "loraplus_lr_ratio trains an adapter"),
         ({"freeze": ["embed"]}, "freeze is for full fine-tuning"),
     ],
 )
