@@ -68,9 +68,11 @@ def test_five_commands_to_a_chat(here, capsys):
         ("jsonl", [{"prompt": f"{i}?", "completion": "<think>Hm.</think>Yes."} for i in range(20)], "reasoning", {}),
         ("jsonl", [{"messages": [user("?"), assistant("!")], "tools": [TOOL]}] * 9, "tools", {"test_size": None}),
         ("jsonl", MANY, "chat", {"packing": True, "generate_eval": 10}),
-        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n" * 1, "exact", {"dataset_name": "mine.csv"}),
+        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n", "exact", {"dataset_name": "mine.csv"}),
+        ("csv", "\ufeffquestion,answer\n今天天气怎么样？,今天天气很好，适合出去玩。\n", "chat", {"datasets": None}),
+        ("csv", "question,answer\nWhy; me?,So; there.\n", "chat", {"dataset_name": "mine.csv"}),
     ],
-    ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv"],
+    ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv", "marked csv", "semicolons in cells"],
 )
 def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
     here, kind, rows, task, expected, tiny_bpe, tiny_qwen3, capsys
@@ -87,27 +89,6 @@ def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
     capsys.readouterr()
     assert main(["check", "mine.py", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
-
-
-CHINESE = "question,answer\n今天天气怎么样？,今天天气很好，适合出去玩。\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "shown"),
-    [
-        ("bom.csv", CHINESE.encode("utf-8-sig"), "今天天"),
-        ("comma.csv", b"question,answer\nWhy; me?,So; there.\n", "So; there"),
-        ("Case.csv", b"Question,Answer\nWhy?,So.\n", "So."),
-    ],
-)
-def test_init_reads_marked_text_and_heads_in_any_case(name, content, shown, here, tiny_bpe, capsys):
-    (here / name).write_bytes(content)
-    flags = ["--model", str(tiny_bpe), "--hardware", "cpu", "--task", "chat", "-o", "mine.py"]
-    assert main(["init", "--data", name, *flags]) == 0
-    assert Recipe.load("mine.py").settings.get("datasets", [{"path": name}]) == [{"path": name}]
-    capsys.readouterr()
-    assert main(["preview", "mine.py"]) == 0
-    assert shown in capsys.readouterr().out
 
 
 def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, capsys):
