@@ -15,13 +15,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainerCallback,
+    TrainerState,
     set_seed,
 )
 
+from ma_sft import RunError
 from ma_sft.cli import main
 
-__all__ = ["FUZZ", "QUICK", "ROOT", "TOKENIZERS", "assistant", "load_tokenizer", "refusal", "save_tiny", "start"]
-__all__ += ["system", "user", "write_rows"]
+__all__ = ["FUZZ", "QUICK", "ROOT", "TOKENIZERS", "assistant", "load_tokenizer", "read_rows", "refusal", "save_tiny"]
+__all__ += ["Die", "start", "system", "user", "write_rows"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +37,17 @@ QUICK = {
     **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
     **{"bf16": False, "dtype": "float32", "rehearse": False},
 }
+
+
+class Die(TrainerCallback):
+    """Ends a run like a crash before its step `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        if state.global_step == self.at:
+            raise RunError("killed")
 
 
 def user(content: object) -> dict[str, object]:
@@ -81,6 +95,10 @@ def write_rows(path: Path, rows: Iterable[dict[str, object] | str]) -> str:
     lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -45,10 +45,13 @@ def trainer_settings(folder: Path) -> dict[str, Any]:
 
 
 class Recorder(SFTTrainer):
-    """SFTTrainer that keeps the gradients and the loss of its one step."""
+    """SFTTrainer that keeps the inputs and loss of its last step, and the gradients of its first before clipping."""
+
+    gradients: dict[str, torch.Tensor] | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.seen = inputs
         self.loss = super().training_step(model, inputs, num_items_in_batch)
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        if self.gradients is None and self.accelerator.sync_gradients:
+            self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         return self.loss

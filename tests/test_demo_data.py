@@ -3,12 +3,9 @@
 import json
 
 import demo_data
+from helpers import read_rows
 
 FIELDS = ["intent", "product", "quantity", "urgency", "order_id"]
-
-
-def _read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_files_are_seeded_and_disjoint(tmp_path):
@@ -19,7 +16,7 @@ def test_files_are_seeded_and_disjoint(tmp_path):
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert all((tmp_path / "a" / n).read_bytes() != (tmp_path / "c" / n).read_bytes() for n in names)
 
-    train, multi_turn, held_out = (_read(tmp_path / "a" / n) for n in names)
+    train, multi_turn, held_out = (read_rows(tmp_path / "a" / n) for n in names)
     assert len(train) >= 2000 and len(multi_turn) >= 300 and len(held_out) >= 100
     assert len({row["input"] for row in train}) == len(train)
     seen = [json.loads(row["output"]) for row in train]

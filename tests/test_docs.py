@@ -122,6 +122,8 @@ class Shell:
         if words[0] == "train":
             asks = {"eval_dataset", "test_size"} & set(Recipe.load(words[1]).settings)
             words = [*words, *SHORT, *([] if asks else ["--eval_dataset", "heldout.jsonl"])]
+        if words[0] in ("check", "plan"):
+            words = [*words, "--rehearse", "false"]
         if words[0] == "chat":
             words = [*words, "--max_new_tokens", "4"]
         if words[-1].endswith(".gguf") or "--outtype" in words:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assistant, load_tokenizer, refusal, start, user, write_rows
+from helpers import ROOT, assistant, refusal, start, user, write_rows
 from patience import patience
+from transformers import AutoTokenizer
 
 from ma_sft import Recipe
 from ma_sft.cli import main
@@ -67,9 +68,11 @@ def test_five_commands_to_a_chat(here, capsys):
         ("jsonl", [{"prompt": f"{i}?", "completion": "<think>Hm.</think>Yes."} for i in range(20)], "reasoning", {}),
         ("jsonl", [{"messages": [user("?"), assistant("!")], "tools": [TOOL]}] * 9, "tools", {"test_size": None}),
         ("jsonl", MANY, "chat", {"packing": True, "generate_eval": 10}),
-        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n" * 1, "exact", {"dataset_name": "mine.csv"}),
+        ("csv", "Question,Answer\nWhy?,Because of a number of reasons.\n", "exact", {"dataset_name": "mine.csv"}),
+        ("csv", "\ufeffquestion,answer\n今天天气怎么样？,今天天气很好，适合出去玩。\n", "chat", {"datasets": None}),
+        ("csv", "question,answer\nWhy; me?,So; there.\n", "chat", {"dataset_name": "mine.csv"}),
     ],
-    ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv"],
+    ids=["alpaca", "broken row", "text", "reasoning", "tools", "many", "csv", "marked csv", "semicolons in cells"],
 )
 def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
     here, kind, rows, task, expected, tiny_bpe, tiny_qwen3, capsys
@@ -86,27 +89,6 @@ def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
     capsys.readouterr()
     assert main(["check", "mine.py", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
-
-
-CHINESE = "question,answer\n今天天气怎么样？,今天天气很好，适合出去玩。\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "shown"),
-    [
-        ("bom.csv", CHINESE.encode("utf-8-sig"), "今天天"),
-        ("comma.csv", b"question,answer\nWhy; me?,So; there.\n", "So; there"),
-        ("Case.csv", b"Question,Answer\nWhy?,So.\n", "So."),
-    ],
-)
-def test_init_reads_marked_text_and_heads_in_any_case(name, content, shown, here, tiny_bpe, capsys):
-    (here / name).write_bytes(content)
-    flags = ["--model", str(tiny_bpe), "--hardware", "cpu", "--task", "chat", "-o", "mine.py"]
-    assert main(["init", "--data", name, *flags]) == 0
-    assert Recipe.load("mine.py").settings.get("datasets", [{"path": name}]) == [{"path": name}]
-    capsys.readouterr()
-    assert main(["preview", "mine.py"]) == 0
-    assert shown in capsys.readouterr().out
 
 
 def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, capsys):
@@ -165,8 +147,6 @@ WRONG = [  # settings, flags, and what the line says
     ({"template": "my.jinja"}, [], "template 'my.jinja' does not exist (counted from /"),
     ({"model_name_or_path": "base"}, [], "choose one with template="),
     ({"max_length": 8}, [], "max_length=8 cuts off every response ... raise max_length"),
-    ({"lora_preset": "all"}, [], "lora_preset"),
-    ({"use_peft": True, "lora_target_modules": ["query"]}, [], "q_proj"),
     ({}, ["--config", "none.yaml"], "'none.yaml' does not exist (counted from /"),
     ({}, ["--launcher", "zero9"], "--launcher: a file or one of cp, cpu, ddp, "),
     ({}, ["--gpus", "2"], "say which, e.g. --launcher ddp"),
@@ -174,8 +154,8 @@ WRONG = [  # settings, flags, and what the line says
 
 
 @pytest.fixture(scope="module")
-def without_template(tmp_path_factory):
-    tokenizer = load_tokenizer("smollm2")
+def without_template(tiny_bpe, tmp_path_factory):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder := tmp_path_factory.mktemp("models") / "base")
     return folder
@@ -190,9 +170,10 @@ def wrong(here, without_template):
 
 
 @pytest.mark.parametrize(("changed", "flags", "says"), WRONG, ids=str)
-def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong, here, capsys):
+def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong, here, tiny_bpe, capsys):
     """The second start is no other than the first, which left nothing in its way."""
-    (here / "mine.yaml").write_text(json.dumps({**BASE, "max_steps": 1, **changed}), encoding="utf-8")
+    given = {**BASE, "model_name_or_path": str(tiny_bpe), "max_steps": 1, **changed}
+    (here / "mine.yaml").write_text(json.dumps(given), encoding="utf-8")
     for _ in range(2):
         line = refusal(capsys, "train", "mine.yaml", *flags)
         assert all(part in line for part in says.split(" ... ")), line
@@ -233,8 +214,8 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
     ],
     ids=str,
 )
-def test_wrong_command_is_one_line_that_says_what_to_do(command, says, wrong, capsys):
-    line = refusal(capsys, *command, *(["--model", "demo"] if command[-1].endswith((".csv", "x")) else ()))
+def test_wrong_command_is_one_line_that_says_what_to_do(command, says, wrong, tiny_bpe, capsys):
+    line = refusal(capsys, *command, *(["--model", tiny_bpe] if command[-1].endswith((".csv", "x")) else ()))
     assert all(part in line for part in says.split(" ... "))
 
 

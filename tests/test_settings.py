@@ -15,6 +15,7 @@ from processes import launcher
 from settings_page import settings_page
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig
+from trl_templates import SHELF
 
 from ma_sft import MaSftError, Recipe, RecipeError, run
 from ma_sft.cli import main
@@ -223,20 +224,17 @@ def test_dashes_do_for_underscores_everywhere(tmp_path):
     assert settings.training.learning_rate == 1 and settings.training.max_length == 7
 
 
-def test_the_last_of_a_repeated_flag_wins():
+def test_what_is_said_later_wins():
     settings = resolve("--use_peft", "false", "--use_peft", "--learning_rate", "1", "--learning-rate", "2", "--name=b")
     assert settings.model.use_peft and settings.training.learning_rate == 2
     assert settings.training.output_dir == "runs/b"
+    assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
+    assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
 
 
 def test_a_flag_may_be_a_source_with_settings():
     rows = resolve("--datasets", "a.jsonl", '{"path": "~/b.jsonl", "weight": 2}').rows
     assert rows.datasets == ["a.jsonl", {"path": f"{Path.home()}/b.jsonl", "weight": 2}]
-
-
-def test_later_way_to_say_one_thing_replaces_the_other():
-    assert resolve("--datasets", "a.jsonl", "b.jsonl").rows.dataset_name is None
-    assert resolve("--test_size", "2", eval_dataset="held.jsonl").rows.eval_dataset == []
 
 
 def test_null_stands_for_our_own_default():
@@ -415,6 +413,7 @@ NOT_NONE = "check max_steps learning_rate packing train_on lora_r datasets"
         *(({name: None}, f"{name}: a value is missing") for name in NOT_NONE.split()),
         (["--max_steps", "many"], "max_steps: int expected, found 'many'"),
         (["--packing_strategy", "best"], "invalid choice: 'best'"),
+        ({"lora_preset": "all"}, "lora_preset"),
         (["--config", "no.yaml"], "'no.yaml' does not exist"),
         (["--config"], "--config: expected one argument"),
     ],
@@ -514,20 +513,20 @@ def test_chat_template_path_takes_a_file_or_a_tokenizer(tiny_bpe, tiny_qwen3, ro
 
 SYSTEM = {"messages": [user("a"), user("b"), assistant("c")]}
 TWO_TURNS = {"messages": [user("user"), assistant("assistant")] * 2}
+QWEN3 = str(SHELF / "qwen3.jinja")
 THOUGHTS = {"messages": [t for n in "12" for t in (user(n), assistant(f"<think>\nso\n</think>\n\n{n}"))]}
 
 
 @pytest.fixture(scope="module")
-def see(tiny_bpe, tiny_qwen3, rows, tmp_path_factory):
+def see(tiny_bpe, rows, tmp_path_factory):
     """Labels rows as settings say: `see(content, **settings)` gives the texts, the trained texts and all else."""
     folder = tmp_path_factory.mktemp("see")
 
-    def look(content=None, *, held_out=False, thinks=False, **settings):
+    def look(content=None, *, held_out=False, **settings):
         if content is not None:
             path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", content)
             settings = {"dataset_name": path, **settings}
-        model = tiny_qwen3 if thinks else tiny_bpe
-        found, tokenizer, *_ = labelled(model, rows, held_out=held_out, **settings)
+        found, tokenizer, *_ = labelled(tiny_bpe, rows, held_out=held_out, **settings)
         texts = [tokenizer.decode(ids) for ids in found.dataset["input_ids"]]
         trained = [tokenizer.decode([i for i in ids if i != -100]) for ids in found.dataset["labels"]]
         return texts, trained, found
@@ -584,7 +583,7 @@ LABELS = {
     "template_kwargs": lambda see: "user::Say" in see(template=marked(see), template_kwargs={"mark": "::"})[0][0],
     "train_on": lambda see: see([TWO_TURNS], train_on="last")[1][0].count("assistant") == 1,
     "history": lambda see: (
-        len(see([THOUGHTS], thinks=True, history="mask")[0]) < len(see([THOUGHTS], thinks=True)[0])
+        len(see([THOUGHTS], template=QWEN3, history="mask")[0]) < len(see([THOUGHTS], template=QWEN3)[0])
     ),
     "formatting_func": lambda see: see(formatting_func="question-answer")[1][0].startswith("###Question"),
     "response_template": lambda see: see(formatting_func="question-answer", response_template="###Answer:")[1][
@@ -619,7 +618,7 @@ def train(tmp_path_factory, model, rows, **settings):
     out = tmp_path_factory.mktemp("run") / "out"
     given = {"model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out)}
     recipe = Recipe(**{**given, "max_steps": 2, "per_device_train_batch_size": 2, "report_to": [],
-                       "disable_tqdm": True, "bf16": False, **settings})  # fmt: skip
+                       "disable_tqdm": True, "bf16": False, "rehearse": False, **settings})  # fmt: skip
     kept = []
     summary = run(recipe, on_trainer=kept.append)
     return Run(recipe.resolve(), kept[0], out, summary)

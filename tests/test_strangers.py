@@ -107,8 +107,6 @@ RECIPES = {
     "tag.yaml": ("!!python/object/apply:os.system ['touch mine']\n", "tag.yaml"),
     "name.yaml": (f"name: ../../x\n{MINE}", "../../x"),
     "slash.yaml": (f"name: /\n{MINE}", "name"),
-    "steps.yaml": (f"max_steps: -5\n{MINE}", "max_steps"),
-    "rate.yaml": (f"learning_rate: -1.0\n{MINE}", "learning_rate"),
 }
 
 

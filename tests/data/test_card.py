@@ -33,7 +33,7 @@ def mixture(tmp_path):
     return path
 
 
-def test_build(mixture, tmp_path, capsys):
+def test_build_and_train_on_what_is_built(mixture, tmp_path, tiny_bpe, capsys):
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     assert main(["data", "build", str(mixture), "-o", str(out), "--num_proc", "2"]) == 0
     assert signal.getsignal(signal.SIGTERM) == before
@@ -55,6 +55,11 @@ def test_build(mixture, tmp_path, capsys):
     assert card.data.license == "other"
     assert "| mit |" in card.text and "exact_duplicates: 1" in card.text
     assert "exists already" in refusal(capsys, "data", "build", mixture, "-o", out)
+
+    summary = run(settings(tmp_path, tiny_bpe, dataset_name=str(out), eval_dataset=str(out)))
+    assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
+    again = load_mixture([str(out)]).train
+    assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
 
 
 def test_build_preferences(tmp_path, capsys):
@@ -129,15 +134,6 @@ def settings(tmp_path, model, **data):
     more = {"name": "built", "max_length": 256, "packing": True, "use_peft": True, "merge": False}
     given = {"model_name_or_path": str(model), "output_dir": str(tmp_path / "run"), **more}
     return Recipe(**{**QUICK, **given, "per_device_train_batch_size": 1, **data})
-
-
-def test_recipe_trains_on_a_built_folder(mixture, tmp_path, tiny_bpe):
-    out = tmp_path / "out"
-    assert main(["data", "build", str(mixture), "-o", str(out)]) == 0
-    summary = run(settings(tmp_path, tiny_bpe, dataset_name=str(out), eval_dataset=str(out)))
-    assert summary["rows"] == 55 and summary["steps"] == 2 and summary["eval_loss"] > 0
-    again = load_mixture([str(out)]).train
-    assert {origin.rpartition("/")[2].split(":")[0] for origin in again["origin"]} == {"a.jsonl", "b.jsonl"}
 
 
 def test_recipe_takes_a_mixture_and_holds_rows_out(mixture, tmp_path, tiny_bpe):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from helpers import ROOT, assistant, system, user
+from helpers import ROOT, assistant, read_rows, system, user
 
 from ma_sft import FormatError, to_messages, to_messages_batch
 from ma_sft.data.formats import FORMATS, BadAnswer, detect_format, message_features
@@ -28,30 +28,6 @@ def calling(arguments):
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "messages"),
-    [
-        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        ({"messages": [user([{"type": "text", "text": "What is 2+2?"}]), ASSISTANT]}, "messages", [USER, ASSISTANT]),
-        ({"messages": [USER, assistant(None, tool_calls=[CALL])]}, "messages",
-         [USER, assistant("", tool_calls=[CALL])]),
-        ({"system": "Be brief.", "conversations": [{"from": "user", "value": "x"}, {"from": "chatgpt", "value": "y"}]},
-         "sharegpt", [SYSTEM, user("x"), assistant("y")]),
-        ({"instruction": "What is 2+2?", "output": "4"}, "alpaca", [USER, ASSISTANT]),
-        ({"instruction": "What is 2+2?", "input": "", "output": "4"}, "alpaca", [USER, ASSISTANT]),
-        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "prompt-completion", [SYSTEM, USER, ASSISTANT]),
-        ({"chosen": "\n\nHuman: What is 2+2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant: Yes", "rejected": "x"},
-         "hh-rlhf", [USER, ASSISTANT, user("Sure?"), assistant("Yes")]),
-        ({"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
-         "multiple-choice", [user("Sky?\n1. red\n2. blue"), assistant("2. blue")]),
-    ],
-)  # fmt: skip
-def test_to_messages(row, format, messages):
-    assert detect_format(row) == format
-    assert to_messages(row) == messages
-    assert to_messages(row, format) == messages
-
-
-@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"foo": "x"}, "unknown format: columns ['foo']; known are a question and its answer"),
@@ -65,10 +41,8 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, assistant(None)]}, "field 'messages[1].content': text expected"),
         ({"conversations": [{"from": "human", "value": 3}]}, "field 'conversations[0].value'"),
         ({"chosen": "no turns here", "rejected": "x"}, "field 'chosen'"),
-        (
-            {"question": "x", "answer": "y", "response": "z"},
-            "ambiguous format: columns ['answer', 'question', 'response'] fit question-answer and question-resp",
-        ),
+        ({"question": "x", "answer": "y", "response": "z"},
+         "ambiguous format: columns ['answer', 'question', 'response'] fit question-answer and question-resp"),
         ({"instruction": "x", "output": "y", "instruction_zh": "x", "output_zh": "y"}, "fit alpaca and alpaca-zh"),
         ({"text": "Buy milk", "instruction": "Summarise"}, "unknown format"),
         ({"text": " "}, "the response is empty"),
@@ -89,30 +63,22 @@ def test_to_messages(row, format, messages):
         ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "field 'messages[1].weight': a turn is"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every answer is marked not to be trained"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": "add"}]}, "field 'messages[1].tool_calls': not valid JSON"),
-        (
-            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-            "not valid",
-        ),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+         "not valid"),
         ({"messages": [USER, {**ASSISTANT, "reasoning_content": 5}]}, "field 'messages[1].reasoning_content'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ASSISTANT]}, "only text parts"),
-        (
-            {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},
-            "not valid JSON",
-        ),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},
+         "not valid JSON"),
         ({"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "A"}, "equally many texts"),
-        (
-            {"instruction": "x", "output": "y", "history": [["a", "b", "c"]]},
-            "field 'history': a list of turns expected",
-        ),
+        ({"instruction": "x", "output": "y", "history": [["a", "b", "c"]]},
+         "field 'history': a list of turns expected"),
         ({"question": "q", "choices": ["a", "b"], "answerKey": "Z"}, "field 'answerKey': one of ['A', 'B'] expected"),
         ({"instruction": "a\0b", "output": "y"}, "field 'instruction' holds a NUL character"),
         ({"instruction": "a\ud800", "output": "y"}, "lone surrogate at character 1"),
         ({"system": "S", "messages": [system("T"), user("q"), assistant("a")]}, "two different system messages"),
         ({"system": "S", "system_prompt": "T", "question": "q", "answer": "a"}, "two different system messages"),
-        (
-            {"context": "c", "messages": [user("q"), assistant("a"), user("r"), assistant("b")]},
-            "field 'context': a text",
-        ),
+        ({"context": "c", "messages": [user("q"), assistant("a"), user("r"), assistant("b")]},
+         "field 'context': a text"),
         ({"question": "q", "options": ["1", "2"], "answer": "1 or 2"}, "field 'answer': one of ['A', 'B'] expected"),
         ({"question": "q", "A": "x", "B": "y", "answer": "x y"}, "field 'answer': one of ['A', 'B'] expected"),
         ({"messages": [user("q"), {**assistant("a"), "masked": True}]}, "field 'messages[1].masked': only whole turns"),
@@ -124,10 +90,8 @@ def test_to_messages(row, format, messages):
         ({"messages": [user("q"), assistant(PARTS)]}, "a whole with"),
         ({"messages": [user("q"), assistant([{**PARTS[1], "image": "x"}])]}, "messages[1].content[0].image': only"),
         ({"messages": [user("q"), assistant("a", value="b")]}, "content and value hold different texts"),
-        (
-            {"messages": [user("q"), {"role": "assistant", "from": "human", "content": "a"}]},
-            'role str "assistant" and from str "human"',
-        ),
+        ({"messages": [user("q"), {"role": "assistant", "from": "human", "content": "a"}]},
+         'role str "assistant" and from str "human"'),
         (calling(0), "a JSON object expected, found int 0"),
         (calling('{"a": NaN}'), "a number that JSON does not have"),
         (calling('{"a": 1e999}'), "a number that JSON does not have"),
@@ -205,10 +169,11 @@ def test_formatting_func_on_rows_and_batches():
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_golden(path):
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     golden = json.loads(path.with_suffix(".golden.json").read_text(encoding="utf-8"))
-    for row, expected in zip(rows, golden, strict=True):
-        assert to_messages(row) == expected["messages"]
+    for row, expected in zip(read_rows(path), golden, strict=True):
+        format = detect_format(row)
+        assert to_messages(row) == to_messages(row, format) == expected["messages"]
+        assert format == path.stem or path.stem not in FORMATS
         tools = to_tools(row)
         assert (json.loads(tools) if tools else None) == expected.get("tools")
 
@@ -225,12 +190,8 @@ def test_the_table_of_the_documentation():
         assert to_messages(json.loads(row[2]), row[1]) == to_messages(json.loads(row[2]))
 
 
-def test_every_format_has_a_fixture():
-    assert set(FORMATS) <= {path.stem for path in FIXTURES.glob("*.jsonl")}
-
-
 def test_batches_for_map():
-    rows = [json.loads(line) for line in (FIXTURES / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(FIXTURES / "messages.jsonl")
     plain = [{"messages": json.dumps(row["messages"]), "tools": json.dumps(row.get("tools"))} for row in rows]
 
     def convert(batch, indices):
@@ -238,6 +199,7 @@ def test_batches_for_map():
 
     # one row at a time: the first row must not decide which keys the messages of later rows may have
     settings = {"batched": True, "batch_size": 1, "with_indices": True, "features": message_features()}
+    settings |= {"new_fingerprint": "mapped"}  # else `datasets` pickles all that the function can reach
     mapped = Dataset.from_list(plain).map(convert, **settings)
     for row, raw in zip(mapped, rows, strict=True):
         found = [{k: v for k, v in m.items() if v is not None and k != "tool_calls"} for m in row["messages"]]
@@ -250,6 +212,7 @@ def test_batches_for_map():
         to_messages_batch(alpaca, [6, 7], format="alpaca")
 
 
-def test_no_format_is_hidden_by_an_earlier_one():
+def test_every_format_has_a_fixture_and_none_is_hidden_by_an_earlier_one():
+    assert set(FORMATS) <= {path.stem for path in FIXTURES.glob("*.jsonl")}
     for name, known in FORMATS.items():
         assert detect_format({names[0]: ["x"] for names in known.needs}) == name

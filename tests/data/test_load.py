@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import threading
+from itertools import product
 
 import multiprocess
 import pandas as pd
@@ -48,8 +49,14 @@ class Indexed:
 KINDS = "jsonl list parquet arrow saved dataset transformed stream rows indexed iterator frame function".split()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("streaming", [False, True])
+# `datasets` waits 5 s at each end of a stream of Parquet files, of which `test_mixture.py` reads one.
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] * (each == ("parquet", True)))
+        for each in product(KINDS, (False, True))
+    ],
+)
 def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     rows = Dataset.from_list(CALLS, on_mixed_types="use_json")
     stream = IterableDataset.from_generator(lambda: ({"id": 1, **row} for row in CALLS))

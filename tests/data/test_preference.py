@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, read_rows
 
 from ma_sft import FormatError, to_preference
 from ma_sft.data.mixture import load_mixture
@@ -15,14 +15,10 @@ PKU = {
 }
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_golden(path):
     golden = json.loads(path.with_suffix(".golden.json").read_text(encoding="utf-8"))
-    assert [to_preference(row) for row in read(path)] == golden
+    assert [to_preference(row) for row in read_rows(path)] == golden
 
 
 @pytest.mark.parametrize(
@@ -77,7 +73,7 @@ def test_own_function(tmp_path):
 
 def test_mixture_counts_what_has_no_better_side():
     mixture = load_mixture([str(path) for path in FIXTURES], kind="preference", system_prompt="Be kind.")
-    assert len(mixture.train) == sum(len(read(path)) for path in FIXTURES) - 1
+    assert len(mixture.train) == sum(len(read_rows(path)) for path in FIXTURES) - 1
     assert mixture.report.skipped == 1
     (stage,) = [s for s in mixture.report.stages if s.removed]
     assert stage.name.endswith("convert from pku-saferlhf") and stage.removed == {"bad answers": 1}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, start, system
+from helpers import ROOT, read_rows, start, system
 from patience import HANG
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def demo(tmp_path_factory):
     (folder / "heldout.jsonl").write_text("".join(lines[2:4]), encoding="utf-8")
     out = folder / "demo"
     # float32 on every machine: rounding to bfloat16 may tip the answers of so short a training when it is merged
-    short = "--max_steps 8 --warmup_steps 1 --learning_rate 2e-3 --logging_steps 2 --max_length 256 --bf16 false"
+    short = "--max_steps 8 --warmup_steps 1 --learning_rate 2e-3 --logging_steps 2 --max_length 160 --bf16 false"
     answers = "--generate_eval 1 --max_new_tokens 50"
     return out, *train(out, "--eval_dataset", folder / "heldout.jsonl", *f"{short} {answers}".split())
 
@@ -92,7 +92,7 @@ METHODS = {"lora": "", "qlora": "--load_in_4bit true", "dora": "--use_dora true"
 
 def answers(model, folder):
     """Answers to all held-out rows, and the share of exact matches."""
-    rows = [json.loads(line) for line in (ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(ROOT / "data/demo/heldout.jsonl")
     conversations = [[system("You write JSON."), *to_messages(row)] for row in rows]
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
     prompts = [encoder.encode_prompt(c[:-1]) for c in conversations]

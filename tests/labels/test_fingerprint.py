@@ -52,9 +52,9 @@ def forget(*modules: str) -> None:
 
 
 @pytest.fixture
-def m(rows, tiny):
+def m(rows, tiny_bpe):
     """A model's folder that a test may change, with a template that writes the tokenizer's EOS."""
-    shutil.copytree(tiny, rows / "m")
+    shutil.copytree(tiny_bpe, rows / "m")
     (rows / "m" / "chat_template.jinja").write_text(BRACKETS)
     return rows / "m"
 
@@ -68,20 +68,20 @@ def test_end_token_of_the_tokenizer_and_template_variables(m):
         assert texts(m, template_kwargs={"mood": mood})[0] == f"a0{mood}<|endoftext|>"
 
 
-def test_formatting_func_of_a_module(rows, tiny):
+def test_formatting_func_of_a_module(rows, tiny_bpe):
     (rows / "form.py").write_text(
         'def text(batch):\n    return ["###Question: " + q + "\\n###Answer: " + a '
         'for q, a in zip(batch["question"], batch["answer"])]\n'
     )
     settings = {"formatting_func": "form:text", "response_template": "###Answer:"}
-    assert texts(tiny, **settings)[0] == " a0<|im_end|>"
+    assert texts(tiny_bpe, **settings)[0] == " a0<|im_end|>"
     edit(rows / "form.py", '"\\n###Answer: " + a', '"\\n###Answer: " + a.upper() + "!"')
     forget("form")
-    assert texts(tiny, **settings)[0] == " A0!<|im_end|>"
+    assert texts(tiny_bpe, **settings)[0] == " A0!<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["conv:chat", "conv.py:chat"])
-def test_helper_that_a_format_function_imports(rows, tiny, name):
+def test_helper_that_a_format_function_imports(rows, tiny_bpe, name):
     (rows / "deep").mkdir()
     for path, code in {
         "deep/__init__.py": "",
@@ -93,7 +93,7 @@ def test_helper_that_a_format_function_imports(rows, tiny, name):
         (rows / path).write_text(code)
     for word, next_word in (("one", "two"), ("two", "six")):
         forget("conv", "helper", "deep", "deep.words")
-        assert f"a0 {word}" in texts(tiny, dataset_format=name)[0]
+        assert f"a0 {word}" in texts(tiny_bpe, dataset_format=name)[0]
         edit(rows / "deep" / "words.py", word, next_word)
 
 
@@ -130,28 +130,28 @@ def test_a_function_itself_is_run_again_where_it_or_what_it_imports_changed(rows
     assert answer() == "two sad"
 
 
-def test_what_decides_nothing_is_found_again(rows, tiny, monkeypatch):
+def test_what_decides_nothing_is_found_again(rows, tiny_bpe, monkeypatch):
     from ma_sft.labels import encoder
 
-    first = texts(tiny, learning_rate=1e-3)
+    first = texts(tiny_bpe, learning_rate=1e-3)
     monkeypatch.setattr(encoder.ChatEncoder, "tokenize_batch", None)  # nothing may be tokenised again
-    assert texts(tiny, learning_rate=1e-4, logging_steps=3) == first
+    assert texts(tiny_bpe, learning_rate=1e-4, logging_steps=3) == first
 
 
-def test_tokens_are_written_once(rows, tiny, monkeypatch):
+def test_tokens_are_written_once(rows, tiny_bpe, monkeypatch):
     """One copy of ids and labels on the disk, whoever keeps it."""
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", rows / "datasets")
-    texts(tiny)
+    texts(tiny_bpe)
     found = [path for name in ("cache", "datasets") for path in (rows / name).rglob("*.arrow")]
     columns = [set(datasets.Dataset.from_file(str(path)).column_names) for path in found]
     assert sum("input_ids" in names for names in columns) == 1
 
 
-def test_report_without_errors_is_kept_with_what_was_verified(rows, tiny, monkeypatch):
+def test_report_without_errors_is_kept_with_what_was_verified(rows, tiny_bpe, monkeypatch):
     """All is verified again where rows, stop tokens, the sample or a byte of the cache is another."""
     monkeypatch.setenv("MA_SFT_CACHE", str(rows / "cache"))
-    shutil.copytree(tiny, rows / "m")
+    shutil.copytree(tiny_bpe, rows / "m")
     verified = []
     real = Verifier.verify_batch
 

@@ -6,10 +6,10 @@ from datetime import datetime, timedelta
 
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
-from helpers import QUICK, assistant, load_tokenizer, user, write_rows
-from transformers import AutoTokenizer, TrainerCallback
+from helpers import QUICK, Die, assistant, load_tokenizer, user, write_rows
+from transformers import AutoTokenizer
 
-from ma_sft import Recipe, RecipeError, make_trainer, run
+from ma_sft import Recipe, RecipeError, RunError, make_trainer, run
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.templates import TEMPLATES as BUILT_IN
 from ma_sft.labels.templates import load_tokenizer as load
@@ -81,44 +81,44 @@ def prepared(model, **settings) -> list[str]:
     return [tokenizer.decode(ids) for ids in labelled.dataset["input_ids"]]
 
 
-def test_each_day_has_its_date_and_is_proven(folder, tiny, days_later):
+def test_each_day_has_its_date_and_is_proven(folder, tiny_bpe, days_later):
     today, tomorrow = days_later(0), days_later(1)
-    assert all(f"Today: {tomorrow} 00:00:00" in text for text in prepared(tiny))
+    assert all(f"Today: {tomorrow} 00:00:00" in text for text in prepared(tiny_bpe))
     days_later(0)
-    assert all(f"Today: {today} 00:00:00" in text for text in prepared(tiny))
+    assert all(f"Today: {today} 00:00:00" in text for text in prepared(tiny_bpe))
 
 
-def test_template_now_is_what_the_template_writes(folder, tiny, caplog):
-    assert all("Today: 29 Feb 2024 13:14:00" in text for text in prepared(tiny, template_now="2024-02-29T13:14"))
+def test_template_now_is_what_the_template_writes(folder, tiny_bpe, caplog):
+    assert all("Today: 29 Feb 2024 13:14:00" in text for text in prepared(tiny_bpe, template_now="2024-02-29T13:14"))
     assert "the template writes the date 2024-02-29T13:14 (template_now)" in caplog.messages
 
 
-def test_many_rows_of_one_date_are_warned_about(folder, tiny, caplog):
+def test_many_rows_of_one_date_are_warned_about(folder, tiny_bpe, caplog):
     write_rows(folder / "rows.jsonl", ROWS * 50)
-    prepared(tiny, template_now="2024-02-29")
+    prepared(tiny_bpe, template_now="2024-02-29")
     assert "300 rows with one date teach the model that it is always that day" in caplog.text
 
 
-def test_date_that_is_not_written_is_not_told(folder, tiny, caplog):
+def test_date_that_is_not_written_is_not_told(folder, tiny_bpe, caplog):
     dated = "{% if messages[0].role != 'user' %}{{ strftime_now('%Y') }}{% endif %}"
     (folder / "date.jinja").write_text(dated + DATED.replace("strftime_now is defined", "false"))
-    assert all("26 Jul 2024" in text for text in prepared(tiny, template_now="2021-02-03"))
+    assert all("26 Jul 2024" in text for text in prepared(tiny_bpe, template_now="2021-02-03"))
     assert "template_now" not in caplog.text
 
 
-def test_values_of_the_setting(folder, tiny):
+def test_values_of_the_setting(folder, tiny_bpe):
     for written in ("2024-02-29", "2024-02-29 13:14:00"):
         write_rows(folder / "r.yaml", [f"{{model_name_or_path: x, dataset_name: x, template_now: {written}}}"])
         assert Recipe.load("r.yaml").resolve().labels.template_now == written.replace(" ", "T")
     with pytest.raises(RecipeError, match=r"template_now: a date as .* expected, found 'yesterday'"):
-        recipe(tiny, template_now="yesterday").resolve()
+        recipe(tiny_bpe, template_now="yesterday").resolve()
     with pytest.raises(RecipeError, match="template_now: the chat template reads no clock"):
-        dated(recipe(tiny, template="chatml", template_now="2024-02-29"))
+        dated(recipe(tiny_bpe, template="chatml", template_now="2024-02-29"))
 
 
-def test_workers_and_streams_have_the_same_clock(folder, tiny):
-    texts = prepared(tiny, template_now="2024-02-29", dataset_num_proc=2)
-    found, tokenizer = dated(recipe(tiny, template_now="2024-02-29", dataset_streaming=True))
+def test_workers_and_streams_have_the_same_clock(folder, tiny_bpe):
+    texts = prepared(tiny_bpe, template_now="2024-02-29", dataset_num_proc=2)
+    found, tokenizer = dated(recipe(tiny_bpe, template_now="2024-02-29", dataset_streaming=True))
     assert [tokenizer.decode(ids) for ids in label(found, tokenizer).dataset["input_ids"]] == texts
 
 
@@ -137,31 +137,23 @@ def test_real_template():
     assert tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == own
 
 
-class Stop(TrainerCallback):
-    """Ends a run after the checkpoint of its second step, as a machine that fails."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise InterruptedError
-
-
 @pytest.mark.slow
-def test_run_keeps_its_date(folder, tiny, days_later, caplog, capsys):
+def test_run_keeps_its_date(folder, tiny_bpe, days_later, caplog, capsys):
     """Stopped on one day, looked at and gone on with on the next, saved, and handed over a year later."""
     today = days_later(0)
     day = datetime.strptime(today, "%d %b %Y").date().isoformat()
-    settings = {"save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
-    with pytest.raises(InterruptedError):
-        run(recipe(tiny, **settings), on_trainer=lambda trainer: trainer.add_callback(Stop()))
+    settings = {"save_strategy": "steps", "save_steps": 2, "test_size": 2, "generate_eval": 1, "max_new_tokens": 2}
+    with pytest.raises(RunError, match="killed"):
+        run(recipe(tiny_bpe, **settings), on_trainer=lambda trainer: trainer.add_callback(Die(2)))
     assert json.loads((folder / "o" / "recipe.json").read_text())["template_now"] == day
 
     tomorrow = days_later(1)
-    assert all(today in text for text in prepared(tiny, **settings))
+    assert all(today in text for text in prepared(tiny_bpe, **settings))
     kept = Recipe.load(folder / "o" / "recipe.json").resolve(["--output_dir", "elsewhere"])
     assert kept.labels.template_now == day
-    assert all(tomorrow in text for text in prepared(tiny, **settings, resume="never"))
+    assert all(tomorrow in text for text in prepared(tiny_bpe, **settings, resume="never"))
     caplog.clear()
-    summary = run(recipe(tiny, **settings))
+    summary = run(recipe(tiny_bpe, **settings))
     assert summary["steps"] == 4 and "going on from o/checkpoint-2" in capsys.readouterr().out
     assert f"the template writes the date {day} (template_now)" in caplog.messages
 
@@ -175,10 +167,10 @@ def test_run_keeps_its_date(folder, tiny, days_later, caplog, capsys):
     )
 
 
-def test_trainer_of_a_tokenizer_that_is_given(folder, tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+def test_trainer_of_a_tokenizer_that_is_given(folder, tiny_bpe):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
     tokenizer.chat_template = DATED
-    given = recipe(tiny, template=None, template_now="2024-02-29")
+    given = recipe(tiny_bpe, template=None, template_now="2024-02-29")
     row = make_trainer(given, processing_class=tokenizer).train_dataset[0]
     assert "Today: 29 Feb 2024 00:00:00" in tokenizer.decode(row["input_ids"])
     tokenizer.chat_template = BUILT_IN["chatml"]

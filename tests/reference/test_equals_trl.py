@@ -4,25 +4,13 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import load_tokenizer
-from packed_rows import trainer_settings
+from packed_rows import Recorder, trainer_settings
 from reference.models import PAD, as_decoder, examples, tiny, trl_rows
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ma_sft.reference import collate, train
 
 STEPS = 10
-
-
-class Recorder(SFTTrainer):
-    """SFTTrainer that keeps the gradients of its first step, before clipping."""
-
-    first_gradients: dict[str, torch.Tensor] | None = None
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self.first_gradients is None:
-            self.first_gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
-        return loss
 
 
 def run_trl(theirs, rows, settings, folder, padding_free):
@@ -40,7 +28,7 @@ def run_trl(theirs, rows, settings, folder, padding_free):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
     trainer = Recorder(theirs, config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.first_gradients
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.gradients
 
 
 @pytest.mark.parametrize(

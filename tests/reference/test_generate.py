@@ -56,6 +56,7 @@ def test_greedy_text_of_tiny_models_token_for_token(kind, use_cache, tmp_path):
     assert [generate.generate(ours, [p], **settings)[0] for p in PROMPTS] == want
 
 
+@pytest.mark.slow
 def test_greedy_text_of_the_demo_model_token_for_token(smollm2):
     tokenizer = load_tokenizer("smollm2")
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset
 from fetch_converter import fetch_converter
 from gguf import GGUFReader
-from helpers import ROOT, refusal, user, write_rows
+from helpers import ROOT, read_rows, refusal, user, write_rows
 from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
@@ -33,14 +33,14 @@ ROWS = [{"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}."} f
 
 
 @pytest.fixture(scope="module")
-def sft(tiny, tmp_path_factory):
+def sft(tiny_bpe, tmp_path_factory):
     """A short run of a tiny model with LoRA, two held-out sources and a metric of the user's."""
     folder = tmp_path_factory.mktemp("sft")
     (folder / "metrics.py").write_text("def length(answer, reference):\n    return len(answer) / 1000\n")
     files = {"train": ROWS, "sums": ROWS[:3], "more": ROWS[3:8]}
     train, *held_out = [write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()]
     more = {
-        **{"model_name_or_path": str(tiny), "dataset_name": train, "eval_dataset": held_out},
+        **{"model_name_or_path": str(tiny_bpe), "dataset_name": train, "eval_dataset": held_out},
         **{"output_dir": str(folder / "run"), "use_peft": True, "learning_rate": 1e-2, "loraplus_lr_ratio": 4.0},
         **{"max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "generate_eval": 5},
         **{"max_new_tokens": 4, "metric": f"{folder}/metrics.py:length", "system_prompt": "You add."},
@@ -52,7 +52,7 @@ def sft(tiny, tmp_path_factory):
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_by_source_before_and_after(sft, tiny):
+def test_evaluation_by_source_before_and_after(sft):
     out, summary = sft
     before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
     assert json.loads((out / "summary.json").read_text())["evaluation"]["after"] == after
@@ -226,8 +226,7 @@ def test_gguf(smollm2, tmp_path, capsys, monkeypatch):
 # -- the next stages, offline -----------------------------------------------------------------------------------------
 
 FILES = sorted((ROOT / "tests/files/preference").glob("*.jsonl"))
-LINES = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
-PAIRS = [pair for line in LINES if (pair := to_preference(json.loads(line)))]
+PAIRS = [pair for path in FILES for row in read_rows(path) if (pair := to_preference(row))]
 COMMON = {
     **{"per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True},
     **{"gradient_checkpointing": False, "bf16": False, "logging_steps": 1, "learning_rate": 1e-3},

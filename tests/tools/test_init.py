@@ -34,7 +34,9 @@ def refused(model, data, message, task="exact", hardware="cpu", **more):
 MEANS = {"Demande": "question", "Retour": "answer"}
 
 
-def test_columns_are_told(rows, tiny_bpe):
+def test_columns_are_told_or_the_flag_is_named(rows, tiny_bpe):
+    refused(tiny_bpe, "rows.jsonl", "--columns THEIRS=question,THEIRS=answer")  # with nobody to ask
+    refused(tiny_bpe, "rows.jsonl", "there is no column 'Q', there are Demande, Retour", columns="Q=question")
     settings = made(tiny_bpe, "rows.jsonl", columns="Demande=question,Retour=answer")
     assert settings["datasets"] == [{"path": "rows.jsonl", "columns": MEANS}]
 
@@ -46,11 +48,6 @@ def test_columns_are_asked_for(rows, tiny_bpe, monkeypatch, capsys):
     assert made(tiny_bpe, "rows.jsonl")["datasets"] == [{"path": "rows.jsonl", "columns": MEANS}]
     said = capsys.readouterr().out
     assert "Demande: Combien font 0 + 1 ?" in said and "one of Demande, Retour" in said
-
-
-def test_nobody_to_ask_names_the_flag(rows, tiny_bpe):
-    refused(tiny_bpe, "rows.jsonl", "--columns THEIRS=question,THEIRS=answer")
-    refused(tiny_bpe, "rows.jsonl", "there is no column 'Q', there are Demande, Retour", columns="Q=question")
 
 
 def test_a_folder_of_texts_is_a_row_each(here, tiny_bpe):

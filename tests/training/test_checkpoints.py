@@ -89,7 +89,7 @@ def killed_at(settings, path):
     return run
 
 
-@pytest.mark.parametrize("uncut", ["rows", "stream"], indirect=True)
+@pytest.mark.parametrize("uncut", ["rows", pytest.param("stream", marks=pytest.mark.slow)], indirect=True)
 def test_killed_after_the_last_step_trains_no_more(uncut, tmp_path):
     settings, expected = uncut
     out = tmp_path / "run"
@@ -117,8 +117,8 @@ def test_cut_off_checkpoint_is_skipped(settings):
 @pytest.mark.parametrize(
     ("number", "when"),
     [
-        *((signal.SIGTERM, "training"), (signal.SIGINT, "training"), (signal.SIGINT, "before")),
-        pytest.param(signal.SIGTERM, "before", marks=pytest.mark.slow),
+        *((signal.SIGINT, "training"), (signal.SIGINT, "before")),
+        *(pytest.param(signal.SIGTERM, when, marks=pytest.mark.slow) for when in ("training", "before")),
     ],
 )
 def test_signal_saves_and_says_how_to_go_on(settings, number, when):
@@ -140,10 +140,10 @@ def test_signal_saves_and_says_how_to_go_on(settings, number, when):
 
 
 def test_stopped_run_goes_on_to_the_same_weights(base, tmp_path):
-    settings = {**base, "max_steps": 200, "save_steps": 50, "logging_steps": 10}
+    settings = {**base, "max_steps": 140, "save_steps": 20, "logging_steps": 10}
     uncut = Run({**settings, "output_dir": str(tmp_path / "uncut")})
     run = Run({**settings, "output_dir": str(tmp_path / "run")})
-    run.wait_for("checkpoint-50")
+    run.wait_for("checkpoint-20")
     run.signal(signal.SIGTERM)
     assert run.finish() == uncut.finish() == 0
     assert not (run.out / "summary.json").exists()

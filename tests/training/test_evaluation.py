@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from helpers import QUICK, write_rows
+from helpers import QUICK, Die, write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
@@ -111,21 +111,14 @@ def test_the_best_model_by_the_answers(start, tmp_path):
     assert logs(tmp_path / "run", "eval_exact_match") == [0.0] * 3 and summary["steps"] == 3
 
 
-def test_answers_at_each_evaluation(start, tmp_path):
+def test_answers_at_each_evaluation(start, tmp_path, capsys):
+    """Without a terminal each log is a line."""
     for wanted, found in ((False, []), (True, [0.0] * 2)):
         start(f"{wanted}", **EVERY_STEP, generate_eval=2, max_new_tokens=3, predict_with_generate=wanted)
         assert logs(tmp_path / f"{wanted}", "eval_exact_match") == found
-
-
-class Die(TrainerCallback):
-    """Ends a run like a crash before its step `at`."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
-            raise RunError("killed")
+        shown = capsys.readouterr().out
+        line = r"step 1 of 2: loss \d+\.\d+, token accuracy [\d.]+%, [\d,]+ tokens/s, \d:\d\d:\d\d left"
+        assert re.search(line, shown) and "step 0 of 2: eval_near_loss" in shown and "it/s" not in shown
 
 
 def test_early_stopping_keeps_its_patience_when_the_run_goes_on(start):
@@ -239,13 +232,6 @@ def test_neftune_scales_the_noise_by_each_documents_length(settings):
         bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
         assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
     assert len({end - start for start, end in documents}) > 1
-
-
-def test_without_a_terminal_each_log_is_a_line(start, capsys):
-    start()
-    shown = capsys.readouterr().out
-    assert re.search(r"step 1 of 2: loss \d+\.\d+, token accuracy [\d.]+%, [\d,]+ tokens/s, \d:\d\d:\d\d left", shown)
-    assert "step 0 of 2: eval_near_loss" in shown and "it/s" not in shown
 
 
 def test_a_second_adapter_is_refused(settings, tiny_bpe):

@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from helpers import QUICK, write_rows
+from helpers import QUICK, Die, write_rows
 from transformers import TrainerCallback
 
 from ma_sft import Recipe, RecipeError, RunError, run
@@ -63,23 +63,17 @@ def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
     assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x"])
-def test_a_file_that_no_run_wrote_stays(again, name):
-    out, start = again
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
-    (out / name).write_text("mine")
-    start(overwrite_output_dir=True, max_steps=1)
-    assert (out / name).read_text() == "mine" and not (out / "checkpoint-2").exists()
-
-
-def test_a_link_is_not_followed(again, tmp_path):
+def test_a_file_that_no_run_wrote_stays_and_a_link_is_not_followed(again, tmp_path):
     out, start = again
     shutil.rmtree(out / "merged")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "model.safetensors").write_text("mine")
     (out / "merged").symlink_to(tmp_path / "mine")
-    start(overwrite_output_dir=True, merge=False)
-    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine" and not (out / "merged").exists()
+    mine = [out / name for name in ("thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x")]
+    for path in (*mine, linked := tmp_path / "mine" / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    start(overwrite_output_dir=True, merge=False, max_steps=1)
+    assert all(path.read_text() == "mine" for path in (*mine, linked))
+    assert not (out / "checkpoint-2").exists() and not (out / "merged").exists()
 
 
 def test_resume_never_does_not_remove_another_recipes_run(again):
@@ -191,13 +185,8 @@ def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
 
 
 def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
-    class Die(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                raise RunError("killed")
-
     with pytest.raises(RunError, match="killed"):
-        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die()))
+        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
     whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
     went_on = run(another(learning_rate=0.1))
     assert went_on["evaluation"] == whole["evaluation"]

@@ -24,6 +24,7 @@ def train(tiny_bpe, tmp_path):
     common = {
         **{"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "output_dir": str(tmp_path / "run")},
         **{"learning_rate": 0.05, "max_steps": 2, "report_to": [], "save_strategy": "no", "use_peft": True},
+        "rehearse": False,
     }
     return lambda **settings: (tmp_path / "run", run(Recipe(**{**common, **settings})))
 

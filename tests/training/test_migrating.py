@@ -16,14 +16,14 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/mig
 
 
 @pytest.fixture
-def names(tmp_path, tiny):
+def names(tmp_path, tiny_bpe):
     """What a script has before it makes its trainer."""
     classes = (SFTTrainer, SFTConfig, DataCollatorForCompletionOnlyLM, ConstantLengthDataset)
     short = {key: value for key, value in QUICK.items() if key not in ("dtype", "gradient_checkpointing", "rehearse")}
     return {
         **{kind.__name__: kind for kind in classes},
-        "tokenizer": AutoTokenizer.from_pretrained(tiny),
-        "model": AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_bpe),
+        "model": AutoModelForCausalLM.from_pretrained(tiny_bpe, dtype=torch.float32),
         "rows": Dataset.from_dict({"question": ["What is 1+1?"] * 8, "answer": ["Two."] * 8}),
         "output_dir": str(tmp_path / "run"),
         "short": {**short, "report_to": "none", "use_cpu": True},
