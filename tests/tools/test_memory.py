@@ -33,6 +33,7 @@ from ma_sft.tools.memory import (
     memory_table,
     plan,
     show_plan,
+    start_command,
 )
 
 
