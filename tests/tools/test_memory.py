@@ -146,8 +146,8 @@ def test_forecast_agrees_with_the_measured_peak(tmp_path):
     row = {"prompt": "Count.", "completion": " ".join(str(n) for n in range(1000))}
     flags = {
         **{"model_name_or_path": "demo", "dataset_name": write_rows(tmp_path / "rows.jsonl", [row] * 8)},
-        **{"max_length": 256, "per_device_train_batch_size": 1, "max_steps": 1, "save_strategy": "no"},
-        **{"use_peft": True, "lora_dropout": 0.0, "merge": False, "check": False, "gradient_checkpointing": False},
+        **{"max_length": 512, "per_device_train_batch_size": 1, "max_steps": 1, "save_strategy": "no"},
+        **{"use_peft": True, "lora_dropout": 0.0, "merge": False, "check": False, "gradient_checkpointing": True},
         **{"output_dir": str(tmp_path / "run"), "rehearse": False},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(flags))
