@@ -188,8 +188,8 @@ OF_LIBRARIES = [
     (["--use_peft", "true", "--lora_target_modules", "["], "lora_target_modules=[ cannot be: set lora_target_modules"),
     (["--seed", str(2**64)], "seed: a whole number from 0"),
     (["--name", "\udcff"], "name: found"),
-    (["--deepspeed", "rows.jsonl"], "deepspeed: a JSON object expected, found 'rows.jsonl'"),
-    (["--deepspeed", "."], "deepspeed: a JSON object expected, found '.'"),
+    (["--deepspeed", "rows.jsonl"], "deepspeed: rows.jsonl is not valid JSON: Extra data: line 2"),
+    (["--deepspeed", "."], "deepspeed: the file '.' is a folder, not a file"),
 ]
 
 

@@ -1,5 +1,6 @@
 """A change of what decides ids and labels is noticed, however it comes about; what decides nothing is not."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -42,7 +43,9 @@ def texts(model, **settings) -> list[str]:
 
 def edit(path, old: str, new: str) -> None:
     assert old in path.read_text()
+    later = path.stat().st_mtime + 2  # Python tells its bytecode's file by size and second
     path.write_text(path.read_text().replace(old, new))
+    os.utime(path, (later, later))
 
 
 def forget(*modules: str) -> None:

@@ -228,7 +228,8 @@ def test_a_wrong_merge_is_never_kept_and_a_right_one_always(base, tmp_path, monk
     monkeypatch.setattr(merging, "_layer_updates", wrong)
     run, out = adapter(base(), tmp_path / "adapter", scale=1e-3), tmp_path / "merged"
     if fault == "none":
-        assert merge(run, out, dtype=dtype).difference < 0.05
+        found = merge(run, out, dtype=dtype)
+        assert found.difference < 0.05 * found.largest
         return
     with pytest.raises(RunError, match=r"more than rounding: .*q_proj.weight in its files"):
         merge(run, out, dtype=dtype)
