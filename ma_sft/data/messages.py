@@ -247,7 +247,9 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
         else:
             messages += found
     for at, message in enumerate(messages, 1):  # without ids in the template, the order tells whose a result is
-        ids = [call.get("id") for call in message.get("tool_calls", [])]
+        if "tool_calls" not in message:
+            continue
+        ids = [call.get("id") for call in message["tool_calls"]]
         results = messages[at : at + len(ids)]
         if ids and {*ids} == {result.get("tool_call_id") for result in results}:
             messages[at : at + len(ids)] = sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
@@ -435,7 +437,7 @@ def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
     """The keys of turns that nothing reads, each with its first value that says something."""
     found: dict[str, Any] = {}
     for turn in turns:
-        if isinstance(turn, dict) and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES)):
+        if isinstance(turn, dict) and turn.keys() - TURN_KEYS and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES)):
             found = {key: value for key, value in turn.items() if key not in TURN_KEYS and not is_empty(value)} | found
     return found
 
@@ -483,7 +485,8 @@ def to_tools(row: Row) -> str | None:
     for column in row.keys() & {"messages", "conversations", "conversation"}:
         turns = dict.get(row, column)
         for i, turn in enumerate(turns if isinstance(turns, list | tuple) else ()):
-            given[f"{column}[{i}].tools"] = turn.get("tools") if isinstance(turn, dict) else None
+            if isinstance(turn, dict) and "tools" in turn:
+                given[f"{column}[{i}].tools"] = turn["tools"]
     given = {field: value for field, value in given.items() if not is_empty(value)}
     lists = {field: found for field, value in given.items() if (found := _schemas(value, field))}
     first = next(iter(lists.values()), None)
