@@ -205,7 +205,8 @@ def _load(source: Source, streaming: bool) -> Any:
         rows = rows[source.split]
     if isinstance(rows, IterableDataset):
         if not streaming:
-            raise RecipeError(f"{path} is a stream: set dataset_streaming (streaming=True), or pass a Dataset")
+            how = "set dataset_streaming (streaming=True) for rows to train on; held-out rows are a Dataset"
+            raise RecipeError(f"{path} is a stream: {how}")
         return rows
     if not isinstance(rows, Dataset) or rows.format["type"] == "custom":  # a transform of the user's makes the rows
         features = Features({ROW: Value("string")})
