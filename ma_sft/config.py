@@ -565,7 +565,7 @@ def json_schema() -> dict[str, Any]:
         what = known_settings()[name]
         kinds = [types_of.get(kind, "string") for kind in what.kinds]
         kinds += ["string"] if {"dict", "list"} & {*what.kinds} else []  # JSON, or one item
-        kinds += ["object"] if name == "dataset_name" else []
+        kinds += ["object"] if name in ("dataset_name", "datasets", "eval_dataset") else []
         kinds += ["null"] if what.nullable else []
         properties[name] = {"description": what.help, "type": [*dict.fromkeys(kinds)], "default": about["default"]}
         if what.choices and what.kinds == ["str"]:

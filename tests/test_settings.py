@@ -136,6 +136,7 @@ def test_settings_command_shows_class_and_the_default_that_holds(capsys):
     assert schema["properties"].keys() - {"allow_code"} == known_settings().keys()
     assert schema["properties"]["train_on"]["enum"] == ["all", "last"]
     assert schema["properties"]["max_length"]["type"] == ["integer", "null"]
+    assert {"array", "object"} < {*schema["properties"]["datasets"]["type"]}
 
 
 CONTRARY = {

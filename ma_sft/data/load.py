@@ -128,8 +128,9 @@ class Source:
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
-            if not (callable(path) or hasattr(path, "__iter__") or hasattr(path, "__getitem__")):
-                raise RecipeError(f"source {path!r}: a path or rows expected, found {type(path).__name__}")
+            is_rows = callable(path) or hasattr(path, "__iter__") or hasattr(path, "__getitem__")
+            if not is_rows or (isinstance(path, Mapping) and not isinstance(path, DatasetDict)):
+                raise RecipeError(f"source {str(path)[:60]}: a path or rows expected, found {type(path).__name__}")
             name = getattr(getattr(path, "info", None), "dataset_name", None)
             settings |= {"path": f"{type(path).__name__} {name or 'in memory'}", "rows": path}
         what = f"source {settings.get('path', value)}"

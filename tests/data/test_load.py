@@ -204,3 +204,9 @@ def test_each_process_has_rows_enough(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert [processes(None, rows) for rows in (100, 20_000, 100_000, 10**6)] == [None, 4, 20, 64]
     assert processes(1, 10**6) is None and processes(3, 5) == 3
+
+
+@pytest.mark.parametrize("path", [3, {"q": ["a"], "a": ["b"]}])
+def test_what_is_neither_a_path_nor_rows_is_refused(path):
+    with pytest.raises(RecipeError, match=f"a path or rows expected, found {type(path).__name__}"):
+        load_mixture([{"path": path}])
