@@ -483,12 +483,9 @@ def _plain(value: Any) -> Any:
         value = sorted(value, key=str)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    # The mappings of a list may be rows
-    return (
-        [item if isinstance(item, dict) else _plain(item) for item in value]
-        if isinstance(value, list | tuple)
-        else value
-    )
+    if isinstance(value, list | tuple):  # whose mappings may be rows
+        return [item if isinstance(item, dict) else _plain(item) for item in value]
+    return value
 
 
 def settings_of(stages: Mapping[str, type]) -> dict[str, Setting]:
