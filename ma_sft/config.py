@@ -342,6 +342,7 @@ PATHS = (
     "dataset_name datasets eval_dataset model_name_or_path output_dir template chat_template_path deepspeed "
     "fsdp_config adapter_name_or_path resume_from_checkpoint accelerator_config"
 ).split()
+SOURCES = ("dataset_name", "datasets", "eval_dataset")  # paths, mappings, or rows themselves
 ROWS_FILE = re.compile(r"[^*?\[:]+\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.gz|\.zst)?")
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, its JSON, or the path of a file
 OF_THE_MACHINE = ("bf16", "use_cpu", "report_to", "ddp_backend")  # settings whose default depends on it
@@ -562,7 +563,7 @@ def json_schema() -> dict[str, Any]:
         what = known_settings()[name]
         kinds = [types_of.get(kind, "string") for kind in what.kinds]
         kinds += ["string"] if {"dict", "list"} & {*what.kinds} else []  # JSON, or one item
-        kinds += ["object"] if name in ("dataset_name", "datasets", "eval_dataset") else []
+        kinds += ["object"] if name in SOURCES else []
         kinds += ["null"] if what.nullable else []
         properties[name] = {"description": what.help, "type": [*dict.fromkeys(kinds)], "default": about["default"]}
         if what.choices and what.kinds == ["str"]:
@@ -922,8 +923,7 @@ def shown(value: Any, of_rows: bool = False) -> Any:
     if hasattr(value, "num_rows") or hasattr(value, "iloc") or (of_rows and _is_rows(value)):  # rows handed over
         return f"{type(value).__name__} with {getattr(value, 'num_rows', None) or len(value)} rows"
     if isinstance(value, Mapping):
-        rows = ("dataset_name", "datasets", "eval_dataset")
-        return {str(key): shown(item, key in rows) for key, item in value.items() if not is_secret(str(key))}
+        return {str(key): shown(item, key in SOURCES) for key, item in value.items() if not is_secret(str(key))}
     if isinstance(value, list | tuple):
         return [shown(item, of_rows) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -242,14 +242,15 @@ def _as_json(rows: Any) -> Iterator[Row]:
 def _plain(value: Any) -> Any:
     """A value that JSON does not know; a list that pandas read from Arrow has nulls as Arrow's objects have them."""
     if hasattr(value, "tolist"):
-        return _without_nulls(value.tolist())
+        return without_nulls(value.tolist())
     return _text_of_bytes(value) or str(value)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """The value without the keys that Arrow gives each of its objects because another one has them."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [*map(_without_nulls, value)] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def _load_files(source: Source, streaming: bool) -> Any:

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.data.load import Inherited, processes
+from ma_sft.data.load import Inherited, processes, without_nulls
 from ma_sft.errors import LabelError, TemplateError
 from ma_sft.labels.encoder import parsed
 from ma_sft.labels.templates import control_tokens
@@ -469,7 +469,7 @@ def _verify_rows(
 ) -> dict[str, list[Any]]:
     names = ("messages", "tools", "chat_template_kwargs")
     rows = zip(*(parsed(batch.get(name), len(sequences)) for name in names), strict=True)
-    conversations = [([_without_nulls(m) for m in messages], *more) for messages, *more in rows]
+    conversations = [([without_nulls(m) for m in messages], *more) for messages, *more in rows]
     results = verifier.verify_batch(
         (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
         for (messages, tools, kwargs), own in zip(conversations, sequences, strict=True)
@@ -503,10 +503,3 @@ def _own_prompt(verifier: Verifier) -> str:
     parts = verifier.control_text.split(text.partition("Qux")[0])
     parts = [" ".join(part.split()).removeprefix("system ") for part in parts]
     return next((repr(part) for part in parts if part.count(" ") > 2), "")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every message every key of the column."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

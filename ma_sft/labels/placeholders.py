@@ -7,7 +7,7 @@ this; it knows no rule of either.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -143,6 +143,16 @@ class Placeholders:
         return {**tool, "function": new} if "function" in tool else new
 
 
+def _one_of_each_kind(messages: list[Message], turns: list[int], tags: re.Pattern[str]) -> Iterable[int]:
+    """The first of those turns that have the same keys, as many calls and the same tags."""
+    kinds: dict[str, int] = {}
+    for k in turns:
+        message = {key: value for key, value in messages[k].items() if value}
+        kind = sorted(message), len(message.get("tool_calls") or ()), tags.findall(str(message.get("content")))
+        kinds.setdefault(repr(kind), k)
+    return kinds.values()
+
+
 def dropped_content(
     render: Render, messages: list[Message], tools: list[Any] | None, tags: re.Pattern[str]
 ) -> tuple[list[Lost], bool]:
@@ -154,17 +164,13 @@ def dropped_content(
         TemplateError: the template refuses the conversation in these words.
     """
     words = Placeholders(messages, tools, tags)
-    kinds, lost, as_python = dict[str, int](), list[Lost](), False
+    lost, as_python = list[Lost](), False
 
     @cache
     def written(end: int, *, prompt: bool = False) -> str:
         return render(words.messages[:end], words.tools, prompt)
 
     turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-    for k in turns:
-        message = {key: value for key, value in messages[k].items() if value}
-        kind = sorted(message), len(message.get("tool_calls") or ()), tags.findall(str(message.get("content")))
-        kinds.setdefault(repr(kind), k)
     whole = written(turns[-1] + 1)
     with suppress(TemplateError):  # a conversation that begins with the assistant's turns has no prompt there
         whole = written(turns[-1], prompt=True) + whole
@@ -175,7 +181,7 @@ def dropped_content(
         except TemplateError:  # of a turn before the first question (Qwen3.5)
             return whole
 
-    own = {k: as_last(k) for k in dict.fromkeys([*kinds.values(), turns[-1]])}
+    own = {k: as_last(k) for k in dict.fromkeys([*_one_of_each_kind(messages, turns, tags), turns[-1]])}
     for key, (i, what) in words.values.items():
         if i > turns[-1] or key in words.others:
             continue

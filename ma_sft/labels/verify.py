@@ -130,7 +130,7 @@ class Verifier:
         whole = self._tokenize({*sorted(texts, key=len)[-3:]})
         self._known, self._by_section = {}, True
         if self.ids([*whole]) != [*whole.values()]:
-            self._known, self._by_section = {}, False
+            self._known, self._by_section = whole, False
         self.ids(texts)
         return [conversation.verify(sequences) for conversation, sequences in found]
 
