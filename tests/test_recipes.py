@@ -199,6 +199,8 @@ def test_base_chatml_adds_tokens_and_trains_their_rows(train, tmp_path):
     after = load_file(out / "merged" / "model.safetensors")["model.embed_tokens.weight"]
     assert sorted(ids) == [len(before), len(before) + 1] and tokenizer.eos_token == "<|im_end|>"
     assert torch.equal(after[: len(before)], before.to(after.dtype))  # no other row moved
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert not any(len(value) == len(after) for value in saved.values())  # the rows alone
     assert (after[ids[1]] - before.float().mean(0)).abs().max() > 0.01
     assert "<|im_start|>assistant" in tokenizer.chat_template
     assert all(text.endswith("<|im_end|>") for text in trained_text(out))

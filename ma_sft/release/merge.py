@@ -48,11 +48,18 @@ def load_adapter(
     """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
     weights, config, _ = find_base(adapter, base, code=code)
     model = load_pretrained(AutoModelForCausalLM, str(weights.folder), code=code, dtype=dtype, device_map=device_map)
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers = {id(layer.weight): layer for layer in both if layer is not None}
+    own = [layer.weight.detach().to("cpu", copy=True) for layer in layers.values()]
     try:
         rows = config.get_text_config().vocab_size
         if rows > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(rows)
-        return PeftModel.from_pretrained(model, adapter).eval()
+            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has the new ones
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+        # PEFT saves an embedding that has grown or is adapted as it was trained beside, rounded to the training's dtype
+        for layer, weight in zip(layers.values(), own, strict=True):
+            layer.weight.data[: len(weight)] = weight
+        return adapted
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{adapter} does not fit {weights.folder}: {first_line(error)}") from None
 

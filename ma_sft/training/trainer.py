@@ -183,6 +183,7 @@ def build_trainer(
         sources = held_out if isinstance(held_out, dict) else ()
         check_best_metric(settings, sources, own_loss=bool(given.get("compute_loss_func")))
     model, peft = given.pop("model", None), given.pop("peft_config", None)
+    own_model = model is not None
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
         peft = adapters.fitting_adapter(settings, model, peft)
     if model is None:
@@ -203,6 +204,9 @@ def build_trainer(
         peft_config=peft,
         **given,
     )
+    if peft is not None and added_tokens and not own_model:
+        # All that an embedding has gained is trained, and PEFT would save the whole of it, and of the head, beside that
+        trainer.model.save_pretrained = functools.partial(trainer.model.save_pretrained, save_embedding_layers=False)
     _finish_model(trainer, settings, tokenizer, peft)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
