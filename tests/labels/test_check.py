@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ma_sft import DataCollatorForCompletionOnlyLM, LabelError, Recipe
 from ma_sft.labels import check as check_module
-from ma_sft.labels.check import BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
+from ma_sft.labels.check import AT_RANDOM, BY_SHAPE, EACH_SHAPE, check_dataset, draw_sample
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.labels.preview import pieces, preview_text
 from ma_sft.labels.templates import load_tokenizer as load_recipes_tokenizer
@@ -303,5 +303,5 @@ def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
 
 
 def test_a_fault_in_half_a_percent_of_rows_is_in_the_sample_with_99_percent():
-    found = [bool((draw_sample(np.zeros(20_000, dtype=np.uint64), 1_000) % 200 == k).any()) for k in range(200)]
+    found = [bool((draw_sample(np.zeros(20_000, dtype=np.uint64), AT_RANDOM) % 200 == k).any()) for k in range(200)]
     assert sum(found) >= 196
