@@ -359,7 +359,7 @@ def test_new_tokens_are_part_of_the_merge(base, tmp_path):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert find_base(folder)[1].vocab_size == old + 2
-    saved = load_file(folder / "adapter_model.safetensors")  # PEFT's copies of the embedding: what it was trained beside
+    saved = load_file(folder / "adapter_model.safetensors")  # with copies of the embedding
     copies = {name: value * 1.02 for name, value in saved.items() if len(value) == old + 2}
     assert copies
     save_file({**saved, **copies}, folder / "adapter_model.safetensors")
