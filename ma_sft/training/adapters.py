@@ -229,7 +229,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose name one of the regular expressions finds (`re.search`).
 
     Raises:
-        RecipeError: a pattern that finds nothing, or nothing left to train.
+        RecipeError: a pattern that finds nothing.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
@@ -239,8 +239,6 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             raise RecipeError(f"freeze: {pattern!r} finds no parameter; there are {', '.join(shown)}")
         for name in found:
             names[name].requires_grad_(False)
-    if not any(p.requires_grad for p in names.values()):
-        raise RecipeError("freeze: every parameter is frozen, so there is nothing to train")
 
 
 def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

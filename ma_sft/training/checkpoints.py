@@ -32,7 +32,7 @@ from ma_sft.config import Settings, shown
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.hub import commits
 from ma_sft.training.distributed import gather, once
-from ma_sft.utils import not_there, say, write_whole
+from ma_sft.utils import not_there, read_json, say, write_whole
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 REVISIONS = "revisions.json"  # the commits of the run's model and data, for when it is resumed
@@ -68,7 +68,7 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
     try:
         folder.checkpoint = once(folder.claim)
         if folder.checkpoint:  # goes on with the very commits of model and data that it began with
-            commits.update(_read(folder.out / REVISIONS) or {})
+            commits.update(read_json(folder.out / REVISIONS, {}))
         yield folder
     except KeyboardInterrupt as stop:
         last = newest(folder.out)
@@ -114,7 +114,8 @@ class RunFolder:
     def claim(self) -> Path | None:
         """Lock the folder and decide whether the run goes on, starts anew, or may not; gives the checkpoint."""
         out, run, chosen = self.out, self.settings.run, self.settings.training.resume_from_checkpoint
-        known = (out / "recipe.json").exists() or (out / "summary.json").exists()
+        recipe = read_json(out / "recipe.json", None)
+        known = isinstance(recipe, dict) and "model_name_or_path" in recipe
         if out.exists() and not known and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
             raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
         out.mkdir(parents=True, exist_ok=True)
@@ -125,12 +126,11 @@ class RunFolder:
         if chosen:
             self._check_chosen(Path(chosen))
         last = None if run.overwrite_output_dir else newest(out)
-        delete = "pass --overwrite_output_dir true to delete it, or another --name or --output_dir"
-        from_model = "start anew from its model with model_name_or_path or adapter_name_or_path"
-        self._check_recipe(last, f"{out} holds an unfinished run", delete)
-        self._check_recipe(
-            chosen, f"resume_from_checkpoint: {chosen} is", f"bring the old values back, or {from_model}"
-        )
+        if changes := self._changes(last):
+            raise RecipeError(
+                f"{out} holds an unfinished run of another recipe ({changes}); pass --overwrite_output_dir true to "
+                "delete it, or another --name or --output_dir"
+            )
         self.anew = known and (run.overwrite_output_dir or run.resume == "never")
         checkpoint = Path(chosen) if chosen else None if self.anew else last
         if checkpoint and not _is_resumable(checkpoint):
@@ -138,9 +138,11 @@ class RunFolder:
                 f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
                 "to delete it and start anew, or another --name"
             )
-        if self.anew:
-            self._check_removable()
-        else:
+        for key in ("model_name_or_path", "adapter_name_or_path", "resume_from_checkpoint") if self.anew else ():
+            used = self.settings.chosen.get(key)
+            if used and Path(used).resolve().is_relative_to(out.resolve()):
+                raise RecipeError(f"{key}: {used} would be removed with {out}; pass another --name or --output_dir")
+        if not self.anew:
             _remove_cut_off(out)
         if not known:
             _write_recipe(out, self.settings)  # who watches the folder knows it by this
@@ -157,8 +159,6 @@ class RunFolder:
             RecipeError: the content is not what the checkpoint was trained on, so that going on would train some rows
                 twice and others never.
         """
-        if self.anew:
-            self._check_removable()  # once more: reading the data may have taken hours
         for path in self.out.iterdir():
             # A start that failed before its first checkpoint leaves a log, to which nothing may be appended
             if (self.anew and _WRITTEN.fullmatch(path.name)) or (path.name == "log.jsonl" and not newest(self.out)):
@@ -177,30 +177,32 @@ class RunFolder:
         write_whole(self.out / REVISIONS, json.dumps(commits, indent=2))
 
     def _check_chosen(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that is not whole, or that a plain trainer wrote with batches of another size."""
+        """Refuse a checkpoint of another recipe, one cut off, or a plain trainer's with batches of another size."""
         if not checkpoint.is_dir():
             raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(checkpoint)}")
+        if changes := self._changes(checkpoint):
+            raise RecipeError(
+                f"resume_from_checkpoint: {checkpoint} is of another recipe ({changes}); bring the old values back, or "
+                "start anew from its model with model_name_or_path or adapter_name_or_path"
+            )
         if (checkpoint / COMPLETE).exists():
             return
         if (checkpoint.parent / "recipe.json").exists():
             raise RecipeError(
                 f"resume_from_checkpoint: {checkpoint} was cut off while it was written; take an older one"
             )
-        state, batch = _read(checkpoint / "trainer_state.json") or {}, self.settings.training.train_batch_size
+        state, batch = read_json(checkpoint / "trainer_state.json", {}), self.settings.training.train_batch_size
         if (before := state.get("train_batch_size", batch)) != batch:
             raise RecipeError(
                 f"resume_from_checkpoint: {checkpoint} was trained in batches of {before}, and {batch} would train "
                 f"some rows twice or never; set per_device_train_batch_size={before}"
             )
 
-    def _check_recipe(self, checkpoint: Path | str | None, what: str, way_out: str) -> None:
-        """Refuse a checkpoint of another recipe, which the run's would not follow."""
-        trained = _of_checkpoint(checkpoint).get("recipe")
-        if trained and (changes := self._changes(trained)):
-            raise RecipeError(f"{what} of another recipe ({changes}); {way_out}")
-
-    def _changes(self, before: dict[str, Any]) -> str:
-        """What differs from the recipe of the run to go on with, but for a longer training: `key old -> new, ...`."""
+    def _changes(self, checkpoint: Path | None) -> str:
+        """What differs from a checkpoint's recipe, but for a longer training: `key old -> new, ...`."""
+        before = _of_checkpoint(checkpoint).get("recipe")
+        if not before:  # a plain trainer's
+            return ""
         now = json.loads(json.dumps(recipe_of(self.settings)))
         differing = {key for key in {*before, *now}.difference(_NOT_TRAINED) if before.get(key) != now.get(key)}
         if "template_now" not in now:  # found once the tokenizer is known; the digest of the data tells
@@ -210,16 +212,6 @@ class RunFolder:
             if isinstance(old, int | float) and isinstance(new, int | float) and new > old:
                 differing.discard(key)
         return ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(differing))
-
-    def _check_removable(self) -> None:
-        """Refuse to remove what is no run, or what this one is about to read."""
-        out, settings = self.out, self.settings
-        if not isinstance(recipe := _read(out / "recipe.json"), dict) or "model_name_or_path" not in recipe:
-            raise RecipeError(f"{out} holds something that is not a run; pass another --name or --output_dir")
-        for key in ("model_name_or_path", "adapter_name_or_path", "resume_from_checkpoint"):
-            used = settings.chosen.get(key)
-            if used and Path(used).resolve().is_relative_to(out.resolve()):
-                raise RecipeError(f"{key}: {used} would be removed with {out}; pass another --name or --output_dir")
 
 
 def recipe_of(settings: Settings) -> Any:
@@ -243,7 +235,7 @@ def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Setting
             raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
         return settings
     anew = run.overwrite_output_dir or run.resume == "never"
-    kept = None if anew else _read(Path(settings.training.output_dir) / "recipe.json")
+    kept = None if anew else read_json(Path(settings.training.output_dir, "recipe.json"), None)
     first = kept.get("template_now") if isinstance(kept, dict) else None
     now = labels.template_now or once(lambda: first or date.today().isoformat())
     return replace(settings, labels=replace(labels, template_now=now), chosen={**settings.chosen, "template_now": now})
@@ -254,9 +246,9 @@ def newest(out: Path) -> Path | None:
     return next((p for p in map(Path, reversed(sort_checkpoints(str(out)))) if (p / COMPLETE).exists()), None)
 
 
-def _of_checkpoint(checkpoint: Path | str | None) -> dict[str, Any]:
+def _of_checkpoint(checkpoint: Path | None) -> dict[str, Any]:
     """What a checkpoint says of its run: the data, and the recipe; nothing without one."""
-    return dict(_read(Path(checkpoint) / COMPLETE) or {}) if checkpoint else {}
+    return dict(read_json(checkpoint / COMPLETE, {})) if checkpoint else {}
 
 
 def _is_resumable(checkpoint: Path) -> bool:
@@ -268,14 +260,6 @@ def _remove_cut_off(out: Path) -> None:
     for path in (*out.glob("checkpoint-*"), out / ".adapter", out / ".model"):
         if path.is_dir() and not path.is_symlink() and _WRITTEN.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path)
-
-
-def _read(path: Path) -> Any:
-    """What a JSON file of the folder holds; None without one, or if it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 class SignalHandler:
@@ -389,11 +373,6 @@ def tokens_before(state: TrainerState) -> int:
     return int(next((log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log), 0))
 
 
-def watched() -> bool:
-    """Whether somebody looks at a terminal, in which a bar can move."""
-    return sys.stderr.isatty()
-
-
 class JsonlLogger(ProgressCallback):
     """Each log as one JSON object a line of the file `path`, with the time and the speed since the last one; and in the
     terminal as a bar with the figures beside it, or as a line where there is no terminal or no bar is wanted.
@@ -404,7 +383,7 @@ class JsonlLogger(ProgressCallback):
 
     def __init__(self, path: Path | None = None) -> None:
         super().__init__()
-        self.path, self.bar = path, watched()
+        self.path, self.bar = path, sys.stderr.isatty()
 
     def _write(self, state: TrainerState, entry: dict[str, Any]) -> None:
         if self.path and state.is_world_process_zero:

@@ -224,14 +224,10 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.
     """
     training = settings.training
-    if training.max_steps <= 0:
-        raise RecipeError("dataset_streaming: a stream's length is not known; set max_steps")
     if settings.labels.formatting_func or training.accelerator_config.split_batches:
         raise RecipeError("dataset_streaming goes neither with formatting_func nor with split_batches; leave one out")
     sample = label(settings, tokenizer)
     report = _check(settings, tokenizer, sample) if settings.labels.check else None
-    if not Tokens(sample.dataset).trained(_kept(settings, sample.dataset)).sum():
-        raise LabelError("the stream's first rows have nothing to train on")
     buffer, batch = STREAM_BUFFER if training.packing else ROWS_AT_A_TIME, training.per_device_train_batch_size
     order = {"processes": _readers(training), "per_device_train_batch_size": batch, "buffer": buffer}
     encode = make_encoder(settings, tokenizer).tokenize_batch

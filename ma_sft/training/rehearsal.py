@@ -155,7 +155,7 @@ def rehearse_here(settings: Settings, config: PreTrainedConfig, tokens: int, add
                 failed = failed or error
     packs = re.search("packed sequences|documents of a pack", str(failed))
     if packs and not done:  # whatever else is wrong with the twin
-        way_out = f"set {_unpacked(values)}; "
+        way_out = f"set {', '.join(f'{name}=false' for name in PACKED if values[name])}; "
     if failed is None:
         return f"rehearsed on a twin of {count / 1e6:.1f} million parameters: {', '.join(done)}"
     ours = isinstance(failed, RecipeError) and scratch not in str(failed)  # else it speaks of the twin itself
@@ -179,10 +179,6 @@ def _ways_out(values: Values) -> Iterator[tuple[str, Values]]:
         elif value != off:
             cannot = "" if value is None else f"{name}={value} cannot be: "
             yield f"{cannot}set {name}={json.dumps(off)}; ", {**values, name: off}
-
-
-def _unpacked(values: Values) -> str:
-    return ", ".join(f"{name}=false" for name in PACKED if values[name])
 
 
 @contextmanager

@@ -166,8 +166,6 @@ def test_freeze(base):
     model = AutoModelForCausalLM.from_pretrained(base())
     with pytest.raises(RecipeError, match=r"'layers.7' finds no parameter; there are .*model.layers.N.mlp.down_proj"):
         freeze(model, ["layers.7"])
-    with pytest.raises(RecipeError, match="nothing to train"):
-        freeze(model, ["."])
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------

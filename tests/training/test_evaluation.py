@@ -157,6 +157,9 @@ def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_p
     (complete := Path(last, COMPLETE)).write_text(complete.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
         start("fewer", **{**more, "resume_from_checkpoint": last}, max_steps=4)
+    complete.write_text("{")  # by which its rows and recipe are known
+    with pytest.raises(RecipeError, match=r"complete.json is not valid JSON"):
+        start("fewer", **{**more, "resume_from_checkpoint": last}, max_steps=4)
 
 
 def test_a_start_that_failed_does_not_block_the_corrected_command(start, tmp_path):

@@ -177,6 +177,10 @@ def test_layers_and_values_that_peft_or_trl_refuse():
     assert "peft_config: r cannot be: leave it out; rehearsed on a twin: TypeError" in message
 
 
+def test_nothing_left_to_train():
+    assert "freeze=['.'] cannot be: set freeze=[]; rehearsed on a twin" in refused("llama", freeze=["."])
+
+
 def test_positions():
     assert "the model has 1024 positions; set max_length=1024" in refused("gpt2", max_length=2048)
     assert "goes beyond the 2048 positions" in rehearsed("llama", max_length=4096)

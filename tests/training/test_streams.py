@@ -114,7 +114,7 @@ def test_a_stream_without_a_label_is_refused(tmp_path, tiny_bpe):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a?", "completion": "It is so."}] * 3)
     more = {"dataset_name": rows, "dataset_streaming": True, "max_length": 2, "check": False}
     recipe = Recipe(**{**QUICK, **more}, model_name_or_path=str(tiny_bpe), output_dir=str(tmp_path / "run"))
-    with pytest.raises(LabelError, match="first rows have nothing to train on"):
+    with pytest.raises(LabelError, match="the stream has no row with anything to train on"):
         run(recipe)
 
 
