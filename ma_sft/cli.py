@@ -39,15 +39,6 @@ app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(data, name="data")
 
 
-class HeavyCommand(TyperCommand):
-    """A command that waits for heavy imports, and says so once its arguments are read."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Say it, and run."""
-        progress(LOADING)
-        return super().invoke(ctx)
-
-
 class RecipeCommand(TyperCommand):
     """A command that takes a recipe, and every setting of it as a flag."""
 
@@ -134,7 +125,7 @@ def _main(
     pass
 
 
-@app.command("init", cls=HeavyCommand)
+@app.command("init")
 def _init(
     model: Annotated[str | None, Option(help="a hub id, a folder, or demo (SmolLM2-135M from PyPI)")] = None,
     data: Annotated[str | None, Option(help="a hub id (owner/name:configuration), a file, glob or folder")] = None,
@@ -146,6 +137,7 @@ def _init(
     out: OutOrDefault = None,
 ) -> None:
     """look at your data and write a recipe for it; asks for what no flag says"""
+    progress(LOADING)
     from ma_sft.tools.init import init
 
     recipe, start = init(
@@ -258,7 +250,7 @@ def _check(
     return _show(check(recipe, flags, every_row=every_row), as_json)
 
 
-@app.command("audit", cls=HeavyCommand)
+@app.command("audit")
 def _audit(
     folder: Annotated[Path, Argument(exists=True, help="a saved data set of TRL, axolotl, LLaMA-Factory or ms-swift")],
     tokenizer: Annotated[str, Option(help="folder or hub id of the model's tokenizer")],
@@ -268,6 +260,7 @@ def _audit(
     as_json: Json = False,
 ) -> int:
     """verify token ids and labels that another tool prepared; exit code 1 if any is wrong"""
+    progress(LOADING)
     from transformers import AutoTokenizer
 
     from ma_sft.hub import load_pretrained
@@ -322,9 +315,8 @@ def _data_build(
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        console().print(
-            build(mixture, out, allow_code=allow_code == "true", **({"num_proc": num_proc} if num_proc else {}))
-        )
+        given = {"num_proc": num_proc} if num_proc else {}
+        console().print(build(mixture, out, allow_code=allow_code == "true", **given))
     finally:
         signal.signal(signal.SIGTERM, before)
     say(f"data set: {out}")
@@ -352,7 +344,7 @@ def _report(
         say(f"report: {page}")
 
 
-@app.command("merge", cls=HeavyCommand)
+@app.command("merge")
 def _merge(
     run: Run,
     out: Out,
@@ -361,6 +353,7 @@ def _merge(
     trust_remote_code: Trust = "false",
 ) -> None:
     """merge a run's adapter into its base model"""
+    progress(LOADING)
     from ma_sft.release.merge import merge
 
     with as_written(run):
@@ -393,7 +386,7 @@ def _plan(
     say(rehearsed)
 
 
-@app.command("export", cls=HeavyCommand)
+@app.command("export")
 def _export(
     run: Run,
     out: Annotated[Path, Option("-o", "--out", help="a new folder, or a new file that ends with .gguf")],
@@ -403,6 +396,7 @@ def _export(
     trust_remote_code: Trust = "false",
 ) -> None:
     """write a run's whole model for vLLM and transformers serve, or as GGUF"""
+    progress(LOADING)
     from ma_sft.release.export import export_folder, export_gguf
 
     with as_written(run):
@@ -412,9 +406,10 @@ def _export(
             say(*export_folder(run, out, dtype, code=trust_remote_code == "true"))
 
 
-@app.command("handoff-check", cls=HeavyCommand)
+@app.command("handoff-check")
 def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = False) -> int:
     """compare a saved model with its manifest; exit code 1 if they disagree"""
+    progress(LOADING)
     from ma_sft.release.manifest import check_handoff
 
     with as_written(folder):
@@ -426,7 +421,7 @@ def _handoff(folder: Run, trust_remote_code: Trust = "false", as_json: Json = Fa
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-@app.command("chat", cls=HeavyCommand)
+@app.command("chat")
 def _chat(
     folder: Run,
     prompt: Annotated[str | None, Option(help="ask this one question and print the answer alone")] = None,
@@ -437,6 +432,7 @@ def _chat(
     trust_remote_code: Trust = "false",
 ) -> None:
     """talk to a run's model or to any model folder"""
+    progress(LOADING)
     from ma_sft.release.chat import chat
 
     given = {"prompt": prompt, "system": system, "base": base, "code": trust_remote_code == "true"}

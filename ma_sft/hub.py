@@ -4,15 +4,13 @@ huggingface_hub caches, retries and goes on after a cut; no code and no pickle o
 be had, read or trusted is a `RecipeError` of one line that says what to do.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.utils import not_there, progress
+from ma_sft.utils import not_there, progress, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -30,13 +28,13 @@ def pin(name: str, revision: str | None = None, kind: str = "model") -> str:
     from huggingface_hub import HfApi
 
     key = f"{kind}/{name}@{revision or 'main'}"
-    if key not in commits:
-        try:
+    try:
+        if key not in commits:
             offline = unreachable(name, revision, kind) is not None
             found = HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=offline)
-        except Exception as error:
-            raise RecipeError(explain(error, name, kind, revision)) from None
-        commits[key] = found.resolved
+            commits[key] = found.resolved
+    except Exception as error:
+        raise RecipeError(explain(error, name, kind, revision)) from None
     return commits[key]
 
 
@@ -59,13 +57,8 @@ def unreachable(name: str, revision: str | None = None, kind: str = "model") -> 
             "GET", url, headers=build_hf_headers(), timeout=FIRST_ANSWER, max_retries=3, retry_on_exceptions=()
         )
         return None  # it answers, and whoever asks for more explains it
-    except httpx2.TimeoutException:
-        why = f"no answer within {FIRST_ANSWER:.0f} s"
-    except httpx2.TransportError as error:
-        why = str(error)
-    except HfHubHTTPError as error:
-        why = f"it answers {error.response.status_code}"
-    _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({why})"]
+    except (httpx2.TransportError, HfHubHTTPError) as error:
+        _unreachable[:] = [f"the hub {constants.ENDPOINT} cannot be reached ({one_line(error)})"]
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     progress(f"{_unreachable[0]}; going on with what is cached")
@@ -90,8 +83,6 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = Fals
             )
             if weights:
                 snapshot_download(name, revision=commit, allow_patterns=weight_files(folder))
-        except RecipeError:
-            raise
         except Exception as error:
             raise RecipeError(explain(error, name)) from None
     if weights:
@@ -122,13 +113,8 @@ def weight_files(folder: Path) -> list[str]:
     """The names of a folder's safetensors: an adapter's, those of the index, or `model.safetensors`, there or not."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return ["adapter_model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RecipeError(f"{index} is broken; get it again") from None
+    index = read_json(folder / "model.safetensors.index.json", {"weight_map": {"all": "model.safetensors"}})
+    return sorted(set(index["weight_map"].values()))
 
 
 def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
@@ -154,16 +140,18 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
 
     `AutoModelForCausalLM` stands for the model's own class, which for one of text and images is another auto class's.
     """
+    import transformers
+
     weights, tokenizer = "CausalLM" in auto.__name__, "Tokenizer" in auto.__name__
     folder = model_folder(name, revision, weights=weights, code=code)
-    if tokenizer and not code:
-        _refuse_tokenizer_code(name, folder)
-    kwargs = {"use_safetensors": True, **kwargs} if weights else kwargs
     try:
         if weights:
-            from transformers import AutoConfig
-
-            auto = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
+            kwargs = {"use_safetensors": True, **kwargs}
+            auto = model_class(transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
+        if tokenizer and not code:  # transformers takes another class than the tokenizer's own code, in silence
+            config = read_json(folder / "tokenizer_config.json", {})
+            if "AutoTokenizer" in config.get("auto_map", ()) and not hasattr(transformers, config["tokenizer_class"]):
+                raise ValueError("trust_remote_code")
         loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if tokenizer:
             loaded("a é 你 😀")  # what does not fit each other fails at a text alone
@@ -171,19 +159,6 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
     except Exception as error:
         raise RecipeError(explain(error, name)) from None
     return loaded
-
-
-def _refuse_tokenizer_code(name: str, folder: Path) -> None:
-    """Where a tokenizer's class is in its own code, transformers without that code takes another one in silence."""
-    import transformers
-
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        own = "AutoTokenizer" in config.get("auto_map", {}) and str(config.get("tokenizer_class"))
-    except (OSError, ValueError, AttributeError, TypeError):  # whoever loads it says so
-        return
-    if own and not hasattr(transformers, own):
-        raise RecipeError(explain(ValueError("trust_remote_code"), name))
 
 
 def generation_config(name: str) -> "GenerationConfig | None":
@@ -229,8 +204,6 @@ def load_dataset(
             builder = _cached_builder(path, name, commit)
             return builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
         rows = datasets.load_dataset(path, name, split=split, revision=commit, streaming=streaming, **files)
-    except RecipeError:
-        raise
     except Exception as error:
         raise RecipeError(explain(error, path, "dataset", revision)) from None
     if offline and not streaming and not any(commit in file["filename"] for file in rows.cache_files):
@@ -254,17 +227,20 @@ def _cached_builder(path: str, name: str | None, commit: str) -> Any:
 
 def explain(error: BaseException, name: str, kind: str = "model", revision: str | None = None) -> str:
     """One line of what a library said in many: which repository, what happened, what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
+    if isinstance(error, RecipeError):
+        return str(error)
     if found := re.search(r"models--([^/]+)/snapshots/[^/]+$", name):
         name = found[1].replace("--", "/", 1)
-    chain, text, is_data = [*_chain(error)], one_line(error), kind == "dataset"
+    chain, text, is_data = [error], one_line(error), kind == "dataset"
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     what = f"the {'data' if is_data else kind} {name!r}"
     page = f"{constants.ENDPOINT}/{'datasets/' if is_data else ''}{name}"
     login = "log in with `hf auth login` or set HF_TOKEN"
     folder = f"pass a {'file or folder' if is_data else 'folder'} (make: {'DATA' if is_data else 'MODEL'}=PATH)"
     nowhere = f"{what} is no file or folder here and cannot be had from a hub"
-    status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
     kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
     if "nvalid credentials" in text or "Invalid user token" in text:
         return f"the hub refuses the token when asked for {what}: it is wrong or was withdrawn; {login}"
@@ -278,8 +254,6 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
         return f"{nowhere} (ids are owner/name); {folder}"
     if _unreachable or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RevisionResolutionError"}:
         return f"{nowhere}: {(_unreachable or [OFFLINE])[0]}, and it is not all cached; {folder}"
-    if status:
-        return f"the hub {constants.ENDPOINT} answers {status} when asked for {what}; try again later"
     if "trust_remote_code" in text:
         where = name if Path(name).is_dir() else page
         return f"{what} brings code of its own: read it at {where}, then trust it with --trust_remote_code true"
@@ -289,13 +263,6 @@ def explain(error: BaseException, name: str, kind: str = "model", revision: str 
         return f"{what} holds no config.json; give the folder of a model, such as a run's `merged` or `model`"
     inner = next((e for e in chain if type(e).__module__.startswith(("pyarrow", "httpx2"))), chain[-1])
     said = (text if inner is error else f"{text}: {one_line(inner)}")[:400]
-    for word, settings in {"onfig": "dataset_config, or name", "split": "dataset_train_split, or split"}.items():
-        if is_data and word in text:
-            return f"{what}: {said}; set {settings} in the source"
+    if is_data and ("onfig" in text or "split" in text):
+        return f"{what}: {said}; set dataset_config or dataset_train_split, or name or split in the source"
     return f"{what} cannot be loaded: {type(inner).__name__}: {said}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

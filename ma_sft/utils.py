@@ -95,7 +95,10 @@ def guard(command: Callable[[], Any]) -> int:
             say("stopped by Ctrl-C", error=True)
             return 130
         if line := _mendable(error):
-            return _fail(line)
+            if not _first_here():
+                time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
+            say(f"error: {line}", error=True)
+            return 2
         known = ", ".join(f"{name} {version}" for name, version in versions().items())
         error.add_note(f"This was not foreseen: please open an issue with the lines above and these versions: {known}")
         raise
@@ -156,13 +159,6 @@ def frozen() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-
-
-def _fail(message: str) -> int:
-    if not _first_here():
-        time.sleep(10)  # most errors are everybody's: the first process says it, and the launcher ends this one
-    say(f"error: {message}", error=True)
-    return 2
 
 
 def _first_here() -> bool:

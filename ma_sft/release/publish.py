@@ -42,8 +42,9 @@ def publish(settings: Settings, saved: Path, summary: dict[str, Any]) -> str:
         message = f"{settings.run.name}: {summary['steps']} steps"
         api.create_commit(repo.repo_id, additions, commit_message=message, revision=training.hub_revision)
     except Exception as error:  # whatever a hub does, the run is done
-        why = str(error) if isinstance(error, RecipeError) else explain(error, name)
-        raise RecipeError(f"{why}; what was trained is in {saved}; later: hf upload {name} {saved}") from None
+        raise RecipeError(
+            f"{explain(error, name)}; what was trained is in {saved}; later: hf upload {name} {saved}"
+        ) from None
     say(f"published: {repo}", *(f"  {a.path_in_repo} ({a.upload_info.size:,} bytes)" for a in additions))
     return str(repo)
 

@@ -27,7 +27,7 @@ def test_cached_and_a_hub_that_does_not_answer(hub, data, model, ma_sft, recipe)
     hub.fail(".", "stall", times=100, method="*", seconds=60 * PATIENCE)
     done = ma_sft("check", recipe())
     assert done.code == 0, done.err
-    assert "no answer within 8 s" in done.err
+    assert "cannot be reached" in done.err and "timed out" in done.err
     assert done.seconds < 25 * patience()  # 8 s of waiting, and what a check takes
 
 
