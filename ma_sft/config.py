@@ -342,6 +342,7 @@ PATHS = (
     "dataset_name datasets eval_dataset model_name_or_path output_dir template chat_template_path deepspeed "
     "fsdp_config adapter_name_or_path resume_from_checkpoint accelerator_config"
 ).split()
+CHANGED = Path(__file__).stat().st_mtime_ns  # of what is imported here, not of what may be written later
 SOURCES = ("dataset_name", "datasets", "eval_dataset")  # paths, mappings, or rows themselves
 ROWS_FILE = re.compile(r"[^*?\[:]+\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.gz|\.zst)?")
 CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, its JSON, or the path of a file
@@ -528,7 +529,7 @@ def _stages() -> dict[str, type]:
 @cache
 def known_settings() -> dict[str, Setting]:
     """Every setting of a recipe by name, from a table in the cache folder, as making it imports torch."""
-    made_from = version("trl"), version("transformers"), __version__, Path(__file__).stat().st_mtime_ns
+    made_from = version("trl"), version("transformers"), __version__, CHANGED
     path = cache_dir() / f"settings-{'-'.join(map(str, made_from))}.json"
     with suppress(OSError, ValueError, TypeError):
         return {row["name"]: Setting(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
