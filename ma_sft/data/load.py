@@ -243,7 +243,7 @@ def _plain(value: Any) -> Any:
     """A value that JSON does not know; a list that pandas read from Arrow has nulls as Arrow's objects have them."""
     if hasattr(value, "tolist"):
         return without_nulls(value.tolist())
-    return _text_of_bytes(value) or str(value)
+    return _text_of_bytes(value) if isinstance(value, bytes) else str(value)
 
 
 def without_nulls(value: Any) -> Any:

@@ -28,7 +28,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ma_sft.errors import MaSftError, TemplateError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.backend import Backend
-from ma_sft.labels.message_form import is_plain
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
@@ -222,9 +221,8 @@ class ChatEncoder:
             TemplateError: naming the row, by its `origin` if there is that column.
         """
         given = ("tools", "chat_template_kwargs")
-        conversations = [[_without_nulls(m) for m in messages] for messages in batch["messages"]]
         try:
-            encoded = self.encode(conversations, *(parsed(batch.get(name), len(rows)) for name in given))
+            encoded = self.encode(batch["messages"], *(parsed(batch.get(name), len(rows)) for name in given))
         except MaSftError as error:
             at: int = error.index  # type: ignore[attr-defined]
             raise TemplateError(f"{batch['origin'][at] if 'origin' in batch else f'row {rows[at]}'}: {error}") from None
@@ -245,7 +243,7 @@ class ChatEncoder:
         self, messages: list[Message], tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> list[int]:
         """Ids of the conversation so far with the generation prompt: what inference feeds to the model."""
-        chat = self._turns.chat([_without_nulls(m) for m in messages], tools, template_kwargs)
+        chat = self._turns.chat(messages, tools, template_kwargs)
         text = self._cut(self._turns.render(chat, len(messages), prompt=True), chat.marker)
         self._learn(text.stretches)
         ids = np.frombuffer(self._ids_of(text), np.int32).tolist()
@@ -385,17 +383,6 @@ def check_messages(messages: list[Message]) -> None:
             raise TemplateError(f"message {i} (role {message['role']!r}) has no content")
     if "assistant" not in [message["role"] for message in messages]:
         raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
-
-
-def _without_nulls(message: Message) -> Message:
-    """Arrow gives every row every key of the column; what a message does not have must not reach the template."""
-    if is_plain(message):
-        return message
-    message = {key: value for key, value in message.items() if value is not None or key == "content"}
-    if "tool_calls" in message:
-        calls = message["tool_calls"]
-        message["tool_calls"] = [{key: value for key, value in call.items() if value is not None} for call in calls]
-    return message
 
 
 def parsed(column: Sequence[Any] | None, count: int) -> list[Any]:

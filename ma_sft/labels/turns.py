@@ -7,14 +7,11 @@ For turn k, `prompt = render(messages[:k], add_generation_prompt=True)` is what 
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, nodes
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import get_json_schema
 
 from ma_sft.errors import TemplateError
 from ma_sft.labels.message_form import MessageForm, is_plain, shared_length
@@ -24,6 +21,7 @@ from ma_sft.labels.render import Renderer, describe, digest
 Message = dict[str, Any]
 
 FORBIDDEN = "marked not to be trained in the row"
+_ADVICE = "choose another template, or set its variable for reasoning (such as enable_thinking) in template_kwargs"
 
 # Markup that an assistant itself writes in its content; everybody else's is ordinary text.
 ASSISTANT_MARKUP = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
@@ -32,8 +30,6 @@ _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 _SHUT_THOUGHT = re.compile(
     r"(<(?!/|\|END)[^<>]*(?:think|channel)[^<>]*>)(?:thought)?\s*(<[^<>]*(?:think|channel)[^<>]*>)\s*\Z", re.IGNORECASE
 )
-# What may cut a control token's text: no space, and no part of a text. The first keeps a text ASCII, which is faster.
-_MARKERS = ["\x7f", *map(chr, range(0xE000, 0xF900))]
 _FORMS = 1024  # of a template with the variables of rows
 _SHAPES = 4096
 
@@ -49,7 +45,7 @@ class Chat:
     kwargs: dict[str, Any]
     untrained: frozenset[int]  # messages that the row forbids to train
     form: MessageForm
-    tagged: Any = None  # `placeholders.shape`, of messages with calls or tags
+    tagged: str  # `placeholders.shape` of messages with more than plain text
     marker: str = ""
     special_text: tuple[str, ...] = ()
 
@@ -93,32 +89,30 @@ class Turns:
         self._overlapping_assistant = _overlapping(t for t in control if t not in ASSISTANT_MARKUP)
         self._tags = tags_of(str(tokenizer.chat_template))
         self._lost: dict[Any, list[Lost]] = {}
-        self._advice: dict[Any, str] = {}
         self._forms: dict[tuple[str, str], MessageForm] = {}
         self.end_token = self._form(None, template_kwargs).end.token
 
     def chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> Chat:
-        """The conversation with control-token text cut in two by a character that occurs nowhere in it."""
+        """The conversation with control-token text cut in two by a few characters that stand nowhere in it."""
         untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
         # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
-        messages = [_with_objects(m) for m in messages]
-        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
+        messages = [m if is_plain(m) else _cleaned(m) for m in messages]
         row, marker, special = kwargs or {}, "", ()
+        form = self._form(tools, {**self.template_kwargs, **row})
         texts = chain.from_iterable(m.values() if is_plain(m) else _texts(m) for m in messages)
         everything = "\0".join([*texts, *_texts([tools, row])])
-        form = self._form(tools, {**self.template_kwargs, **row})
         if found := self.control_pattern.findall(everything):
-            marker = next(c for c in _MARKERS if not any(each in everything for each in (c, *_escaped(c))))
+            # No template trims, splits, escapes or changes these
+            marker = next(mark for n in count() if (mark := f"~{n}~") not in everything)
             given = messages, row, tools
             messages = [self._cut_message(m, marker) for m in messages]
             row, tools = (_cut(each, marker, self._overlapping) for each in (row, tools))
             special = () if (messages, row, tools) == given else tuple(dict.fromkeys(found))
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
-        kinds, tagged = (*map(describe, formed), describe([tools, kwargs])), None
-        if None in kinds or self._tags.search(everything) or any("tool_calls" in m for m in messages):
-            parted = (i for i, m in enumerate(messages) if not is_plain(m) or self._tags.search(m["content"]))
-            tagged = repr([(i, shape(messages[i], self._tags)) for i in parted])
+        kinds = (*map(describe, formed), describe([tools, kwargs]))
+        parted = (i for i, m in enumerate(messages) if not is_plain(m) or self._tags.search(m["content"]))
+        tagged = repr([(i, shape(messages[i], self._tags)) for i in parted])
         return Chat(messages, formed, kinds, tools, kwargs, untrained, form, tagged, marker, special)
 
     def _cut_message(self, message: Message, marker: str) -> Message:
@@ -131,31 +125,24 @@ class Turns:
         assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
         turns = [self._turn(chat, k, full) for k in assistants[0 if self.train_on == "all" else -1 :]]
         for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns, full)):
-            role, advice = "" if i < 0 else chat.messages[i]["role"], "use a role that it knows, or another template"
-            if role == "assistant":
-                advice = self._advise(chat, i) or "use a template that writes it, or data without it"
-            if what.startswith(("the tool", "the call")):
-                advice = "use a template that knows tools"
+            role = chat.messages[i]["role"] if i >= 0 else ""
             where = f" of message {i} (role {role!r})" if role else ""
-            raise TemplateError(f"the chat template leaves out {what}{where}; {advice}")
+            advice = _ADVICE if "reasoning" in what else "choose another template"
+            raise TemplateError(f"the chat template leaves out {what}{where}; {advice}, or data without it")
         return full, turns
 
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:
         """The template's text of the first `count` messages."""
         kinds = (*chat.kinds[:count], chat.kinds[-1])
-        text = self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
-        if chat.marker:
-            for escaped in _escaped(chat.marker):  # as JSON in ASCII or Python write it
-                text = text.replace(escaped, chat.marker)
-        return text
+        return self.renderer.render(chat.formed[:count], chat.tools, chat.kwargs, prompt=prompt, kinds=kinds)
 
     def _form(self, tools: list[Any] | None, kwargs: dict[str, Any]) -> MessageForm:
         """What the template asks for with these variables, which may change what it writes."""
         key = (self.tokenizer.get_chat_template(tools=tools), repr(kwargs))
         if key not in self._forms:
             if len(self._forms) >= _FORMS:
-                for known in (self._forms, self._lost, self._advice):  # their keys hold ids of forms
-                    known.clear()
+                self._forms.clear()
+                self._lost.clear()  # whose keys hold ids of forms
 
             def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
                 return self.renderer.render(messages, tools, kwargs, prompt=prompt)
@@ -167,25 +154,19 @@ class Turns:
     # -- one turn -----------------------------------------------------------------------------------------------
 
     def _turn(self, chat: Chat, k: int, full: str) -> TurnText:
+        """What turn `k` writes. `full` is the text of the whole conversation."""
+        form, message = chat.form, chat.messages[k]
         if k in chat.untrained:
             return TurnText(k, reason=FORBIDDEN)
         if k == 0:
             return TurnText(k, reason="no message comes before it, so nobody would ask the model for it")
-        turn = self._write(chat, k, full if k == len(chat.messages) - 1 else None)
-        return turn if isinstance(turn, TurnText) else TurnText(k, reason=self._why_unlike(chat, k, turn))
-
-    def _write(self, chat: Chat, k: int, whole: str | None = None) -> TurnText | str:
-        """What turn `k` writes, or the generation prompt after which the template does not write it.
-
-        `whole` is the text of the conversation up to and with this turn, if it is known.
-        """
-        form, message = chat.form, chat.messages[k]
         prompt = self.render(chat, k, prompt=True)
         if chat.messages[k - 1]["role"] == "assistant" and form.end_in(prompt):
             return TurnText(k, reason="the template opens no turn after an assistant's; join the two messages")
-        whole = self.render(chat, k + 1) if whole is None else whole
+        whole = full if k == len(chat.messages) - 1 else self.render(chat, k + 1)
         rest, built = self._continuation(chat, k, prompt, whole), False
-        if (opened := _OPEN_THOUGHT.search(prompt)) and (rest is None or "</think>" not in rest):
+        opened = _OPEN_THOUGHT.search(prompt)
+        if opened and (rest is None or "</think>" not in rest):
             answer = self._continuation(chat, k, prompt[: opened.start()], whole) if rest is None else rest
             rest = _thought_and_answer(message, answer, form)
             built = rest is not None
@@ -193,7 +174,8 @@ class Turns:
             rest = self._continuation(chat, k, prompt[: shut.start()], whole)
             rest = None if rest is None or rest.lstrip().startswith(shut.groups()) else rest
         if rest is None:
-            return prompt
+            what = "opens <think> and this turn has no reasoning" if opened else "is not how it begins the turn"
+            return TurnText(k, reason=f"the template's generation prompt {what}: give it reasoning_content, {_ADVICE}")
         end = form.end_of_call if message.get("tool_calls") else form.end
         written = rest.removesuffix(end.tail)
         stop = form.end_in(written)
@@ -233,11 +215,10 @@ class Turns:
         found = at >= 0 and asked_at <= differs_at and self.control_pattern.search(opening)
         return whole[at + len(opening) :] if found else None
 
-    # -- what is left out, and why a turn is not trained -----------------------------------------------------------
+    # -- what is left out ------------------------------------------------------------------------------------------
 
     def _dropped(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
         """What the template does not write of the turns that are trained and of what stands before them."""
-
         key = (chat.kinds, id(chat.form), bool(chat.tools), chat.tagged)
         if key not in self._lost:
             if len(self._lost) >= _SHAPES:
@@ -277,58 +258,14 @@ class Turns:
                 if not any(_writes(text, part) for text in places):
                     yield i, f"the text {part[:40]!r}"
 
-    def _why_unlike(self, chat: Chat, k: int, prompt: str) -> str:
-        """Why the turn does not begin as the generation prompt does, and which variable would change that."""
-        opened = "" if _OPEN_THOUGHT.search(prompt) is None else " opens <think> and this turn has no reasoning"
-        advice = self._advise(chat, k) or "no variable of the template changes that; " + (
-            "give the turn reasoning_content, or choose another template" if opened else "choose another template"
-        )
-        return f"the template's generation prompt{opened or ' is not how it begins the turn'}: {advice}"
 
-    def _advise(self, chat: Chat, k: int) -> str:
-        """The template's variable with which turn `k` is trained and nothing of it lost; empty if there is none."""
-        key = (chat.kinds[-1], id(chat.form), bool(chat.tools), chat.kinds[k], chat.messages[k - 1]["role"])
-        if key not in self._advice:
-            found = _switches(self.tokenizer.get_chat_template(tools=chat.tools))
-            fitting = (f"{name}={json.dumps(v)}" for name, v in found if self._is_trained(chat, {name: v}, k))
-            switch = next(fitting, "")
-            self._advice[key] = switch and f"set {switch} in template_kwargs, or in the row's chat_template_kwargs"
-        return self._advice[key]
-
-    def _is_trained(self, chat: Chat, kwargs: dict[str, Any], k: int) -> bool:
-        """Whether turn `k` is trained, and wholly, with these variables of the template."""
-        kwargs = {**chat.kwargs, **kwargs}
-        try:
-            form, kinds = self._form(chat.tools, kwargs), (*chat.kinds[:-1], describe([chat.tools, kwargs]))
-            chat = replace(chat, kwargs=kwargs, form=form, kinds=kinds)
-            turn = self._write(chat, k)
-            if isinstance(turn, str) or turn.reason:
-                return False
-            return not any(self._dropped(chat, [turn]))
-        except TemplateError:
-            return False
-
-
-def _switches(template: str) -> list[tuple[str, Any]]:
-    """The variables by which a template may switch reasoning, each with each value that could matter."""
-    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-    names = [name.name for name in tree.find_all(nodes.Name) if re.search("think|reason", name.name)]
-    values: dict[str, dict[Any, None]] = {name: dict.fromkeys((False, True)) for name in names}
-    for compared in tree.find_all(nodes.Compare):
-        if isinstance(compared.expr, nodes.Name) and compared.expr.name in values:
-            texts = [const.value for op in compared.ops for const in op.find_all(nodes.Const)]
-            values[compared.expr.name].update(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
-    return [(name, value) for name in values for value in values[name]]
-
-
-def _with_objects(message: Message) -> Message:
-    """The message for the template, with the arguments of its calls as objects where they are the JSON of one."""
-    if "train" in message:
-        message = {key: value for key, value in message.items() if key != "train"}
-    if message.get("tool_calls"):
-        return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
-    return message
+def _cleaned(message: Message) -> Message:
+    """The message for the template: without the nulls that Arrow gives, and with arguments as objects."""
+    given = {k: v for k, v in message.items() if k != "train" and (v is not None or k == "content")}
+    if given.get("tool_calls"):
+        calls = [{k: v for k, v in call.items() if v is not None} for call in given["tool_calls"]]
+        given["tool_calls"] = [_with_object(call) for call in calls]
+    return given
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
@@ -375,11 +312,6 @@ def _texts(value: Any) -> list[str]:
     """All texts of a value, keys included."""
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
-
-
-@lru_cache
-def _escaped(character: str) -> tuple[str, str]:
-    return json.dumps(character)[1:-1], repr(character)[1:-1]
 
 
 def _any_of(tokens: Any) -> re.Pattern[str]:

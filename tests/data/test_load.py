@@ -88,6 +88,13 @@ def test_a_source_means_the_same_in_every_container(tmp_path, kind, streaming):
     assert [json.loads(row["tools"]) for row in found] == [row["tools"] for row in CALLS]
 
 
+@pytest.mark.parametrize("make", [list, pd.DataFrame, Dataset.from_list])
+def test_bytes_are_their_text_in_every_container(make):
+    source = make([{"instruction": "Why?", "input": b"", "output": "So: ä".encode()}])
+    (row,) = load_mixture([{"path": source}]).train
+    assert [message["content"] for message in row["messages"]] == ["Why?", "So: ä"]
+
+
 def test_pandas_reads_a_file_of_arrow_with_its_nulls_and_without_rows(tmp_path):
     rows = [
         {"messages": [user("q"), assistant("", tool_calls=[call])]}
