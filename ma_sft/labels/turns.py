@@ -127,8 +127,10 @@ class Turns:
         for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns, full)):
             role = chat.messages[i]["role"] if i >= 0 else ""
             where = f" of message {i} (role {role!r})" if role else ""
-            advice = _ADVICE if "reasoning" in what else "choose another template"
-            raise TemplateError(f"the chat template leaves out {what}{where}; {advice}, or data without it")
+            advice = f"{_ADVICE if 'reasoning' in what else 'choose another template'}, or data without it"
+            if what.startswith(("the tool", "the call")):
+                advice = "use a template that knows tools"
+            raise TemplateError(f"the chat template leaves out {what}{where}; {advice}")
         return full, turns
 
     def render(self, chat: Chat, count: int, *, prompt: bool = False) -> str:

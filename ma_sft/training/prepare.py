@@ -224,6 +224,8 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.
     """
     training = settings.training
+    if training.max_steps <= 0:
+        raise RecipeError("dataset_streaming: a stream's length is not known; set max_steps")
     if settings.labels.formatting_func or training.accelerator_config.split_batches:
         raise RecipeError("dataset_streaming goes neither with formatting_func nor with split_batches; leave one out")
     sample = label(settings, tokenizer)
