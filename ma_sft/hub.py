@@ -113,8 +113,12 @@ def weight_files(folder: Path) -> list[str]:
     """The names of a folder's safetensors: an adapter's, those of the index, or `model.safetensors`, there or not."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return ["adapter_model.safetensors"]
-    index = read_json(folder / "model.safetensors.index.json", {"weight_map": {"all": "model.safetensors"}})
-    return sorted(set(index["weight_map"].values()))
+    path = folder / "model.safetensors.index.json"
+    index = read_json(path, {"weight_map": {"all": "model.safetensors"}})
+    try:
+        return sorted({str(name) for name in index["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError):
+        raise RecipeError(f"{path} is broken; get it again") from None
 
 
 def refuse_pickles(name: str, wanted: list[str], there: list[str]) -> None:
@@ -150,7 +154,8 @@ def load_pretrained(auto: Any, name: str, revision: str | None = None, *, code: 
             auto = model_class(transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=code))
         if tokenizer and not code:  # transformers takes another class than the tokenizer's own code, in silence
             config = read_json(folder / "tokenizer_config.json", {})
-            if "AutoTokenizer" in config.get("auto_map", ()) and not hasattr(transformers, config["tokenizer_class"]):
+            own = "AutoTokenizer" in (config.get("auto_map") or ()) and str(config.get("tokenizer_class"))
+            if own and not hasattr(transformers, own):
                 raise ValueError("trust_remote_code")
         loaded = auto.from_pretrained(str(folder), trust_remote_code=code, **kwargs)
         if tokenizer:

@@ -48,9 +48,10 @@ def load_adapter(
     """The adapter on its base model, in evaluation mode; errors as `find_base`'s."""
     weights, config, _ = find_base(adapter, base, code=code)
     model = load_pretrained(AutoModelForCausalLM, str(weights.folder), code=code, dtype=dtype, device_map=device_map)
-    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    # To be merged; over several devices, where one chats, a weight may be elsewhere
+    both = (model.get_input_embeddings(), model.get_output_embeddings()) if device_map is None else ()
     layers = {id(layer.weight): layer for layer in both if layer is not None}
-    own = [layer.weight.detach().to("cpu", copy=True) for layer in layers.values()]
+    own = [layer.weight.detach().clone() for layer in layers.values()]
     try:
         rows = config.get_text_config().vocab_size
         if rows > model.get_input_embeddings().num_embeddings:

@@ -92,7 +92,8 @@ def test_a_strangers_folder_is_no_run_whatever_its_files_are_called(again, tmp_p
     mine.mkdir()
     for name, text in files.items():
         (mine / name).write_text(text)
-    with pytest.raises(RecipeError, match=r"holds something that is not a run|recipe.json is not valid JSON"):
+    broken = files.get("recipe.json") == "broken"
+    with pytest.raises(RecipeError, match="is not valid JSON" if broken else "holds something that is not a run"):
         start(output_dir=str(mine), overwrite_output_dir=overwrite)
     assert {path.name: path.read_text() for path in mine.iterdir() if path.name != ".lock"} == files
 
