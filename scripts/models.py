@@ -58,10 +58,9 @@ whatever stands here.
 - **not rehearsed**: there is no twin of its default configuration, or a library cannot do with the twin; such a model
   may train all the same, and nothing is proven of it. ma-sft says so before the run.
 
-Three that surprise: transformers makes the masks of gpt-oss and AFMoE without the positions, so that documents of a
-pack see each other with eager attention (and AFMoE's with sdpa and flex attention; gpt-oss has no sdpa), and LFM3's
-convolutions run over the ends of documents, whatever the attention. A FlashAttention kernel takes the ends of documents
-from the batch and may keep gpt-oss and AFMoE apart: the rehearsal of a run with it tells.
+Two that surprise: transformers makes the masks of gpt-oss and AFMoE without the positions, so that documents of a pack
+see each other with eager attention (and AFMoE's with sdpa and flex attention; gpt-oss has no sdpa). A FlashAttention
+kernel takes the ends of documents from the batch and may keep them apart: the rehearsal of a run with it tells.
 
 {counts}
 
