@@ -178,7 +178,7 @@ OURS = {
     "parallelism_config": "A mapping such as {cp_size: 2} for accelerate's ParallelismConfig; or the launcher says it.",
     "bf16": "On where this machine has it.",
     "logging_nan_inf_filter": "Off: it would hide the step that ruins a model, at which the run stops.",
-    "disable_tqdm": "True: no bar. Else a bar of the run's own, with tokens a second.",
+    "disable_tqdm": "True: no bar. Else a terminal has one below the lines of the run.",
     "report_to": "TensorBoard where it is installed; another tracker that is missing is refused.",
     "save_strategy": "Checkpoints are marked as whole once they are.",
     "save_total_limit": "Counted in whole checkpoints: the older one goes when the newer one is whole.",

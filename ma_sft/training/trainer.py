@@ -7,8 +7,7 @@ bitsandbytes.)
 
 import copy
 import functools
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from ma_sft.config import Recipe, Settings
 from ma_sft.data.functions import load_function
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
+from ma_sft.hub import explain, load_pretrained, model_folder
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
@@ -50,7 +49,6 @@ from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
 
 MEASURED = ("loss", "mean_token_accuracy", "entropy")  # of held-out rows, each over all of their labels
-OBJECTIVE = "objective"  # and of each data set, where another loss is trained
 
 
 def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
@@ -120,41 +118,14 @@ def check_early(settings: Settings) -> None:
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
-    generation_config(folder)
     config = load_pretrained(AutoConfig, folder, code=code)
     quantized.quantization(settings, getattr(config, "quantization_config", None))
-    own_optimizer(settings)
     architecture = next(iter(config.architectures or []), None)
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
     if settings.evaluation.metric != "exact-match":
         load_function(settings.evaluation.metric)
-    check_best_metric(settings, None)
-
-
-def score_name(settings: Settings) -> str:
-    """The name of the score of held-out answers among the figures of an evaluation."""
-    return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
-
-
-def check_best_metric(settings: Settings, sources: Collection[str] | None, *, own_loss: bool = False) -> None:
-    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
-
-    Args:
-        own_loss: whether the caller's own loss is trained.
-
-    Raises:
-        RecipeError: it is not; the message says what is.
-    """
-    training = settings.training
-    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    own_loss = own_loss or training.loss_type != "nll" or training.label_smoothing_factor > 0
-    figures = (*MEASURED, OBJECTIVE) if own_loss else MEASURED
-    known = [*(MEASURED if sources else figures), *(f"{source}_{each}" for source in sources or () for each in figures)]
-    known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known and not (sources is None and best.endswith(figures)):
-        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
 def build_trainer(
@@ -179,9 +150,6 @@ def build_trainer(
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
     args = trl_arguments(settings)
-    if args.eval_strategy != "no" and not given.get("compute_metrics"):
-        sources = held_out if isinstance(held_out, dict) else ()
-        check_best_metric(settings, sources, own_loss=bool(given.get("compute_loss_func")))
     model, peft = given.pop("model", None), given.pop("peft_config", None)
     own_model = model is not None
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
@@ -416,7 +384,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self.totals[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
         objective = output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if objective is not None and self._has_own_objective:
-            output.metrics[f"{metric_key_prefix}_{OBJECTIVE}"] = objective
+            output.metrics[f"{metric_key_prefix}_objective"] = objective
         output.metrics.update(self._means(metric_key_prefix))
         return output
 
@@ -473,12 +441,3 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, *args: Any, **kwargs: Any) -> None:
         as_it_was(self.accelerator.unwrap_model(self.model).generation_config)
         super()._save(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError:  # torch.save loses what the system said; ask it again
-            with tempfile.TemporaryFile(dir=self.args.output_dir) as file:
-                file.write(bytes(1 << 20))
-                file.flush()
-            raise
