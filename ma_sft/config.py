@@ -250,6 +250,7 @@ LORA = (
 NEEDS = (
     (f"load_in_4bit load_in_8bit peft_config {LORA}", "use_peft", "trains an adapter and use_peft is false; set it"),
     (LORA, "!peft_config", "describes an adapter, and peft_config does; leave one of them out"),
+    ("freeze", "!use_peft", "is for full fine-tuning, an adapter freezes the whole model; set lora_target_modules"),
     ("use_bnb_nested_quant", "load_in_4bit", ""),
     ("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size", ""),
     ("metric max_new_tokens predict_with_generate", "generate_eval", ""),

@@ -215,9 +215,8 @@ def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Setting
             raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
         return settings
     anew = run.overwrite_output_dir or run.resume == "never"
-    kept = None if anew else read_json(Path(settings.training.output_dir, "recipe.json"), None)
-    first = kept.get("template_now") if isinstance(kept, dict) else None
-    now = labels.template_now or once(lambda: first or date.today().isoformat())
+    kept = {} if anew else read_json(Path(settings.training.output_dir, "recipe.json"), {})
+    now = labels.template_now or once(lambda: kept.get("template_now") or date.today().isoformat())
     return replace(settings, labels=replace(labels, template_now=now), chosen={**settings.chosen, "template_now": now})
 
 

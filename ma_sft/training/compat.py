@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
 
@@ -94,7 +95,9 @@ def _config(args: Any, more: dict[str, Any]) -> Any:
             _say(f"SFTTrainer({key}=...)", f"today it is SFTConfig({key}=...)")
     more = {key: value for key, value in _today(more).items() if value is not None}
     if args is None:
-        return trl.SFTConfig("tmp_trainer", **more)
+        # As in TRL 0.x, which asked for no bfloat16 where a machine has none
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return trl.SFTConfig("tmp_trainer", **{"bf16": bf16, **more})
     if not isinstance(args, trl.SFTConfig):
         _say("TrainingArguments", "today SFTTrainer takes an SFTConfig")
         given = {key: value for key, value in args.to_dict().items() if args.__dataclass_fields__[key].init}

@@ -86,7 +86,8 @@ class EvalCallback(TrainerCallback):
         self.evaluated_answers: list[Answer] = []  # at that step, if they were generated
         self.questions: list[Question] = []
         if held_out and held_out.conversations is not None and settings.evaluation.generate_eval:
-            self.encoder = make_encoder(settings, tokenizer)
+            metric, self.encoder = self.settings.metric, make_encoder(settings, tokenizer)
+            self.grade = exact_match if metric == "exact-match" else load_function(metric)
             self.questions = questions_of(held_out.conversations, settings.evaluation.generate_eval)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -144,14 +145,14 @@ class EvalCallback(TrainerCallback):
 
     def _grade(self, answers: list[Answer]) -> list[float]:
         """The grade of each answer: 1 or 0 for an exact match, or what the user's function gives."""
-        metric, grades = self.settings.metric, []
-        function = exact_match if metric == "exact-match" else load_function(metric)
+        grades = []
         for row, (answer, question) in enumerate(zip(answers, self.questions, strict=True)):
             try:
-                grades.append(float(function(answer.text, question.reference)))
+                grades.append(float(self.grade(answer.text, question.reference)))
             except Exception as error:
                 why = error.__cause__ or error  # what the user's own function raised
-                raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
+                what = f"metric {self.settings.metric!r} on held-out row {row}"
+                raise RecipeError(f"{what}: {type(why).__name__}: {why}") from None
         return grades
 
     def figures(self) -> dict[str, Any]:

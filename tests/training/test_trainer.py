@@ -131,7 +131,7 @@ def test_peft_config_takes_the_place_of_the_recipes_adapter(settings, file):
     trainer = make_trainer(Recipe(**settings, dataset_name=file), peft_config=peft)
     trained = {name: p.shape for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("v_proj" in name and 3 in shape for name, shape in trained.items())
-    with pytest.raises(RecipeError, match="'query' matches no module"):
+    with pytest.raises(RecipeError, match="'query' matches nothing"):
         make_trainer(Recipe(**settings, dataset_name=file), peft_config=LoraConfig(target_modules=["query"]))
 
 
