@@ -244,7 +244,7 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def with_new_tokens(
-    model: PreTrainedModel, settings: Settings, added: list[str], tokenizer: PreTrainedTokenizerBase, peft: Any
+    model: PreTrainedModel, added: list[str], tokenizer: PreTrainedTokenizerBase, peft: Any
 ) -> PreTrainedModel:
     """The model with embedding rows for new tokens, the mean of the old ones, which an adapter then trains.
 
@@ -252,13 +252,8 @@ def with_new_tokens(
     write the tokens too, and TRL can only train it whole.
 
     Raises:
-        RecipeError: a quantised base model, whose embedding cannot grow.
+        RecipeError: an adapter that cannot train rows.
     """
-    if settings.quantised:
-        raise RecipeError(
-            f"the template adds the tokens {added}, and a quantised model's embedding cannot grow; "
-            "save a model with the tokens first, or use a template that the tokenizer knows"
-        )
     embedding: Any = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -197,8 +197,6 @@ def prepare_once(
     Raises:
         MaSftError: `prepare`'s, in every process alike.
     """
-    if train is not None and settings.rows.test_size:
-        raise RecipeError("test_size: rows that have labels already are not split; pass eval_dataset, too")
 
     def make() -> tuple[Prepared, Prepared | None]:
         data = prepare(settings, tokenizer, given={"train": train} if train is not None else None)

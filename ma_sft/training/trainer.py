@@ -153,7 +153,7 @@ def build_trainer(
     if model is None:
         model = load_model(settings, args, frugal=not added_tokens)
     if added_tokens:
-        model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
+        model = adapters.with_new_tokens(model, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         # TRL does so to the adapter's model, whose base alone transformers then asks to checkpoint
         enable_selective_activation_checkpointing(model)

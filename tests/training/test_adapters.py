@@ -321,6 +321,7 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
     assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
+@pytest.mark.parametrize("quantization", [None, BitsAndBytesConfig(load_in_4bit=True)], ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize(
     ("tied", "config", "rows", "whole"),
     [
@@ -331,14 +332,16 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
         (True, {"modules_to_save": ["embed_tokens"]}, None, {"embed_tokens"}),
     ],
 )
-def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base(tied)), AutoTokenizer.from_pretrained(base(tied))
+def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole, quantization):
+    model = AutoModelForCausalLM.from_pretrained(base(tied), quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(base(tied))
     tokenizer.add_tokens(["<new>"])
     new = tokenizer.convert_tokens_to_ids("<new>")
     peft = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **config)
-    model = get_peft_model(with_new_tokens(model, settings(), ["<new>"], tokenizer, peft), peft)
+    model = get_peft_model(with_new_tokens(model, ["<new>"], tokenizer, peft), peft)
     expected = {"embed_tokens": [row or new for row in rows]} if rows else None
     assert peft.trainable_token_indices == expected and whole <= {*(peft.modules_to_save or ())}
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     head = model.get_output_embeddings()
     trained = getattr(head, "modules_to_save", None) or getattr(head, "token_adapter", None)
     assert any(parameter.requires_grad for parameter in trained.parameters()), "the head learns to write them"
