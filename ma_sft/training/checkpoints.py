@@ -368,13 +368,14 @@ class JsonlLogger(ProgressCallback):
         self.bar = self.bar and not args.disable_tqdm
         self.tokens = self.first_tokens = tokens_before(state)
         self.steps = self.first_step = self.current_step = state.global_step
-        self.since = self.started = self.ended = time.monotonic()
+        self.since = self.started = time.monotonic()
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = tqdm(**steps, dynamic_ncols=True, disable=not self.bar)
         self._write(state, {"start": state.global_step, "max_steps": state.max_steps})
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.training_bar is None and state.is_world_process_zero:  # not before the held-out rows were measured
-            steps = {"total": state.max_steps, "initial": state.global_step}
-            self.training_bar = tqdm(**steps, dynamic_ncols=True, disable=not self.bar)
+        if state.global_step == self.first_step:  # until now the held-out rows were measured
             self.since = self.started = time.monotonic()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -394,7 +395,7 @@ class JsonlLogger(ProgressCallback):
             for key, value in entry.items():
                 if key.startswith("eval_") and "_per_" not in key:
                     words.append(f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}")
-        self.since = now  # an evaluation between two logs is not training
+        self.since, self.steps = now, state.global_step  # an evaluation between two logs is not training
         self._write(state, entry)
         if words and state.is_world_process_zero:
             line = f"step {state.global_step:,} of {state.max_steps:,}: {', '.join(words)}"
@@ -403,14 +404,9 @@ class JsonlLogger(ProgressCallback):
             else:
                 say(line)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.ended, self.steps = time.monotonic(), state.global_step
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
     def figures(self) -> dict[str, Any]:
-        """Steps, tokens and time of a training that has ended; the speed is that since its last start."""
-        seconds = max(self.ended - self.started, 1e-9)
+        """Steps, tokens and time of a training that has just ended; the speed is that since its last start."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
         return {
             "tokens": self.tokens,
             "steps": self.steps,

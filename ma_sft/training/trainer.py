@@ -365,13 +365,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if not isinstance(parts, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        only_loss = True if self.compute_metrics is None else None
         for name, rows in parts.items():
             loader = self.get_eval_dataloader(name if eval_dataset is None else rows)
-            prefix = f"{metric_key_prefix}_{name}"
-            metrics |= self.evaluation_loop(
-                loader, "Evaluation", only_loss, ignore_keys, metric_key_prefix=prefix
-            ).metrics
+            how = ("Evaluation", True if self.compute_metrics is None else None, ignore_keys)
+            metrics |= self.evaluation_loop(loader, *how, metric_key_prefix=f"{metric_key_prefix}_{name}").metrics
         self.totals[metric_key_prefix] = [sum(values) for values in zip(*self.totals.values(), strict=True)]
         metrics |= self._means(metric_key_prefix)
         self.log(metrics)
