@@ -178,7 +178,7 @@ OURS = {
     "parallelism_config": "A mapping such as {cp_size: 2} for accelerate's ParallelismConfig; or the launcher says it.",
     "bf16": "On where this machine has it.",
     "logging_nan_inf_filter": "Off: it would hide the step that ruins a model, at which the run stops.",
-    "disable_tqdm": "True: no bar. Else a bar of the run's own, with tokens a second.",
+    "disable_tqdm": "True: no bar. Else a terminal has one below the lines of the run.",
     "report_to": "TensorBoard where it is installed; another tracker that is missing is refused.",
     "save_strategy": "Checkpoints are marked as whole once they are.",
     "save_total_limit": "Counted in whole checkpoints: the older one goes when the newer one is whole.",
@@ -250,6 +250,7 @@ LORA = (
 NEEDS = (
     (f"load_in_4bit load_in_8bit peft_config {LORA}", "use_peft", "trains an adapter and use_peft is false; set it"),
     (LORA, "!peft_config", "describes an adapter, and peft_config does; leave one of them out"),
+    ("freeze", "!use_peft", "is for full fine-tuning, an adapter freezes the whole model; set lora_target_modules"),
     ("use_bnb_nested_quant", "load_in_4bit", ""),
     ("generate_eval eval_strategy eval_on_start eval_packing load_best_model_at_end", "eval_dataset test_size", ""),
     ("metric max_new_tokens predict_with_generate", "generate_eval", ""),

@@ -108,8 +108,9 @@ def _mendable(error: Exception) -> str | None:
     """What to say of an error that a user can mend; None for all others."""
     if isinstance(error, MaSftError):
         return one_line(error)
-    # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS
-    if full := next((text for text in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) if text in str(error)), None):
+    # safetensors and the tokenizers report a full disk as their own errors, with the text of the OS, torch without it
+    texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos ", "iostream error")
+    if full := next((text for text in texts if text in str(error)), None):
         return f"the disk is full ({full}): free some space and start again; nothing half-written was kept"
     if isinstance(error, OSError) and error.errno in MENDED and error.filename is not None:
         return f"{error.strerror}: {error.filename}; see to it that the path is right and yours to use"

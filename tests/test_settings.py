@@ -170,6 +170,7 @@ VALUES = {
     "template_now": "2026-11-25", "truncation_mode": "keep_end", "overflow": "drop", "system_prompt": "Be so",
     "peft_config": {"peft_type": "IA3"}, "early_stopping_patience": 2,
     "dataset_format": "alpaca", "dataset_text_field": "text2", "model_revision": "v1", "dataset_test_split": "dev",
+    "freeze": ["embed"],
 }  # fmt: skip
 DOES_NOTHING = [(condition, name) for names, condition, _ in NEEDS for name in names.split()]
 
@@ -186,6 +187,7 @@ USELESS = {
     "!overflow overflow=keep_end": {"overflow": "drop"},
     "completion_only_loss!=false": {"completion_only_loss": False},
     "model_name_or_path:on_a_hub": {"model_name_or_path": "."},
+    "!use_peft": {"use_peft": True},
     "!peft_config": {"use_peft": True, "peft_config": {"peft_type": "IA3"}},
     "parallelism_config:whole_sequences": {"parallelism_config": {"cp_size": 2}, "max_length": 64, **HELD_OUT},
 }
@@ -708,7 +710,7 @@ def test_setting_shows_in_a_run(kind, name, request):
 def test_adapter_is_tried_out_before_any_row_is_read(tiny_bpe, tmp_path):
     model = {"model_name_or_path": str(tiny_bpe), "use_peft": True, "dataset_name": "no.jsonl"}
     for name, value in (("lora_target_parameters", ["experts.up"]), ("lora_target_modules", ["no_proj"])):
-        with pytest.raises(RecipeError, match=f"{name}: '{value[0]}' matches no"):
+        with pytest.raises(RecipeError, match=f"^{name}=.*'{value[0]}' matches nothing"):
             run(Recipe(**model, output_dir=str(tmp_path / name), **{name: value}))
 
 

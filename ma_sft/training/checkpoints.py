@@ -26,13 +26,13 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-from transformers.utils.logging import tqdm
+from transformers.utils.logging import is_progress_bar_enabled, tqdm
 
-from ma_sft.config import Settings, shown
+from ma_sft.config import Overrides, Settings, known_settings, shown, with_defaults
 from ma_sft.errors import Interrupted, RecipeError, RunError
 from ma_sft.hub import commits
 from ma_sft.training.distributed import gather, once
-from ma_sft.utils import not_there, read_json, say, write_whole
+from ma_sft.utils import read_json, say, visible, write_whole
 
 COMPLETE = "complete.json"  # in a checkpoint, written last and after every process: what makes it whole
 REVISIONS = "revisions.json"  # the commits of the run's model and data, for when it is resumed
@@ -64,7 +64,7 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
         RunError: another process trains in it.
         Interrupted: a signal stopped the block; the message says how to go on.
     """
-    folder = RunFolder(settings, once(lambda: _free_folder(settings)))
+    folder = RunFolder(_in_free_folder(settings))
     try:
         folder.checkpoint = once(folder.claim)
         if folder.checkpoint:  # goes on with the very commits of model and data that it began with
@@ -72,9 +72,8 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
         yield folder
     except KeyboardInterrupt as stop:
         last = newest(folder.out)
-        at = f"; the same command goes on from {last}" if last else " before the first checkpoint"
-        if last and not _is_resumable(last):
-            at = f"; {last} holds a model alone (save_only_model)"
+        resumable = last is not None and _is_resumable(last)
+        at = f"; the same command goes on from {last}" if resumable else " before the first checkpoint to go on from"
         raise Interrupted(f"stopped{at}", getattr(stop, "exit_code", 130)) from None
     finally:
         if folder.lock.is_locked:
@@ -82,32 +81,31 @@ def claimed(settings: Settings) -> "Iterator[RunFolder]":
         folder.lock.release()
 
 
-def _free_folder(settings: Settings) -> Path:
-    """The run's folder, or the first beside it (`x-2`, `x-3`, ...) that holds no finished run."""
-    out = chosen = Path(settings.training.output_dir)
-    if settings.run.overwrite_output_dir:
+def _in_free_folder(settings: Settings) -> Settings:
+    """The settings with the first of the folders `x`, `x-2`, `x-3`, ... that holds no finished run."""
+    wanted = Path(settings.training.output_dir)
+
+    def find() -> Path:
+        numbers, out = count(2), wanted
+        while not settings.run.overwrite_output_dir and (out / "summary.json").exists():
+            out = wanted.with_name(f"{wanted.name}-{next(numbers)}")
+        if out != wanted:
+            say(f"{wanted} holds a finished run: this one goes to {out} (--overwrite_output_dir true would replace it)")
         return out
-    numbers = count(2)
-    while (out / "summary.json").exists():
-        out = chosen.with_name(f"{chosen.name}-{next(numbers)}")
-    if out != chosen:
-        say(f"{chosen} holds a finished run: this one goes to {out} (--overwrite_output_dir true would replace it)")
-    return out
+
+    if (out := once(find)) == wanted:
+        return settings
+    training = copy.copy(settings.training)
+    training.output_dir = str(out)
+    return replace(settings, training=training, run=replace(settings.run, name=out.name))
 
 
 class RunFolder:
-    """A run's output folder; `checkpoint` is the one to go on from, None to start with step one.
+    """The output folder of a run's `settings`; `checkpoint` is the one to go on from, None to start with step one."""
 
-    `settings` are the run's with this folder in them.
-    """
-
-    def __init__(self, settings: Settings, out: Path) -> None:
-        training, run = copy.copy(settings.training), settings.run
-        if out != Path(training.output_dir):
-            training.output_dir = str(out)
-            run = replace(run, name=out.name)
-        self.settings, self.out = replace(settings, training=training, run=run), out
-        self.lock = FileLock(out / ".lock", blocking=False)
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.out = settings, Path(settings.training.output_dir)
+        self.lock = FileLock(self.out / ".lock", blocking=False)
         self.checkpoint: Path | None = None
         self.anew = False
 
@@ -123,21 +121,11 @@ class RunFolder:
             self.lock.acquire()
         except Timeout:
             raise RunError(f"another process is training in {out}; stop it first, or pass another --name") from None
-        if chosen:
-            self._check_chosen(Path(chosen))
         last = None if run.overwrite_output_dir else newest(out)
-        if changes := self._changes(last):
-            raise RecipeError(
-                f"{out} holds an unfinished run of another recipe ({changes}); pass --overwrite_output_dir true to "
-                "delete it, or another --name or --output_dir"
-            )
         self.anew = known and (run.overwrite_output_dir or run.resume == "never")
         checkpoint = Path(chosen) if chosen else None if self.anew else last
-        if checkpoint and not _is_resumable(checkpoint):
-            raise RecipeError(
-                f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
-                "to delete it and start anew, or another --name"
-            )
+        for each in filter(None, dict.fromkeys((checkpoint, last))):
+            self._check(each, goes_on=each == checkpoint)
         for key in ("model_name_or_path", "adapter_name_or_path", "resume_from_checkpoint") if self.anew else ():
             used = self.settings.chosen.get(key)
             if used and Path(used).resolve().is_relative_to(out.resolve()):
@@ -147,6 +135,23 @@ class RunFolder:
         if not known:
             _write_recipe(out, self.settings)  # who watches the folder knows it by this
         return checkpoint
+
+    def _check(self, checkpoint: Path, *, goes_on: bool) -> None:
+        """Refuse a checkpoint of another recipe, and one from which no run can go on."""
+        ours = (checkpoint.parent / "recipe.json").exists()  # else a plain trainer's, whose recipe nobody knows
+        if goes_on and not (checkpoint / (COMPLETE if ours else "trainer_state.json")).exists():
+            raise RecipeError(f"resume_from_checkpoint: {checkpoint} is no whole checkpoint; take another one")
+        before = read_json(checkpoint / COMPLETE, {}).get("recipe")
+        if before and (changes := _changes(before, self.settings)):
+            raise RecipeError(
+                f"{checkpoint} is of another recipe ({changes}): bring the old values back, or start anew, in another "
+                "folder (--name) or with --overwrite_output_dir true, which deletes the unfinished run"
+            )
+        if goes_on and not _is_resumable(checkpoint):
+            raise RecipeError(
+                f"{checkpoint} holds a model alone (save_only_model), from which no run goes on; pass --resume never "
+                "to delete it and start anew, or another --name"
+            )
 
     def begin(self, content: dict[str, Any], settings: Settings) -> None:
         """Now that the data has been read: remove the old run if a new one is asked for.
@@ -166,7 +171,7 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-        known = _of_checkpoint(self.checkpoint)
+        known = read_json(self.checkpoint / COMPLETE, {}) if self.checkpoint else {}
         for name, value in content.items():
             if (before := known.get(name, value)) != value:
                 raise RecipeError(
@@ -176,47 +181,22 @@ class RunFolder:
         _write_recipe(self.out, settings)
         write_whole(self.out / REVISIONS, json.dumps(commits, indent=2))
 
-    def _check_chosen(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint of another recipe, one cut off, or a plain trainer's with batches of another size."""
-        if not checkpoint.is_dir():
-            raise RecipeError(f"resume_from_checkpoint: the checkpoint {not_there(checkpoint)}")
-        if changes := self._changes(checkpoint):
-            raise RecipeError(
-                f"resume_from_checkpoint: {checkpoint} is of another recipe ({changes}); bring the old values back, or "
-                "start anew from its model with model_name_or_path or adapter_name_or_path"
-            )
-        if (checkpoint / COMPLETE).exists():
-            return
-        if (checkpoint.parent / "recipe.json").exists():
-            raise RecipeError(
-                f"resume_from_checkpoint: {checkpoint} was cut off while it was written; take an older one"
-            )
-        state, batch = read_json(checkpoint / "trainer_state.json", {}), self.settings.training.train_batch_size
-        if (before := state.get("train_batch_size", batch)) != batch:
-            raise RecipeError(
-                f"resume_from_checkpoint: {checkpoint} was trained in batches of {before}, and {batch} would train "
-                f"some rows twice or never; set per_device_train_batch_size={before}"
-            )
-
-    def _changes(self, checkpoint: Path | None) -> str:
-        """What differs from a checkpoint's recipe, but for a longer training: `key old -> new, ...`."""
-        before = _of_checkpoint(checkpoint).get("recipe")
-        if not before:  # a plain trainer's
-            return ""
-        now = json.loads(json.dumps(recipe_of(self.settings)))
-        differing = {key for key in {*before, *now}.difference(_NOT_TRAINED) if before.get(key) != now.get(key)}
-        if "template_now" not in now:  # found once the tokenizer is known; the digest of the data tells
-            differing.discard("template_now")
-        for key in _LENGTH:
-            old, new = before.get(key), now.get(key)
-            if isinstance(old, int | float) and isinstance(new, int | float) and new > old:
-                differing.discard(key)
-        return ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(differing))
-
 
 def recipe_of(settings: Settings) -> Any:
     """The settings that were set by hand and say what is trained."""
     return shown({key: value for key, value in settings.chosen.items() if key not in _NOT_THE_RUN})
+
+
+def _changes(before: dict[str, Any], settings: Settings) -> str:
+    """What differs from a checkpoint's recipe, but for a longer training: `key old -> new, ...`."""
+    recipes = before, json.loads(json.dumps(recipe_of(settings)))
+    defaults = {name: setting.default for name, setting in known_settings().items()}
+    old, new = ({**defaults, **with_defaults(Overrides(recipe))} for recipe in recipes)
+    differing = {key for key in {*recipes[0], *recipes[1]}.difference(_NOT_TRAINED) if old.get(key) != new.get(key)}
+    differing -= {key for key in _LENGTH if 0 < old[key] < new[key]}  # goes on for longer
+    if settings.labels.template_now is None:  # found once the tokenizer is known; the digest of the data tells
+        differing.discard("template_now")
+    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(differing))
 
 
 def _write_recipe(out: Path, settings: Settings) -> None:
@@ -235,20 +215,14 @@ def with_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Setting
             raise RecipeError("template_now: the chat template reads no clock (strftime_now); remove the setting")
         return settings
     anew = run.overwrite_output_dir or run.resume == "never"
-    kept = None if anew else read_json(Path(settings.training.output_dir, "recipe.json"), None)
-    first = kept.get("template_now") if isinstance(kept, dict) else None
-    now = labels.template_now or once(lambda: first or date.today().isoformat())
+    kept = {} if anew else read_json(Path(settings.training.output_dir, "recipe.json"), {})
+    now = labels.template_now or once(lambda: kept.get("template_now") or date.today().isoformat())
     return replace(settings, labels=replace(labels, template_now=now), chosen={**settings.chosen, "template_now": now})
 
 
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint in a run's folder."""
     return next((p for p in map(Path, reversed(sort_checkpoints(str(out)))) if (p / COMPLETE).exists()), None)
-
-
-def _of_checkpoint(checkpoint: Path | None) -> dict[str, Any]:
-    """What a checkpoint says of its run: the data, and the recipe; nothing without one."""
-    return dict(read_json(checkpoint / COMPLETE, {})) if checkpoint else {}
 
 
 def _is_resumable(checkpoint: Path) -> bool:
@@ -374,8 +348,8 @@ def tokens_before(state: TrainerState) -> int:
 
 
 class JsonlLogger(ProgressCallback):
-    """Each log as one JSON object a line of the file `path`, with the time and the speed since the last one; and in the
-    terminal as a bar with the figures beside it, or as a line where there is no terminal or no bar is wanted.
+    """Each log as one JSON object a line of the file `path`, with the time and the speed since the last one; and as a
+    line of figures, which a terminal has above a bar.
 
     A line `{"start": step, "max_steps": ...}` begins each start of the run: a resumed one trains again what came after
     `step`.
@@ -383,7 +357,7 @@ class JsonlLogger(ProgressCallback):
 
     def __init__(self, path: Path | None = None) -> None:
         super().__init__()
-        self.path, self.bar = path, sys.stderr.isatty()
+        self.path, self.bar = path, sys.stderr.isatty() and is_progress_bar_enabled()
 
     def _write(self, state: TrainerState, entry: dict[str, Any]) -> None:
         if self.path and state.is_world_process_zero:
@@ -394,18 +368,14 @@ class JsonlLogger(ProgressCallback):
         self.bar = self.bar and not args.disable_tqdm
         self.tokens = self.first_tokens = tokens_before(state)
         self.steps = self.first_step = self.current_step = state.global_step
-        self.since = self.started = self.ended = time.monotonic()
+        self.since = self.started = time.monotonic()
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = tqdm(**steps, dynamic_ncols=True, disable=not self.bar)
         self._write(state, {"start": state.global_step, "max_steps": state.max_steps})
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.training_bar is None and state.is_world_process_zero:  # not before the held-out rows were measured
-            self.training_bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-                disable=not self.bar,
-            )
+        if state.global_step == self.first_step:  # until now the held-out rows were measured
             self.since = self.started = time.monotonic()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -413,42 +383,30 @@ class JsonlLogger(ProgressCallback):
             super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        now, entry = time.monotonic(), {"step": state.global_step, **(logs or {})}
+        now, entry, words = time.monotonic(), {"step": state.global_step, **(logs or {})}, []
         if "loss" in entry and "num_tokens" in entry:
             entry["tokens_per_second"] = (entry["num_tokens"] - self.tokens) / max(now - self.since, 1e-9)
             self.tokens = int(entry["num_tokens"])
-        self.since = now  # an evaluation between two logs is not training
-        self._write(state, entry)
-        if state.is_world_process_zero:
-            self._show(state, entry, now)
-
-    def _show(self, state: TrainerState, entry: dict[str, Any], now: float) -> None:
-        step, last = state.global_step, state.max_steps
-        if "tokens_per_second" in entry:
-            accuracy, speed = float(entry.get("mean_token_accuracy", 0)), entry["tokens_per_second"]
-            what = "accuracy" if self.bar else "token accuracy"  # a bar has 80 columns
-            line = f"loss {entry['loss']:.3f}, {what} {accuracy:.1%}, {speed:,.0f} tokens/s"
-            left = (now - self.started) / max(step - self.first_step, 1) * (last - step)
-            line += "" if self.bar else f", {timedelta(seconds=round(left))} left"
+            a_step = (now - self.started) / max(state.global_step - self.first_step, 1)
+            left = timedelta(seconds=round(a_step * (state.max_steps - state.global_step)))
+            words = [f"loss {entry['loss']:.3f}, token accuracy {float(entry.get('mean_token_accuracy', 0)):.1%}"]
+            words += [f"{entry['tokens_per_second']:,.0f} tokens/s", f"{left} left"]
         else:
-            held_out = {key: value for key, value in entry.items() if key.startswith("eval_") and "_per_" not in key}
-            words = {
-                key: f"{value:.4g}" if isinstance(value, int | float) else value for key, value in held_out.items()
-            }
-            line = ", ".join(f"{key} {word}" for key, word in words.items())
-        if self.bar and self.training_bar and "loss" in entry:
-            self.training_bar.set_postfix_str(line)
-        elif line and not self.bar:
-            say(f"step {step:,} of {last:,}: {line}")
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.ended, self.steps = time.monotonic(), state.global_step
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+            for key, value in entry.items():
+                if key.startswith("eval_") and "_per_" not in key:
+                    words.append(f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}")
+        self.since, self.steps = now, state.global_step  # an evaluation between two logs is not training
+        self._write(state, entry)
+        if words and state.is_world_process_zero:
+            line = f"step {state.global_step:,} of {state.max_steps:,}: {', '.join(words)}"
+            if self.bar and (shown := self.training_bar or self.prediction_bar):
+                shown.write(visible(line))
+            else:
+                say(line)
 
     def figures(self) -> dict[str, Any]:
-        """Steps, tokens and time of a training that has ended; the speed is that since its last start."""
-        seconds = max(self.ended - self.started, 1e-9)
+        """Steps, tokens and time of a training that has just ended; the speed is that since its last start."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
         return {
             "tokens": self.tokens,
             "steps": self.steps,

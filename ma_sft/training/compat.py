@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
 
@@ -28,16 +29,17 @@ def _say(old: str, new: str) -> None:
     warnings.warn(f"{old} is TRL 0.x's: {new}", FutureWarning, stacklevel=4)
 
 
-def _today(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings under today's names, without those that are gone."""
+def _today(settings: dict[str, Any], form: str = "{}") -> dict[str, Any]:
+    """The settings under today's names, without those that are gone; `form` is how each is said to be given today."""
     found = {}
     for key, value in settings.items():
+        name = CONFIG.get(key, key)
         if key in GONE:
             _say(key, "today it does nothing; set max_steps for a stream without end, or pass a ConstantLengthDataset")
             continue
-        if key in CONFIG:
-            _say(key, f"today it is {CONFIG[key]}")
-        found[CONFIG.get(key, key)] = value
+        if form.format(name) != key:
+            _say(key, f"today it is {form.format(name)}")
+        found[name] = value
     return found
 
 
@@ -89,12 +91,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
 def _config(args: Any, more: dict[str, Any]) -> Any:
     """The trainer's arguments as an `SFTConfig`, with the settings that were the trainer's own in TRL 0.x."""
-    for key in more:
-        if key not in GONE and key not in CONFIG:
-            _say(f"SFTTrainer({key}=...)", f"today it is SFTConfig({key}=...)")
-    more = {key: value for key, value in _today(more).items() if value is not None}
+    more = {key: value for key, value in _today(more, "SFTConfig({}=...)").items() if value is not None}
     if args is None:
-        return trl.SFTConfig("tmp_trainer", **more)
+        # As in TRL 0.x, which asked for no bfloat16 where a machine has none
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return trl.SFTConfig("tmp_trainer", **{"bf16": bf16, **more})
     if not isinstance(args, trl.SFTConfig):
         _say("TrainingArguments", "today SFTTrainer takes an SFTConfig")
         given = {key: value for key, value in args.to_dict().items() if args.__dataclass_fields__[key].init}

@@ -13,7 +13,6 @@ from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     TrainerCallback,
     TrainerControl,
@@ -30,7 +29,7 @@ from ma_sft.labels.turns import Message
 from ma_sft.training.checkpoints import SignalHandler
 from ma_sft.training.distributed import gather, once
 from ma_sft.training.prepare import Prepared
-from ma_sft.training.trainer import ResumableTrainer, score_name
+from ma_sft.training.trainer import ResumableTrainer
 from ma_sft.utils import read_json, write_whole
 
 
@@ -82,12 +81,13 @@ class EvalCallback(TrainerCallback):
     ) -> None:
         self.trainer, self.held_out, self.kept, self.settings = trainer, held_out, kept, settings.evaluation
         self.before, self.after, self.signals = Measured(), Measured(), signals
-        self.score = score_name(settings)
+        self.score = "exact_match" if self.settings.metric == "exact-match" else "score"
         self.evaluated_step: int | None = None
         self.evaluated_answers: list[Answer] = []  # at that step, if they were generated
         self.questions: list[Question] = []
         if held_out and held_out.conversations is not None and settings.evaluation.generate_eval:
-            self.encoder = make_encoder(settings, tokenizer)
+            metric, self.encoder = self.settings.metric, make_encoder(settings, tokenizer)
+            self.grade = exact_match if metric == "exact-match" else load_function(metric)
             self.questions = questions_of(held_out.conversations, settings.evaluation.generate_eval)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -100,10 +100,13 @@ class EvalCallback(TrainerCallback):
             self.before = Measured(known["losses"], [Answer(**answer) for answer in known["answers"]])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Add the answers' score to an evaluation during training."""
+        """Add the answers' score to an evaluation during training, and see that the best model's metric is measured."""
         self.evaluated_step = None if args.load_best_model_at_end else state.global_step
         self.evaluated_answers = []
         best = (args.metric_for_best_model or "").removeprefix("eval_")
+        known = [name.removeprefix("eval_") for name in metrics] + [self.score] * bool(self.questions)
+        if best and best not in known:
+            raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
         wanted = self.settings.predict_with_generate or best == self.score
         if not (self.questions and wanted and self.trainer.is_in_train and state.global_step):
             return
@@ -142,14 +145,14 @@ class EvalCallback(TrainerCallback):
 
     def _grade(self, answers: list[Answer]) -> list[float]:
         """The grade of each answer: 1 or 0 for an exact match, or what the user's function gives."""
-        metric, grades = self.settings.metric, []
-        function = exact_match if metric == "exact-match" else load_function(metric)
+        grades = []
         for row, (answer, question) in enumerate(zip(answers, self.questions, strict=True)):
             try:
-                grades.append(float(function(answer.text, question.reference)))
+                grades.append(float(self.grade(answer.text, question.reference)))
             except Exception as error:
                 why = error.__cause__ or error  # what the user's own function raised
-                raise RecipeError(f"metric {metric!r} on held-out row {row}: {type(why).__name__}: {why}") from None
+                what = f"metric {self.settings.metric!r} on held-out row {row}"
+                raise RecipeError(f"{what}: {type(why).__name__}: {why}") from None
         return grades
 
     def figures(self) -> dict[str, Any]:
@@ -213,19 +216,6 @@ def exact_match(answer: str, reference: str) -> bool:
         return answer.strip() == reference.strip()
 
 
-class TokenByToken(StoppingCriteria):
-    """Moves a bar on with each token that a batch of answers gets, and calls `check`; stops no answer by itself."""
-
-    def __init__(self, bar: Any, check: Callable[[], object]) -> None:
-        self.bar, self.check, self.tokens = bar, check, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.bar.update()
-        self.tokens += 1
-        self.check()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -249,6 +239,13 @@ def generate_answers(
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(starts) * max_new_tokens, desc=desc, unit="token", disable=not sys.stderr.isatty())
+
+    def each_token(ids: torch.Tensor, *_: Any, **kwargs: Any) -> torch.Tensor:
+        bar.update()
+        if alone:
+            check()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # stops no answer by itself
+
     with bar:
         for start in starts:
             check()
@@ -256,7 +253,6 @@ def generate_answers(
             width = len(prompts[chunk[0]])
             rows = [[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in chunk]
             mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
-            progress = TokenByToken(bar, check if alone else lambda: None)
             output = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
@@ -264,12 +260,13 @@ def generate_answers(
                 do_sample=False,
                 eos_token_id=ends,
                 pad_token_id=ends[0],
-                stopping_criteria=StoppingCriteriaList([progress]),
+                stopping_criteria=StoppingCriteriaList([each_token]),
                 tokenizer=encoder.tokenizer,  # for stop strings of the model's own
             )
-            for i, row in zip(chunk, output[:, width:].tolist(), strict=True):
+            new = output[:, width:].tolist()
+            for i, row in zip(chunk, new, strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 answers[i] = Answer(str(encoder.tokenizer.decode(row[:end], skip_special_tokens=True)), end is not None)
-            bar.update(max_new_tokens - progress.tokens)  # all answers may have ended before the limit
+            bar.update(max_new_tokens - len(new[0]))  # all answers may have ended before the limit
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]

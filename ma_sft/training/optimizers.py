@@ -5,7 +5,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -20,7 +19,7 @@ def own_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
     """`SFTTrainer`'s `optimizer_cls_and_kwargs` of the recipe, None where transformers makes the optimiser.
 
     Raises:
-        RecipeError: no such class, Muon under DeepSpeed, which has no matrices, or one of these for LoRA+.
+        RecipeError: no such class, or one of these for LoRA+.
     """
     training, name, ratio = settings.training, settings.optimizer, settings.adapter.loraplus_lr_ratio
     is_ours = transformers_optim(name) != name
@@ -36,8 +35,6 @@ def own_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
     kwargs = {"lr": training.learning_rate} | {key: _number(value) for key, value in pairs}
     if name != "muon":
         return load_object(name), kwargs
-    if training.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise RecipeError("optim=muon works on matrices, which DeepSpeed flattens; take ddp.yaml or fsdp2.yaml")
     kwargs["betas"] = (training.adam_beta1, training.adam_beta2)
     return (lambda: MuonWithAdamW), kwargs | {"eps": training.adam_epsilon, "weight_decay": training.weight_decay}
 

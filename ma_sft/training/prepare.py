@@ -17,7 +17,6 @@ from ma_sft.errors import LabelError, RecipeError
 from ma_sft.labels.check import CheckReport
 from ma_sft.labels.tokenize import Counts, Labelled, _mixture, check, label, make_encoder
 from ma_sft.packing.pack import (
-    IGNORED,
     PackingReport,
     Tokens,
     check_settings,
@@ -120,7 +119,10 @@ def prepare(
     packs: Any = packs_of(dataset)
     kept = packs.plan.documents
     if not len(kept.row):
-        raise _nothing_left(rows, how["seq_length"])
+        raise LabelError(
+            f"no row has anything to train on within max_length={how['seq_length']}: raise it, or look for assistant "
+            "turns with `ma-sft preview`"
+        )
     counts.sequences, counts.cut_sequences = len(np.unique(kept.row)), packed.rows_cut
     counts.dropped_sequences = packed.rows - counts.sequences
     counts.tokens, counts.trained_tokens = packed.tokens, int(packs.tokens.trained(kept).sum())
@@ -178,17 +180,6 @@ def as_trained(settings: Settings, labelled: Labelled, n: int) -> list[dict[str,
     return shown
 
 
-def _nothing_left(rows: Dataset, max_length: int) -> LabelError:
-    last = [np.flatnonzero(row != IGNORED)[-1:] for row in rows.with_format("numpy")["labels"]]
-    needed = np.concatenate(last) + 1
-    if not len(needed):
-        return LabelError("no row has anything to train on: no assistant turn gave a label")
-    return LabelError(
-        f"max_length={max_length} cuts off every response: the shortest row needs {needed.min()} tokens to keep its "
-        "whole response; raise max_length"
-    )
-
-
 def prepare_once(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
@@ -207,9 +198,6 @@ def prepare_once(
         MaSftError: `prepare`'s, in every process alike.
     """
 
-    if train is not None and settings.rows.test_size:
-        raise RecipeError("test_size: rows that have labels already are not split; pass eval_dataset, too")
-
     def make() -> tuple[Prepared, Prepared | None]:
         data = prepare(settings, tokenizer, given={"train": train} if train is not None else None)
         holds_out = test is not None or settings.rows.eval_dataset or settings.rows.test_size
@@ -224,10 +212,8 @@ def _prepare_stream(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> P
     Its labels cannot all be checked before training: the first `STREAM_SAMPLE` are.
     """
     training = settings.training
-    if training.max_steps <= 0:
-        raise RecipeError("dataset_streaming: a stream's length is not known; set max_steps")
-    if settings.labels.formatting_func or training.accelerator_config.split_batches:
-        raise RecipeError("dataset_streaming goes neither with formatting_func nor with split_batches; leave one out")
+    if settings.labels.formatting_func:
+        raise RecipeError("dataset_streaming and formatting_func do not go together; leave one of them out")
     sample = label(settings, tokenizer)
     report = _check(settings, tokenizer, sample) if settings.labels.check else None
     buffer, batch = STREAM_BUFFER if training.packing else ROWS_AT_A_TIME, training.per_device_train_batch_size

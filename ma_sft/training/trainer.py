@@ -7,12 +7,10 @@ bitsandbytes.)
 
 import copy
 import functools
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -37,10 +35,9 @@ from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
 from ma_sft.config import Recipe, Settings
-from ma_sft.data.functions import load_function
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
-from ma_sft.hub import explain, generation_config, load_pretrained, model_folder
+from ma_sft.hub import explain, load_pretrained, model_folder
 from ma_sft.labels.templates import load_tokenizer
 from ma_sft.packing.pack import as_arrays
 from ma_sft.training import adapters, quantized
@@ -50,7 +47,6 @@ from ma_sft.training.optimizers import own_optimizer
 from ma_sft.training.prepare import prepare_once
 
 MEASURED = ("loss", "mean_token_accuracy", "entropy")  # of held-out rows, each over all of their labels
-OBJECTIVE = "objective"  # and of each data set, where another loss is trained
 
 
 def make_trainer(recipe: Recipe, args: Sequence[str] = (), **sft_trainer_arguments: Any) -> SFTTrainer:
@@ -116,45 +112,16 @@ def check_early(settings: Settings) -> None:
     """Find, before any row is read, what would end the run once all are prepared, and what no rehearsal can find.
 
     Raises:
-        RecipeError: a model that does not write text, a quantisation or a metric that cannot be.
+        RecipeError: a model that does not write text, or a quantisation that cannot be.
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
-    generation_config(folder)
     config = load_pretrained(AutoConfig, folder, code=code)
     quantized.quantization(settings, getattr(config, "quantization_config", None))
-    own_optimizer(settings)
     architecture = next(iter(config.architectures or []), None)
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
-    if settings.evaluation.metric != "exact-match":
-        load_function(settings.evaluation.metric)
-    check_best_metric(settings, None)
-
-
-def score_name(settings: Settings) -> str:
-    """The name of the score of held-out answers among the figures of an evaluation."""
-    return "exact_match" if settings.evaluation.metric == "exact-match" else "score"
-
-
-def check_best_metric(settings: Settings, sources: Collection[str] | None, *, own_loss: bool = False) -> None:
-    """See that the figure by which the best model is chosen is measured, of `sources` that may not be known yet.
-
-    Args:
-        own_loss: whether the caller's own loss is trained.
-
-    Raises:
-        RecipeError: it is not; the message says what is.
-    """
-    training = settings.training
-    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    own_loss = own_loss or training.loss_type != "nll" or training.label_smoothing_factor > 0
-    figures = (*MEASURED, OBJECTIVE) if own_loss else MEASURED
-    known = [*(MEASURED if sources else figures), *(f"{source}_{each}" for source in sources or () for each in figures)]
-    known += [score_name(settings)] if settings.evaluation.generate_eval else []
-    if best not in known and not (sources is None and best.endswith(figures)):
-        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
 def build_trainer(
@@ -179,9 +146,6 @@ def build_trainer(
         RecipeError: a model that cannot be had, an adapter that does not fit it, settings that contradict each other.
     """
     args = trl_arguments(settings)
-    if args.eval_strategy != "no" and not given.get("compute_metrics"):
-        sources = held_out if isinstance(held_out, dict) else ()
-        check_best_metric(settings, sources, own_loss=bool(given.get("compute_loss_func")))
     model, peft = given.pop("model", None), given.pop("peft_config", None)
     own_model = model is not None
     if not hasattr(model, "peft_config"):  # TRL refuses a second adapter
@@ -189,7 +153,7 @@ def build_trainer(
     if model is None:
         model = load_model(settings, args, frugal=not added_tokens)
     if added_tokens:
-        model = adapters.with_new_tokens(model, settings, added_tokens, tokenizer, peft)
+        model = adapters.with_new_tokens(model, added_tokens, tokenizer, peft)
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         # TRL does so to the adapter's model, whose base alone transformers then asks to checkpoint
         enable_selective_activation_checkpointing(model)
@@ -264,46 +228,16 @@ def _finish_model(
 ) -> None:
     """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
     model, adapter = trainer.model, settings.adapter
-    _score_whole_head(model.get_base_model() if hasattr(model, "peft_config") else model)
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None
     if peft is None:
         for tower in adapters.towers(model):
             model.get_submodule(tower).requires_grad_(False)
-    adapters.freeze(model, adapter.freeze)
+        adapters.freeze(model, adapter.freeze)
     quantized.keep_gradients(model)
     if adapter.adapter_name_or_path:
         adapters.continue_adapter(model, Path(adapter.adapter_name_or_path), tokenizer)
-
-
-def _score_whole_head(model: Any) -> None:
-    """Where a model's head is more than one matrix, let TRL's fused head score the model's own logits.
-
-    BERT, ModernBERT's decoder and their kin transform the hidden states before that matrix. TRL leaves this out, and
-    would train another model than the one that is saved.
-    """
-    known = {id(p) for part in (model.base_model, model.get_output_embeddings()) for p in part.parameters()}
-    if all(id(parameter) in known for parameter in model.parameters()):
-        return
-    plain = model.forward
-
-    @functools.wraps(type(model).forward)  # as TRL's own: accelerate takes it off again by that
-    def forward(_: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        log_probs = plain(*args, **kwargs).logits[:, :-1].float().log_softmax(-1)
-        labels = labels[:, 1:]
-        mask = labels != -100
-        found = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
-        return trl_utils.FusedCausalLMOutput(
-            log_probs=found,
-            entropy=-(log_probs.exp() * log_probs).sum(-1) * mask,
-            is_top1=(log_probs.argmax(-1) == labels) & mask,
-            label_mask=mask,
-        )
-
-    model.forward = MethodType(forward, model)
 
 
 def as_it_was(generation: GenerationConfig) -> None:
@@ -416,7 +350,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self.totals[metric_key_prefix] = [sum(parts) for parts in zip(*gather(self._counted.tolist()), strict=True)]
         objective = output.metrics.pop(f"{metric_key_prefix}_loss", None)
         if objective is not None and self._has_own_objective:
-            output.metrics[f"{metric_key_prefix}_{OBJECTIVE}"] = objective
+            output.metrics[f"{metric_key_prefix}_objective"] = objective
         output.metrics.update(self._means(metric_key_prefix))
         return output
 
@@ -431,13 +365,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if not isinstance(parts, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        only_loss = True if self.compute_metrics is None else None
         for name, rows in parts.items():
             loader = self.get_eval_dataloader(name if eval_dataset is None else rows)
-            prefix = f"{metric_key_prefix}_{name}"
-            metrics |= self.evaluation_loop(
-                loader, "Evaluation", only_loss, ignore_keys, metric_key_prefix=prefix
-            ).metrics
+            how = ("Evaluation", True if self.compute_metrics is None else None, ignore_keys)
+            metrics |= self.evaluation_loop(loader, *how, metric_key_prefix=f"{metric_key_prefix}_{name}").metrics
         self.totals[metric_key_prefix] = [sum(values) for values in zip(*self.totals.values(), strict=True)]
         metrics |= self._means(metric_key_prefix)
         self.log(metrics)
@@ -473,12 +404,3 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, *args: Any, **kwargs: Any) -> None:
         as_it_was(self.accelerator.unwrap_model(self.model).generation_config)
         super()._save(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError:  # torch.save loses what the system said; ask it again
-            with tempfile.TemporaryFile(dir=self.args.output_dir) as file:
-                file.write(bytes(1 << 20))
-                file.flush()
-            raise

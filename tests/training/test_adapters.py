@@ -126,12 +126,12 @@ def test_defaults_of_the_methods():
     ("more", "message"),
     [
         ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"init_lora_weights": "eva"}}, "needs calls of PEFT's own before training"),
+        ({"lora_config": {"init_lora_weights": "eva"}}, "needs calls of PEFT's own before or after training"),
         ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
-        ({"lora_config": {"init_lora_weights": "pissa_niter_4"}}, "needs calls of PEFT's own before training or after"),
+        ({"lora_config": {"init_lora_weights": "pissa_niter_4"}}, "needs calls of PEFT's own before or after"),
         ({"lora_config": {"use_doraa": True}}, "lora_config: .* unexpected keyword argument 'use_doraa'"),
         ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: .* unexpected keyword argument 'rank'"),
-        ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),
+        ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: KeyError: 'LOCON'"),
         (
             {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
             "peft_config: init_lora_weights='eva' needs",
@@ -147,9 +147,9 @@ def test_settings_that_cannot_be(more, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches no module of LlamaForCausalLM; the linear"),
-        ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
-        ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
+        ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches nothing in LlamaForCausalLM; the linear"),
+        ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "modules_to_save: 'head' matches"),
+        ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches nothing"),
     ],
 )  # fmt: skip
 def test_targets_are_checked_against_the_model(base, more, message):
@@ -307,10 +307,10 @@ def test_broken_adapters(base, trained, tmp_path):
     assert "has 2 tokens more than the embedding" in refused(run, out)
     path = run / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrow": True, "peft_version": "9.9.9"}))
-    message = refused(run, out)
-    assert "made by PEFT 9.9.9 and sets use_tomorrow" in message and "pip install -U peft" in message
+    with pytest.warns(UserWarning, match="use_tomorrow.*upgrade the PEFT version"):
+        refused(run, out)
     path.write_text("{}")
-    assert "is no adapter's configuration" in refused(run, out)
+    assert "the model 'None' is no file or folder here" in refused(run, out)
 
 
 def test_merge_into_a_quantised_model(base, trained, tmp_path):
@@ -321,6 +321,7 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
     assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
+@pytest.mark.parametrize("quantization", [None, BitsAndBytesConfig(load_in_4bit=True)], ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize(
     ("tied", "config", "rows", "whole"),
     [
@@ -331,14 +332,16 @@ def test_merge_into_a_quantised_model(base, trained, tmp_path):
         (True, {"modules_to_save": ["embed_tokens"]}, None, {"embed_tokens"}),
     ],
 )
-def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base(tied)), AutoTokenizer.from_pretrained(base(tied))
+def test_new_tokens_are_trained_beside_what_the_adapter_trains(base, tied, config, rows, whole, quantization):
+    model = AutoModelForCausalLM.from_pretrained(base(tied), quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(base(tied))
     tokenizer.add_tokens(["<new>"])
     new = tokenizer.convert_tokens_to_ids("<new>")
     peft = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **config)
-    model = get_peft_model(with_new_tokens(model, settings(), ["<new>"], tokenizer, peft), peft)
+    model = get_peft_model(with_new_tokens(model, ["<new>"], tokenizer, peft), peft)
     expected = {"embed_tokens": [row or new for row in rows]} if rows else None
     assert peft.trainable_token_indices == expected and whole <= {*(peft.modules_to_save or ())}
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     head = model.get_output_embeddings()
     trained = getattr(head, "modules_to_save", None) or getattr(head, "token_adapter", None)
     assert any(parameter.requires_grad for parameter in trained.parameters()), "the head learns to write them"

@@ -72,24 +72,19 @@ def test_transformers_runs_an_epoch_through_run_epoch(trainer, monkeypatch):
     assert called[0] == 0
 
 
-def test_transformers_saves_through_save_checkpoint_and_models_through_save(trainer, monkeypatch, tmp_path):
+def test_transformers_saves_models_through_save(trainer, monkeypatch, tmp_path):
     saved = []
 
     def note(self, output_dir, state_dict=None):
         Path(output_dir).mkdir(parents=True)
         saved.append(Path(output_dir).name)
 
-    def checkpoint(self, *args, real=SFTTrainer._save_checkpoint):
-        saved.append(self.state.global_step)
-        real(self, *args)
-
     monkeypatch.setattr(Trainer, "_save", note)
-    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", checkpoint)
     trainer.save_model(str(tmp_path / "model"))
     trainer.args.save_steps = 1
     trainer.state.compute_steps(trainer.args, 2)
     trainer.train()
-    assert saved == ["model", 1, "checkpoint-1", 2, "checkpoint-2"]
+    assert saved == ["model", "checkpoint-1", "checkpoint-2"]
 
 
 def test_transformers_knows_by_original_object_hash_that_a_generation_config_changed(tmp_path):

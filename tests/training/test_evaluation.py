@@ -95,15 +95,10 @@ def test_held_out_data_sets_keep_their_names(settings, labelled, names):
     assert {"eval_loss", *(f"eval_{name}_loss" for name in names)} <= trainer.evaluate().keys()
 
 
-def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(settings, start, tmp_path):
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start):
     for metric in ("eval_test_loss", "blue", "exact_match", "eval_objective"):
-        with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of loss, "):
+        with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of near_loss, "):
             start(**BEST, metric_for_best_model=metric)
-    with pytest.raises(RecipeError, match="'exact_match' is not measured"):  # by the trainer alone
-        make_trainer(Recipe(**{**settings, **BEST_ANSWERS}))
-    (broken := tmp_path / "broken.jsonl").write_text('{"messages": 1}\n')
-    with pytest.raises(RecipeError, match="'blue' is not measured"):  # and before any row is read
-        start(**BEST, metric_for_best_model="blue", dataset_name=str(broken))
 
 
 def test_the_best_model_by_the_answers(start, tmp_path):
@@ -140,18 +135,16 @@ def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_p
     for key, value in {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "use_peft": True}.items():
         with pytest.raises(RecipeError, match=f"is of another recipe .*{key} .* -> {value}"):
             start("other", **{**more, key: value})
-    assert start("other", **more)["steps"] == 2
+    assert start("other", **more, adam_beta1=0.9, num_train_epochs=5)["steps"] == 2  # as by default; longer
     # More steps from a finished run's checkpoint
     assert start("more", **{**more, "resume_from_checkpoint": last}, max_steps=4)["steps"] == 4
     assert logs(tmp_path / "more", "learning_rate") == pytest.approx([0.005, 0.0025])
-    # Of a plain trainer's checkpoint, its batches alone are known; one that was cut off has none of its own
+    # A plain trainer's checkpoint, whose recipe nobody knows; one that was cut off has none of its own
     foreign = shutil.copytree(first, tmp_path / "foreign/checkpoint-1")
     for path in (Path(first, COMPLETE), foreign / COMPLETE):
         path.unlink()
-    with pytest.raises(RecipeError, match="trained in batches of 2, and 3 would train some rows twice"):
-        start("other", **{**more, "resume_from_checkpoint": str(foreign)}, per_device_train_batch_size=3)
     assert start("other", **{**more, "resume_from_checkpoint": str(foreign)})["steps"] == 2
-    with pytest.raises(RecipeError, match="checkpoint-1 was cut off while it was written"):
+    with pytest.raises(RecipeError, match="checkpoint-1 is no whole checkpoint"):
         start("run", **more)
     # Steps of more processes have other rows
     (complete := Path(last, COMPLETE)).write_text(complete.read_text().replace('"processes": 1', '"processes": 2'))

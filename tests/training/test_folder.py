@@ -120,7 +120,7 @@ def test_neither_another_recipes_run_nor_a_model_alone_is_gone_on_from(again):
     out, start = again
     (out / "summary.json").unlink()
     before = files(out)
-    with pytest.raises(RecipeError, match=r"an unfinished run of another recipe \(learning_rate 0.01 -> 1.0\)"):
+    with pytest.raises(RecipeError, match=r"is of another recipe \(learning_rate 0.01 -> 1.0\): bring"):
         start(resume="never", learning_rate=1.0)
     assert files(out) == before
     for path in out.glob("checkpoint-*/*.p*t*"):

@@ -100,6 +100,14 @@ def test_each_old_name_means_todays_and_is_said_once(names):
     assert found == ["max_seq_length is TRL 0.x's: today it is max_length"]
 
 
+def test_a_trainer_without_arguments_is_made_on_a_machine_without_bfloat16(names, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(names["output_dir"].rpartition("/")[0])
+    rows = Dataset.from_dict({"text": ["Hi there."] * 4})
+    trainer = SFTTrainer(names["model"], train_dataset=rows, tokenizer=names["tokenizer"], max_seq_length=8)
+    assert not trainer.args.bf16 and trainer.args.max_length == 8
+
+
 def test_what_neither_knows_is_refused(names):
     config = SFTConfig(names["output_dir"], **names["short"])
     with pytest.raises(TypeError, match="unexpected keyword argument 'batch'"):

@@ -85,10 +85,8 @@ def test_keep_end_is_trls_truncation_mode(recipe: Any) -> None:
     assert read(data) == [(ids[-40:], labels[-40:]) for ids, labels in whole(recipe)]
 
 
-def test_nothing_left_says_how_long_it_must_be(recipe: Any) -> None:
-    _, labels = min(whole(recipe), key=lambda row: len(row[0]))
-    needed = max(at for at, label in enumerate(labels) if label != -100) + 1
-    with pytest.raises(LabelError, match=f"max_length=2 cuts off every response: .* needs {needed} tokens"):
+def test_nothing_left_says_what_to_do(recipe: Any) -> None:
+    with pytest.raises(LabelError, match="no row has anything to train on within max_length=2: raise it"):
         prepared(recipe(max_length=2))
 
 

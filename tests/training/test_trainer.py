@@ -74,8 +74,6 @@ def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     assert lengths[:3] == [20] * 3 if packing else lengths == [8] * 6
     assert trainer.train().global_step == 2
-    with pytest.raises(RecipeError, match="test_size: rows that have labels already are not split"):
-        make_trainer(Recipe(**settings, test_size=2), train_dataset=rows)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ def test_peft_config_takes_the_place_of_the_recipes_adapter(settings, file):
     trainer = make_trainer(Recipe(**settings, dataset_name=file), peft_config=peft)
     trained = {name: p.shape for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("v_proj" in name and 3 in shape for name, shape in trained.items())
-    with pytest.raises(RecipeError, match="'query' matches no module"):
+    with pytest.raises(RecipeError, match="'query' matches nothing"):
         make_trainer(Recipe(**settings, dataset_name=file), peft_config=LoraConfig(target_modules=["query"]))
 
 
