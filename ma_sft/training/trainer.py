@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -228,6 +229,7 @@ def _finish_model(
 ) -> None:
     """What of the recipe concerns the model and its fresh adapter once TRL has made them."""
     model, adapter = trainer.model, settings.adapter
+    _score_whole_head(model.get_base_model() if hasattr(model, "peft_config") else model)
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper of a tied head with trained rows, whose bias TRL's loss asks for
         head.bias = None
@@ -238,6 +240,35 @@ def _finish_model(
     quantized.keep_gradients(model)
     if adapter.adapter_name_or_path:
         adapters.continue_adapter(model, Path(adapter.adapter_name_or_path), tokenizer)
+
+
+def _score_whole_head(model: Any) -> None:
+    """Where a model's head is more than one matrix, let TRL's fused head score the model's own logits.
+
+    BERT, ModernBERT's decoder and their kin transform the hidden states before that matrix. TRL leaves this out, and
+    would train another model than the one that is saved.
+    """
+    known = {id(p) for part in (model.base_model, model.get_output_embeddings()) for p in part.parameters()}
+    if all(id(parameter) in known for parameter in model.parameters()):
+        return
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)  # as TRL's own: accelerate takes it off again by that
+    def forward(_: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+        log_probs = plain(*args, **kwargs).logits[:, :-1].float().log_softmax(-1)
+        labels = labels[:, 1:]
+        mask = labels != -100
+        found = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
+        return trl_utils.FusedCausalLMOutput(
+            log_probs=found,
+            entropy=-(log_probs.exp() * log_probs).sum(-1) * mask,
+            is_top1=(log_probs.argmax(-1) == labels) & mask,
+            label_mask=mask,
+        )
+
+    model.forward = MethodType(forward, model)
 
 
 def as_it_was(generation: GenerationConfig) -> None:

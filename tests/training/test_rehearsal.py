@@ -190,7 +190,7 @@ def test_positions():
 def test_losses():
     for more in ({"label_smoothing_factor": 0.1}, {"loss_type": "dft"}):
         assert rehearsed("llama", **more).startswith("rehearsed on")
-    assert "the loss is not the one that the settings name" in refused("modernbert-decoder"), "TRL leaves a part out"
+    assert rehearsed("modernbert-decoder").startswith("rehearsed on"), "its head transforms before its matrix"
     message = refused("llama", label_smoothing_factor=0.1, loss_type="dft")
     assert "label_smoothing_factor smooths loss_type=nll alone" in message
     assert "a step moves" in rehearsed("mixtral", use_peft=True, router_aux_loss_coef=0.1)
