@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
 from ma_sft.data.formats import FORMATS, detect_format, message_features, read_row
 from ma_sft.data.functions import code_of
-from ma_sft.data.load import Source, load_rows, processes, rows_of
+from ma_sft.data.load import EMPTY, Source, load_rows, processes, rows_of
 from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
@@ -157,7 +157,7 @@ class _Mixer:
         """The format of the first row; with `on_error="skip"`, of the first that has one."""
         batch = next(iter(rows.take(100).iter(100)), None)
         if batch is None:
-            raise FormatError(f"{source.path}: the data set is empty; give at least one row")
+            raise FormatError(f"{source.path}: {EMPTY}")
         if source.columns:
             whole = list(rows_of(batch, 0, replace(source, columns=None, ignore=())))
             known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
