@@ -136,7 +136,7 @@ WRONG = [  # settings, flags, and what the line says
     (
         {"dataset_name": "two.jsonl"},
         [],
-        "line 2: field 'instruction' is missing or null; ... looks like 'question-answer'",
+        "line 2: field 'instruction' is missing or null; format 'alpaca' needs it",
     ),
     ({"dataset_name": "empty.jsonl"}, [], "the data set is empty"),
     ({"dataset_name": "none.json"}, [], "empty"),

@@ -240,9 +240,8 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
     messages: list[Message] = []
     for i, turn in enumerate(value):
         found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
-        if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _role(turn) in CALL_ROLES:
-            if last.get("train") != found[0].get("train"):
-                raise FormatError(f"field '{field}[{i}]': calls of one message are trained together or not at all")
+        is_call = bool(found) and "tool_calls" in found[0] and _role(turn) in CALL_ROLES
+        if is_call and (last.get("role"), last.get("train")) == ("assistant", found[0].get("train")):
             last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
         else:
             messages += found
@@ -319,10 +318,9 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
 
 def _pair(turn: dict[str, Any], where: str) -> list[Message]:
     keys = [key for key in PAIR_ROLES if key in turn and (key != "system" or turn[key])]
-    messages: list[Message]
-    messages = [{"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys]
-    if len({m["role"] for m in messages}) < len(messages):
-        raise FormatError(f"field {where!r}: one question and one answer expected, found {keys}")
+    messages: list[Message] = [
+        {"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys
+    ]
     if not _is_trained(turn, where):
         messages[-1]["train"] = False
     return messages
@@ -431,15 +429,6 @@ def merge_turns(messages: list[Message]) -> list[Message]:
         else:
             merged.append(message)
     return merged
-
-
-def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
-    """The keys of turns that nothing reads, each with its first value that says something."""
-    found: dict[str, Any] = {}
-    for turn in turns:
-        if isinstance(turn, dict) and turn.keys() - TURN_KEYS and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES)):
-            found = {key: value for key, value in turn.items() if key not in TURN_KEYS and not is_empty(value)} | found
-    return found
 
 
 def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = False) -> list[Message]:

@@ -48,8 +48,8 @@ def test_safety_rule(safe, better, sides):
         ({"prompt": 5, "chosen": "a", "rejected": "b"}, "field 'prompt': text expected, found int 5"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "differ at turn 1"),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: y"}, "differ at turn 1"),
-        ({**PKU, "is_response_0_safe": "yes"}, "field 'is_response_0_safe': true or false expected, found str \"yes\""),
-        ({**PKU, "better_response_id": 2}, "field 'better_response_id': 0 or 1 expected, found int 2"),
+        ({**PKU, "is_response_0_safe": "so"}, "field 'is_response_0_safe': true or false, 1 or 0 expected, found str"),
+        ({**PKU, "better_response_id": 2}, "field 'better_response_id': true or false, 1 or 0 expected, found int 2"),
         ({**PKU, "response_1": None}, "nearest: pku-saferlhf (misses response_1)"),
     ],
 )
