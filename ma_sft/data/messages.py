@@ -334,13 +334,10 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
         if not is_empty(value := turn.get(key)) and value != 0:
             what = "only whole turns can be marked (train: false)" if key in PARTIAL else "only text can be trained on"
             raise FormatError(f"field '{where}.{key}': {what}, found {show(value)}")
-    marks = {key: truth(turn[key]) for key in sorted(turn.keys() & MARKS) if not is_empty(turn[key])}
-    for key, value in marks.items():
-        if value is None:
-            raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(turn[key])}")
-    verdicts = {value != (key in BAD) for key, value in marks.items()}
-    if len(verdicts) > 1:
-        raise FormatError(f"field {where!r}: {' and '.join(marks)} contradict each other")
+    marks = {key: turn[key] for key in sorted(turn.keys() & MARKS) if not is_empty(turn[key])}
+    verdicts = {None if truth(mark) is None else truth(mark) != (key in BAD) for key, mark in marks.items()}
+    if None in verdicts or len(verdicts) > 1:
+        raise FormatError(f"field '{where}.{', '.join(marks)}': a turn is trained (1) or not (0); found {show(marks)}")
     return verdicts != {False}
 
 
