@@ -42,7 +42,7 @@ from ma_sft.data.messages import (
     truth,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, check_sides, completion, prompt_turns, spread
+from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
 TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column holds the whole conversation
@@ -405,7 +405,8 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
-    ordered = ""  # the fields whose roles have an order: not those of a text, nor of a function
+    # The fields whose roles have an order: not those of a text, nor of a function
+    ordered = ", ".join(ALIASES) if preference else ""
     if known := isinstance(name, str) and name in formats:
         if names := known_names(frozenset(tracked), name):
             tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
@@ -423,15 +424,15 @@ def read_row(
         sides = SIDES["preference"](TrackedRow(given)) if preference else {"messages": conversation(given, made)}
     if merge:
         sides = {side: merge_turns(turns) for side, turns in sides.items()}
-    said = sides["prompt"] + sides["chosen"] if preference else sides["messages"]
-    if ordered:
-        check_order(said, ordered)
-    if preference:
-        check_sides(sides)
-    else:
+    prompt, *answers = sides.values() if preference else ([], sides["messages"])
+    for said in answers:
+        if ordered:
+            check_order(prompt + said, ordered)
         _check_answers(said)
+    if answers[0] == answers[-1] and preference:
+        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, said) if known else {}
+    unused = unused_of(tracked, prompt + answers[0]) if known else {}
     return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
 
 
@@ -441,7 +442,7 @@ def _check_answers(messages: list[Message]) -> None:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(is_blank(m) for m in answers):
+    if all(map(is_blank, answers)):
         raise FormatError("the response is empty, so there is nothing to train on")
 
 

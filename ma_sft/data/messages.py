@@ -345,7 +345,9 @@ def _read_content(message: Message, content: Any, where: str, optional: bool = F
     """Write a content into `message`; the results of tools among its parts are messages of their own."""
     if content is None and optional:
         return []
-    if message["role"] == "tool" and not isinstance(content, str) and not _are_parts(content):
+    keys, kinds = {"text", "functionResponse", "function_response"}, ("text", "tool_result")
+    in_parts = are_objects(content) and all(part.keys() & keys or part.get("type") in kinds for part in content)
+    if message["role"] == "tool" and not isinstance(content, str) and not in_parts:
         message["content"] = to_json(content, where)  # a result as the tool gave it
         return []
     if not isinstance(content, list | tuple):
@@ -353,11 +355,6 @@ def _read_content(message: Message, content: Any, where: str, optional: bool = F
         return []
     parts = ({"type": "text", "text": part} if isinstance(part, str) else part for part in content)
     return [result for i, part in enumerate(parts) for result in _read_part(message, part, f"{where}[{i}]")]
-
-
-def _are_parts(content: Any) -> bool:
-    keys, kinds = {"text", "functionResponse", "function_response"}, ("text", "tool_result")
-    return are_objects(content) and all(part.keys() & keys or part.get("type") in kinds for part in content)
 
 
 def _read_part(message: Message, part: Any, where: str) -> list[Message]:

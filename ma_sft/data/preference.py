@@ -7,10 +7,8 @@ from ma_sft.data.messages import (
     Message,
     Row,
     TrackedRow,
-    check_order,
     conversation,
     expected,
-    is_blank,
     list_of_turns,
     spoken,
     text_of,
@@ -106,16 +104,6 @@ def _pku(row: TrackedRow) -> Preference:
         raise BadAnswer("neither answer is a good one")
     best = int(bool(second_is_better)) if all(safe) else safe.index(True)
     return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
-
-
-def check_sides(found: Preference) -> None:
-    """Raise `FormatError` at roles out of order, an empty answer, or two equal ones."""
-    for side in ("chosen", "rejected"):
-        check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if all(is_blank(m) for m in found[side] if m["role"] == "assistant"):
-            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
-    if found["chosen"] == found["rejected"]:
-        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
 
 
 SIDES = {"preference": _plain, "hh-rlhf": _plain, "pku-saferlhf": _pku}

@@ -44,7 +44,7 @@ def test_safety_rule(safe, better, sides):
         ({"prompt": "p", "answer": "a"}, "unknown format: columns ['answer', 'prompt']"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "misses rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "the two answers are the same"),
-        ({"prompt": "p", "chosen": " ", "rejected": "a"}, "field 'chosen': the answer is empty"),
+        ({"prompt": "p", "chosen": " ", "rejected": "a"}, "the response is empty"),
         ({"prompt": 5, "chosen": "a", "rejected": "b"}, "field 'prompt': text expected, found int 5"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "differ at turn 1"),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: y"}, "differ at turn 1"),
