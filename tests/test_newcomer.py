@@ -136,9 +136,9 @@ WRONG = [  # settings, flags, and what the line says
     (
         {"dataset_name": "two.jsonl"},
         [],
-        "line 2: field 'instruction' is missing or null; ... looks like 'question-answer'",
+        "line 2: field 'instruction' is missing or null; format 'alpaca' needs it",
     ),
-    ({"dataset_name": "empty.jsonl"}, [], "the file is empty"),
+    ({"dataset_name": "empty.jsonl"}, [], "the data set is empty"),
     ({"dataset_name": "none.json"}, [], "empty"),
     ({"dataset_name": "broken.jsonl"}, [], "broken.jsonl, line 2: not valid JSON"),
     ({"dataset_name": "silent.jsonl"}, [], "silent.jsonl, line 1: the response is empty"),

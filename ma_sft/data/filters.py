@@ -61,8 +61,6 @@ class Filters:
     def __post_init__(self) -> None:
         if (self.min_tokens or self.max_tokens) and not self.tokenizer:
             raise RecipeError("filters min_tokens and max_tokens need to know whose tokens: set tokenizer")
-        if not 0 < (self.near_duplicates or 1) <= 1:
-            raise RecipeError(f"filter near_duplicates: a similarity up to 1 expected, not {self.near_duplicates!r}")
 
     def code(self) -> str:
         """What caches go by, beside the settings: the code of the function, and the tokenizer's files that count."""

@@ -7,7 +7,6 @@ further columns is used (`ma_sft.data.messages`), known to be harmless, refused,
 import re
 import string
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,7 +15,10 @@ from ma_sft.data.functions import load_function
 from ma_sft.data.messages import (
     BAD,
     MARKS,
+    PAIR_ROLES,
+    ROLE_KEYS,
     ROLES,
+    TURN_KEYS,
     WEIGHTS,
     BadAnswer,
     Message,
@@ -38,10 +40,9 @@ from ma_sft.data.messages import (
     to_template_kwargs,
     to_tools,
     truth,
-    unknown_keys,
     with_context,
 )
-from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, check_sides, completion, prompt_turns, spread
+from ma_sft.data.preference import ALIASES, PKU, SIDES, Preference, completion, prompt_turns, spread
 from ma_sft.errors import FormatError
 
 TURNS = ("messages", "sharegpt", "contents", "moss")  # formats whose column holds the whole conversation
@@ -72,7 +73,7 @@ HARMLESS = re.compile(
     re.IGNORECASE,
 )
 
-# Chinese headers of tables, and what a column may mean that has none of the known names.
+# Chinese headers of tables
 CHINESE = {
     **dict.fromkeys("问题 提问 题目 问".split(), "question"),
     **dict.fromkeys("答案 回答 答".split(), "answer"),
@@ -82,15 +83,6 @@ CHINESE = {
     **{"输入": "input", "输出": "output", "上下文": "context", "系统提示": "system", "文本": "text"},
     **{"对话": "conversations", "选项": "options"},
 }
-MEANINGS = {
-    "question": re.compile(
-        r"(?i).*(quest|ask|prompt|instruct|query|input|problem|user|human|faq|article|document|dialog|^(q\d?|text)$|问|题|指令)"
-    ),
-    "answer": re.compile(
-        r"(?i).*(answer|respon|repl|output|complet|solution|assistant|bot|target|summar|abstract|^(a\d?|text|code)$|答|回复|输出)"
-    ),
-}
-
 MOSS_MARKS = re.compile(r"^\s*<\|[^|]*\|>:\s*|<eo[a-z]>\s*$")
 
 
@@ -212,22 +204,16 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
         raise expected("equally many texts and labels", field, choices)
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
-    labels = [check_text(_key(label, field), f"{field}.label") for label in labels]
+    labels = [check_text(str(label) if isinstance(label, int) else label, f"{field}.label") for label in labels]
     marks = [re.match(rf"\(?{re.escape(label)}[).:]\s*", text) for label, text in zip(labels, texts, strict=True)]
     if all(marks):  # AQuA's options begin with their letters
         texts = [text[mark.end() :] for mark, text in zip(marks, texts, strict=True) if mark]
     return labels, texts
 
 
-def _key(value: Any, field: str) -> str:
-    if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
-        raise expected("a letter or a number for a choice", field, value)
-    return str(value)
-
-
 def _answer(value: Any, field: str, labels: list[str], texts: list[str]) -> int:
     """Which choice an answer means: by its label, its text, or its position from 0."""
-    key = _key(value, field)
+    key = str(value)
     found = {i for i, label in enumerate(labels) if label == key}
     found = found or {i for i, text in enumerate(texts) if text == value}
     if field != "answerKey" and key.isdecimal() and int(key) < len(labels) and (not found or key not in labels):
@@ -244,14 +230,12 @@ def _moss(row: TrackedRow) -> list[Message]:
     turns = []
     # A tool that sorts keys writes turn_10 before turn_2.
     for name, parts in sorted(row["chat"].items(), key=lambda turn: int("0" + re.sub(r"\D", "", turn[0]))):
-        if not isinstance(parts, dict):
-            raise expected("an object with Human and MOSS", f"chat.{name}", parts)
-        parts = {key: check_text(text, f"chat.{name}.{key}") for key, text in parts.items() if text is not None}
-        texts = {key: MOSS_MARKS.sub("", text).strip() for key, text in parts.items()}
-        for key in texts.keys() - {"Human", "MOSS"}:
-            if texts[key] not in ("", "None"):
-                raise FormatError(f"field 'chat.{name}.{key}': MOSS' tools cannot be trained, found {show(texts[key])}")
-        turns.append({key: texts[key] for key in ("Human", "MOSS") if key in texts})
+        found = {key: text for key, text in parts.items() if text is not None} if isinstance(parts, dict) else {}
+        texts = {key: MOSS_MARKS.sub("", check_text(found[key], f"chat.{name}.{key}")).strip() for key in found}
+        turn = {key: text for key, text in texts.items() if key in ("Human", "MOSS") or text not in ("", "None")}
+        if not turn or turn.keys() - {"Human", "MOSS"}:
+            raise expected("Human and MOSS (MOSS' tools cannot be trained)", f"chat.{name}", parts)
+        turns.append(turn)
     return with_context(row, conversation(turns, "chat"), whole=True)
 
 
@@ -354,23 +338,16 @@ def _may_hold(values: Row, name: str) -> bool:
 
 
 def _nearest(columns: set[str], among: Collection[str]) -> str:
-    """What to do about columns that no format has: by their names, else by what they seem to mean."""
+    """What to do about columns that no format has."""
     near = [(FORMATS[name].missing(columns), name) for name in among if name != "text"]
     near = sorted((each for each in near if len(each[0]) < len(FORMATS[each[1]].needs)), key=lambda each: len(each[0]))
     best = [f"{name} (misses {', '.join(missing)})" for missing, name in near[:3]]
     advice = f"nearest: {'; '.join(best)}" if best else "known are a question and its answer, messages, text"
     if "text" in columns:
         advice = f"a text beside {show_columns(columns - {'text'})} is trained only where asked: format: text; {advice}"
-    telling = [column for column in sorted(columns) if not HARMLESS.fullmatch(column)]
-    asked, said = ([*filter(meaning.match, telling)] for meaning in MEANINGS.values())
-    question = min(asked, key=lambda column: column in said, default="")
-    answers = [column for column in said if column != question]
-    certain = bool(question) and len(answers) == 1 and among is FORMATS
-    columns_map = f"{question}: question, {answers[0]}: answer" if certain else "theirs: ours"
     return (
-        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: {{{columns_map}}}}}])"
-        f"{' if that is a question and its answer' * certain}, or pass format (dataset_format in a recipe), "
-        "the name of one or a function of yours (file.py:function)"
+        f"{advice}; map columns to these names (datasets: [{{path: ..., columns: {{theirs: ours}}}}]), or pass format "
+        "(dataset_format in a recipe), the name of one or a function of yours (file.py:function)"
     )
 
 
@@ -428,11 +405,14 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
-    ordered = ""  # the fields whose roles have an order: not those of a text, nor of a function
+    # The fields whose roles have an order: not those of a text, nor of a function
+    ordered = ", ".join(ALIASES) if preference else ""
     if known := isinstance(name, str) and name in formats:
         if names := known_names(frozenset(tracked), name):
             tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
-        sides = SIDES[name](tracked) if preference else {"messages": _of_format(tracked, name)}
+        if missing := [] if preference else FORMATS[name].missing({*tracked}):
+            raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it")
+        sides = SIDES[name](tracked) if preference else {"messages": FORMATS[name].convert(tracked)}
         if not preference and name != "text":
             ordered = ", ".join(sorted(names[0] for names in FORMATS[name].needs))
         refuse_changing(tracked, name, ROW_MARKS if ordered else ROW_MARKS - {"label"})
@@ -444,25 +424,16 @@ def read_row(
         sides = SIDES["preference"](TrackedRow(given)) if preference else {"messages": conversation(given, made)}
     if merge:
         sides = {side: merge_turns(turns) for side, turns in sides.items()}
-    said = sides["prompt"] + sides["chosen"] if preference else sides["messages"]
-    if ordered:
-        check_order(said, ordered)
-    if preference:
-        check_sides(sides)
-    else:
+    prompt, *answers = sides.values() if preference else ([], sides["messages"])
+    for said in answers:
+        if ordered:
+            check_order(prompt + said, ordered)
         _check_answers(said)
+    if answers[0] == answers[-1] and preference:
+        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
     tools, variables = to_tools(tracked), to_template_kwargs(tracked)
-    unused = unused_of(tracked, said) if known else {}
+    unused = unused_of(tracked, prompt + answers[0]) if known else {}
     return {**sides, "tools": tools, "chat_template_kwargs": variables, "unused": unused}
-
-
-def _of_format(row: TrackedRow, name: str) -> list[Message]:
-    if missing := FORMATS[name].missing({*row}):
-        like = ""
-        with suppress(FormatError):
-            like = f"; this row looks like {detect_format(row)!r}"
-        raise FormatError(f"field {missing[0]!r} is missing or null; format {name!r} needs it{like}")
-    return FORMATS[name].convert(row)
 
 
 def _check_answers(messages: list[Message]) -> None:
@@ -471,7 +442,7 @@ def _check_answers(messages: list[Message]) -> None:
         raise FormatError(f"no response to train on: roles are {[m['role'] for m in messages]}")
     if all(m.get("train") is False for m in answers):
         raise FormatError("every answer is marked not to be trained, so there is nothing to train on")
-    if all(is_blank(m) for m in answers):
+    if all(map(is_blank, answers)):
         raise FormatError("the response is empty, so there is nothing to train on")
 
 
@@ -495,11 +466,9 @@ def refuse_changing(row: TrackedRow, format: str, marks: frozenset[str]) -> None
     for field in sorted((row.keys() & marks) - row.used):
         value = dict.get(row, field)
         good = truth(value)
-        if good is None and field in WEIGHTS and not is_empty(value):
-            what = f"a row is trained (1) or not (0); found {show(value)}; if it says something else"
-            raise FormatError(f"field {field!r}: {what}, leave it out (ignore: [{field}])")
-        if field == "label" and good is not None and str(value).strip().lower() not in ("true", "false"):
-            what = f"found {show(value)}; if it says whether the answer is good, write true or false"
+        unclear = good is None and field in WEIGHTS and not is_empty(value)
+        if unclear or (field == "label" and str(value).strip().lower() in ("0", "1", "0.0", "1.0", "yes", "no")):
+            what = f"found {show(value)}; if it says whether to train the row, write true or false"
             raise FormatError(f"field {field!r}: {what}, if not, leave it out (ignore: [{field}])")
         if good is (field in BAD):
             raise BadAnswer(f"field {field!r}: {show(value)} marks a bad answer")
@@ -510,13 +479,16 @@ def refuse_changing(row: TrackedRow, format: str, marks: frozenset[str]) -> None
 def unused_of(row: TrackedRow, messages: list[Message]) -> dict[str, str]:
     """What to say of columns, and keys of turns, that nothing read and that may mean something, and of other roles."""
     found: dict[str, Any] = {}
+    speaks = {*ROLE_KEYS, *PAIR_ROLES}
     said = [messages, *(message["content"] for message in messages)]  # what stands there once more is not lost
     for column, value in row.items():
         if column not in row.used:
             if not is_empty(value) and not _matches(HARMLESS, column) and value not in said:
                 found[column] = value
         elif isinstance(value, list | tuple) and column not in ("tools", "functions"):
-            keys = unknown_keys(value)
+            odd = [t for t in value if isinstance(t, dict) and t.keys() - TURN_KEYS and not speaks.isdisjoint(t)]
+            pairs = [(k, v) for turn in reversed(odd) for k, v in turn.items() if k not in TURN_KEYS]
+            keys = {k: v for k, v in pairs if not is_empty(v)}  # of each the first value that says something
             # ChatGLM names the tool that a turn calls in a text of metadata.
             calls = {"metadata"} if isinstance(keys.get("metadata"), str) else set()
             found |= {f"{column}[].{k}": v for k, v in keys.items() if k in calls or not _matches(HARMLESS, k)}

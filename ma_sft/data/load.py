@@ -1,13 +1,11 @@
 """Where rows come from: files, globs, `save_to_disk` folders, hub ids, objects in memory; each row with its place.
 
-Parquet, Arrow, saved folders and the hub are read by `datasets` itself. JSON Lines stay where they are, and are read as
-they are converted; other files of text go through the generator of `datasets`, a row as JSON text. Its own JSON reader
-makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other rows hold a list, and stops at a column
-that a later part of the file adds; its CSV reader takes a row with one cell too many for one with an index. Here, no
-value's meaning depends on other rows.
+Parquet, Arrow, saved folders and the hub are read by `datasets` itself. Files of text are read here, each row as JSON
+text: the JSON reader of `datasets` makes dates of texts like `2024-01-02`, a number of the answer `"4"` where other
+rows hold a list, and stops at a column that a later part of the file adds; its CSV reader takes a row with one cell too
+many for one with an index. Here, no value's meaning depends on other rows.
 """
 
-import codecs
 import csv
 import glob
 import itertools
@@ -18,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 from weakref import WeakValueDictionary
@@ -28,7 +25,6 @@ import fsspec
 import multiprocess
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
@@ -60,6 +56,7 @@ OF_A_FILE: dict[str, tuple[str, ...]] = {
 }
 OF_ANY_FILE = ("field", "encoding", "delimiter", "sample_by")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
+AT_ONCE = 1_000  # rows of text that are written at once
 MANY_ROWS, EACH = 20_000, 5_000  # rows for which other processes are worth it, and of each process at least
 ENCODING = (
     "save it as UTF-8, or name its encoding: datasets: [{path: FILE, encoding: cp1252}] (or gb18030, utf-16, "
@@ -67,10 +64,10 @@ ENCODING = (
 )
 # Columns of rows as JSON text; ERROR stands in a row that its reader refuses.
 ROW, PLACE = "ma_sft row", "ma_sft place"  # no column of a user's is named so
-START, LENGTH = "ma_sft start", "ma_sft length"  # in place of ROW: where its bytes are in the file
-CHUNK = 1 << 26  # bytes of a file that are looked through at once
 NUMBER = "ma_sft number"  # of a row that was drawn
 ERROR = "ma_sft error"
+TEXT = Features({ROW: Value("string"), PLACE: Value("string")})
+EMPTY = "the data set is empty; give at least one row"
 SURROGATE = re.compile("[\ud800-\udfff]")
 NOT_UTF8 = json.dumps({ERROR: f"not UTF-8 text: {ENCODING}"})
 T = TypeVar("T")
@@ -128,14 +125,10 @@ class Source:
         if isinstance(path, Path):
             settings["path"] = str(path)
         elif path is not None and not isinstance(path, str):
-            is_rows = callable(path) or hasattr(path, "__iter__") or hasattr(path, "__getitem__")
-            if not is_rows or (isinstance(path, Mapping) and not isinstance(path, DatasetDict)):
-                raise RecipeError(f"source {str(path)[:60]}: a path or rows expected, found {type(path).__name__}")
             name = getattr(getattr(path, "info", None), "dataset_name", None)
             settings |= {"path": f"{type(path).__name__} {name or 'in memory'}", "rows": path}
         what = f"source {settings.get('path', value)}"
-        if (found := checked(cls, {**defaults, **settings}, what)).limit is not None and found.limit < 1:
-            raise RecipeError(f"{what}: limit: a number from 1 expected, found {found.limit}")
+        found = checked(cls, {**defaults, **settings}, what)
         short = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", found.path)
         if short and is_hub_id(short[1]) and "rows" not in settings:
             parts: dict[str, Any] = {"path": short[1], "revision": short[2], "name": short[3]}
@@ -153,7 +146,8 @@ class Source:
             return "memory"
         if Path(self.path).is_dir() and not (self.data_files or self.data_dir):
             return "folder"
-        return "files" if Path(self.path).is_file() or kind_of(self.path) in OF_A_FILE else "hub"
+        is_file = Path(self.path).is_file() or kind_of(self.path) in OF_A_FILE or glob.has_magic(self.path)
+        return "files" if is_file else "hub"
 
     def kind(self) -> tuple[str, tuple[str, ...]]:
         """What the source is, in words, and which of its fields say where the rows are and how they are read."""
@@ -175,12 +169,14 @@ def kind_of(path: str) -> str:
 def load_rows(source: Source, *, seed: int = 0, streaming: bool = False) -> Any:
     """The raw rows of a source, a data set or a stream, for `rows_of`. Errors as `load_mixture`."""
     rows = _load(source, streaming)
+    if isinstance(rows, Dataset):
+        if len(rows) == 0:
+            raise FormatError(f"{source.path}: {EMPTY}")
+        rows = rows.with_format(None).to_iterable_dataset() if streaming else rows
     if not (isinstance(source.rows, IterableDataset) and rows.features is None):
         rows = rows.with_format("arrow")  # its types tell a null that was written from one that Arrow fills in
     if streaming:
-        return rows.take(source.limit) if source.limit else rows
-    if len(rows) == 0:
-        raise FormatError(f"{source.path}: the data set is empty; give at least one row")
+        return rows.take(source.limit) if source.limit is not None else rows
     if source.limit is None or source.limit >= len(rows):
         return rows
     drawn = np.sort(np.random.default_rng(seed).choice(len(rows), source.limit, replace=False))
@@ -192,51 +188,44 @@ def _load(source: Source, streaming: bool) -> Any:
     if place == "files":
         return _load_files(source, streaming)
     if place == "hub":
-        if glob.has_magic(path):
-            raise RecipeError(f"the files {path!r} must end in {', '.join(OF_A_FILE)}, and .gz or .zst if compressed")
         chosen = {key: value for key in ("data_files", "data_dir") if (value := getattr(source, key))}
         return load_dataset(path, source.name, source.split, source.revision, streaming=streaming, **chosen)
     if place == "folder":
-        if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
-            raise RecipeError(f"{path} is a folder without a saved data set; name its files, e.g. {path}/*.jsonl")
         rows = read_saved(path)
     if isinstance(rows, DatasetDict):
         if source.split not in rows:
             raise RecipeError(f"{path} has no split {source.split!r}, it has {', '.join(rows)}; set split")
         rows = rows[source.split]
-    if isinstance(rows, IterableDataset):
-        if not streaming:
-            how = "set dataset_streaming (streaming=True) for rows to train on; held-out rows are a Dataset"
-            raise RecipeError(f"{path} is a stream: {how}")
+    if isinstance(rows, IterableDataset) and not streaming:
+        how = "set dataset_streaming (streaming=True) for rows to train on; held-out rows are a Dataset"
+        raise RecipeError(f"{path} is a stream: {how}")
+    if isinstance(rows, IterableDataset) or (isinstance(rows, Dataset) and rows.format["type"] != "custom"):
         return rows
-    if not isinstance(rows, Dataset) or rows.format["type"] == "custom":  # a transform of the user's makes the rows
-        features = Features({ROW: Value("string")})
-        rows = list(rows) if isinstance(rows, Iterator) else rows  # an iterator ends with the first epoch
-        if streaming:
-            return IterableDataset.from_generator(partial(_as_json, rows), features=features)
-        return Dataset.from_dict({ROW: [row[ROW] for row in _as_json(rows)]}, features=features)
-    return rows.with_format(None).to_iterable_dataset() if streaming and len(rows) else rows
+    rows = list(rows) if isinstance(rows, Iterator) else rows  # an iterator ends with the first epoch
+    if streaming:
+        return IterableDataset.from_generator(partial(_read_object, rows, path), features=TEXT)
+    return Dataset.from_list([*_read_object(rows, path)], features=TEXT)
 
 
 def read_saved(folder: str) -> Any:
     """What `save_to_disk` wrote, a data set or several by split; raises `FormatError` where it cannot be read."""
     try:
         return load_from_disk(folder)
-    except IndexError:
-        raise FormatError(
-            f"{folder}: the data set, or a split of it, is empty; save it with at least one row"
-        ) from None
-    except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{folder}: cannot be read as a saved data set: {one_line(error)[:200]}") from None
+    except (pa.ArrowException, ValueError, TypeError, LookupError, FileNotFoundError) as error:
+        what = "cannot be read as a saved data set with a row in each split"
+        raise FormatError(f"{folder} {what}: {one_line(error)[:200]}; name files by a glob: {folder}/*.jsonl") from None
 
 
-def _as_json(rows: Any) -> Iterator[Row]:
-    rows = rows() if callable(rows) else rows
-    if hasattr(rows, "notna"):  # a DataFrame, whose empty cells are NaN
-        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    has_length = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-    for row in (rows[i] for i in range(len(rows))) if has_length else rows:
-        yield {ROW: json.dumps(row, default=_plain)}
+def _read_object(rows: Any, path: str) -> Iterator[Row]:
+    try:
+        rows = rows() if callable(rows) else rows
+        if hasattr(rows, "notna"):  # a DataFrame, whose empty cells are NaN
+            rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        has_length = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+        for number, row in enumerate((rows[i] for i in range(len(rows))) if has_length else rows, 1):
+            yield {ROW: json.dumps(row, default=_plain), PLACE: f"{path}, row {number}"}
+    except Exception as error:  # the code is the user's
+        raise FormatError(f"{path}: its rows cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -266,16 +255,18 @@ def _load_files(source: Source, streaming: bool) -> Any:
             # Of a Parquet file without a row, `datasets` would make batches of none
             how = {"batch_size": EACH} if kinds == {".parquet"} else {}
             return datasets.load_dataset(kinds.pop()[1:], data_files=names, split="train", streaming=streaming, **how)
-        make: Any = IterableDataset if streaming else Dataset
-        stamped = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
-        how = {key: getattr(source, key) for key in OF_ANY_FILE}
-        if not streaming and (found := _load_lines(stamped, how)) is not None:
-            return found
-        return make.from_generator(
-            read_files,
-            features=Features({ROW: Value("string"), PLACE: Value("string")}),
-            gen_kwargs={"files": stamped, "how": how, "version": __version__},
-        )
+        reading: dict[str, Any] = {"files": files, "how": {key: getattr(source, key) for key in OF_ANY_FILE}}
+        if streaming:
+            return IterableDataset.from_generator(_read_files, gen_kwargs=reading, features=TEXT)
+        stamps = [(os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+        key = Hasher.hash((reading, stamps, __version__))
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "ma_sft_rows" / key
+        if not folder.is_dir():  # `Dataset.from_generator` would take twice as long
+            schema, rows = TEXT.arrow_schema, _read_files(**reading)
+            with atomic_dir(folder) as target, pa.ipc.new_stream(str(target / "rows.arrow"), schema) as writer:
+                while batch := [*itertools.islice(rows, AT_ONCE)]:
+                    writer.write_table(pa.Table.from_pylist(batch, schema))
+        return Dataset(Dataset.from_file(str(folder / "rows.arrow")).data, fingerprint=key)
     except (DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, FormatError):
@@ -283,82 +274,25 @@ def _load_files(source: Source, streaming: bool) -> Any:
         raise FormatError(f"{path}: cannot be read as {kind_of(path)[1:]}: {one_line(cause)[:200]}") from None
 
 
-def _load_lines(files: list[tuple[str, int, int]], how: dict[str, Any]) -> Dataset | None:
-    """Where the rows of JSON Lines in UTF-8 are: they are read when they are converted. None for other files."""
-    if how["field"] or how["encoding"] or any(os.path.splitext(file)[1] not in JSON_LINES for file, *_ in files):
-        return None
-    fingerprint = Hasher.hash((files, __version__))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "json_lines" / fingerprint
-    if not folder.is_dir():
-        tables = []
-        for file, *_ in files:
-            if (table := _find_lines(file)) is None:
-                return None
-            tables.append(table)
-        with atomic_dir(folder) as target:
-            Dataset(pa.concat_tables(tables), fingerprint=fingerprint).save_to_disk(target)
-    return Dataset.load_from_disk(str(folder))
-
-
-def _find_lines(file: str) -> pa.Table | None:
-    with open(file, encoding="utf-8-sig", errors="replace", newline="\n") as stream:
-        head = [*itertools.islice(filter(str.strip, stream), 2)]
-    if not head or not _has_a_row_a_line(head):
-        return None
-    data = np.memmap(file, np.uint8, mode="r")
-    ends = [at + np.flatnonzero(data[at : at + CHUNK] == ord("\n")) for at in range(0, len(data), CHUNK)]
-    bounds = np.concatenate([[-1], *ends, [len(data)]])
-    bounds[0] += 3 * (bytes(data[:3]) == codecs.BOM_UTF8)
-    starts, lengths = bounds[:-1] + 1, np.diff(bounds) - 1
-    # Blank lines are no rows
-    other = np.flatnonzero((lengths == 0) | (data[np.minimum(starts, len(data) - 1)] != ord("{"))).tolist()
-    blank = [n for n in other if not data[starts[n] : bounds[n + 1]].tobytes().decode("utf-8", "replace").strip()]
-    lines = np.delete(np.arange(len(starts)), blank)
-    places = pc.binary_join_element_wise(file, pc.cast(pa.array(lines + 1), pa.string()), ", line ")
-    return pa.table({PLACE: places, START: starts[lines], LENGTH: lengths[lines]})
-
-
-def _lines_at(places: list[str], starts: list[int], lengths: list[int]) -> Iterator[str]:
-    """The JSON text of rows of `_load_lines`."""
-    rows = zip(places, starts, lengths, strict=True)
-    for file, lines in itertools.groupby(rows, key=lambda row: row[0].rpartition(", ")[0]):
-        with open(file, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
-            for _, start, length in lines:
-                try:
-                    yield data[start : start + length].decode()
-                except UnicodeDecodeError:
-                    yield NOT_UTF8
-
-
-def read_files(files: list[tuple[str, int, int]], how: dict[str, Any], version: str) -> Iterator[Row]:
-    """The rows of files of text as JSON text with their places (`file, line 3`); what it depends on are its arguments.
-
-    Times and sizes of `files` tell `datasets`' cache that they changed; `how` has the fields of `OF_ANY_FILE`.
-    """
-    empty = True
-    for file, _, _ in files:
+def _read_files(files: list[str], how: dict[str, Any]) -> Iterator[Row]:
+    """The rows of files of text as JSON text with their places (`file, line 3`); `how` has fields of a source."""
+    for file in files:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
         newline = {".csv": "", ".tsv": "", ".txt": None, ".md": None}.get(kind, "\n")
+        opened = fsspec.open(file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline)
         try:
-            with fsspec.open(
-                file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline
-            ) as stream:
+            with opened as stream:
                 for place, text in READERS.get(kind, _json)(stream, where, how):
                     if not text.isascii() and (broken := SURROGATE.search(text)):
                         of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
                         text = NOT_UTF8 if of_a_byte else json.dumps(json.loads(text))
-                    empty = False
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:
             raise
         except Exception as error:  # each compression library has its own
             hint = f"; {ENCODING}" if isinstance(error, UnicodeDecodeError) else ""
             raise FormatError(f"{where}: cannot be read as {kind[1:]}: {one_line(error)[:200]}{hint}") from None
-    if empty:
-        raise FormatError(
-            f"{', '.join(_short(file) for file, _, _ in files)}: the file is empty; give at least one row"
-        )
 
 
 Rows = Iterator[tuple[str, str]]  # place in the file, row as JSON text
@@ -371,22 +305,19 @@ def _json(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     while len(full := [line for line in head if line.strip()]) < 2 and (line := stream.readline()):
         head.append(line)
     if not full:
-        return
+        return iter(())
     if kind_of(where) not in READERS and full[0].lstrip()[0] not in "{[":
         raise FormatError(
             f"the file {where!r} exists, but it is none of {', '.join(OF_A_FILE)}; save its rows as one of them "
             "(a spreadsheet as CSV in UTF-8), and end its name so"
         )
     if how["field"] or not _has_a_row_a_line(full):
-        yield from _json_document("".join(head) + stream.read(), where, how["field"])
-        return
-    yield from _json_lines(itertools.chain(head, stream))
+        return _json_document("".join(head) + stream.read(), where, how["field"])
+    return _lines(itertools.chain(head, stream))
 
 
-def _json_lines(lines: Iterable[str]) -> Rows:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"line {number}", line.rstrip("\r\n")
+def _lines(lines: Iterable[str]) -> Rows:
+    return ((f"line {number}", line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _has_a_row_a_line(lines: list[str]) -> bool:
@@ -394,9 +325,7 @@ def _has_a_row_a_line(lines: list[str]) -> bool:
     first = lines[0].rstrip()
     try:
         json.loads(first)
-    except RecursionError:
-        return True
-    except ValueError as error:  # broken inside the line, or the value goes on in the next one
+    except (ValueError, RecursionError) as error:  # broken inside the line, or the value goes on in the next one
         return getattr(error, "pos", 0) < len(first)
     return len(lines) > 1
 
@@ -413,58 +342,57 @@ OWN_LISTS = ("messages", "conversations", "conversation", "contents", "history",
 def _json_document(text: str, where: str, field: str | None) -> Rows:
     try:
         value = read_json(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         lines = text.split("\n") if kind_of(where) in JSON_LINES and not field else []
         if any(isinstance(_parse(line), dict) for line in lines):  # whose first line is cut off
-            yield from _json_lines(lines)
-            return
-        raise FormatError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except (FormatError, RecursionError) as error:
-        raise FormatError(f"{where}: not valid JSON: {error}") from None
-    held: dict[str, Any] = {}
+            return _lines(lines)
+        line, what = getattr(error, "lineno", None), getattr(error, "msg", error)
+        raise FormatError(f"{where}{f', line {line}' if line else ''}: not valid JSON: {what}") from None
+    held = value if isinstance(value, dict) else {}
     if field:
-        held = {field: value.get(field) if isinstance(value, dict) else None}
+        held = {field: held.get(field)}
         if not isinstance(held[field], list):
             found = show_columns(value) if isinstance(value, dict) else type(value).__name__
             raise FormatError(f"{where}: field: {field!r} is no list of rows; found {found}")
-    elif isinstance(value, dict):
-        held = {key: rows for key, rows in value.items() if key not in OWN_LISTS and rows and are_objects(rows)}
+    elif isinstance(value, list):
+        held = {} if _is_dialogue(value) else {"": value}
+    else:
+        held = {key: rows for key, rows in held.items() if key not in OWN_LISTS and rows and are_objects(rows)}
         held = {key: rows for key, rows in held.items() if not _is_dialogue(rows)}
-    elif isinstance(value, list) and not _is_dialogue(value):
-        held = {"": value}
     if len(held) > 1:
         raise FormatError(f"{where}: rows may be in {show_columns(held)}; say which: field")
-    if not held:
-        yield "line 1", _dump(value)
-    for number, row in enumerate(next(iter(held.values()), []), 1):
-        yield f"row {number}", _dump(row)
+    rows = [(f"row {number}", row) for rows in held.values() for number, row in enumerate(rows, 1)]
+    return ((place, _dump(row)) for place, row in (rows if held else [("line 1", value)]))
 
 
 def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     csv.field_size_limit(sys.maxsize)
-    first = next(stream, "")
-    if SURROGATE.search(first):
-        raise FormatError(f"{where}, line 1: not UTF-8 text: {ENCODING}")
     delimiter = how["delimiter"] or ("\t" if kind_of(where) == ".tsv" else ",")
-    reader = csv.DictReader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
-    line = 1
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    line = 0
     try:
-        names = list(reader.fieldnames or [])
+        names = next(filter(None, reader), [])
+        line = reader.line_num
+        at = f"{where}, line {line}"
+        if SURROGATE.search("".join(names)):
+            raise FormatError(f"{at}: not UTF-8 text: {ENCODING}")
         if twice := next((name for name in names if name and names.count(name) > 1), None):
-            raise FormatError(f"{where}, line 1: column {twice!r} stands twice; rename one of them")
+            raise FormatError(f"{at}: column {twice!r} stands twice; rename one of them")
         if len(names) == 1 and (mark := re.search(rf"(?!{re.escape(delimiter)})[,;|\t]", names[0])):
             raise FormatError(
-                f"{where}, line 1: one column {names[0]!r}; if {mark[0]!r} parts its cells, set delimiter: "
+                f"{at}: one column {names[0]!r}; if {mark[0]!r} parts its cells, set delimiter: "
                 f"datasets: [{{path: FILE, delimiter: {json.dumps(mark[0])}}}], or save it with commas"
             )
         # A first column without a name is the index that pandas writes; any other holds something.
-        reader.fieldnames = [name or (f"column {at}" if at > 1 else "") for at, name in enumerate(names, 1)]
-        line = reader.line_num
-        for row in reader:
-            wrong = f"more cells than the {len(row) - 1} columns of the first line" if None in row else None
-            if list(row.values()) == names:
-                wrong = "the names of the columns once more; remove this line"
-            yield f"line {line + 1}", _dump({ERROR: wrong} if wrong else row)
+        columns = [name or (f"column {at}" if at > 1 else "") for at, name in enumerate(names, 1)]
+        for cells in reader:
+            row: Row = dict(itertools.zip_longest(columns, cells))
+            if len(cells) > len(names):
+                row = {ERROR: f"more cells than the {len(names)} columns of the first line"}
+            elif cells == names:
+                row = {ERROR: "the names of the columns once more; remove this line"}
+            if cells:  # of a blank line there are none
+                yield f"line {line + 1}", _dump(row)
             line = reader.line_num
     except csv.Error as error:
         raise FormatError(f"{where}, line {line + 1}: not valid CSV: {error}") from None
@@ -473,12 +401,12 @@ def _csv(stream: Any, where: str, how: dict[str, Any]) -> Rows:
 def _text(stream: Any, where: str, how: dict[str, Any]) -> Rows:
     """A text a line, a paragraph or a file, as `datasets`' own reader has it; blank ones are none."""
     if how["sample_by"] == "line":
-        texts = ((f"line {number}", line.removesuffix("\n")) for number, line in enumerate(stream, 1))
+        texts = _lines(stream)
     else:
         whole = stream.read()
         pieces = [whole] if how["sample_by"] == "document" else re.split(r"\n\s*\n", whole.strip("\n"))
         texts = ((f"row {number}", piece) for number, piece in enumerate(filter(str.strip, pieces), 1))
-    yield from ((place, _dump({"text": text})) for place, text in texts if text.strip())
+    return ((place, _dump({"text": text})) for place, text in texts)
 
 
 READERS: dict[str, Callable[[Any, str, dict[str, Any]], Rows]] = {
@@ -501,8 +429,6 @@ def rows_of(batch: Any, first: int, source: Source) -> Iterator[tuple[str, str, 
     if isinstance(batch, pa.Table):
         columns = zip(batch.column_names, batch.columns, strict=True)
         batch = {name: [*map(_from_arrow(cells.type), cells.to_pylist())] for name, cells in columns}
-    if START in batch:
-        batch[ROW] = _lines_at(batch[PLACE], batch.pop(START), batch.pop(LENGTH))
     for at, values in enumerate(zip(*batch.values(), strict=True), first):
         cells = dict(zip(batch, values, strict=True))
         number = cells.pop(NUMBER, at) + 1

@@ -240,9 +240,8 @@ def conversation(value: Any, field: str, role: str = "user") -> list[Message]:
     messages: list[Message] = []
     for i, turn in enumerate(value):
         found, last = _messages(turn, f"{field}[{i}]"), messages[-1] if messages else {}
-        if last.get("role") == "assistant" and found and "tool_calls" in found[0] and _role(turn) in CALL_ROLES:
-            if last.get("train") != found[0].get("train"):
-                raise FormatError(f"field '{field}[{i}]': calls of one message are trained together or not at all")
+        is_call = bool(found) and "tool_calls" in found[0] and _role(turn) in CALL_ROLES
+        if is_call and (last.get("role"), last.get("train")) == ("assistant", found[0].get("train")):
             last["tool_calls"] = [*last.get("tool_calls", []), *found[0]["tool_calls"]]  # parallel calls
         else:
             messages += found
@@ -319,10 +318,9 @@ def _messages(turn: dict[str, Any], where: str) -> list[Message]:
 
 def _pair(turn: dict[str, Any], where: str) -> list[Message]:
     keys = [key for key in PAIR_ROLES if key in turn and (key != "system" or turn[key])]
-    messages: list[Message]
-    messages = [{"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys]
-    if len({m["role"] for m in messages}) < len(messages):
-        raise FormatError(f"field {where!r}: one question and one answer expected, found {keys}")
+    messages: list[Message] = [
+        {"role": PAIR_ROLES[key], "content": check_text(turn[key], f"{where}.{key}")} for key in keys
+    ]
     if not _is_trained(turn, where):
         messages[-1]["train"] = False
     return messages
@@ -336,13 +334,10 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
         if not is_empty(value := turn.get(key)) and value != 0:
             what = "only whole turns can be marked (train: false)" if key in PARTIAL else "only text can be trained on"
             raise FormatError(f"field '{where}.{key}': {what}, found {show(value)}")
-    marks = {key: truth(turn[key]) for key in sorted(turn.keys() & MARKS) if not is_empty(turn[key])}
-    for key, value in marks.items():
-        if value is None:
-            raise FormatError(f"field '{where}.{key}': a turn is trained (1) or not (0); found {show(turn[key])}")
-    verdicts = {value != (key in BAD) for key, value in marks.items()}
-    if len(verdicts) > 1:
-        raise FormatError(f"field {where!r}: {' and '.join(marks)} contradict each other")
+    marks = {key: turn[key] for key in sorted(turn.keys() & MARKS) if not is_empty(turn[key])}
+    verdicts = {None if truth(mark) is None else truth(mark) != (key in BAD) for key, mark in marks.items()}
+    if None in verdicts or len(verdicts) > 1:
+        raise FormatError(f"field '{where}.{', '.join(marks)}': a turn is trained (1) or not (0); found {show(marks)}")
     return verdicts != {False}
 
 
@@ -350,7 +345,9 @@ def _read_content(message: Message, content: Any, where: str, optional: bool = F
     """Write a content into `message`; the results of tools among its parts are messages of their own."""
     if content is None and optional:
         return []
-    if message["role"] == "tool" and not isinstance(content, str) and not _are_parts(content):
+    keys, kinds = {"text", "functionResponse", "function_response"}, ("text", "tool_result")
+    in_parts = are_objects(content) and all(part.keys() & keys or part.get("type") in kinds for part in content)
+    if message["role"] == "tool" and not isinstance(content, str) and not in_parts:
         message["content"] = to_json(content, where)  # a result as the tool gave it
         return []
     if not isinstance(content, list | tuple):
@@ -358,11 +355,6 @@ def _read_content(message: Message, content: Any, where: str, optional: bool = F
         return []
     parts = ({"type": "text", "text": part} if isinstance(part, str) else part for part in content)
     return [result for i, part in enumerate(parts) for result in _read_part(message, part, f"{where}[{i}]")]
-
-
-def _are_parts(content: Any) -> bool:
-    keys, kinds = {"text", "functionResponse", "function_response"}, ("text", "tool_result")
-    return are_objects(content) and all(part.keys() & keys or part.get("type") in kinds for part in content)
 
 
 def _read_part(message: Message, part: Any, where: str) -> list[Message]:
@@ -431,15 +423,6 @@ def merge_turns(messages: list[Message]) -> list[Message]:
         else:
             merged.append(message)
     return merged
-
-
-def unknown_keys(turns: Iterable[Any]) -> dict[str, Any]:
-    """The keys of turns that nothing reads, each with its first value that says something."""
-    found: dict[str, Any] = {}
-    for turn in turns:
-        if isinstance(turn, dict) and turn.keys() - TURN_KEYS and not turn.keys().isdisjoint((*ROLE_KEYS, *PAIR_ROLES)):
-            found = {key: value for key, value in turn.items() if key not in TURN_KEYS and not is_empty(value)} | found
-    return found
 
 
 def with_context(row: TrackedRow, messages: list[Message], *, whole: bool = False) -> list[Message]:

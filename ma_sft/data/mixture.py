@@ -15,8 +15,8 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, split_held_out
 from ma_sft.data.formats import FORMATS, detect_format, message_features, read_row
 from ma_sft.data.functions import code_of
-from ma_sft.data.load import Source, load_rows, processes, rows_of
-from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns
+from ma_sft.data.load import EMPTY, Source, load_rows, processes, rows_of
+from ma_sft.data.messages import BadAnswer, Row, TrackedRow
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
@@ -58,8 +58,7 @@ def load_mixture(
     """All sources as one shuffled data set: `messages` and `tools`, or `prompt`, `chosen`, `rejected` and `tools`.
 
     Each row has its `source` (the path) and `origin` (`file:line`), too. Memory stays constant whatever the number of
-    rows, but for some 150 bytes a row; the rows themselves are in Arrow files in `datasets`' cache, from where the same
-    call has them again. A mixture by weight is drawn once: each epoch of training has the same rows.
+    rows, but for some 150 bytes a row; the rows themselves are in `datasets`' cache, for the same call.
 
     Args:
         datasets: paths, rows in memory, or mappings with the fields of `ma_sft.data.load.Source`.
@@ -70,8 +69,7 @@ def load_mixture(
         filters: of all rows together; see `ma_sft.data.filters.Filters`, `tokenizer` for those that name none.
         test_size, test_near_duplicates: see `ma_sft.data.filters.split_held_out`; before rows are drawn by weight.
         stopping_strategy: of `datasets.interleave_datasets`, for sources with weights; docs/formats.md has them.
-        streaming: give an `IterableDataset` that reads while it is read; takes neither `test_size` nor filters that
-            look at all rows. Order is shuffled within 10,000 rows.
+        streaming: give an `IterableDataset`, shuffled within 10,000 rows; for no `test_size`, no filter of duplicates.
         num_proc: processes; by default all cores if there are many rows.
 
     Raises:
@@ -86,8 +84,8 @@ def load_mixture(
     sources = [Source.of(source, **defaults) for source in datasets]
     shares = _shares(sources)
     combine = partial(interleave_datasets, seed=seed, stopping_strategy=stopping_strategy, probabilities=shares)
-    filters = Filters.of(filters, tokenizer)
-    mixer = _Mixer(kind, seed, on_error, streaming, num_proc, tokenizer, filters, split=test_size is not None)
+    how = (kind, seed, on_error, streaming, num_proc, tokenizer)
+    mixer = _Mixer(*how, Filters.of(filters, tokenizer), split=test_size is not None)
     if streaming:
         if test_size is not None or (len(sources) > 1 and not shares):
             raise RecipeError("a stream cannot hold out rows (test_size), and several streams need a weight each")
@@ -157,13 +155,7 @@ class _Mixer:
         """The format of the first row; with `on_error="skip"`, of the first that has one."""
         batch = next(iter(rows.take(100).iter(100)), None)
         if batch is None:
-            raise FormatError(f"{source.path}: the data set is empty; give at least one row")
-        if source.columns:
-            whole = list(rows_of(batch, 0, replace(source, columns=None, ignore=())))
-            known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
-            if known and (missing := [old for old in source.columns if old not in known]):
-                what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
-                raise FormatError(f"{whole[0][0]}: {what}")
+            raise FormatError(f"{source.path}: {EMPTY}")
         errors = []
         for where, _, row in rows_of(batch, 0, source):
             try:

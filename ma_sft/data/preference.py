@@ -7,13 +7,12 @@ from ma_sft.data.messages import (
     Message,
     Row,
     TrackedRow,
-    check_order,
     conversation,
     expected,
-    is_blank,
     list_of_turns,
     spoken,
     text_of,
+    truth,
     turns_in_text,
     with_context,
 )
@@ -96,26 +95,15 @@ def _shared_prompt(row: TrackedRow, chosen: list[Message], rejected: list[Messag
 
 
 def _pku(row: TrackedRow) -> Preference:
-    *answers, _, _, better = values = [row[field] for field in PKU]
-    safe = [{"true": True, "false": False}.get(str(value).lower()) for value in values[2:4]]  # a cell of CSV is a text
-    if None in safe:
-        raise expected("true or false", PKU[2:4][safe.index(None)], values[2:4][safe.index(None)])
-    if str(better) not in ("0", "1", "0.0", "1.0"):
-        raise expected("0 or 1", PKU[4], better)
+    *answers, first, second, better = (row[field] for field in PKU)
+    marks = dict(zip(PKU[2:], map(truth, (first, second, better)), strict=True))
+    if unclear := [field for field, mark in marks.items() if mark is None]:
+        raise expected("true or false, 1 or 0", unclear[0], row[unclear[0]])
+    *safe, second_is_better = marks.values()
     if not any(safe):
         raise BadAnswer("neither answer is a good one")
-    best = int(float(better)) if all(safe) else safe.index(True)
+    best = int(bool(second_is_better)) if all(safe) else safe.index(True)
     return _plain(TrackedRow({"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[1 - best]}))
-
-
-def check_sides(found: Preference) -> None:
-    """Raise `FormatError` at roles out of order, an empty answer, or two equal ones."""
-    for side in ("chosen", "rejected"):
-        check_order(found["prompt"] + found[side], f"prompt, {side}")
-        if all(is_blank(m) for m in found[side] if m["role"] == "assistant"):
-            raise FormatError(f"field {side!r}: the answer is empty, so there is nothing to compare")
-    if found["chosen"] == found["rejected"]:
-        raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
 
 
 SIDES = {"preference": _plain, "hh-rlhf": _plain, "pku-saferlhf": _pku}

@@ -213,7 +213,16 @@ def test_each_process_has_rows_enough(monkeypatch):
     assert processes(1, 10**6) is None and processes(3, 5) == 3
 
 
-@pytest.mark.parametrize("path", [3, {"q": ["a"], "a": ["b"]}])
-def test_what_is_neither_a_path_nor_rows_is_refused(path):
-    with pytest.raises(RecipeError, match=f"a path or rows expected, found {type(path).__name__}"):
-        load_mixture([{"path": path}])
+def test_what_fails_while_rows_are_made_names_their_source():
+    def rows():
+        yield {"question": "q", "answer": "a"}
+        raise OSError("gone")
+
+    for source, message in (
+        (rows, "function in memory: its rows cannot be read: OSError: gone"),
+        (3, "int in memory: its rows cannot be read: TypeError: 'int' object is not iterable"),
+        ({"q": ["a"], "a": ["b"]}, "dict in memory: its rows cannot be read: KeyError: 0"),
+    ):
+        for streaming in (False, True):
+            with pytest.raises(FormatError, match=message):
+                list(load_mixture([{"path": source}], streaming=streaming).train)
