@@ -56,10 +56,10 @@ def apply_template(
         RunawayTemplateError: the template has not come to its end.
     """
     with bounded(), clock_at(date, tokenizer.get_chat_template(tools=tools)):
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **(variables or {})
+        texts = tokenizer.apply_chat_template(  # a batch of one may be an empty conversation
+            [messages], tools=tools, tokenize=False, add_generation_prompt=prompt, **(variables or {})
         )
-        return check_size(text)
+        return check_size(texts[0])
 
 
 @contextmanager

@@ -72,13 +72,7 @@ def read_folder(folder: str | Path) -> list[Labelled]:
     if missing := {"input_ids", "labels"} - {*saved.column_names}:
         raise LabelError(f"{folder}: no column {min(missing)!r}; it has {', '.join(saved.column_names)}")
     known = [n for n in ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths") if n in saved.features]
-    sequences: list[Labelled] = []
-    for row, batch in enumerate(saved.select_columns(known).iter(1)):
-        ids, labels = (np.asarray(batch[name][0]) for name in ("input_ids", "labels"))
-        if ids.ndim != 1 or ids.shape != labels.shape or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0)):
-            raise LabelError(f"{folder}, row {row}: input_ids and labels are no two lists of token ids of one length")
-        sequences += unpacked(batch)
-    return sequences
+    return [sequence for batch in saved.select_columns(known).iter(1) for sequence in unpacked(batch)]
 
 
 def unpacked(batch: dict[str, Any]) -> Iterator[Labelled]:
@@ -122,20 +116,14 @@ def _audit(
         labelled.append({"input_ids": ids, "labels": labels, "untrained": left_out})
     dataset, messages = Dataset.from_list(labelled), Dataset.from_list(raw)
     report = check_dataset(dataset, tokenizer, conversations=messages, verifier=verifier, sample=None)
-    for finding in report.findings:
-        _put_fault_first(finding)
-    if not any(read) and all(reader.is_foreign(sequence) for sequence in sequences):
+    for finding in report.findings:  # what is wrong in one of its rows before what that means
+        meaning, found, example = finding.message.partition(": row ")
+        number, _, what = example.partition(": ")
+        finding.message = f"{what} (row {number}; {meaning})" if found else meaning
+    foreign = (IGNORE_INDEX in labels and not reader.frame.search(verifier.text(ids)) for ids, labels in sequences)
+    if not any(read) and all(foreign):  # they have prompts, but nothing that the template writes between two messages
         report.findings.insert(0, Finding("error", "unlike inference", len(sequences), [], OTHER_TEMPLATE))
     return report
-
-
-def _put_fault_first(finding: Finding) -> None:
-    """Say what is wrong in one of its rows before what that means."""
-    meaning, found, example = finding.message.partition(": row ")
-    row, _, what = example.partition(": ")
-    fault = "the end token is not trained; " if finding.code == "missing end token" else ""
-    if found:
-        finding.message = f"{fault}{what.removeprefix(fault)} (row {row}; {meaning})"
 
 
 def _cut_back(sequence: Labelled, max_length: int | None) -> Labelled:
@@ -160,7 +148,7 @@ class Reader:
             with suppress(TemplateError):
                 self._learn((*begins, *("user", "assistant") * 2)[:end], prompt)
         frames = sorted(map(re.escape, self._between), key=len, reverse=True)
-        self._frame = re.compile(f"({'|'.join(frames) or r'(?!)'})")
+        self.frame = re.compile(f"({'|'.join(frames) or r'(?!)'})")
 
     def _learn(self, roles: Sequence[str], prompt: bool) -> None:
         messages = [{"role": role, "content": f"Qux{n}z"} for n, role in enumerate(roles)]
@@ -180,7 +168,7 @@ class Reader:
         text = self.verifier.text(ids)
         if (head := self._head(text)) is None:
             return []
-        first, *parts = self._frame.split(text[head[1] :])
+        first, *parts = self.frame.split(text[head[1] :])
         pairs = zip(parts[::2], parts[1::2], strict=True)
         messages = [{"role": head[0], "content": first}]
         messages += [{"role": self._between[frame], "content": content} for frame, content in pairs]
@@ -193,11 +181,6 @@ class Reader:
             if (self._signs - (markup if message["role"] == "assistant" else set())) & {*message["content"]}:
                 return []
         return [{**message, "content": self.verifier.spell(message["content"])} for message in messages]
-
-    def is_foreign(self, sequence: Labelled) -> bool:
-        """Whether it has prompts, and nothing that the template writes between two messages."""
-        ids, labels = sequence
-        return IGNORE_INDEX in labels and not self._frame.search(self.verifier.text(ids))
 
     def _head(self, text: str) -> tuple[str, int] | None:
         """Role of the first message and where it begins; also where the BOS token is missing or stands twice."""

@@ -6,10 +6,8 @@ The facts need `input_ids` and `labels` alone, so they serve every way in which 
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 EACH_SHAPE = 5  # conversations of every shape that are verified, or all if there are fewer
 BY_SHAPE = 1_000  # at most so many for their shape's sake
 AT_RANDOM = 919  # beside them: so few miss a fault in 0.5 % of the rows with 0.995 ** 919, below 1 %
-FEW = 100  # conversations to verify, for which other processes are not worth their start
+AT_ONCE = 100  # conversations that are verified together; for no more, other processes are not worth their start
 BATCH = 10_000  # rows whose facts are found at once
 LIKE_ROWS = 50  # verifying a conversation takes as long as converting and tokenising so many
 TEXT_ROWS = (
@@ -245,12 +243,12 @@ def check_dataset(
         kept: a `Kept`, if rows are not trained whole; what it leaves out is not counted.
         max_length: the setting that decided `kept`, for the messages.
         sample: how many conversations are verified at random, beside `EACH_SHAPE` of every shape; None for all.
-        num_proc: processes that verify, threads that count; None for all cores if there are many conversations.
+        num_proc: processes that verify; None for all cores if there are many conversations.
 
     Raises:
         LabelError: there is no row, or one whose labels and ids differ in length.
     """
-    check = _Check(dataset, tokenizer, kept, num_proc)
+    check = _Check(dataset, tokenizer, kept)
     if conversations is not None:
         check.verify(conversations, verifier or Verifier(tokenizer), sample, num_proc)
     elif template_report is not None:
@@ -270,20 +268,16 @@ def check_dataset(
 class _Check:
     """The facts of all rows, and what is found in them."""
 
-    def __init__(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None, num_proc: int | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, kept: Kept | None) -> None:
         self.dataset, self.report = dataset, CheckReport(rows=len(dataset))
         self.found = {code: Finding(level, code) for code, (level, _) in CODES.items()}
         self.owner = np.asarray(dataset["row"][:]) if "row" in dataset.column_names else np.arange(len(dataset))
         self.origins: Any = dataset["origin"] if "origin" in dataset.column_names else None
         if not len(dataset):
             raise LabelError("the data set is empty: there is no row to check")
-        columns = self.columns("input_ids", "labels", "shape").with_format("arrow")
-        firsts, forms = range(0, len(dataset), BATCH), defaultdict[Any, int](itertools.count().__next__)
-        with ThreadPoolExecutor(processes(num_proc, len(dataset)) or 1) as threads:  # numpy lets others run meanwhile
-            facts_of = partial(_facts, tokenizer=tokenizer, kept=kept, forms=forms)
-            parts = [*threads.map(facts_of, columns.iter(BATCH), firsts)]
+        batches = self.columns("input_ids", "labels", "shape").with_format("arrow").iter(BATCH)
+        forms = defaultdict[Any, int](itertools.count().__next__)
+        parts = [_facts(batch, n * BATCH, tokenizer, kept, forms) for n, batch in enumerate(batches)]
         facts = self.facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for code, name in (("untrained turns", "untrained"), ("special-token text", "special_text")):
             table = self.columns(name).with_format("arrow")[:]
@@ -343,53 +337,43 @@ class _Check:
         if sample is not None and sample < len(rows):
             shapes = np.array([numbers[form] for form in forms])[rows]
             chosen = draw_sample(shapes, sample)
-            wanted = np.minimum(np.bincount(shapes), EACH_SHAPE).sum()
-            of_shapes = f"each of {len(numbers):,} shapes at least {EACH_SHAPE} times or wholly"
-            if wanted > BY_SHAPE:  # as of conversations with many calls, each of which is a shape of its own
-                of_shapes = f"{len(np.unique(shapes[chosen])):,} of {len(numbers):,} shapes at least once"
             report.sampled = True
             report.verified = (
-                f"{len(chosen):,} of {len(rows):,} rows were verified, {sample:,} at random, and {of_shapes}; "
+                f"{len(chosen):,} of {len(rows):,} rows were verified: {sample:,} at random, and of "
+                f"{len(np.unique(shapes[chosen])):,} of {len(numbers):,} shapes up to {EACH_SHAPE} each; "
                 "--all verifies every row"
             )
             rows = rows[chosen]
         report.verified_rows = len(rows)
         report.compared_turns = int(facts["all turns"][np.isin(self.owner, rows)].sum())
         sequences = [slice(bounds[row], bounds[row + 1]) for row in rows.tolist()]
-        verified = self._verified(conversations.select(rows), sequences, verifier, num_proc)
-        for own, result in zip(sequences, verified, strict=True):
-            report.proven_turns += result["proven"]
-            known = {code for code in CODES.keys() & facts.keys() if facts[code][own].any()}
-            for code, what in zip(result["codes"], result["words"], strict=True):
-                words = f"{self.place(own.start)}: {what}" if CODES[code][0] == "error" else what
-                self.add(code, [own.start], [words], count=int(code not in known))
-                known.add(code)
-
-    def _verified(
-        self, conversations: Dataset, sequences: list[slice], verifier: Verifier, num_proc: int | None
-    ) -> Dataset:
-        """Of each conversation, how many turns are `proven`, and `codes` with their `words`."""
         columns, own_prompt = self.columns("input_ids", "labels", "untrained"), _own_prompt(verifier)
 
-        def verify_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            return _verify_rows(batch, [columns[sequences[number]] for number in numbers], verifier, own_prompt)
+        def verify_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[str]]:
+            own = [columns[sequences[number]] for number in numbers]
+            return {"found": [json.dumps(found) for found in _verify_rows(batch, own, verifier, own_prompt)]}
 
-        texts, count = List(Value("string")), Value("int64")
-        verified = conversations.map(
+        verified = conversations.select(rows).map(
             inherited := Inherited(verify_rows),  # kept by its name: workers look it up
             batched=True,
-            batch_size=FEW,
+            batch_size=AT_ONCE,
             with_indices=True,
             remove_columns=conversations.column_names,
-            num_proc=processes(num_proc, len(sequences) * LIKE_ROWS) if len(sequences) > FEW else None,
-            features=Features({"proven": count, "codes": texts, "words": texts}),
+            num_proc=processes(num_proc, len(rows) * LIKE_ROWS) if len(rows) > AT_ONCE else None,
             keep_in_memory=True,  # nothing is kept or found again: what the verifier depends on need not be hashed
             load_from_cache_file=False,
             new_fingerprint="verified",
             desc="verifying",
         )
         del inherited
-        return verified
+        for own, found in zip(sequences, verified["found"] if len(rows) else (), strict=True):
+            proven, errors = json.loads(found)
+            report.proven_turns += proven
+            known = {code for code in CODES.keys() & facts.keys() if facts[code][own].any()}
+            for code, what in errors:
+                words = f"{self.place(own.start)}: {what}" if CODES[code][0] == "error" else what
+                self.add(code, [own.start], [words], count=int(code not in known))
+                known.add(code)
 
 
 def _facts(
@@ -466,7 +450,8 @@ def draw_sample(shapes: "NDArray[Any]", at_random: int) -> "NDArray[Any]":
 
 def _verify_rows(
     batch: dict[str, list[Any]], sequences: list[dict[str, list[Any]]], verifier: Verifier, own_prompt: str
-) -> dict[str, list[Any]]:
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """Of each conversation, how many turns are proven, and what was found: (code, what)."""
     names = ("messages", "tools", "chat_template_kwargs")
     rows = zip(*(parsed(batch.get(name), len(sequences)) for name in names), strict=True)
     conversations = [([without_nulls(m) for m in messages], *more) for messages, *more in rows]
@@ -474,7 +459,6 @@ def _verify_rows(
         (messages, list(zip(own["input_ids"], own["labels"], strict=True)), tools, kwargs)
         for (messages, tools, kwargs), own in zip(conversations, sequences, strict=True)
     )
-    made: dict[str, list[Any]] = {"proven": [len(result.proven) for result in results], "codes": [], "words": []}
     for (messages, *_), own, result in zip(conversations, sequences, results, strict=True):
         found = list(result.errors)
         if len(result.untrained) > sum(map(len, own.get("untrained", []))):
@@ -488,10 +472,7 @@ def _verify_rows(
             ("unanswered question", [f"the {m['role']}'s" for m in messages[-1:] if m["role"] != "assistant"]),
         ):
             found += [(code, each) for each in words]
-        found = list(dict.fromkeys(found))
-        made["codes"].append([code for code, _ in found])
-        made["words"].append([what for _, what in found])
-    return made
+        yield len(result.proven), list(dict.fromkeys(found))
 
 
 def _own_prompt(verifier: Verifier) -> str:

@@ -96,8 +96,6 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         on_missing: Literal["raise", "mask"] = "raise",
         **kwargs: Any,
     ) -> None:
-        if on_missing not in ("raise", "mask"):
-            raise ResponseTemplateError(f"on_missing must be 'raise' or 'mask', not {on_missing!r}")
         if args:
             kwargs["tokenizer"] = args[0]
         super().__init__(mlm=mlm, **kwargs)
@@ -166,8 +164,6 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
-        if not examples:
-            raise ResponseTemplateError("the batch is empty: give at least one row of input_ids")
         rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
         ignored, multiple = self.ignore_index, self.pad_to_multiple_of
         for number, row in enumerate(rows):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, groupby, product, takewhile
+from itertools import chain, groupby, product
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.errors import TemplateError
 from ma_sft.hub import generation_config, stop_ids
-from ma_sft.labels.apply_template import bounded, clock_at
+from ma_sft.labels.apply_template import apply_template
 from ma_sft.labels.placeholders import Lost, Message, arguments_of, dropped_content, named, shape, tags_of
 
 IGNORE_INDEX = -100
@@ -30,30 +30,27 @@ EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 Labelled = tuple[list[int], list[int]]  # input_ids, labels
 Form = Callable[[Message], Message]  # in which a serving stack may give a message to a template
 Ids = tuple[int, ...]
-End = tuple[int | None, str, str]
 # Messages, the sequences that train them, tools, variables of the template
 Row = tuple[list[Message], Sequence[Labelled], list[Any] | None, dict[str, Any] | None]
 
 
-def _form(convert: Callable[[Message], Any], empty: str | None = "", *, parts: bool = False) -> Form:
-    def form(message: Message) -> Message:
-        message = {key: value for key, value in message.items() if value is not None and key != "train"}
-        if message.get("tool_calls"):
-            called = [(call, dict(call.get("function") or call)) for call in message["tool_calls"]]
-            calls = [{"type": "function", **c, "function": {**f, "arguments": convert(f)}} for c, f in called]
-            message |= {"content": message.get("content") or empty, "tool_calls": calls}
-        if parts and not isinstance(message.get("content"), list):
-            message["content"] = [{"type": "text", "text": message.get("content") or ""}]
-        return message
-
-    return form
-
-
-def _as_text(function: Message) -> str:
-    return json.dumps(arguments_of(function), ensure_ascii=False)
+def _formed(message: Message, *, as_json: bool = False, empty: str | None = "", parts: bool = False) -> Message:
+    message = {key: value for key, value in message.items() if value is not None and key != "train"}
+    if message.get("tool_calls"):
+        calls = []
+        for call in message["tool_calls"]:
+            function = dict(call.get("function") or call)
+            arguments: Any = arguments_of(function)
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+            calls.append({"type": "function", **call, "function": function})
+        message |= {"content": message.get("content") or empty, "tool_calls": calls}
+    if parts and not isinstance(message.get("content"), list):
+        message["content"] = [{"type": "text", "text": message.get("content") or ""}]
+    return message
 
 
-FORMS = (_form(arguments_of), _form(_as_text, None), _form(_as_text), _form(arguments_of, parts=True))
+as_json = partial(_formed, as_json=True)
+FORMS: tuple[Form, ...] = (_formed, partial(as_json, empty=None), as_json, partial(_formed, parts=True))
 
 
 @dataclass
@@ -105,7 +102,7 @@ class Verifier:
         known = (tokenizer.eos_token_id, *stop_ids(generation_config(tokenizer.name_or_path)))
         self.stops: set[int] = {*stops, *known} - {None}
         self._by_shape: dict[str, tuple[Form, Any, list[Lost]] | TemplateError] = {}
-        self._ends: dict[str, End] = {}
+        self._ends: dict[str, tuple[int | None, str]] = {}
         self._known: dict[str, Ids] = {}  # ids of texts and sections of the batch at hand
         self._by_section = True
         # Beginnings of a conversation share most of their stretches
@@ -154,9 +151,8 @@ class Verifier:
                 except TemplateError as error:
                     refusal = refusal if refusal.args else error
                     continue
-                hard = sum(not harmless for _, _, harmless in lost)
-                found.append((hard, as_python, len(found), form, given, lost))
-                if not hard and not as_python:
+                found.append((sum(not harmless for *_, harmless in lost), as_python, len(found), form, given, lost))
+                if found[-1][:2] == (0, False):
                     break
             self._by_shape[key] = min(found)[3:] if found else refusal
         if isinstance(known := self._by_shape[key], TemplateError):
@@ -171,12 +167,8 @@ class Verifier:
         Raises:
             TemplateError: the template raised.
         """
-        apply, template = self.tokenizer.apply_chat_template, self.tokenizer.get_chat_template(tools=tools)
         try:
-            with bounded(), clock_at(self.template_date, template):
-                # A batch of one may be an empty conversation
-                texts = apply([messages], tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs)
-            return str(texts[0])
+            return apply_template(self.tokenizer, messages, tools, kwargs, prompt=prompt, date=self.template_date)
         except Exception as error:  # templates raise what they like
             raise TemplateError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
@@ -210,26 +202,25 @@ class Verifier:
         """Ids, or a text of `text`, as people read it."""
         return (value if isinstance(value, str) else self.text(value)).translate(self._names)
 
-    def end_of_turn(self, form: Form, tools: Any, kwargs: dict[str, Any]) -> End:
-        """How the template ends a plain turn: the control token that it writes, None where it writes none (GLM).
+    def end_of_turn(self, form: Form, tools: Any, kwargs: dict[str, Any]) -> tuple[int | None, str]:
+        """The control token with which the template ends a plain turn, None where it writes none (GLM).
 
-        And what it writes behind a turn's text if nothing follows, and if a question does, up to its first token.
+        And what it writes behind a turn's text if nothing follows.
         """
         key = repr((FORMS.index(form), tools, sorted(kwargs.items())))
         if key not in self._ends:
             said = [form({"role": role, "content": f"Qux{role}"}) for role in ("user", "assistant", "user")]
             try:
-                wholes = [self.render(said[:n], tools, kwargs, prompt=False) for n in (2, 3)]
-                tails = [whole.rpartition("Quxassistant")[2].partition("Quxuser")[0] for whole in wholes]
-                prompts = {self.render(said[:1], tools, kwargs, prompt=prompt) for prompt in (False, True)}
+                asked, *wholes = [self.render(said[:n], tools, kwargs, prompt=False) for n in (1, 2, 3)]
+                always_opened = asked == self.render(said[:1], tools, kwargs, prompt=True)
             except TemplateError:
-                return None, "", ""
+                return None, ""
+            tails = [whole.rpartition("Quxassistant")[2].partition("Quxuser")[0] for whole in wholes]
             alone, more = self.ids(tails)
-            written = [[i for i in each if i in self.signs] for each in (shared(alone, more), alone)]
-            signs = written[0] or written[1]
-            last = signs[:1] if len(prompts) == 1 else signs[-1:]  # the next answer may be opened always
-            end = next((i for i in signs if i in self.stops), last[0] if last else None)
-            self._ends[key] = end, tails[0], self.control_text.split(tails[1])[0]
+            both = [i for i in alone[: shared(alone, more)] if i in self.signs]
+            signs = both or [i for i in alone if i in self.signs]
+            ends = [*(i for i in signs if i in self.stops), *(signs[:1] if always_opened else signs[-1:]), None]
+            self._ends[key] = ends[0], tails[0]
         return self._ends[key]
 
 
@@ -237,13 +228,13 @@ class _Conversation:
     """One conversation. An assistant's message that answers nothing is a text, which no template sees."""
 
     def __init__(self, verifier: Verifier, raw: list[Message], tools: Any, kwargs: dict[str, Any]) -> None:
-        self.verifier, self.raw, self.given_tools = verifier, raw, tools or None
+        self.verifier, self.raw, self.given_tools, self.result = verifier, raw, tools or None, VerifyResult()
         self.kwargs = {**verifier.template_kwargs, **kwargs}
         self.turns = [k for k, m in enumerate(raw) if m["role"] == "assistant"]
-        self.is_text, self.result = len(raw) == 1, VerifyResult()
+        self.is_text = len(raw) == 1
+        self.form, used_tools, self.lost = FORMS[0], self.given_tools, list[Lost]()
         if not self.turns:
             self.result.unproven = ["turns cannot be read back from the ids"]
-        self.form, used_tools, self.lost = FORMS[0], self.given_tools, list[Lost]()
         try:
             if self.turns and not self.is_text:
                 self.form, used_tools, self.lost = verifier.form_of(raw, self.given_tools, self.kwargs)
@@ -255,12 +246,9 @@ class _Conversation:
             {k: self._hide(v, MARKUP if (m["role"], k) == ("assistant", "content") else ()) for k, v in m.items()}
             for m in map(self.form, [*raw, *answers])
         ]
-        self.tools, self.rendered = self._hide(used_tools), dict[tuple[int, bool], str | None]()
-        self.around: tuple[list[int], list[int]] = [], []  # ids that stand around what a template writes
-        if self.is_text:
-            self.rendered = {(0, True): "", (1, False): str(self.messages[0]["content"])}
-            self.own_end, self.tail, self.gap = verifier.tokenizer.eos_token_id, "", ""
-            self.around = verifier.tokenizer("")["input_ids"], [self.own_end]
+        self.tools = self._hide(used_tools)
+        self.prompts = {k: "" if self.is_text else self.render(k, prompt=True) for k in self.turns}
+        self.wholes = {k: str(self.messages[0]["content"]) if self.is_text else self.render(k + 1) for k in self.turns}
 
     def _hide(self, value: Any, markup: tuple[str, ...] = ()) -> Any:
         """The value with placeholders for text that spells control tokens, but not for an assistant's `markup`."""
@@ -280,24 +268,13 @@ class _Conversation:
 
     def render(self, end: int, *, prompt: bool = False) -> str | None:
         """The first `end` messages; None where the template refuses them."""
-        if (end, prompt) not in self.rendered:
-            self.rendered[end, prompt] = None
-            with suppress(TemplateError):
-                text = self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
-                self.rendered[end, prompt] = text
-        return self.rendered[end, prompt]
+        with suppress(TemplateError):
+            return self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
+        return None
 
     def texts(self) -> list[str]:
         """All texts whose ids are compared."""
-        found = [self.render(k + end, prompt=not end) for k in self.turns for end in (0, 1)]
-        return [text for text in found if text is not None]
-
-    def ids(self, end: int, *, prompt: bool = False) -> Ids | None:
-        """The ids of `render`, and those that the tokenizer puts around a text."""
-        if (text := self.render(end, prompt=prompt)) is None:
-            return None
-        (ids,), (before, behind) = self.verifier.ids([text]), self.around
-        return (*before, *ids, *(() if prompt else behind))
+        return [text for text in (*self.prompts.values(), *self.wholes.values()) if text is not None]
 
     def text(self, ids: Sequence[int]) -> str:
         text = self.verifier.text(ids)
@@ -312,51 +289,46 @@ class _Conversation:
     def verify(self, sequences: Sequence[Labelled]) -> VerifyResult:
         if not self.turns:
             return self.result
-        if not self.is_text:
-            self.own_end, self.tail, self.gap = self.verifier.end_of_turn(self.form, self.tools, self.kwargs)
-        prompts = {k: self.key(asked) for k in self.turns if (asked := self.ids(k, prompt=True)) is not None}
-        by_prompt = {key: k for k, key in prompts.items()}
-        trained: list[int] = []
+        verifier, before, behind = self.verifier, list[int](), list[int]()
+        if self.is_text:  # between ids that the tokenizer puts around it
+            self.own_end, self.tail = verifier.tokenizer.eos_token_id, ""
+            before, behind = verifier.tokenizer("")["input_ids"], [self.own_end]
+        else:
+            self.own_end, self.tail = verifier.end_of_turn(self.form, self.tools, self.kwargs)
+        known = {text: ids for text, ids in zip(self.texts(), verifier.ids(self.texts()), strict=True)}
+        self.asked = {k: (*before, *known[text]) for k, text in self.prompts.items() if text is not None}
+        self.told = {k: (*before, *known[text], *behind) for k, text in self.wholes.items() if text is not None}
+        by_prompt, trained = {self.key(ids): k for k, ids in self.asked.items()}, list[int]()
         for number, (ids, labels) in enumerate(sequences):
             for begin, end in runs(labels):
-                before = self.key(tuple(ids[:begin]))
+                k = by_prompt.get(self.key(tuple(ids[:begin])))
                 if labels[begin:end] != ids[begin:end]:
                     self._add_error("foreign labels", f"tokens {begin}:{end} are labelled with other tokens")
-                elif before in by_prompt:
-                    trained.append(by_prompt[before])
-                    self._verify_turn(number, by_prompt[before], tuple(ids), begin, end)
-                elif prompts:
-                    trained.append(self._misplaced(prompts, tuple(ids), labels, begin))
+                elif k is not None:
+                    trained.append(k)
+                    self._verify_turn(number, k, tuple(ids), begin, end)
+                elif by_prompt:
+                    trained.append(self._misplaced(tuple(ids), begin))
                 else:
                     self.result.unproven.append("the template refuses every prompt of the conversation")
         self._compare_with_wanted(trained)
         return self.result
 
-    def _misplaced(self, prompts: dict[int, Any], ids: Ids, labels: list[int], begin: int) -> int:
-        """Say in a user's words where labels begin that begin behind no prompt; the turn that is meant."""
+    def _misplaced(self, ids: Ids, begin: int) -> int:
+        """Say where labels begin that begin behind no prompt; the turn that is meant."""
         whole, before = self.key(ids), self.key(ids[:begin])
+        prompts = {k: self.key(prompt) for k, prompt in self.asked.items()}
 
         def nearness(k: int) -> tuple[bool, int]:
             if whole[: len(prompts[k])] == prompts[k]:
                 return True, -abs(len(prompts[k]) - len(before))
-            return False, len(shared(prompts[k], before))
+            return False, shared(prompts[k], before)
 
-        k, what = max(prompts, key=nearness), ""
-        prompt, history = self.ids(k, prompt=True) or (), self.ids(k) or ()
-        early = len(prompt) - begin
-        if ids[: len(prompt)] != prompt:  # another prompt
-            pass
-        elif early < 0:
-            masked = any(label != IGNORE_INDEX for label in labels[len(prompt) : begin])
-            what = "tokens inside a turn are not trained; " if masked else f"labels begin {-early} tokens late; "
-        elif early <= len(prompt) - len(history) + 2:  # the header, and what ends the message before
-            what = f"labels begin {early} tokens early; "
-        else:
-            roles = " and ".join(sorted({m["role"] for m in self.raw[:k]} - {"assistant"}, reverse=True))
-            share = sum(label != IGNORE_INDEX for label in labels) / len(labels)
-            what = f"{roles} tokens are trained ({share:.0%} of the row); "
-        difference = self._difference(before, prompts[k])
-        self._add_error("unlike inference", f"{what}before message {k}: {difference}")
+        k, where = max(prompts, key=nearness), ""
+        if ids[: len(self.asked[k])] == self.asked[k]:
+            early = len(self.asked[k]) - begin
+            where = f"labels begin {abs(early)} tokens {'early' if early > 0 else 'late'}; "
+        self._add_error("unlike inference", f"{where}before message {k}: {self._difference(before, prompts[k])}")
         return k
 
     def _add_error(self, code: str, what: str) -> None:
@@ -365,11 +337,10 @@ class _Conversation:
     # -- one turn -------------------------------------------------------------------------------------------------
 
     def _verify_turn(self, number: int, k: int, ids: Ids, begin: int, end: int) -> None:
-        prompt, whole, spell = self.ids(k, prompt=True), self.ids(k + 1), self.verifier.spell
-        if prompt is None or whole is None:
+        if k not in self.told:
             self.result.unproven.append(f"the template refuses message {k}")
             return
-        stops = self._stops(k, whole)
+        prompt, whole, spell, stops = self.asked[k], self.told[k], self.verifier.spell, self._stops(k)
         last = next((at + 1 for at in range(end - 1, begin, -1) if ids[at] in stops), end)
         if last < end and not spell(ids[last:end]).strip():
             self.result.remarks.append("whitespace behind the end token is trained too")
@@ -378,12 +349,8 @@ class _Conversation:
         dropped = self._opens(k) and "</think>" not in spell(whole[len(prompt) :])
         goes_on = not dropped and self._rest(whole, prompt, prompt) is not None
         if ids[end - 1] not in stops:
-            right = repr(spell(whole[-8:])) if goes_on else "a token at which generation stops"
-            what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {right}"
-            if goes_on and self._rest(whole, ids[:end], prompt) is None:
-                self._add_error("unlike the template", what)
-            else:
-                self._add_error("missing end token", f"the end token is not trained; {what}")
+            what = f"message {k}: trained up to {spell(ids[begin:end][-8:])!r}, not to {spell(whole[-8:])!r}"
+            self._add_error("missing end token", f"the end token is not trained; {what}")
         elif any(index in stops for index in ids[begin : end - 1]):
             rest = spell(ids[next(at for at in range(begin, end) if ids[at] in stops) + 1 : end])
             self._add_error("trained past the end", f"message {k}: {rest!r} is trained behind the end of the turn")
@@ -402,19 +369,24 @@ class _Conversation:
         reasoning = self.raw[k].get("reasoning_content") or (closed and in_text.replace("<think>", ""))
         return str(reasoning).strip()
 
-    def _stops(self, k: int, whole: Ids) -> set[int]:
-        """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
-        last = next((index for index in reversed(whole) if self.verifier.spell([index]).strip()), -1)
-        closing = {last} & {*self.verifier.signs} if self.raw[k].get("tool_calls") else set()
-        if self.own_end is not None:
-            return self.verifier.stops | closing | {self.own_end}
-        return self.verifier.stops | (self._next_begins(k) or closing)
+    def _opens(self, k: int) -> bool:
+        return (self.prompts.get(k) or "").rstrip().endswith("<think>")
 
-    def _next_begins(self, k: int) -> set[int]:
-        """The control token that begins the message after turn `k`: the result of a call, a question (GLM)."""
-        text, written = self.render(k + 2) or "", (self.render(k + 1) or "").rstrip()
-        begins = self.verifier.control_text.match(text[len(written) :].lstrip()) if text.startswith(written) else None
-        return {self.verifier.controls[begins[0]]} if begins else set()
+    def _stops(self, k: int) -> set[int]:
+        """The ids at which the turn ends: generation's, the template's own, or the token that begins what follows."""
+        verifier = self.verifier
+        last = next((index for index in reversed(self.told[k]) if verifier.spell([index]).strip()), -1)
+        closing = {last} & {*verifier.signs} if self.raw[k].get("tool_calls") else set()
+        if self.own_end is not None:
+            return verifier.stops | closing | {self.own_end}
+        _, next_message = self._followed(k)
+        begins = verifier.control_text.match(next_message.lstrip())
+        return verifier.stops | ({verifier.controls[begins[0]]} if begins else closing)
+
+    def _followed(self, k: int) -> tuple[str, str]:
+        """What the template writes of a turn, and behind it: the result of a call, a question."""
+        written, text = str(self.wholes[k]).rstrip(), self.render(k + 2) or ""
+        return written, text[len(written) :] if text.startswith(written) else ""
 
     def _rest(self, whole: Ids, begin: Ids, prompt: Ids) -> Any:
         """What `whole` has behind `begin`, as ids or text; None if it does not begin with it.
@@ -427,24 +399,20 @@ class _Conversation:
 
     def _goes_on(self, k: int, prompt: Ids, trained: Ids, stops: set[int]) -> bool:
         """Whether the template goes on with what is trained, and writes nothing more but stops and whitespace."""
-        whole = self.ids(k + 1) or ()
+        text, asked, whole = str(self.wholes[k]), str(self.prompts[k]), self.told[k]
         rest = self._rest(whole, trained, prompt)
         if rest is None and k + 1 < len(self.raw):  # history is written without an empty reasoning
-            text, asked = self.render(k + 1) or "", self.render(k, prompt=True) or ""
             (shorter,) = self.verifier.ids([asked + EMPTY_REASONING.sub("", text[len(asked) :], count=1)])
             rest = self._rest(shorter, trained, prompt) if text.startswith(asked) else None
         certain = trained[-1] in {*self.verifier.stops, self.own_end}
         if rest is not None and (certain or self._is_blank(rest, stops)):
             return True
-        if self.own_end is not None or any(index in stops for index in whole[len(prompt) :]):
+        if self.own_end is not None:
             return False
-        # The template ends no turn: whitespace that it writes behind one is then no part of it
-        text = self.render(k + 1) or ""
-        written = [text.removesuffix(self.tail) + self.gap, text.removesuffix(self.tail)]
-        if self.raw[k].get("tool_calls"):
-            written = [text, text.rstrip()]
-        rests = [self._rest(ids, trained[:-1], prompt) for ids in self.verifier.ids(written)]
-        return any(rest is not None and not rest for rest in rests)
+        # The template ends no turn: the next message's token does, or another one behind the text
+        following, written = self.verifier.ids(["".join(self._followed(k)), text.removesuffix(self.tail)])
+        ended = self._rest(following, trained, prompt) is not None
+        return ended or self._rest(written, trained[:-1], prompt) in ((), "")
 
     def _stands_behind_its_header(self, k: int, ids: Ids, begin: int, stops: set[int]) -> bool:
         """Whether the template writes the turn as it is trained, where it writes what stands before it otherwise.
@@ -452,26 +420,25 @@ class _Conversation:
         The turn then stands behind what the generation prompt writes, or behind the beginning of that, which may have
         opened a reasoning that the template writes otherwise, or nowhere.
         """
-        spell, own, opens = self.verifier.spell, self.own_end, self._opens(k)
-        prompt, both = self.text(ids[:begin]), self.text(ids)
-        trained = spell(both[len(prompt) : None if own is not None else -1])
-        prompt, history, whole = map(spell, (prompt, self.text(self.ids(k) or ()), self.text(self.ids(k + 1) or ())))
-        before, found, rest = whole.rpartition(trained)
-        certain = bool(history) and before.startswith(history) and ids[-1] in {*self.verifier.stops, own}
+        spell, prompt, both = self.verifier.spell, self.text(ids[:begin]), self.text(ids)
+        trained = answer = spell(both[len(prompt) : None if self.own_end is not None else -1])
+        (before_turn,) = self.verifier.ids([self.render(k) or ""])
+        prompt, history, whole = map(spell, (prompt, self.text(before_turn), self.text(self.told[k])))
         thought = rf"\s*{re.escape(self._reasoning(k))}\s*</think>\s*"
-        if opens and (begins := re.match(thought, trained)):
-            before, found, rest = whole.rpartition(trained[begins.end() :])
+        if self._opens(k):
+            answer = re.sub(rf"\A{thought}", "", trained)
+        before, found, rest = whole.rpartition(answer or "\0")
+        if answer != trained:
             before = re.sub(rf"(?:\s*</?think>)*{thought}\Z", "", before)
-        if not found or not (certain or prompt.endswith(rest) or self._is_blank(rest, stops)):
+        if not found or not (prompt.endswith(rest) or self._is_blank(rest, stops)):
             return False  # the next answer may be opened always
         said = str(self.messages[k - 1].get("content") or "").strip()
-        behind = prompt.rpartition(said)[2] if said else ""  # a template without a generation prompt of its own
-        header = prompt[len(shared(prompt, history)) :] or rest or behind or prompt[-12:]
+        behind = prompt.rpartition(said)[2] if said else prompt[-12:]  # without a generation prompt of its own
+        header = prompt[shared(prompt, history) :] or behind
         claimed = [header[:n] for n in range(len(header)) if header[n].isspace() and trained.startswith(header[n])]
         if any(before.endswith(each) for each in claimed if each):
             return False  # the whitespace that begins it there is the header's
-        headers = {header[:n].rstrip() for n in range(1, len(header) + 1)} | ({"<think>"} if opens else set())
-        return any(before.rstrip().endswith(each) for each in headers - {""})
+        return any(before.rstrip().endswith(header[:n].rstrip() or "\0") for n in range(1, len(header) + 1))
 
     def _is_blank(self, rest: Any, stops: set[int]) -> bool:
         """Whether ids or a text hold nothing but whitespace and tokens at which generation stopped already."""
@@ -498,11 +465,8 @@ class _Conversation:
                 where = "the tools" if i < 0 else f"message {i}"
                 self._add_error("lost content", f"{where}: the template does not write {what}")
 
-    def _opens(self, k: int) -> bool:
-        return self.verifier.spell((self.ids(k, prompt=True) or ())[-8:]).rstrip().endswith("<think>")
-
     def _difference(self, found: Any, right: Any) -> str:
-        at, spell = len(shared(found, right)), self.verifier.spell
+        at, spell = shared(found, right), self.verifier.spell
 
         def unit(value: Any) -> str:
             if at >= len(value):
@@ -519,7 +483,7 @@ def runs(labels: Any) -> Iterator[tuple[int, int]]:
     yield from zip(edges[::2], edges[1::2], strict=True)
 
 
-def shared(one: Any, other: Any) -> Any:
-    """The common beginning of two texts, or two tuples of ids."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return one[: sum(1 for _ in same)]
+def shared(one: Any, other: Any) -> int:
+    """The length of the common beginning of two texts, or two tuples of ids."""
+    unlike = (n for n, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its)
+    return next(unlike, min(len(one), len(other)))

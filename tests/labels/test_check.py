@@ -191,7 +191,7 @@ def test_a_sample_is_not_called_every_label():
     rows = tokenised(ChatEncoder(tokenizer), conversations)
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
     assert re.match(
-        rf"no wrong label was found: {report.verified_rows} of 300 rows were verified, 10 at", report.verdict
+        rf"no wrong label was found: {report.verified_rows} of 300 rows were verified: 10 at", report.verdict
     )
     assert report.proven and 10 <= report.verified_rows < 20 and "--all" in report.verdict
     assert check_dataset(rows, tokenizer, conversations=conversations).verdict.startswith(
@@ -283,13 +283,13 @@ def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged(monkeypa
     conversations = Dataset.from_dict({"messages": chats})
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
     assert 11 <= report.verified_rows <= 20  # each of two shapes, and ten at random
-    assert "10 at random, and each of 2 shapes at least 5 times or wholly" in report.verified
+    assert "10 at random, and of 2 of 2 shapes up to 5 each" in report.verified
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
     monkeypatch.setattr(check_module, "BY_SHAPE", 5)
     rows = rows.add_column("shape", [str(n) for n in range(300)])  # as where each conversation has many calls
     report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert f"10 at random, and {report.verified_rows} of 300 shapes at least once" in report.verified
+    assert f"10 at random, and of {report.verified_rows} of 300 shapes up to 5 each" in report.verified
 
 
 def test_every_shape_stands_in_the_sample_and_no_more_of_it_than_it_lacks():
