@@ -753,7 +753,7 @@ PROVEN = {
     "adapter_name_or_path": "test_recipes.py::test_continue_adapter_begins_where_the_adapter_ended",
     "overwrite_output_dir": "training/test_folder.py::test_overwrite_removes_all_that_a_run_left_inside_its_folder",
     "save_only_model": "training/test_folder.py::test_neither_another_recipes_run_nor_a_model_alone_is_gone_on_from",
-    "resume": "training/test_checkpoints.py::test_changed_data_is_refused",
+    "resume": "training/test_evaluation.py::test_changed_data_is_refused",
     "resume_from_checkpoint": "training/test_streams.py::test_a_stream_goes_on_where_it_stopped_or_refuses",
     "push_to_hub": "hub/test_publish.py::test_an_adapter_with_its_card_is_as_good_as_a_folder",
     "model_revision": "hub/test_commands.py::test_a_revision_is_trained_merged_and_used",

@@ -4,122 +4,53 @@ A release that changes one fails here with the name of what changed, before it c
 """
 
 import inspect
-import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+import transformers.generation.configuration_utils
+import transformers.trainer
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations import deepspeed
-from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
+from trl.trainer import utils as trl_utils
 
 from ma_sft.training.distributed import outside_zero3
 from ma_sft.training.quantized import NOISY_LOGGER, REPACKS
-from ma_sft.training.trainer import ResumableTrainer, as_it_was, labelled_positions_alone
+from ma_sft.training.trainer import labelled_positions_alone
 
-ROWS = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4)
-
-
-@pytest.fixture
-def trainer(tiny_bpe, tmp_path):
-    args = SFTConfig(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to="none",
-        disable_tqdm=True, logging_steps=1, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
-    return ResumableTrainer(AutoModelForCausalLM.from_pretrained(tiny_bpe), args=args, train_dataset=ROWS)
+SOURCES = {
+    # What `ResumableTrainer` overrides or sets, and the file that reads it
+    transformers.trainer: "self._run_epoch( self._save( self._save_checkpoint( self._maybe_log_save_evaluate( "
+    "self._load_optimizer_and_scheduler( self._get_train_sampler, self._get_dataloader(",
+    sft_trainer: "self._total_train_tokens fused_lm_head outputs.log_probs outputs.is_top1 outputs.label_mask",
+    trl_utils: "_ChunkedLogProbFunction _use_triton .bias",  # which PEFT's wrapper of a tied head lacks
+    transformers.generation.configuration_utils: "_original_object_hash",
+}
 
 
-def test_trl_counts_tokens_in_total_train_tokens(trainer):
-    assert trainer._total_train_tokens == 0
-    trainer._total_train_tokens = 100
-    trainer.train()
-    logged = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
-    assert logged == [100 + 8, 100 + 16]
-
-
-def test_transformers_makes_every_loader_by_get_dataloader_and_get_train_sampler(trainer, monkeypatch):
-    """Else the last batch of several processes would hold rows twice."""
-    made = []
-    for name in ("_get_dataloader", "_get_train_sampler"):
-        real = getattr(SFTTrainer, name)
-        monkeypatch.setattr(SFTTrainer, name, lambda *args, n=name, real=real, **more: (
-            made.append((n, more.get("batch_size"), more.get("is_training"))), real(*args, **more))[1])  # fmt: skip
-    trainer.get_train_dataloader()
-    trainer.get_eval_dataloader(ROWS)
-    assert made == [("_get_dataloader", 2, True), ("_get_train_sampler", None, None), ("_get_dataloader", 8, False)]
-
-
-def test_trl_puts_a_fused_head_into_the_model_which_gives_log_probs_is_top1_and_label_mask(trainer):
-    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, 6, -100, 8]])
-    loss, right, _, count = trainer.label_sums(trainer.model, {"input_ids": ids, "labels": labels}).tolist()
-    logits = trainer.model(ids).logits[0, [0, 2]].float()
-    targets = torch.tensor([6, 8])
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-4)
-    assert (right, count) == ((logits.argmax(-1) == targets).sum().item(), 2)
-
-
-def test_transformers_runs_an_epoch_through_run_epoch(trainer, monkeypatch):
-    """Else a run that is resumed after its last step would take another one."""
-    called = []
-    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, *args, **kwargs: called.append(kwargs["epoch"]))
-    trainer.train()
-    assert called[0] == 0
-
-
-def test_transformers_saves_through_save_checkpoint_and_models_through_save(trainer, monkeypatch, tmp_path):
-    saved = []
-
-    def note(self, output_dir, state_dict=None):
-        Path(output_dir).mkdir(parents=True)
-        saved.append(Path(output_dir).name)
-
-    def checkpoint(self, *args, real=SFTTrainer._save_checkpoint):
-        saved.append(self.state.global_step)
-        real(self, *args)
-
-    monkeypatch.setattr(Trainer, "_save", note)
-    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", checkpoint)
-    trainer.save_model(str(tmp_path / "model"))
-    trainer.args.save_steps = 1
-    trainer.state.compute_steps(trainer.args, 2)
-    trainer.train()
-    assert saved == ["model", 1, "checkpoint-1", 2, "checkpoint-2"]
-
-
-def test_transformers_knows_by_original_object_hash_that_a_generation_config_changed(tmp_path):
-    GenerationConfig(eos_token_id=2).save_pretrained(tmp_path)
-    path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))
-    config = GenerationConfig.from_pretrained(tmp_path)
-    config.save_pretrained(tmp_path)
-    config.eos_token_id = [2, 3]
-    with pytest.raises(ValueError, match="temperature"):
-        config.save_pretrained(tmp_path)
-    as_it_was(config)
-    config.save_pretrained(tmp_path)
-    saved = json.loads(path.read_text())
-    assert (saved["temperature"], saved["eos_token_id"]) == (0.5, [2, 3])
+@pytest.mark.parametrize("module", SOURCES, ids=lambda module: module.__name__)
+def test_names_that_are_not_public_are_still_used(module):
+    """Tests of training show what follows where one means something else."""
+    source = inspect.getsource(module)
+    assert [name for name in SOURCES[module].split() if name not in source] == []
 
 
 @pytest.mark.parametrize("masked", ["some", "none", "all"])
 def test_trls_head_scores_labelled_positions_alone_and_gives_the_same(tiny_bpe, masked, monkeypatch):
-    from trl.trainer import utils
-
     model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
-    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     ids = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(0))
     labels = ids.clone() if masked != "all" else torch.full_like(ids, -100)
     if masked == "some":
         labels[:, ::3] = -100
     rows = []
     monkeypatch.setattr(
-        utils._ChunkedLogProbFunction, "apply", lambda *args, real=utils._ChunkedLogProbFunction.apply: (
+        trl_utils._ChunkedLogProbFunction, "apply", lambda *args, real=trl_utils._ChunkedLogProbFunction.apply: (
             rows.append(len(args[0])), real(*args))[1],
     )  # fmt: skip
 
@@ -132,36 +63,15 @@ def test_trls_head_scores_labelled_positions_alone_and_gives_the_same(tiny_bpe, 
                            for p in model.parameters()])  # fmt: skip
         return loss.detach(), out.entropy.detach(), out.is_top1, grads
 
-    monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     every = step()
     with labelled_positions_alone():
         labelled = step()
-        assert not utils._use_triton(torch.device("meta"))  # anywhere else TRL decides
+        assert not trl_utils._use_triton(torch.device("meta"))  # anywhere else TRL decides
     assert rows == [58, int((labels[:, 1:] != -100).sum())]
     for one, other in zip(labelled, every, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    assert not utils._use_triton(torch.device("cpu"))
-
-
-def test_transformers_prepares_the_model_before_on_train_begin(trainer):
-    """So that figures before training are those of the model as the launcher's engine runs it."""
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            seen.append((len(trainer.accelerator._models), trainer.is_in_train, state.global_step))
-
-    trainer.add_callback(Look())
-    trainer.train()
-    assert seen == [(1, True, 0)]
-
-
-def test_trl_asks_the_head_for_a_bias_which_pefts_wrapper_of_a_tied_head_lacks(tiny_bpe, tmp_path):
-    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    peft = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]})
-    model = AutoModelForCausalLM.from_pretrained(tiny_bpe)
-    head = SFTTrainer(model, args, train_dataset=ROWS, peft_config=peft).model.get_output_embeddings()
-    assert not hasattr(head, "bias")
+    assert not trl_utils._use_triton(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
