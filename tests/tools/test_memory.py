@@ -151,7 +151,7 @@ def test_forecast_agrees_with_the_measured_peak(tmp_path):
         **{"output_dir": str(tmp_path / "run"), "rehearse": False},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(flags))
-    ballast = torch.ones(1 << 30)  # 4 GB
+    ballast = torch.ones(1 << 29)  # 2 GB
     command = [sys.executable, "-m", "ma_sft.cli", "train", str(tmp_path / "recipe.yaml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         del ballast

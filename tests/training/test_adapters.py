@@ -125,22 +125,16 @@ def test_defaults_of_the_methods():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_config": "{r: 3}"}, "a JSON object expected"),
-        ({"lora_config": {"init_lora_weights": "eva"}}, "needs calls of PEFT's own before training"),
-        ({"lora_config": {"layers_pattern": "h"}}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"lora_config": {"init_lora_weights": "pissa_niter_4"}}, "needs calls of PEFT's own before training or after"),
         ({"lora_config": {"use_doraa": True}}, "lora_config: .* unexpected keyword argument 'use_doraa'"),
         ({"peft_config": {"peft_type": "LOHA", "rank": 3}}, "peft_config: .* unexpected keyword argument 'rank'"),
         ({"peft_config": {"peft_type": "LOCON"}}, "peft_config: peft_type: 'LOCON' is none of ADALORA"),
-        (
-            {"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}},
-            "peft_config: init_lora_weights='eva' needs",
-        ),
+        ({"peft_config": {"peft_type": "lora", "init_lora_weights": "eva"}}, "init_lora_weights='eva' needs calls"),
         ({"freeze": ["embed"]}, "freeze is for full fine-tuning"),
     ],
 )
 def test_settings_that_cannot_be(more, message):
-    with pytest.raises(RecipeError, match=message.replace("?", r"\?").replace("{", r"\{")):
+    with pytest.raises(RecipeError, match=message):
         lora_config(settings(**more))
 
 
@@ -149,6 +143,7 @@ def test_settings_that_cannot_be(more, message):
     [
         ({"lora_target_modules": ["q_proj", "query"]}, "'query' matches no module of LlamaForCausalLM; the linear"),
         ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' matches"),
+        ({"lora_target_parameters": ["experts.up"]}, "lora_target_parameters: 'experts.up' matches no"),
         ({"peft_config": {"peft_type": "LOHA", "target_modules": ["no"]}}, "target_modules: 'no' matches no module"),
     ],
 )  # fmt: skip
@@ -159,11 +154,6 @@ def test_targets_are_checked_against_the_model(base, more, message):
     for targets in ("all-linear", ["q_proj", "layers.1.mlp.up_proj"], r".*\.0\..*_proj"):
         assert fitting_adapter(settings(lora_target_modules=targets), model).target_modules
     assert not any(name.startswith("lora") for name, _ in model.named_parameters())
-
-
-def test_freeze(base):
-    """What is frozen stays as it was, says `test_methods.py`."""
-    model = AutoModelForCausalLM.from_pretrained(base())
     with pytest.raises(RecipeError, match=r"'layers.7' finds no parameter; there are .*model.layers.N.mlp.down_proj"):
         freeze(model, ["layers.7"])
 
@@ -259,7 +249,7 @@ def refused(run, out, **more):
     return str(error.value)
 
 
-def test_adapter_of_another_model(base, trained, tmp_path):
+def test_adapter_of_another_or_a_quantised_model(base, trained, tmp_path):
     out = tmp_path / "out"
     wider = refused(trained, out, base=str(base(hidden_size=64)))
     assert "was trained on another model" in wider and "--base" in wider
@@ -270,6 +260,11 @@ def test_adapter_of_another_model(base, trained, tmp_path):
     write_manifest(run, {"format": 1, "base_model": described})
     same_shape = refused(run, out, base=str(base(seed=5)))
     assert "holds other weights; pass the right base model" in same_shape
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    quantised = AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits)
+    quantised.save_pretrained(tmp_path / "quantised")
+    message = refused(trained, out, base=str(tmp_path / "quantised"))
+    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
 def test_shards_are_written_without_holding_the_model_and_may_not_be_missing_or_broken(trained, tmp_path, monkeypatch):
@@ -311,14 +306,6 @@ def test_broken_adapters(base, trained, tmp_path):
     assert "made by PEFT 9.9.9 and sets use_tomorrow" in message and "pip install -U peft" in message
     path.write_text("{}")
     assert "is no adapter's configuration" in refused(run, out)
-
-
-def test_merge_into_a_quantised_model(base, trained, tmp_path):
-    four_bits = BitsAndBytesConfig(load_in_4bit=True)
-    quantised = AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits)
-    quantised.save_pretrained(tmp_path / "quantised")
-    message = refused(trained, tmp_path / "out", base=str(tmp_path / "quantised"))
-    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
 @pytest.mark.parametrize(

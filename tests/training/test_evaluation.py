@@ -11,7 +11,6 @@ import pytest
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from helpers import QUICK, Die, write_rows
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -168,7 +167,7 @@ def weights(out):
     return path.read_bytes()
 
 
-def test_stopped_run_goes_on_to_the_same_weights(start, tmp_path, capsys):
+def test_stopped_run_goes_on_to_the_same_weights_and_figures(start, tmp_path):
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -179,7 +178,9 @@ def test_stopped_run_goes_on_to_the_same_weights(start, tmp_path, capsys):
     with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-3") as stopped:
         start("run", Stop(), **more)
     assert stopped.value.exit_code == 0 and not (tmp_path / "run/summary.json").exists()
-    assert start(**more)["train_loss"] == uncut["train_loss"]
+    went_on = start(**more)
+    assert (went_on["train_loss"], went_on["evaluation"]) == (uncut["train_loss"], uncut["evaluation"])
+    assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
     assert weights(tmp_path / "run") == weights(tmp_path / "uncut")
     assert {*logs(tmp_path / "uncut", "num_tokens")} == {*logs(tmp_path / "run", "num_tokens")}
 
@@ -311,12 +312,6 @@ def test_neftune_scales_the_noise_by_each_documents_length(settings):
         bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
         assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
     assert len({end - start for start, end in documents}) > 1
-
-
-def test_a_second_adapter_is_refused(settings, tiny_bpe):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="a `PeftModel` instance together with a `peft_config`"):
-        make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
 
 
 def test_settings_stay_as_they_were_resolved(settings):

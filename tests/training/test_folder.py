@@ -5,10 +5,10 @@ import shutil
 import time
 
 import pytest
-from helpers import QUICK, Die, write_rows
+from helpers import QUICK, write_rows
 from transformers import TrainerCallback
 
-from ma_sft import Recipe, RecipeError, RunError, run
+from ma_sft import Recipe, RecipeError, run
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
 
@@ -168,25 +168,10 @@ def test_metric_and_merge_that_fail_after_training(another, tmp_path, tiny_bpe):
     assert (out / "report.html").is_file() and not (out / "merged").exists()
 
 
-def test_markup_and_control_characters_are_text_at_the_end_of_a_run(another, tmp_path):
-    rows = ({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"} for i in range(3))
-    more = {"name": "[/x]", "dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "max_steps": 1, **ANSWERS}
-    assert "failed" not in run(another(**more)) and (tmp_path / "run" / "summary.json").is_file()
-
-
 def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
     with pytest.raises(RecipeError, match="none:such"):
         run(another(generate_eval=1, metric="none:such"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
-
-
-def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
-    with pytest.raises(RunError, match="killed"):
-        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
-    whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
-    went_on = run(another(learning_rate=0.1))
-    assert went_on["evaluation"] == whole["evaluation"]
-    assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
