@@ -56,8 +56,7 @@ BEST = {**EVERY_STEP, **SAVES, "load_best_model_at_end": True}
 BEST_ANSWERS = {**BEST, "metric_for_best_model": "eval_exact_match", "generate_eval": 2, "max_new_tokens": 3}
 KINDS = [
     {"per_device_eval_batch_size": 1},
-    {"per_device_eval_batch_size": 5},
-    {"per_device_eval_batch_size": 1, "loss_type": "dft"},
+    {"per_device_eval_batch_size": 5, "loss_type": "dft"},
     {"per_device_eval_batch_size": 3, "label_smoothing_factor": 0.2},
     {"per_device_eval_batch_size": 2, "eval_packing": True, "max_length": 128},
 ]

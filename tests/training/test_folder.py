@@ -50,30 +50,25 @@ def another(finished, tmp_path):
 ANSWERS = {"generate_eval": 1, "max_new_tokens": 2}
 
 
-def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
+def test_overwrite_removes_all_that_a_run_left_in_its_folder_and_follows_no_link(again, tmp_path):
     out, start = again
     assert [*out.glob("runs/*/events.out.tfevents.*")]
-    (out / "checkpoint-7").mkdir()  # cut off while it was written
-    (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
-    began = time.time()
-    start(overwrite_output_dir=True, use_peft=False)
-    assert (out / "model").is_dir() and {path.name for path in out.parent.iterdir()} == {"run"}
-    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
-    old = [path for path in left if path.stat().st_mtime < began]
-    assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
-
-
-def test_a_file_that_no_run_wrote_stays_and_a_link_is_not_followed(again, tmp_path):
-    out, start = again
     shutil.rmtree(out / "merged")
     (out / "merged").symlink_to(tmp_path / "mine")
+    (out / "checkpoint-7").mkdir()  # cut off while it was written
+    (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
     mine = [out / name for name in ("thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x")]
-    for path in (*mine, linked := tmp_path / "mine" / "model.safetensors"):
+    mine.append(tmp_path / "mine" / "model.safetensors")
+    for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    start(overwrite_output_dir=True, merge=False, max_steps=1)
-    assert all(path.read_text() == "mine" for path in (*mine, linked))
-    assert not (out / "checkpoint-2").exists() and not (out / "merged").exists()
+    began = time.time()
+    start(overwrite_output_dir=True, use_peft=False, save_strategy="no")
+    assert all(path.read_text() == "mine" for path in mine)
+    assert (out / "model").is_dir() and {path.name for path in tmp_path.iterdir()} == {"run", "mine"}
+    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    assert {path for path in left if path.stat().st_mtime < began} == {path for path in mine if out in path.parents}
+    assert not (out / "merged").exists() and not [*out.glob("checkpoint-*")]
 
 
 @pytest.mark.parametrize(

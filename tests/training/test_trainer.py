@@ -45,7 +45,7 @@ def test_recipe_gives_trls_trainer_with_labelled_rows(settings, file):
     assert trainer.train().global_step == 1
 
 
-@pytest.mark.parametrize("adapter", [{}, {"use_peft": True, "lora_dropout": 0.0}], ids=["full", "LoRA"])
+@pytest.mark.parametrize("adapter", [pytest.param({}, marks=pytest.mark.slow), {"use_peft": True, "lora_dropout": 0.0}])
 def test_selective_checkpointing_learns_the_same(settings, file, adapter):
     """TRL's own way of it misses a model with an adapter."""
     losses = []
