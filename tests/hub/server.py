@@ -223,8 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": path} for path in files]
                 self._json({"id": name, "sha": commit, "siblings": siblings})
             else:
-                assert query["recursive"] == ["True"], query
-                self._json(_listing(files, "/".join(rest.split("/")[1:])))
+                folder, recursive = "/".join(rest.split("/")[1:]), query["recursive"][0].lower() == "true"
+                self._json(_listing(files, folder, recursive))
 
     def _create(self, asked: dict[str, Any]) -> None:
         if self._token() != TOKEN:
@@ -269,10 +269,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _listing(files: dict[str, bytes], folder: str) -> list[dict[str, Any]]:
-    """The files below a folder."""
-    return [
-        {"type": "file", "path": path, "size": len(content), "oid": etag_of(content)}
-        for path, content in files.items()
-        if path.startswith(f"{folder}/" if folder else "")
-    ]
+def _listing(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """The files below a folder, or what lies directly in it."""
+    prefix, found = f"{folder}/" if folder else "", {}
+    for path, content in files.items():
+        name, deeper, _ = path.removeprefix(prefix).partition("/")
+        if path.startswith(prefix) and deeper and not recursive:
+            found[name] = {"type": "directory", "path": prefix + name, "size": 0, "oid": "0" * 40}
+        elif path.startswith(prefix):
+            found[path] = {"type": "file", "path": path, "size": len(content), "oid": etag_of(content)}
+    return list(found.values())
