@@ -39,21 +39,14 @@ def test_preview_writes_a_page(recipe, tmp_path, capsys):
     assert {f"rows.jsonl:{n + 1}:" for n in range(20)} <= {*shown.split()}, "lines of the file, not of shuffled rows"
 
 
-def test_tools_are_functions_of_python_too(recipe, capsys):
+def test_tools_are_functions_of_python_too_and_rows_in_memory_a_source(recipe, tiny_bpe, capsys):
+    """In every container, says `data/test_load.py`."""
     loaded = ma_sft.Recipe.load(recipe)
     report = ma_sft.check(loaded, ["--seed", "3"], every_row=True)
     assert report.proven and f"every label is right: {report.verified}" in repr(report) == str(report)
     ma_sft.preview(loaded, n=1)
     assert "rows.jsonl:" in capsys.readouterr().out
-
-
-def test_rows_in_memory_and_a_function_are_a_source(tiny_bpe):
-    """In every container, says `data/test_load.py`."""
-
-    def to_messages(row):
-        return [user(row["q"]), assistant(row["a"])]
-
-    source = {"path": "pairs", "rows": [{"q": f"{i}?", "a": "Yes."} for i in range(5)], "format": to_messages}
-    for given in (source, [{**GOOD, "input": str(i)} for i in range(5)]):
-        report = ma_sft.check(ma_sft.Recipe(model_name_or_path=str(tiny_bpe), dataset_name=given))
+    pairs = {"path": "pairs", "rows": [{"q": "Why?"}] * 5, "format": lambda row: [user(row["q"]), assistant("Yes.")]}
+    for source in (pairs, [GOOD] * 5):
+        report = ma_sft.check(ma_sft.Recipe(model_name_or_path=str(tiny_bpe), dataset_name=source))
         assert report.proven and report.rows == 5

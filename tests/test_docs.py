@@ -26,8 +26,9 @@ from fetch_converter import fetch_converter
 from helpers import ROOT, assistant, load_tokenizer, user, write_rows
 from transformers import AutoTokenizer
 
-from ma_sft import Recipe, RecipeError, run
+from ma_sft import Recipe, RecipeError, run, to_messages
 from ma_sft.cli import app, main
+from ma_sft.data import filters, formats
 from ma_sft.labels.encoder import ChatEncoder
 from ma_sft.tools.gallery import launcher_file
 
@@ -301,6 +302,27 @@ def test_commands_targets_and_files_named_in_the_text_exist():
         assert set(re.findall(r"`ma-sft ([a-z][\w-]*)", text)) <= commands, page
         named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text)  # NAME stands for one of the reader's own
         assert not [path for path in named if "NAME" not in path and not (ROOT / path).exists()], page
+
+
+def test_plug_in_points_work_as_contributing_shows_them(monkeypatch):
+    monkeypatch.setitem(formats.FORMATS, "riddles", None)  # what the page registers goes after the test
+    monkeypatch.setitem(filters.ROW_FILTERS, "max_messages", None)
+    for _, code, _ in blocks(Path("CONTRIBUTING.md")):
+        exec(code, {})
+    assert to_messages({"riddle": "What keys?", "key": "A piano's."}) == [user("What keys?"), assistant("A piano's.")]
+    row = filters.SeenRow([user("a"), assistant("b")], 2)
+    assert [filters.ROW_FILTERS["max_messages"](limit, row) for limit in (1, 2)] == ["2 messages", None]
+
+
+def test_every_answer_of_contributing_names_what_is_in_its_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| a.*", text.split("## Where would I change X?")[1].split("## Plug-in points")[0])
+    assert len(rows) == 12
+    for row in rows:
+        paths = re.findall(r"`((?:ma_sft|accelerate_configs|tests)/[^`]*)`", row)
+        for name in re.findall(r"`@?([A-Z_]{6,}|command)`", row):
+            assert name in (ROOT / paths[0]).read_text(encoding="utf-8"), row
+        assert all((ROOT / path).exists() for path in paths), row
 
 
 def test_settings_that_pass_by_name():

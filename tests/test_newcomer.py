@@ -24,6 +24,7 @@ from ma_sft.utils import guard
 
 ROWS = [{"instruction": f"Say number {i}", "input": "", "output": f"Number {i}, aye aye!"} for i in range(50)]
 MANY = [{"prompt": f"Number {i}?", "completion": f"It is {i}. " * 20} for i in range(900)]
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -46,14 +47,9 @@ def test_five_commands_to_a_chat(here, capsys):
         "train": ["--max_steps", "12", "--generate_eval", "1", "--max_new_tokens", "4", "--learning_rate", "0.002"],
         "chat": ["--prompt", "Say number 7", "--max_new_tokens", "12"],
     }
-    took = {}
     for command in commands:
-        begin = time.perf_counter()
         assert main([*command[1:], *more.get(command[1], [])]) == 0
-        took[command[1]] = round(time.perf_counter() - begin, 1)
     said = capsys.readouterr().out
-    print("seconds on this machine:", took)
-    assert max(took["init"], took["check"]) < 20 * patience() and max(took["train"], took["chat"]) < 90 * patience()
     assert "every label is right" in said and "ma-sft chat runs/rows" in said
     assert said.splitlines()[-1].startswith("Number 7, aye")  # the answer alone, and in the tone of the rows
     assert (here / "runs/rows/report.html").exists() and (here / "runs/rows/merged/model.safetensors").exists()
@@ -91,6 +87,40 @@ def test_init_looks_at_the_rows_and_its_recipe_passes_the_check(
     assert json.loads(capsys.readouterr().out)["ok"]
 
 
+INIT = ["init", "--hardware", "cpu", "--task", "exact", "--model", "MODEL", "--data"]
+FRENCH = [{"Demande": f"Combien font {i} + 1 ?", "Retour": str(i + 1)} for i in range(12)]
+MEANS = {"Demande": "question", "Retour": "answer"}
+
+
+def test_init_is_told_columns_or_asks_for_them(here, tiny_bpe, monkeypatch, capsys):
+    told = [str(tiny_bpe) if word == "MODEL" else word for word in (*INIT, write_rows(here / "french.jsonl", FRENCH))]
+    expected = [{"path": str(here / "french.jsonl"), "columns": MEANS}]
+    assert main([*told, "-o", "told.py", "--columns", "Demande=question,Retour=answer"]) == 0
+    assert Recipe.load("told.py").settings["datasets"] == expected
+    answers = iter(["", "Question", "Demande", "Retour"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda text: next(answers))
+    assert main([*told, "-o", "asked.py"]) == 0
+    assert Recipe.load("asked.py").settings["datasets"] == expected
+    said = capsys.readouterr().out
+    assert "Demande: Combien font 0 + 1 ?" in said and "one of Demande, Retour" in said
+
+
+def test_init_takes_a_folder_of_texts_and_says_what_is_not_used_of_preferences(here, tiny_bpe, capsys):
+    (here / "texts").mkdir()
+    for number in range(4):
+        (here / "texts" / f"{number}.txt").write_text(f"Chapter {number}.\n\nOnce upon a time.\n")
+    write_rows(
+        here / "pairs.jsonl", ({"prompt": f"{i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(12))
+    )
+    for data, task in (("texts", "text"), ("pairs.jsonl", "exact")):
+        words = ["init", "--hardware", "cpu", "--model", str(tiny_bpe), "--task", task, "--data", data]
+        assert main(words) == 0
+    assert Recipe.load("texts.py").settings["datasets"] == [{"path": "texts/*.txt", "sample_by": "document"}]
+    assert "the better answer is trained, `rejected` is not used" in capsys.readouterr().out
+    assert "`rejected` is not used" in (here / "pairs.py").read_text()
+
+
 def test_init_guesses_the_task_and_asks_in_words(here, tiny_bpe, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
@@ -124,6 +154,8 @@ FILES = {
     "latin.csv": "question,answer\nGrüße und Äpfel?,Schön für Öl \n".encode("cp1252"),
     "text.csv": "Kunde,Text,Reaktion\nIch,Hallo,Ja\n",
     "sheet.xlsx": b"PK\3\4" + bytes(range(256)),
+    "french.jsonl": "\n".join(map(json.dumps, FRENCH)),
+    "calls.jsonl": f"{json.dumps({'messages': [user('?'), assistant('', tool_calls=[CALL])], 'tools': [TOOL]})}\n" * 12,
 }
 WRONG = [  # settings, flags, and what the line says
     ({"dataset_name": "row.jsonl"}, [], "'row.jsonl' does not exist (counted from /"),
@@ -167,6 +199,7 @@ def wrong(here, without_template):
     for name, content in FILES.items():
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (here / "base").symlink_to(without_template)
+    (here / "empty").mkdir()
 
 
 @pytest.mark.parametrize(("changed", "flags", "says"), WRONG, ids=str)
@@ -178,9 +211,6 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong
         line = refusal(capsys, "train", "mine.yaml", *flags)
         assert all(part in line for part in says.split(" ... ")), line
     assert not list(here.glob("runs/*/adapter")) and not list(here.glob("runs/*/model"))
-
-
-INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
 
 
 @pytest.mark.parametrize(
@@ -198,24 +228,33 @@ INIT = ["init", "--data", "rows.jsonl", "--model", "demo"]
         (["settings", "lerning_rate"], "no setting speaks of 'lerning_rate'; did you mean 'learning_rate'?"),
         (["plan", "--gpus", "-1"], "--gpus"),
         (["settings", "xyzzy"], "'xyzzy'; `ma-sft settings` lists them all"),
-        (INIT[:3], "pass --model demo"),
-        (INIT[:1], "pass --data"),
-        (["init", "--data", "nothing.jsonl"], "'nothing.jsonl' does not exist (counted from /"),
-        ([*INIT, "--hardware", "cpu", "--task", "talk"], "one of chat, exact"),
+        (["init", "--data", "rows.jsonl"], "pass --model demo"),
+        (["init"], "pass --data"),
+        ([*INIT, "nothing.jsonl"], "'nothing.jsonl' does not exist (counted from /"),
+        ([*INIT, "rows.jsonl", "--task", "talk"], "one of chat, exact"),
+        ([*INIT, "french.jsonl"], "--columns THEIRS=question,THEIRS=answer"),  # with nobody to ask
+        ([*INIT, "french.jsonl", "--columns", "Q=question"], "there is no column 'Q', there are Demande, Retour"),
+        ([*INIT, "empty", "--task", "text"], "empty holds no files that end in .jsonl"),
+        ([*INIT, "calls.jsonl", "--task", "tools"], "tools: choose another model, or train with chat_template_path: "),
+        ([*INIT, "nothing.jsonl", "-o", "mine.txt"], "a recipe is a .py or .yaml file, found mine.txt"),
+        *(
+            ([*INIT, "nothing.jsonl", "--hardware", hardware], "cpu, or GPUs as 1x24GB expected")
+            for hardware in ("a GPU", "0x24GB", "24GB", "1xlarge", "2x")
+        ),
         (["recipes", "copy", "alpacca"], "there are alpaca, "),
         (
-            ["init", "--data", "gbk.csv"],
+            [*INIT, "gbk.csv"],
             "line 2: not UTF-8 text: save it as UTF-8 ... encoding: datasets: [{path: FILE, encoding: ",
         ),
-        (["init", "--data", "semicolon.csv"], 'datasets: [{path: FILE, delimiter: ";"}]'),
-        (["init", "--data", "latin.csv"], "save it as UTF-8, or name its encoding: "),
-        (["init", "--task", "chat", "--data", "text.csv"], "the rows are plain text; pass --task text"),
-        (["init", "--data", "sheet.xlsx"], "'sheet.xlsx' exists, but it is none of .jsonl"),
+        ([*INIT, "semicolon.csv"], 'datasets: [{path: FILE, delimiter: ";"}]'),
+        ([*INIT, "latin.csv"], "save it as UTF-8, or name its encoding: "),
+        ([*INIT, "text.csv"], "the rows are plain text; pass --task text"),
+        ([*INIT, "sheet.xlsx"], "'sheet.xlsx' exists, but it is none of .jsonl"),
     ],
     ids=str,
 )
 def test_wrong_command_is_one_line_that_says_what_to_do(command, says, wrong, tiny_bpe, capsys):
-    line = refusal(capsys, *command, *(["--model", tiny_bpe] if command[-1].endswith((".csv", "x")) else ()))
+    line = refusal(capsys, *(tiny_bpe if word == "MODEL" else word for word in command))
     assert all(part in line for part in says.split(" ... "))
 
 

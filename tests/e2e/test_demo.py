@@ -47,20 +47,10 @@ def test_learns_and_says_so(demo):
     assert summary["eos_rate"] == 1
     assert summary["rows"] == 2300 and summary["trained_tokens"] > 50_000
     assert summary["train_seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert "trained parameters" in done.stdout and "forecast for one process" in done.stdout
+    assert 0.85 < summary["forecast_peak_memory"] / summary["peak_memory"] < 1.15
     assert "held-out exact match" in done.stdout and f"ma-sft chat {out}" in done.stdout
     assert "token accuracy" in done.stdout and "tokens/s" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3 * HANG)
-def test_learns_the_task_and_stops(tmp_path):
-    out = tmp_path / "demo"
-    _, summary = train(out, "--max_steps", "100", "--generate_eval", "40")
-    assert summary["exact_match_before"] <= 0.05
-    assert summary["exact_match_after"] >= 0.5
-    assert summary["eos_rate"] >= 0.9
-    message = "Turn the message into JSON.\n\nHello, I am Priya, I would like to buy 12 of your bamboo trays."
-    assert json.loads(chat(out, message))["quantity"] == 12
 
 
 def chat(out, message):
@@ -110,6 +100,7 @@ def test_learns_the_demo_task(method, tmp_path):
     few.write_text("".join((ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines(True)[:8]))
     _, summary = train(out, "--eval_dataset", few, "--merge", "false", *METHODS[method].split())
     print(method, {key: value for key, value in summary.items() if key != "evaluation"})
+    assert summary["exact_match_before"] <= 0.05 and summary["exact_match_after"] >= 0.5 and summary["eos_rate"] >= 0.9
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.bfloat16)
         share = answers(model, out / "model")[1]

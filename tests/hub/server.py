@@ -40,16 +40,12 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose path matches.
-
-    kind: a status as "503", "429" (Retry-After: 1), "cut" in the middle, or "stall" for `seconds`.
-    """
+    """What goes wrong with the next `times` requests whose path matches: a status as "503", "429" (Retry-After: 1),
+    "cut" in the middle, or "stall" for as long as the hub lives, which HEAD meets as well."""
 
     pattern: str
     kind: str
-    times: int = 1
-    method: str = "GET"
-    seconds: float = 60.0
+    times: int
 
 
 def etag_of(content: bytes) -> str:
@@ -100,20 +96,22 @@ class Hub:
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         return self.repos.setdefault((kind, name), Repo(kind, name)).commit(files, branch)
 
-    def fail(self, pattern: str, kind: str, times: int = 1, method: str = "GET", seconds: float = 60.0) -> None:
-        self.faults.append(Fault(pattern, kind, times, method, seconds))
+    def fail(self, pattern: str, kind: str, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, kind, times))
 
-    def fault(self, method: str, path: str) -> Fault | None:
+    def fault(self, method: str, path: str) -> str | None:
+        """The kind of the fault that this request meets."""
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method in (method, "*") and re.search(fault.pattern, path):
+                meets = fault.times > 0 and (method != "HEAD" or fault.kind == "stall")
+                if meets and re.search(fault.pattern, path):
                     fault.times -= 1
-                    return fault
+                    return fault.kind
         return None
 
-    def fetched(self, pattern: str, method: str = "GET") -> list[str]:
-        """Paths that were answered well, e.g. of files that were downloaded."""
-        return [p for m, p, status in self.log if m == method and status < 300 and re.search(pattern, p)]
+    def fetched(self, pattern: str) -> list[str]:
+        """Paths that were downloaded whole."""
+        return [p for method, p, status in self.log if method == "GET" and status < 300 and re.search(pattern, p)]
 
     def env(self, home: Path, token: str | None = None) -> dict[str, str]:
         """Variables of a process that knows this hub alone and keeps everything in `home`."""
@@ -151,17 +149,14 @@ class _Handler(BaseHTTPRequestHandler):
         path, query = unquote(url.path), parse_qs(url.query)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.hub.fault(self.command, path)
-        if fault is not None:
-            if fault.kind == "stall":
-                self.hub.closing.wait(fault.seconds)
-                self.close_connection = True
-                return
-            if fault.kind.isdecimal():
-                waits = {"Retry-After": "1"} if fault.kind == "429" else {}
-                self._send(int(fault.kind), b"", {**waits, "X-Error-Message": f"fault {fault.kind}"})
-                return
-        if match := RESOLVE.fullmatch(path):
-            self._resolve(match, fault)
+        if fault == "stall":
+            self.hub.closing.wait()
+            self.close_connection = True
+        elif fault and fault.isdecimal():
+            waits = {"Retry-After": "1"} if fault == "429" else {}
+            self._send(int(fault), b"", {**waits, "X-Error-Message": f"fault {fault}"})
+        elif match := RESOLVE.fullmatch(path):
+            self._resolve(match, cut=fault == "cut")
         elif match := API.fullmatch(path):
             self._api(match, body, query)
         elif path == "/api/repos/create":
@@ -194,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return None
 
-    def _resolve(self, match: re.Match[str], fault: Fault | None) -> None:
+    def _resolve(self, match: re.Match[str], *, cut: bool) -> None:
         repo = self._allowed(match[1] or "models", match[2], file=True)
         commit = repo and self._commit_of(repo, unquote(match[3]))
         if not repo or not commit:
@@ -209,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = int(ranges[1]), int(ranges[2] or len(content) - 1)
             head["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
             content, status = content[first : last + 1], 206
-        self._send(status, content, head, cut=fault is not None and fault.kind == "cut")
+        self._send(status, content, head, cut=cut)
 
     def _api(self, match: re.Match[str], body: bytes, query: dict[str, list[str]]) -> None:
         kind, name, what, rest = match[1], match[2], match[3] or "revision", match[4] or "main"
@@ -226,12 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
             files = repo.commits[commit]
             if what == "revision":
                 siblings = [{"rfilename": path} for path in files]
-                gated = "manual" if repo.access == "gated" else False
-                info = {"id": name, "sha": commit, "private": repo.access == "private", "gated": gated, "tags": []}
-                self._json({**info, "siblings": siblings, "downloads": 0, "likes": 0})
+                self._json({"id": name, "sha": commit, "siblings": siblings})
             else:
-                folder = "/".join(rest.split("/")[1:])
-                self._json(_listing(files, folder, query.get("recursive", [""])[0].lower() in ("true", "1")))
+                folder, recursive = "/".join(rest.split("/")[1:]), query["recursive"][0].lower() == "true"
+                self._json(_listing(files, folder, recursive))
 
     def _create(self, asked: dict[str, Any]) -> None:
         if self._token() != TOKEN:

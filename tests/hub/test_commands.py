@@ -34,7 +34,8 @@ def test_a_revision_is_trained_merged_and_used(hub, data, ma_sft, recipe, tiny_b
         (folder / useless).write_bytes(b"useless")
     wanted = hub.add("models", "tiny/model", folder, branch="v1")
     hub.add("models", "tiny/model", other_weights(tiny_bpe, tmp_path / "other"))
-    succeeds(ma_sft("train", recipe(model_revision="v1")))
+    revision = {"model_init_kwargs": {"revision": "v1"}, "filters": {"max_tokens": 1000}}  # by its own tokenizer
+    succeeds(ma_sft("train", recipe(**revision)))
     came = [path.split("/resolve/")[1].split("/", 1) for path in hub.fetched("tiny/model/resolve")]
     assert {commit for commit, _ in came} == {wanted}
     assert sorted(name for _, name in came if name.endswith((".safetensors", ".bin"))) == shards
@@ -159,11 +160,3 @@ def test_preview_plan_init_chat_handoff_and_export(hub, data, model, ma_sft, rec
     succeeds(ma_sft("export", "tiny/model", "-o", "exported"))
     assert (tmp_path / "exported/model.safetensors").is_file()
     assert "has no sft_manifest.json" in ma_sft("handoff-check", "tiny/model").error
-
-
-def test_the_tokenizer_is_the_revisions(hub, data, ma_sft, recipe, tiny_bpe):
-    hub.add("models", "tiny/model", tiny_bpe, branch="v1")
-    hub.add("models", "tiny/model", {"README.md": b"moved away"})
-    succeeds(ma_sft("check", recipe(model_init_kwargs={"revision": "v1"})))
-    # which counts with the revision's tokenizer
-    succeeds(ma_sft("check", recipe(model_revision="v1", filters={"max_tokens": 1000})))

@@ -55,7 +55,7 @@ def test_without_a_token_nothing_begins(hub, data, model, ma_sft, recipe, tmp_pa
 
 
 def test_a_hub_that_fails_at_the_end(hub, data, model, ma_sft, recipe, tmp_path):
-    hub.fail("repos/create", "503", times=100, method="POST")
+    hub.fail("repos/create", "503", times=100)
     done = ma_sft("train", recipe(push_to_hub=True, hub_model_id="me/tuned"), token=TOKEN)
     assert done.code == 0, done.err
     (line,) = [line for line in done.err.splitlines() if "publishing failed" in line]

@@ -76,13 +76,16 @@ def test_workers_share_the_rows(streaming: bool) -> None:
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     rows = make_rows([7] * 60)
 
-    def order(seed: int, epoch: int = 0) -> list[int]:
-        data = stream(rows, seed=seed)
-        data.set_epoch(epoch)
+    def order(data: Any) -> list[int]:
         return [int(item["input_ids"][0]) for item in data]
 
-    assert order(1) == order(1)
-    assert order(1) != order(2) and order(1) != order(1, epoch=1)
+    data, again = stream(rows, seed=1), stream(rows, seed=1).to_iterable_dataset()
+    epochs = [order(data) for _ in range(3)]  # each in another order by itself
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    for number, epoch in enumerate(epochs):
+        again.set_epoch(number)
+        assert order(again) == epoch
+    assert order(stream(rows, seed=2)) != epochs[0]
     assert trained(stream(rows, seed=1)) == trained(stream(rows, seed=2)) == labels_of(rows)
 
 
@@ -97,20 +100,7 @@ def test_sft_trainer_takes_the_stream_and_counts_the_steps_of_its_epochs_by_the_
         len(stream(make_rows([30]), infinite=True).to_iterable_dataset())
 
 
-def test_each_epoch_comes_in_another_order_by_itself_and_through_the_trainer(tmp_path: Path) -> None:
-    rows = make_rows([7] * 60)
-
-    def first(items: Any) -> list[int]:
-        return [int(item["input_ids"][0]) for item in items]
-
-    data = stream(rows)
-    epochs = [first(data) for _ in range(3)]
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    again = stream(rows).to_iterable_dataset()
-    for epoch in range(3):
-        again.set_epoch(epoch)
-        assert first(again) == epochs[epoch]
-
+def test_each_epoch_comes_in_another_order_through_the_trainer(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
     class Watched(Recorder):
@@ -133,7 +123,7 @@ def test_documents_are_shuffled_before_they_are_joined() -> None:
     assert plain == flat(rows["input_ids"]) == sorted(whole) != whole
 
 
-def test_a_function_or_a_field_that_gives_ids() -> None:
+def test_a_function_or_a_field_that_gives_ids_and_a_field_of_text_that_wins_over_ids() -> None:
     rows = [{"tokens": [1, 2, 3]}, {"tokens": [4, 5]}]
     end = load_tokenizer("smollm2").eos_token_id
     for how in ({"formatting_func": lambda row: row["tokens"]}, {"dataset_text_field": "tokens"}):
@@ -142,16 +132,10 @@ def test_a_function_or_a_field_that_gives_ids() -> None:
         (item,) = data
         assert item["input_ids"].tolist() == item["labels"].tolist() == [1, 2, 3, end, 4, 5, end]
         assert data.current_size == 1
-
-
-def test_the_text_field_wins_over_a_column_of_ids() -> None:
     rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "text": "The sky is blue."}])
     data = stream(rows, dataset_text_field="text", seq_length=4)
     assert data.pretokenized
     assert next(iter(data))["input_ids"].tolist() == load_tokenizer("smollm2")("The sky is blue.")["input_ids"][:4]
-
-
-def test_rows_without_ids_need_a_field_or_a_function() -> None:
     with pytest.raises(FormatError, match=r"\['text'\] has no 'input_ids'; set dataset_text_field or formatting_func"):
         len(stream([{"text": "a"}]))
 
@@ -164,7 +148,6 @@ def test_an_infinite_stream_without_a_token_ends_with_an_error(rows: Any) -> Non
 
 def test_an_infinite_stream_goes_round_its_rows() -> None:
     rows = make_rows([3] * 8, prompt=0)
-    items = list(islice(stream(rows, infinite=True), 9))
-    assert len(flat(item["input_ids"].tolist() for item in items)) == 72
-    ids = flat(item["input_ids"].tolist() for item in items)
+    ids = flat(item["input_ids"].tolist() for item in islice(stream(rows, infinite=True), 9))
+    assert len(ids) == 72
     assert all(sorted(ids[at : at + 24]) == sorted(flat(rows["input_ids"])) for at in (0, 24, 48))

@@ -17,7 +17,7 @@ from ma_sft import Recipe, run
 from ma_sft.cli import main
 from ma_sft.pages.report import read_run, watch, write_report
 
-EVIL = "</pre></p><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e"
+EVIL = "</pre></p><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e [/foo] \x1b]0;x\x07"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def two(copy, tmp_path):
 def test_tells_all_that_was_trained_and_how(finished):
     text = Page(finished / "report.html").words
     summary = json.loads((finished / "summary.json").read_text())
+    assert "failed" not in summary, "markup of the terminal's ends no run"
     for part in (
         *("first <b>", "finished", "loss", "token accuracy", "learning rate", "tokens per second", "gradient norm"),
         *("held-out loss", f"{summary['eval_loss']:.4f}", f"{summary['train_loss']:.4f}"),

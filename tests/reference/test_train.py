@@ -14,20 +14,6 @@ SETTINGS = train.Settings(
 )
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_single_rows(tmp_path):
-    """No document sees another and none is asked for the next one's first token."""
-    ours = as_decoder(tiny("qwen3"), tmp_path)
-    conversations = examples(7)
-    results = []
-    for rows in ([[e] for e in conversations], [conversations], collate.first_fit(conversations, 60)):
-        ours.zero_grad()
-        loss = train.backward(ours, [collate.pack(rows, PAD)])
-        results.append((loss, {n: p.grad.clone() for n, p in ours.named_parameters()}))
-    for loss, gradients in results[1:]:
-        assert loss == pytest.approx(results[0][0], abs=1e-5)
-        torch.testing.assert_close(gradients, results[0][1], rtol=1e-4, atol=1e-5)
-
-
 def test_rows_of_several_documents():
     conversations = examples(50)
     rows = collate.first_fit(conversations, 40)

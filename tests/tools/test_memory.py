@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import ROOT, write_rows
+from helpers import ROOT
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -140,26 +140,12 @@ def test_what_saves_memory_is_forecast_to_save_it(tmp_path, smollm2):
     assert prompt.trainable == 8 * 576
 
 
-def test_forecast_agrees_with_the_measured_peak(tmp_path):
-    """A run in a process of its own, whose peak is not that of the one that started it; benchmarks/memory.py does the
-    same for twelve ways to train."""
-    row = {"prompt": "Count.", "completion": " ".join(str(n) for n in range(1000))}
-    flags = {
-        **{"model_name_or_path": "demo", "dataset_name": write_rows(tmp_path / "rows.jsonl", [row] * 8)},
-        **{"max_length": 512, "per_device_train_batch_size": 1, "max_steps": 1, "save_strategy": "no"},
-        **{"use_peft": True, "lora_dropout": 0.0, "merge": False, "check": False, "gradient_checkpointing": True},
-        **{"output_dir": str(tmp_path / "run"), "rehearse": False},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(flags))
-    ballast = torch.ones(1 << 30)  # 4 GB
-    command = [sys.executable, "-m", "ma_sft.cli", "train", str(tmp_path / "recipe.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        del ballast
-        out, error = process.communicate()
-    assert process.returncode == 0, error[-2000:]
-    assert "trained parameters" in out and "forecast for one process" in out
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 0.85 < summary["forecast_peak_memory"] / summary["peak_memory"] < 1.15
+def test_measured_peak_is_not_that_of_the_process_that_started_this_one():
+    """`e2e/test_demo.py` holds a forecast against it, benchmarks/memory.py those of twelve ways to train."""
+    ballast = torch.ones(1 << 29)  # 2 GB
+    code = "from ma_sft.tools.memory import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < ballast.nbytes
 
 
 @pytest.mark.slow
@@ -296,12 +282,8 @@ def test_launchers_are_what_their_files_say():
 
 
 def test_sizes():
-    assert (
-        bytes_of("80GB") == 80e9
-        and bytes_of("24 GiB") == 24 * 2**30
-        and bytes_of("512m") == 512e6
-        and bytes_of("80gb") == 80e9
-    )
+    sizes = {"80GB": 80e9, "80gb": 80e9, "24 GiB": 24 * 2**30, "512m": 512e6}
+    assert {size: bytes_of(size) for size in sizes} == sizes
     with pytest.raises(RecipeError, match="a size like 80GB"):
         bytes_of("24")
 
@@ -321,7 +303,3 @@ def test_command_line(tmp_path, capsys):
     assert f"\nma-sft train {' '.join(flags)} --rehearse false\n" in capsys.readouterr().out
     assert main(["plan", str(path), "--gpus", "2"]) == (0 if torch.cuda.is_available() else 2)
     assert main(["plan", str(path), "--gpus", "0", "--max_length", "none"]) == 2
-    path.write_text(path.read_text() + "lora_target_modules: [query]\n")
-    capsys.readouterr()
-    assert main(["plan", str(path), "--gpus", "0"]) == 2
-    assert "the linear layers are down_proj" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_defaults_of_the_methods():
     ],
 )
 def test_settings_that_cannot_be(more, message):
-    with pytest.raises(RecipeError, match=message.replace("?", r"\?").replace("{", r"\{")):
+    with pytest.raises(RecipeError, match=message):
         lora_config(settings(**more))
 
 
@@ -159,11 +159,6 @@ def test_targets_are_checked_against_the_model(base, more, message):
     for targets in ("all-linear", ["q_proj", "layers.1.mlp.up_proj"], r".*\.0\..*_proj"):
         assert fitting_adapter(settings(lora_target_modules=targets), model).target_modules
     assert not any(name.startswith("lora") for name, _ in model.named_parameters())
-
-
-def test_freeze(base):
-    """What is frozen stays as it was, says `test_methods.py`."""
-    model = AutoModelForCausalLM.from_pretrained(base())
     with pytest.raises(RecipeError, match=r"'layers.7' finds no parameter; there are .*model.layers.N.mlp.down_proj"):
         freeze(model, ["layers.7"])
 
@@ -259,7 +254,7 @@ def refused(run, out, **more):
     return str(error.value)
 
 
-def test_adapter_of_another_model(base, trained, tmp_path):
+def test_adapter_of_another_or_a_quantised_model(base, trained, tmp_path):
     out = tmp_path / "out"
     wider = refused(trained, out, base=str(base(hidden_size=64)))
     assert "was trained on another model" in wider and "--base" in wider
@@ -270,6 +265,11 @@ def test_adapter_of_another_model(base, trained, tmp_path):
     write_manifest(run, {"format": 1, "base_model": described})
     same_shape = refused(run, out, base=str(base(seed=5)))
     assert "holds other weights; pass the right base model" in same_shape
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    quantised = AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits)
+    quantised.save_pretrained(tmp_path / "quantised")
+    message = refused(trained, out, base=str(tmp_path / "quantised"))
+    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
 def test_shards_are_written_without_holding_the_model_and_may_not_be_missing_or_broken(trained, tmp_path, monkeypatch):
@@ -311,14 +311,6 @@ def test_broken_adapters(base, trained, tmp_path):
         refused(run, out)
     path.write_text("{}")
     assert "the model 'None' is no file or folder here" in refused(run, out)
-
-
-def test_merge_into_a_quantised_model(base, trained, tmp_path):
-    four_bits = BitsAndBytesConfig(load_in_4bit=True)
-    quantised = AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits)
-    quantised.save_pretrained(tmp_path / "quantised")
-    message = refused(trained, tmp_path / "out", base=str(tmp_path / "quantised"))
-    assert "is quantised (bitsandbytes)" in message and "16-bit" in message
 
 
 @pytest.mark.parametrize("quantization", [None, BitsAndBytesConfig(load_in_4bit=True)], ids=["16 bits", "4 bits"])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -85,24 +86,25 @@ def one_error(run: Run) -> str:
 
 
 @pytest.fixture(scope="module")
-def single(request, base, tmp_path_factory):
-    """(settings, outcome) of one process with a batch of two."""
-    out = tmp_path_factory.mktemp("single") / "run"
-    settings = {**base, **KINDS[request.param], "output_dir": str(out)}
-    Run(settings, "--per_device_train_batch_size", "2").done()
-    return settings, outcome(out)
+def single(base, tmp_path_factory):
+    """(settings, outcome) of one process with a batch of two, for each kind."""
+
+    @cache
+    def make(kind):
+        out = tmp_path_factory.mktemp("single") / "run"
+        settings = {**base, **KINDS[kind], "output_dir": str(out)}
+        Run(settings, "--per_device_train_batch_size", "2").done()
+        return settings, outcome(out)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("single", "name"),
-    [
-        pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair not in FIRST))
-        for pair in product(KINDS, ENGINES)
-    ],
-    indirect=["single"],
+    ("kind", "name"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in FIRST)) for pair in product(KINDS, ENGINES)],
 )
-def test_two_processes_train_what_one_trains(single, tmp_path, name):
-    settings, (losses, weights, summary) = single
+def test_two_processes_train_what_one_trains(single, tmp_path, kind, name):
+    settings, (losses, weights, summary) = single(kind)
     run = Run(
         {**settings, "output_dir": str(tmp_path / "run")},
         *("--per_device_train_batch_size", "1", "--use_cpu", str(name == "ddp")),
@@ -171,9 +173,8 @@ def test_error_in_the_rows_is_said_once(base, tmp_path):
     assert "rows.jsonl, line 1: the response is empty" in one_error(two(base, tmp_path, dataset_name=rows))
 
 
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
-def test_gpu_launcher_without_a_gpu(base, tmp_path, name):
-    run = two(base, tmp_path, env=launcher(name) | {"DS_ACCELERATOR": "cuda"})
+def test_gpu_launcher_without_a_gpu(base, tmp_path):
+    run = two(base, tmp_path, env=launcher("zero2") | {"DS_ACCELERATOR": "cuda"})
     assert "the launcher asks for a GPU and PyTorch finds none" in one_error(run)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from helpers import QUICK, Die, write_rows
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -56,8 +56,7 @@ BEST = {**EVERY_STEP, **SAVES, "load_best_model_at_end": True}
 BEST_ANSWERS = {**BEST, "metric_for_best_model": "eval_exact_match", "generate_eval": 2, "max_new_tokens": 3}
 KINDS = [
     {"per_device_eval_batch_size": 1},
-    {"per_device_eval_batch_size": 5},
-    {"per_device_eval_batch_size": 1, "loss_type": "dft"},
+    {"per_device_eval_batch_size": 5, "loss_type": "dft"},
     {"per_device_eval_batch_size": 3, "label_smoothing_factor": 0.2},
     {"per_device_eval_batch_size": 2, "eval_packing": True, "max_length": 128},
 ]
@@ -78,9 +77,6 @@ def test_eval_loss_is_one_measure_whatever_batch_packing_and_loss(start, tmp_pat
         found.append((losses[0], logs(out, "eval_far_loss")[0]))
     for pair in found:
         assert pair == pytest.approx(found[0], rel=1e-5)
-    parts = summary["evaluation"]["after"]["sources"]
-    whole = sum(part["loss"] * part["tokens"] for part in parts.values()) / sum(p["tokens"] for p in parts.values())
-    assert whole == pytest.approx(summary["eval_loss"]) and {Path(name).stem for name in parts} == {"near", "far"}
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -153,6 +149,83 @@ def test_another_folder_takes_a_checkpoint_of_the_same_recipe_alone(start, tmp_p
     complete.write_text("{")  # by which its rows and recipe are known
     with pytest.raises(RecipeError, match=r"complete.json is not valid JSON"):
         start("fewer", **{**more, "resume_from_checkpoint": last}, max_steps=4)
+
+
+def weights(out):
+    (path,) = [*out.glob("model/model.safetensors"), *out.glob("adapter/adapter_model.safetensors")]
+    return path.read_bytes()
+
+
+def test_stopped_run_goes_on_to_the_same_weights_and_figures(start, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    more = {**SAVES, "save_steps": 2, "max_steps": 8, "use_peft": True, "lora_dropout": 0.1}
+    uncut = start("uncut", **more)
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint-3") as stopped:
+        start("run", Stop(), **more)
+    assert stopped.value.exit_code == 0 and not (tmp_path / "run/summary.json").exists()
+    went_on = start(**more)
+    assert (went_on["train_loss"], went_on["evaluation"]) == (uncut["train_loss"], uncut["evaluation"])
+    assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
+    assert weights(tmp_path / "run") == weights(tmp_path / "uncut")
+    assert {*logs(tmp_path / "uncut", "num_tokens")} == {*logs(tmp_path / "run", "num_tokens")}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_killed_after_the_last_step_trains_no_more(start, tmp_path, streaming, capsys):
+    more = {
+        **SAVES,
+        "dataset_streaming": streaming,
+        "per_device_train_batch_size": 5,
+        "max_steps": 4,
+    }
+    whole = start(**more)
+    out, expected = tmp_path / "run", weights(tmp_path / "run")
+    for path in (out / "summary.json", out / "report.html", out / "model/model.safetensors"):
+        path.unlink()
+    assert start(**more)["train_loss"] == whole["train_loss"] and weights(out) == expected
+    assert f"going on from {out}/checkpoint-4" in capsys.readouterr().out
+
+
+def test_cut_off_checkpoint_is_skipped(start, tmp_path, capsys):
+    with pytest.raises(RunError, match="killed"):
+        start("run", Die(2), **SAVES, max_steps=3)
+    cut = tmp_path / "run/checkpoint-2"
+    (cut / COMPLETE).unlink()
+    (cut / "model.safetensors").write_bytes(b"half")
+    assert start(**SAVES, max_steps=3)["steps"] == 3 and (cut / COMPLETE).exists()  # made again
+    assert f"going on from {tmp_path}/run/checkpoint-1" in capsys.readouterr().out
+
+
+def test_changed_data_is_refused(settings, start, tmp_path):
+    with pytest.raises(RunError, match="killed"):
+        start("run", Die(1), **SAVES)
+    write_rows(Path(settings["dataset_name"]), ROWS[::-1])
+    with pytest.raises(RecipeError, match=r"the data is not what .*checkpoint-1 was trained on .* --resume never"):
+        start(**SAVES)
+    assert start(**SAVES, resume="never")["steps"] == 2 and logs(tmp_path / "run", "start") == [0]
+
+
+def test_two_runs_in_one_folder(start, tmp_path):
+    lock = FileLock(tmp_path / "run/.lock", blocking=False)
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            with pytest.raises(Timeout):
+                lock.acquire()
+
+    assert start("run", Second())["steps"] == 2
+    with lock, pytest.raises(RunError, match="another process is training in"):
+        start(overwrite_output_dir=True)
+
+
+def test_loss_that_is_no_number_ends_the_run_before_it_is_saved(start, tmp_path):
+    with pytest.raises(RunError, match=r"loss is (nan|inf) at step 2"):
+        start(**{**SAVES, "save_steps": 2}, learning_rate=1e38, max_grad_norm=0.0)
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_a_start_that_failed_does_not_block_the_corrected_command(start, tmp_path):
@@ -228,12 +301,6 @@ def test_neftune_scales_the_noise_by_each_documents_length(settings):
         bound = 5 / ((end - start) * embedding.embedding_dim) ** 0.5
         assert 0.5 * bound < noise[start:end].max() <= bound * 1.001
     assert len({end - start for start, end in documents}) > 1
-
-
-def test_a_second_adapter_is_refused(settings, tiny_bpe):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="a `PeftModel` instance together with a `peft_config`"):
-        make_trainer(Recipe(**settings), model=model, peft_config=LoraConfig(target_modules=["v_proj"]))
 
 
 def test_settings_stay_as_they_were_resolved(settings):

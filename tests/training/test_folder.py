@@ -5,10 +5,10 @@ import shutil
 import time
 
 import pytest
-from helpers import QUICK, Die, write_rows
+from helpers import QUICK, write_rows
 from transformers import TrainerCallback
 
-from ma_sft import Recipe, RecipeError, RunError, run
+from ma_sft import Recipe, RecipeError, run
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i} so."} for i in range(8)]
 
@@ -50,30 +50,25 @@ def another(finished, tmp_path):
 ANSWERS = {"generate_eval": 1, "max_new_tokens": 2}
 
 
-def test_overwrite_removes_all_that_a_run_left_inside_its_folder(again):
+def test_overwrite_removes_all_that_a_run_left_in_its_folder_and_follows_no_link(again, tmp_path):
     out, start = again
     assert [*out.glob("runs/*/events.out.tfevents.*")]
-    (out / "checkpoint-7").mkdir()  # cut off while it was written
-    (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
-    began = time.time()
-    start(overwrite_output_dir=True, use_peft=False)
-    assert (out / "model").is_dir() and {path.name for path in out.parent.iterdir()} == {"run"}
-    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
-    old = [path for path in left if path.stat().st_mtime < began]
-    assert old == [] and not (out / "adapter").exists() and not (out / "checkpoint-7").exists()
-
-
-def test_a_file_that_no_run_wrote_stays_and_a_link_is_not_followed(again, tmp_path):
-    out, start = again
     shutil.rmtree(out / "merged")
     (out / "merged").symlink_to(tmp_path / "mine")
+    (out / "checkpoint-7").mkdir()  # cut off while it was written
+    (out / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
     mine = [out / name for name in ("thesis.tex", "data/rows.jsonl", ".env", "checkpoints/x")]
-    for path in (*mine, linked := tmp_path / "mine" / "model.safetensors"):
+    mine.append(tmp_path / "mine" / "model.safetensors")
+    for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    start(overwrite_output_dir=True, merge=False, max_steps=1)
-    assert all(path.read_text() == "mine" for path in (*mine, linked))
-    assert not (out / "checkpoint-2").exists() and not (out / "merged").exists()
+    began = time.time()
+    start(overwrite_output_dir=True, use_peft=False, save_strategy="no")
+    assert all(path.read_text() == "mine" for path in mine)
+    assert (out / "model").is_dir() and {path.name for path in tmp_path.iterdir()} == {"run", "mine"}
+    left = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    assert {path for path in left if path.stat().st_mtime < began} == {path for path in mine if out in path.parents}
+    assert not (out / "merged").exists() and not [*out.glob("checkpoint-*")]
 
 
 @pytest.mark.parametrize(
@@ -168,25 +163,10 @@ def test_metric_and_merge_that_fail_after_training(another, tmp_path, tiny_bpe):
     assert (out / "report.html").is_file() and not (out / "merged").exists()
 
 
-def test_markup_and_control_characters_are_text_at_the_end_of_a_run(another, tmp_path):
-    rows = ({"prompt": f"[/foo] {i} \x1b]0;x\x07", "completion": "[bold]"} for i in range(3))
-    more = {"name": "[/x]", "dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "max_steps": 1, **ANSWERS}
-    assert "failed" not in run(another(**more)) and (tmp_path / "run" / "summary.json").is_file()
-
-
 def test_a_metric_that_is_not_there_is_said_before_training(another, tmp_path):
     with pytest.raises(RecipeError, match="none:such"):
         run(another(generate_eval=1, metric="none:such"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
-
-
-def test_figures_before_training_are_kept_for_a_run_that_goes_on(another, tmp_path):
-    with pytest.raises(RunError, match="killed"):
-        run(another(learning_rate=0.1), on_trainer=lambda trainer: trainer.add_callback(Die(1)))
-    whole = run(another(learning_rate=0.1, output_dir=str(tmp_path / "whole")))
-    went_on = run(another(learning_rate=0.1))
-    assert went_on["evaluation"] == whole["evaluation"]
-    assert went_on["evaluation"]["before"] != went_on["evaluation"]["after"]
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

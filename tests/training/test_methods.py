@@ -42,7 +42,6 @@ def plain(text):
 @pytest.mark.parametrize(
     ("method", "quantization"),
     [
-        ({}, None),
         ({"use_dora": True}, None),
         ({"loraplus_lr_ratio": 8.0}, None),
         ({"load_in_4bit": True}, "4-bit nf4, double"),

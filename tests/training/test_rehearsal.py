@@ -5,16 +5,13 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 from helpers import refusal, write_rows
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
 from ma_sft import RecipeError
 from ma_sft.config import Recipe
-from ma_sft.errors import RunError
 from ma_sft.labels.templates import load_tokenizer
-from ma_sft.release import merge as merging
 from ma_sft.training import rehearsal
 from ma_sft.training.rehearsal import rehearse, rehearse_here
 
@@ -45,8 +42,13 @@ def refused(kind, **more):
 
 
 # Gemma 4 has layers of other sizes among its own, and Mistral Small 3 is a model of text and images
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "qwen3_moe", "gemma4_text", "mistral3"])
-@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "use_peft"),
+    [
+        *((kind, True) for kind in ("llama", "qwen3", "gpt2", "gemma2", "qwen3_moe", "gemma4_text", "mistral3")),
+        *((kind, False) for kind in ("llama", "gpt2", "qwen3_moe")),
+    ],
+)
 def test_what_holds_is_told(kind, use_peft):
     line = rehearsed(kind, packing=True, use_peft=use_peft)
     assert "a step moves what is trained" in line or kind in ("qwen3_moe", "gpt2")
@@ -158,7 +160,6 @@ def test_new_tokens_on_a_base_of_exactly_the_tokenizers_size(tied, use_peft):
         {"alora_invocation_tokens": [5, 6]},
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
         {"init_lora_weights": "pisa"},
-        {"use_doraa": True},
         {"rank_pattern": 3},
         {"inference_mode": True},  # of a finished adapter, which trains nothing
     ],
@@ -251,16 +252,3 @@ def test_it_can_be_turned_off_and_is_done_once(tiny_bpe, tmp_path, monkeypatch):
     assert line.startswith("rehearsed on a twin")
     monkeypatch.setattr(rehearsal, "rehearse_here", None)
     assert rehearse(settings, tokenizer, added) == line
-
-
-def test_merged_model_that_says_something_else_fails(tiny_bpe, tmp_path, monkeypatch):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_bpe), LoraConfig(target_modules=["q_proj"]))
-    for parameter in model.parameters():
-        parameter.data += parameter.requires_grad * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(tiny_bpe).save_pretrained(tmp_path / "adapter")
-    assert merging.merge(tmp_path / "adapter", tmp_path / "right").difference is not None
-    monkeypatch.setattr(merging, "_merged_layer", lambda module, weight: weight)
-    with pytest.raises(RunError, match="the merged model is not what the adapter says"):
-        merging.merge(tmp_path / "adapter", tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()

@@ -15,13 +15,12 @@ from torch.utils.data import DataLoader
 
 from ma_sft import Recipe, run
 from ma_sft.data.mixture import load_mixture
-from ma_sft.errors import LabelError, RecipeError
+from ma_sft.errors import LabelError
 from ma_sft.packing.pack import pack_table
-from ma_sft.training.checkpoints import COMPLETE
 from ma_sft.training.distributed import Epochs, endless_stream
 
-FILES = {"unequal": (5, 400), "three equal": (40, 40, 40), "one": (50,)}
-SOME, MORE = [(0, 1), (2, 1), (1, 2), (2, 2)], [(1, 1), (4, 1), (0, 2), (4, 2)]  # loader workers, processes
+FILES = {"unequal": (5, 150), "three equal": (40, 40, 40), "one": (50,)}
+SOME, MORE = [(2, 1), (1, 2), (2, 2)], [(1, 1), (4, 1), (0, 2), (4, 2)]  # loader workers, processes
 
 
 def label(batch, numbers):
@@ -127,7 +126,7 @@ def test_the_rows_can_be_sent_to_workers_that_are_not_forked(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_bpe, packing):
+def test_a_stream_goes_on_where_it_stopped(tmp_path, tiny_bpe, packing):
     rows = ({"prompt": f"{row}?", "completion": "so " * (row % 9) + f"{row}."} for row in range(30))
     more = {
         **{"model_name_or_path": str(tiny_bpe), "dataset_name": write_rows(tmp_path / "rows.jsonl", rows)},
@@ -145,10 +144,6 @@ def test_a_stream_goes_on_where_it_stopped_or_refuses(tmp_path, tiny_bpe, packin
     whole = losses("whole")
     assert len(whole) == 6 and losses("again", *going_on) == whole
     assert losses("workers", *going_on, "--dataloader_num_workers", "1") == whole
-    done = tmp_path / "whole" / "checkpoint-3" / COMPLETE
-    done.write_text(done.read_text().replace('"processes": 1', '"processes": 2'))
-    with pytest.raises(RecipeError, match=r"the data is not what .* \(processes 2 -> 1\): bring it back"):
-        run(recipe, ["--output_dir", str(tmp_path / "other"), *going_on])
 
 
 @pytest.mark.parametrize("ends", ["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"])
