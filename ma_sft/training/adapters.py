@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import get_peft_config
 
 from ma_sft.config import Settings
-from ma_sft.errors import RecipeError, one_line
+from ma_sft.errors import RecipeError, first_line, one_line
 from ma_sft.hub import explain, load_pretrained, model_class, refuse_pickles, saved_folder
 from ma_sft.training.distributed import outside_zero3
 from ma_sft.utils import write_whole
@@ -237,7 +237,10 @@ def continue_adapter(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBas
     template, told = adapter / "chat_template.jinja", f"adapter_name_or_path: {adapter} was"
     if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
         raise RecipeError(f"{told} trained with another chat template; set template: {template}")
-    result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    try:
+        result = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"{told} made for another model: {first_line(error)}") from None
     # Beside layers' own weights, PEFT saves copies of the embedding and the head, which it never reads
     if unexpected := [key for key in result.unexpected_keys if "lora_" in key]:
         raise RecipeError(f"{told} made for another model, which has {unexpected[0]}")
@@ -285,10 +288,22 @@ def name_base(adapter: Path, name: str, revision: str) -> None:
 
 
 def read_adapter_config(adapter: Path) -> PeftConfig:
-    """The configuration of a saved adapter; PEFT warns of fields that it does not know.
+    """The configuration of a saved adapter.
 
     Raises:
-        RecipeError: weights that are a pickle.
+        RecipeError: broken, with weights that are a pickle, or with fields that the installed PEFT does not know and
+            would ignore.
     """
+    path = adapter / "adapter_config.json"
     refuse_pickles(str(adapter), ["adapter_model.safetensors"], [file.name for file in adapter.iterdir()])
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]])}
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{path} is no adapter's configuration: {error!r}") from None
+    if unknown := sorted(set(saved) - known):
+        raise RecipeError(
+            f"{adapter} was made by PEFT {saved.get('peft_version') or '(newer)'} and sets {', '.join(unknown)}, which "
+            f"the installed PEFT {peft.__version__} does not know; pip install -U peft"
+        )
     return peft.PeftConfig.from_pretrained(adapter)

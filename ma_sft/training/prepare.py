@@ -198,6 +198,9 @@ def prepare_once(
         MaSftError: `prepare`'s, in every process alike.
     """
 
+    if train is not None and settings.rows.test_size:
+        raise RecipeError("test_size: rows that have labels already are not split; pass eval_dataset, too")
+
     def make() -> tuple[Prepared, Prepared | None]:
         data = prepare(settings, tokenizer, given={"train": train} if train is not None else None)
         holds_out = test is not None or settings.rows.eval_dataset or settings.rows.test_size

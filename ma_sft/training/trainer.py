@@ -36,6 +36,7 @@ from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
 from ma_sft.config import Recipe, Settings
+from ma_sft.data.functions import load_function
 from ma_sft.data.load import Source
 from ma_sft.errors import RecipeError, one_line
 from ma_sft.hub import explain, load_pretrained, model_folder
@@ -113,7 +114,7 @@ def check_early(settings: Settings) -> None:
     """Find, before any row is read, what would end the run once all are prepared, and what no rehearsal can find.
 
     Raises:
-        RecipeError: a model that does not write text, or a quantisation that cannot be.
+        RecipeError: a model that does not write text, a quantisation or a metric that cannot be.
     """
     name, code = str(settings.model.model_name_or_path), settings.training.trust_remote_code
     folder = str(model_folder(name, settings.model.model_revision, code=code))
@@ -123,6 +124,12 @@ def check_early(settings: Settings) -> None:
     kind = getattr(transformers, str(architecture), None)  # None of code of its own
     if architecture is None or (kind is not None and not kind.can_generate()):
         raise RecipeError(f"{name!r} is no model that writes text: config.json gives the architecture {architecture}")
+    if settings.evaluation.metric != "exact-match":
+        load_function(settings.evaluation.metric)
+    # The first evaluation tells which figures there are of each data set
+    best, known = settings.training.metric_for_best_model or "loss", (*MEASURED, "objective", "exact_match", "score")
+    if not best.endswith(known):
+        raise RecipeError(f"metric_for_best_model: {best!r} is not measured; one of {', '.join(known)}")
 
 
 def build_trainer(

@@ -91,10 +91,13 @@ def test_held_out_data_sets_keep_their_names(settings, labelled, names):
     assert {"eval_loss", *(f"eval_{name}_loss" for name in names)} <= trainer.evaluate().keys()
 
 
-def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start):
-    for metric in ("eval_test_loss", "blue", "exact_match", "eval_objective"):
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(start, tmp_path):
+    for metric in ("eval_test_loss", "exact_match", "eval_objective"):
         with pytest.raises(RecipeError, match=r"metric_for_best_model: .* is not measured; one of near_loss, "):
             start(**BEST, metric_for_best_model=metric)
+    (broken := tmp_path / "broken.jsonl").write_text('{"messages": 1}\n')
+    with pytest.raises(RecipeError, match="'blue' is not measured"):  # and before any row is read
+        start(**BEST, metric_for_best_model="blue", dataset_name=str(broken))
 
 
 def test_the_best_model_by_the_answers(start, tmp_path):

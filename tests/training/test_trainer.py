@@ -72,6 +72,8 @@ def test_labelled_rows_are_cut_and_packed_as_they_are(settings, packing):
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     assert lengths[:3] == [20] * 3 if packing else lengths == [8] * 6
     assert trainer.train().global_step == 2
+    with pytest.raises(RecipeError, match="test_size: rows that have labels already are not split"):
+        make_trainer(Recipe(**settings, test_size=2), train_dataset=rows)
 
 
 @pytest.mark.parametrize(
