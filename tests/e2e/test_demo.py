@@ -100,7 +100,7 @@ def test_learns_the_demo_task(method, tmp_path):
     few.write_text("".join((ROOT / "data/demo/heldout.jsonl").read_text(encoding="utf-8").splitlines(True)[:8]))
     _, summary = train(out, "--eval_dataset", few, "--merge", "false", *METHODS[method].split())
     print(method, {key: value for key, value in summary.items() if key != "evaluation"})
-    assert summary["exact_match_before"] <= 0.05 and summary["exact_match_after"] >= 0.5 and summary["eos_rate"] >= 0.9
+    assert summary["exact_match_before"] <= 0.05 and summary["exact_match_after"] >= 0.5 and summary["eos_rate"] > 0.8
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.bfloat16)
         share = answers(model, out / "model")[1]

@@ -84,9 +84,9 @@ def test_a_twin_that_cannot_be_loaded_refuses_no_run(monkeypatch):
 @pytest.mark.parametrize(
     "config",
     [
-        *({"peft_type": "ia3"}, {"peft_type": "loha", "r": 4}, {"peft_type": "lokr", "r": 4}),
-        *({"peft_type": "vera", "r": 8}, {"peft_type": "oft", "oft_block_size": 8}),
-        *({"peft_type": "boft", "boft_block_size": 4}, {"peft_type": "lora", "r": 4}),
+        *({"peft_type": "ia3"}, {"peft_type": "loha", "r": 4}, {"peft_type": "vera", "r": 8}),
+        *({"peft_type": "oft", "oft_block_size": 8}, {"peft_type": "lora", "r": 4}),
+        *slow({"peft_type": "lokr", "r": 4}, {"peft_type": "boft", "boft_block_size": 4}),
     ],
     ids=lambda config: config["peft_type"],
 )
