@@ -308,14 +308,14 @@ class _Conversation:
                     trained.append(k)
                     self._verify_turn(number, k, tuple(ids), begin, end)
                 elif by_prompt:
-                    trained.append(self._misplaced(tuple(ids), begin))
+                    trained.append(self._misplaced(tuple(ids), labels, begin))
                 else:
                     self.result.unproven.append("the template refuses every prompt of the conversation")
         self._compare_with_wanted(trained)
         return self.result
 
-    def _misplaced(self, ids: Ids, begin: int) -> int:
-        """Say where labels begin that begin behind no prompt; the turn that is meant."""
+    def _misplaced(self, ids: Ids, labels: list[int], begin: int) -> int:
+        """Say in a user's words where labels begin that begin behind no prompt; the turn that is meant."""
         whole, before = self.key(ids), self.key(ids[:begin])
         prompts = {k: self.key(prompt) for k, prompt in self.asked.items()}
 
@@ -324,11 +324,18 @@ class _Conversation:
                 return True, -abs(len(prompts[k]) - len(before))
             return False, shared(prompts[k], before)
 
-        k, where = max(prompts, key=nearness), ""
+        k, what = max(prompts, key=nearness), ""
         if ids[: len(self.asked[k])] == self.asked[k]:
-            early = len(self.asked[k]) - begin
-            where = f"labels begin {abs(early)} tokens {'early' if early > 0 else 'late'}; "
-        self._add_error("unlike inference", f"{where}before message {k}: {self._difference(before, prompts[k])}")
+            early, trained = len(self.asked[k]) - begin, [label != IGNORE_INDEX for label in labels]
+            asked = self.text(ids[begin : len(self.asked[k])])
+            others = [m["role"] for m in self.raw[:k] if m["role"] != "assistant" and str(m["content"]).strip() in asked]
+            what = f"labels begin {abs(early)} tokens {'early' if early > 0 else 'late'}; "
+            if early > 0 and others:
+                roles = " and ".join(dict.fromkeys(others))
+                what = f"{roles} tokens are trained ({np.mean(trained):.0%} of the row); "
+            elif any(trained[len(self.asked[k]) : begin]):
+                what = "tokens inside a turn are not trained; "
+        self._add_error("unlike inference", f"{what}before message {k}: {self._difference(before, prompts[k])}")
         return k
 
     def _add_error(self, code: str, what: str) -> None:

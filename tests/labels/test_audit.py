@@ -160,10 +160,10 @@ def holed(ids, labels):
         (lambda ids, labels: (ids[1:], labels[1:]), "unlike inference", ""),
         (lambda ids, labels: (ids[:-2], labels[:-2]), "missing end token", ""),
         (lambda ids, labels: ([*ids, ids[-2]], [*labels[:-1], *ids[-1:], ids[-2]]), "trained past the end", ""),
-        (lambda ids, labels: (ids, list(ids)), "unlike inference", "labels begin 38 tokens early; before"),
+        (lambda ids, labels: (ids, list(ids)), "unlike inference", "user tokens are trained (100% of the row); before"),
         (early(2), "unlike inference", "labels begin 2 tokens early; before message "),
         (early(-1), "", "labels begin 1 tokens late; before message "),
-        (holed, "", "labels begin 2 tokens late; before message "),
+        (holed, "", "tokens inside a turn are not trained; before message "),
         (lambda ids, labels: (ids, [*labels[:-2], -100, -100]), "", "the end token is not trained; "),
     ],
 )
@@ -201,7 +201,7 @@ def test_what_is_no_prepared_data_is_an_error_in_one_line(tmp_path):
     with pytest.raises(LabelError, match="no column 'input_ids'; it has text"):
         audit_folder(tmp_path / "raw", tokenizer)
     Dataset.from_dict({"input_ids": [], "labels": []}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(MaSftError, match="the data set, or a split of it, is empty"):
+    with pytest.raises(MaSftError, match="with a row in each split"):
         audit_folder(tmp_path / "empty", tokenizer)
     tokenizer.chat_template = None
     Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}).save_to_disk(tmp_path / "prepared")
