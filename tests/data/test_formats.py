@@ -88,6 +88,7 @@ def calling(arguments):
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
         ({"question": "q", "answer": "a", "chat_template_kwargs": "on"}, "'chat_template_kwargs': not valid JSON"),
         ({"messages": [user("q"), assistant(PARTS)]}, "a whole with"),
+        ({"messages": [user([{"type": ["text"], "text_": "q"}]), ASSISTANT]}, "only text parts can be trained on"),
         ({"messages": [user("q"), assistant([{**PARTS[1], "image": "x"}])]}, "messages[1].content[0].image': only"),
         ({"messages": [user("q"), assistant("a", value="b")]}, "content and value hold different texts"),
         ({"messages": [user("q"), {"role": "assistant", "from": "human", "content": "a"}]},
