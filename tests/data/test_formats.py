@@ -104,7 +104,7 @@ def calling(arguments):
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "'labels[1]': bool false marks a wrong"),
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True]}, "field 'labels': one for each of 2 completions"),
         ({"prompt": "q", "completions": ["a", 2]}, "field 'completions[1]': text expected"),
-        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "scripts/sft_vlm.py trains on images"),
+        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "field 'image': only text can be trained on"),
         ({"messages": [{**user("x"), "images": ["1.jpg"]}, ASSISTANT]}, "field 'messages[0].images'"),
         *(({"question": "q", "answer": "a", "label": number}, "write true or false") for number in (0, 1)),
         *(({"question": "q", "answer": "a", **mark}, f"leave it out (ignore: [{name}])")
