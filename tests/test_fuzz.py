@@ -49,7 +49,7 @@ def conversations(row, path, rng):
         return [to_messages(row, rng.choice([None, path.stem if path.stem != "ruozhiba" else "alpaca"]))]
     sides = to_preference(row)
     if sides is None:
-        assert row["is_response_0_safe"] is False and row["is_response_1_safe"] is False
+        assert {row["is_response_0_safe"], row["is_response_1_safe"]} == {False}  # or 0
         return []
     assert sides["chosen"] != sides["rejected"]
     assert sides["chosen"][0]["role"] == sides["rejected"][0]["role"] == "assistant"

@@ -60,8 +60,6 @@ CHANGING = re.compile(
     re.IGNORECASE,
 )
 
-IMAGES = re.compile(r"(image|img|picture|pixel_values).*", re.IGNORECASE)
-
 # Columns that say something about a row, and nothing that a conversation would lose.
 HARMLESS = re.compile(
     r"(.*[_-])?(id|idx|index|uuid|hash|url|score|count|tokens|length|path|name|version|date|time|timestamp|ip|model|"
@@ -204,7 +202,7 @@ def _choices(row: TrackedRow) -> tuple[list[str], list[str]]:
     if not isinstance(texts, list | tuple) or not isinstance(labels, list | tuple) or not 0 < len(texts) == len(labels):
         raise expected("equally many texts and labels", field, choices)
     texts = [check_text(text, f"{field}[{i}]") for i, text in enumerate(texts)]
-    labels = [check_text(str(label) if isinstance(label, int) else label, f"{field}.label") for label in labels]
+    labels = [check_text(str(label) if type(label) is int else label, f"{field}.label") for label in labels]
     marks = [re.match(rf"\(?{re.escape(label)}[).:]\s*", text) for label, text in zip(labels, texts, strict=True)]
     if all(marks):  # AQuA's options begin with their letters
         texts = [text[mark.end() :] for mark, text in zip(marks, texts, strict=True) if mark]
@@ -405,8 +403,7 @@ def read_row(
     """
     tracked, formats = TrackedRow(row), SIDES if preference else FORMATS
     name = format or detect_format(tracked, formats)
-    # The fields whose roles have an order: not those of a text, nor of a function
-    ordered = ", ".join(ALIASES) if preference else ""
+    ordered = ""  # the fields whose roles have an order: not those of a text, nor of a function
     if known := isinstance(name, str) and name in formats:
         if names := known_names(frozenset(tracked), name):
             tracked = TrackedRow({names.get(column, column): value for column, value in tracked.items()})
@@ -426,8 +423,8 @@ def read_row(
         sides = {side: merge_turns(turns) for side, turns in sides.items()}
     prompt, *answers = sides.values() if preference else ([], sides["messages"])
     for said in answers:
-        if ordered:
-            check_order(prompt + said, ordered)
+        if preference or ordered:
+            check_order(prompt + said, ", ".join(sides) if preference else ordered)
         _check_answers(said)
     if answers[0] == answers[-1] and preference:
         raise FormatError("fields 'chosen' and 'rejected': the two answers are the same, so neither is better")
@@ -458,10 +455,9 @@ def refuse_changing(row: TrackedRow, format: str, marks: frozenset[str]) -> None
     """
     for field, value in row.items():
         if field not in row.used and _matches(CHANGING, field) and not is_empty(value):
-            other = "; TRL's examples/scripts/sft_vlm.py trains on images" if _matches(IMAGES, field) else ""
             raise FormatError(
-                f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}"
-                f"{other}; if the row says the same without it, leave it out (ignore: [{field}])"
+                f"field {field!r}: only text can be trained on, and format {format!r} has no place for {show(value)}; "
+                f"if the row says the same without it, leave it out (ignore: [{field}])"
             )
     for field in sorted((row.keys() & marks) - row.used):
         value = dict.get(row, field)

@@ -280,12 +280,16 @@ def _read_files(files: list[str], how: dict[str, Any]) -> Iterator[Row]:
         where, kind = _short(file), kind_of(file)
         encoding, errors = (how["encoding"], "strict") if how["encoding"] else ("utf-8-sig", "surrogateescape")
         newline = {".csv": "", ".tsv": "", ".txt": None, ".md": None}.get(kind, "\n")
-        opened = fsspec.open(file, "rt", compression="infer", encoding=encoding, errors=errors, newline=newline)
+        # What fsspec opens asks at each line whether it is closed
+        opened: Any = partial(fsspec.open, compression="infer") if file.endswith(PACKED) else open
         try:
-            with opened as stream:
+            with opened(file, "rt", encoding=encoding, errors=errors, newline=newline) as stream:
                 for place, text in READERS.get(kind, _json)(stream, where, how):
-                    if not text.isascii() and (broken := SURROGATE.search(text)):
-                        of_a_byte = "\udc80" <= broken[0] <= "\udcff"  # how Python reads one that is not UTF-8
+                    try:
+                        if not text.isascii():
+                            text.encode()
+                    except UnicodeEncodeError as error:
+                        of_a_byte = "\udc80" <= text[error.start] <= "\udcff"  # how Python reads one that is not UTF-8
                         text = NOT_UTF8 if of_a_byte else json.dumps(json.loads(text))
                     yield {ROW: text, PLACE: f"{file}, {place}"}
         except FormatError:

@@ -363,7 +363,7 @@ def _read_part(message: Message, part: Any, where: str) -> list[Message]:
     if not _is_trained(part, where):
         raise FormatError(f"field {where!r} must not be trained; mark its turn as a whole with train: false")
     kind = part.get("type")
-    text = next((part[key] for key in ("text", "value", kind) if key in part), None)
+    text = next((part[key] for key in ("text", "value", str(kind)) if key in part), None)
     call = part if kind == "tool_use" else part.get("functionCall") or part.get("function_call")
     result = part if kind == "tool_result" else part.get("functionResponse") or part.get("function_response")
     if kind in ("thinking", "reasoning") or (text is not None and part.get("thought") is True):

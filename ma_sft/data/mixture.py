@@ -173,32 +173,28 @@ class _Mixer:
         filters = [Filters.of(source.filters, self.tokenizer), self.filters]
         code = "\0".join((__version__, code_of(source.format), *(each.code() for each in filters)))
         compared = self.split or any(each.exact_duplicates for each in filters)
-        source = replace(source, rows=None, filters=None)
-        how: dict[str, Any] = {"source": source, "part": part, "schema": features.arrow_schema}
-        how |= {"on_error": self.on_error, "filters": filters, "compared": compared, "code": code}
-        function = partial(_convert_batch, **how)
+        how: dict[str, Any] = {"source": replace(source, rows=None, filters=None), "part": part}
+        how |= {"schema": features.arrow_schema, "on_error": self.on_error}
+        function = partial(_convert_batch, **how, filters=filters, compared=compared, code=code)
         settings = {"batched": True, "with_indices": True, "features": features}
-        if not self.streaming:
-            settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
-            settings |= {"desc": f"converting {Path(source.path).name}"}
-        elif rows.features is None:  # a stream of tables has nothing to remove: it loses what is made under those names
-            settings["remove_columns"] = list(next(iter(rows), {}))
         name = f"{source.path}: convert from {source.format}"
         if self.streaming:
             if any(each.exact_duplicates or each.near_duplicates for each in filters):
                 raise RecipeError("filters of duplicates need to see all rows: build the mixture, then stream that")
+            if rows.features is None:  # a stream of tables has nothing to remove: it loses what is made under the names
+                settings["remove_columns"] = list(next(iter(rows), {}))
             self.report.stages.append(Stage(name))
             rows = rows.map(function, **settings).with_format(None)
             return rows.filter(partial(self.report.stages[-1].keep, say=True), batched=True).remove_columns(REASONS)
+        settings |= {"remove_columns": rows.column_names, "num_proc": processes(self.num_proc, len(rows))}
         with self.report.stage(name) as stage:
-            rows = rows.map(function, **settings).with_format(None)
+            rows = rows.map(function, **settings, desc=f"converting {Path(source.path).name}").with_format(None)
             keep = stage.keep({column: rows.data.column(column).to_pylist() for column in REASONS})
             rows = rows.remove_columns(REASONS)
             rows = rows if all(keep) else rows.select(np.flatnonzero(keep))
         if len(rows) == 0 and {*stage.removed} <= {*NOT_CONVERTED}:
-            raise FormatError(
-                f"{source.path}: every row was skipped; the first: {next(iter(stage.examples.values()))[0]}"
-            )
+            first = next(iter(stage.examples.values()))[0]
+            raise FormatError(f"{source.path}: every row was skipped; the first: {first}")
         return drop_duplicates(rows, filters[0], self.report, source.path, processes(self.num_proc, len(rows)))
 
     def filter(self, rows: Dataset) -> Dataset:

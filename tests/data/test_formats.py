@@ -88,6 +88,7 @@ def calling(arguments):
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "Search(x)"}}}, "MOSS' tools cannot be trained"),
         ({"question": "q", "answer": "a", "chat_template_kwargs": "on"}, "'chat_template_kwargs': not valid JSON"),
         ({"messages": [user("q"), assistant(PARTS)]}, "a whole with"),
+        ({"messages": [user([{"type": ["text"], "text_": "q"}]), ASSISTANT]}, "only text parts can be trained on"),
         ({"messages": [user("q"), assistant([{**PARTS[1], "image": "x"}])]}, "messages[1].content[0].image': only"),
         ({"messages": [user("q"), assistant("a", value="b")]}, "content and value hold different texts"),
         ({"messages": [user("q"), {"role": "assistant", "from": "human", "content": "a"}]},
@@ -103,7 +104,7 @@ def calling(arguments):
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "'labels[1]': bool false marks a wrong"),
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True]}, "field 'labels': one for each of 2 completions"),
         ({"prompt": "q", "completions": ["a", 2]}, "field 'completions[1]': text expected"),
-        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "scripts/sft_vlm.py trains on images"),
+        ({"messages": [user("q"), ASSISTANT], "image": {"bytes": b"x"}}, "field 'image': only text can be trained on"),
         ({"messages": [{**user("x"), "images": ["1.jpg"]}, ASSISTANT]}, "field 'messages[0].images'"),
         *(({"question": "q", "answer": "a", "label": number}, "write true or false") for number in (0, 1)),
         *(({"question": "q", "answer": "a", **mark}, f"leave it out (ignore: [{name}])")

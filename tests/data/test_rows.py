@@ -130,6 +130,7 @@ def test_bad_answers_are_counted_and_never_trained(tmp_path):
         row = {"messages": [user("a"), assistant("b", **mark), user("c"), assistant("d")]}
         assert to_messages(row) == [user("a"), assistant("b", train=False), user("c"), assistant("d")]
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert to_preference({**pair, "label": 0})  # which says nothing of a pair
     path = write_rows(tmp_path / "pairs.jsonl", [pair, {**pair, "is_valid": False}])
     assert load_mixture([path], kind="preference").report.stages[1].removed == {"bad answers": 1}
     # the marks in a table are text
