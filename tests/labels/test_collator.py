@@ -261,22 +261,6 @@ def test_clean_conversations_pass_the_check(tmp_path, smollm2, end):
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        {"input_ids": [1, 2, 3], "labels": [1, 2]},
-        {"input_ids": [10**9, 2]},
-        {"input_ids": ["### Answer: a", "b"]},
-        {"input_ids": [[1, 2]]},
-        {"input_ids": [1, -1]},
-        {"text": "### Answer: a"},
-    ],
-)
-def test_what_is_no_row_is_refused(row):
-    with pytest.raises((ValueError, LookupError, TypeError, OverflowError)):
-        collator_for("qwen3", on_missing="mask")[1]([row])
-
-
-@pytest.mark.parametrize(
     ("response", "instruction", "text", "answer"),
     [
         (ASSISTANT, HUMAN, "### Human: a\n### Assistant: b\n### Hum", "b"),
