@@ -96,14 +96,13 @@ def _audit(
     tokenizer: PreTrainedTokenizerBase,
     rows: str | None,
     max_length: int | None,
-    stops: Sequence[int | None],
+    stops: Sequence[int],
 ) -> CheckReport:
     if not any(label != IGNORE_INDEX for _, labels in sequences for label in labels):
         raise LabelError(f"none of {len(sequences):,} sequences has a label; nothing would be trained")
     if not tokenizer.chat_template:
         raise LabelError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; name the one of the training")
-    verifier = Verifier(tokenizer, stops=[stop for stop in stops if stop is not None])
-    reader = Reader(verifier)
+    reader = Reader(verifier := Verifier(tokenizer, stops=stops))
     sequences = [_cut_back(sequence, max_length) for sequence in sequences]
     read = [reader.read(ids) for ids, _ in sequences]
     conversations = _rows_of(read, rows) if rows else ({"messages": messages} for messages in read)

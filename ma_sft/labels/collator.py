@@ -114,21 +114,13 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     @property
     def response_token_ids(self) -> list[int]:
-        """The response template's ids; set, the template is looked for by these ids, as in TRL 0.x."""
+        """The response template's ids."""
         return self._templates[0].ids
-
-    @response_token_ids.setter
-    def response_token_ids(self, ids: Sequence[int]) -> None:
-        self._templates[0] = _Template("response_template", ids, self._bytes)
 
     @property
     def instruction_token_ids(self) -> list[int] | None:
-        """The instruction template's ids, None without one; set as `response_token_ids`."""
+        """The instruction template's ids, None without one."""
         return self._templates[1].ids if len(self._templates) > 1 else None
-
-    @instruction_token_ids.setter
-    def instruction_token_ids(self, ids: Sequence[int]) -> None:
-        self._templates[1:] = [_Template("instruction_template", ids, self._bytes)]
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.

@@ -70,10 +70,6 @@ class Placeholders:
         new = {key: value for key, value in message.items() if value is not None}
         if isinstance(new.get("content"), str):
             new["content"] = self._text(i, new["content"])
-        elif new.get("content"):
-            texts = [isinstance(part, dict) and isinstance(part.get("text"), str) for part in new["content"]]
-            parts = zip(new["content"], texts, strict=True)
-            new["content"] = [{**part, "text": self._text(i, part["text"])} if text else part for part, text in parts]
         if str(new.get("reasoning_content") or "").strip():
             new["reasoning_content"] = self._word(i, "the reasoning")
         if new.get("tool_calls"):

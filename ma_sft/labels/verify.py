@@ -123,7 +123,7 @@ class Verifier:
     def verify_batch(self, rows: Iterable[Row]) -> list[VerifyResult]:
         """`verify` of many conversations, tokenised together."""
         found = [(_Conversation(self, m, tools, kwargs or {}), sequences) for m, sequences, tools, kwargs in rows]
-        texts = [text for conversation, _ in found for text in conversation.texts()]
+        texts = [text for conversation, _ in found for text in conversation.texts]
         whole = self._tokenize({*sorted(texts, key=len)[-3:]})
         self._known, self._by_section = {}, True
         if self.ids([*whole]) != [*whole.values()]:
@@ -249,6 +249,7 @@ class _Conversation:
         self.tools = self._hide(used_tools)
         self.prompts = {k: "" if self.is_text else self.render(k, prompt=True) for k in self.turns}
         self.wholes = {k: str(self.messages[0]["content"]) if self.is_text else self.render(k + 1) for k in self.turns}
+        self.texts = [text for text in (*self.prompts.values(), *self.wholes.values()) if text is not None]
 
     def _hide(self, value: Any, markup: tuple[str, ...] = ()) -> Any:
         """The value with placeholders for text that spells control tokens, but not for an assistant's `markup`."""
@@ -272,10 +273,6 @@ class _Conversation:
             return self.verifier.render(self.messages[:end], self.tools, self.kwargs, prompt=prompt)
         return None
 
-    def texts(self) -> list[str]:
-        """All texts whose ids are compared."""
-        return [text for text in (*self.prompts.values(), *self.wholes.values()) if text is not None]
-
     def text(self, ids: Sequence[int]) -> str:
         text = self.verifier.text(ids)
         for name, hidden in self.hidden.items():
@@ -295,7 +292,7 @@ class _Conversation:
             before, behind = verifier.tokenizer("")["input_ids"], [self.own_end]
         else:
             self.own_end, self.tail = verifier.end_of_turn(self.form, self.tools, self.kwargs)
-        known = {text: ids for text, ids in zip(self.texts(), verifier.ids(self.texts()), strict=True)}
+        known = dict(zip(self.texts, verifier.ids(self.texts), strict=True))
         self.asked = {k: (*before, *known[text]) for k, text in self.prompts.items() if text is not None}
         self.told = {k: (*before, *known[text], *behind) for k, text in self.wholes.items() if text is not None}
         by_prompt, trained = {self.key(ids): k for k, ids in self.asked.items()}, list[int]()

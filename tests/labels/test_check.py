@@ -184,21 +184,6 @@ def test_the_verdict_says_what_was_proven_and_what_was_not(smollm2):
     assert "not proven: no row was verified" in said(None)[0]
 
 
-def test_a_sample_is_not_called_every_label():
-    tokenizer = load_tokenizer("smollm2")
-    chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
-    conversations = Dataset.from_dict({"messages": chats})
-    rows = tokenised(ChatEncoder(tokenizer), conversations)
-    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert re.match(
-        rf"no wrong label was found: {report.verified_rows} of 300 rows were verified: 10 at", report.verdict
-    )
-    assert report.proven and 10 <= report.verified_rows < 20 and "--all" in report.verdict
-    assert check_dataset(rows, tokenizer, conversations=conversations).verdict.startswith(
-        "every label is right: all 300"
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [("smollm2", "'You are a helpful AI assistant named SmolLM"), ("gptoss", "'You are ChatGPT, a"), ("qwen3", None)],
@@ -272,23 +257,29 @@ def test_terminal_marks_trained_tokens_and_takes_no_escapes_from_data():
     assert re.search(r"\x1b\[1;32mfine", output) and re.search(r"\x1b\[2mred", output)
 
 
-def test_a_row_outside_the_sample_that_ends_unlike_all_others_is_judged(monkeypatch):
+def test_a_sample_is_not_called_every_label_and_finds_a_row_that_ends_unlike_all_others(monkeypatch):
     tokenizer, odd = load_tokenizer("smollm2"), 151
     chats = [chat(f"q{n}", f"a{n}") for n in range(300)]
     ids = [tokenizer.apply_chat_template(turns, return_dict=False) for turns in chats]
     at = [len(tokenizer.apply_chat_template(c[:1], add_generation_prompt=True, return_dict=False)) for c in chats]
+
+    def checked(at, shapes=None, **settings):
+        labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
+        rows = Dataset.from_dict({"input_ids": ids, "labels": labels, **({"shape": shapes} if shapes else {})})
+        return check_dataset(rows, tokenizer, conversations=Dataset.from_dict({"messages": chats}), **settings)
+
+    assert checked(at).verdict.startswith("every label is right: all 300")
+    report = checked(at, sample=10)
+    assert report.proven and report.verdict == f"no wrong label was found: {report.verified}"
+    assert 10 <= report.verified_rows < 20 and report.verified.endswith("--all verifies every row")
+    assert report.verified.startswith(f"{report.verified_rows} of 300 rows were verified: 10 at random, and of 1 of 1")
     at[odd] -= 2  # the header is trained
-    labels = [[-100] * begin + row[begin:-1] + [-100] for row, begin in zip(ids, at, strict=True)]
-    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    conversations = Dataset.from_dict({"messages": chats})
-    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
-    assert 11 <= report.verified_rows <= 20  # each of two shapes, and ten at random
-    assert "10 at random, and of 2 of 2 shapes up to 5 each" in report.verified
+    report = checked(at, sample=10)
+    assert 11 <= report.verified_rows <= 20 and "of 2 of 2 shapes up to 5 each" in report.verified
     (finding,) = report.errors
     assert finding.code == "unlike inference" and finding.rows == [odd]
     monkeypatch.setattr(check_module, "BY_SHAPE", 5)
-    rows = rows.add_column("shape", [str(n) for n in range(300)])  # as where each conversation has many calls
-    report = check_dataset(rows, tokenizer, conversations=conversations, sample=10)
+    report = checked(at, [str(n) for n in range(300)], sample=10)  # as where each conversation has many calls
     assert f"10 at random, and of {report.verified_rows} of 300 shapes up to 5 each" in report.verified
 
 

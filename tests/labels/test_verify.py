@@ -229,6 +229,13 @@ def test_the_token_of_the_next_message_is_where_generation_stops(last, right):
     assert (verdict.errors == []) is right and len(verdict.proven) == 1 + right
 
 
+def test_a_turn_of_nothing_but_its_end_is_wrong_where_history_is_written_otherwise_too():
+    rewritten = GLM.replace("{{ m.content or '' }}", "{{ m.content }}{{ '!' if loop.last and m.role == 'user' }}")
+    tokenizer = qwen(rewritten, "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|observation|>"])
+    sequence = labelled(tokenizer, ["<|user|>\nHi!<|assistant|>\n", ("<|user|>",)])
+    assert codes(verified(tokenizer, [user("Hi"), assistant("Hello")], sequence)) == ["unlike the template"]
+
+
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.reasoning_content %}<think>\n"
     "{{ m.reasoning_content }}\n</think>\n\n{% elif m.role == 'assistant' and enable_thinking is defined and not "
