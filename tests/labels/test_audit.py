@@ -208,7 +208,7 @@ def test_a_folder_without_data_is_an_error_in_one_line(tmp_path):
         ([[1], [2]], [[1], None], "row 1: input_ids and labels are no two lists of token ids"),
         ([[1, -100]], [[1, -100]], "row 0: input_ids and labels are no two lists of token ids"),
         (["abc"], ["abc"], "row 0: input_ids and labels are no two lists of token ids"),
-        ([], [], "the data set, or a split of it, is empty"),
+        ([], [], "as a saved data set with a row in each split"),
         ([[1, 2]], [[1, 2]], "has no chat template; name the one of the training"),
     ],
 )
