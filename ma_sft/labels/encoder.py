@@ -168,9 +168,9 @@ class ChatEncoder:
         """Id of the token that ends an ordinary assistant turn; generation stops there."""
         return self.control[self.end_token]
 
-    def render_by_transformers(self) -> None:
-        """Leave minijinja, after it was seen to give another text."""
-        self._turns.renderer.fast = False
+    def leave_faster_engines(self) -> None:
+        """Render by transformers and tokenise by `tokenizers` alone, after another engine was seen to differ."""
+        self.backend, self._turns.renderer.fast = Backend(self.tokenizer, fast=False), False
 
     def encode(
         self,

@@ -53,7 +53,7 @@ class MessageForm:
     """One template's form of messages and ends of turns.
 
     Args:
-        render: `(messages, tools, prompt) -> text`; raises `TemplateError`.
+        render: `Renderer.render` with these variables.
         control: matches every control token.
         eos: the tokenizer's EOS token.
         with_tools: whether this is the template of rows with tools.
@@ -69,7 +69,7 @@ class MessageForm:
 
     def __init__(
         self,
-        render: Callable[[list[Message], list[Any] | None, bool], str],
+        render: Callable[..., str],
         control: re.Pattern[str],
         eos: str | None,
         with_tools: bool,
@@ -92,7 +92,7 @@ class MessageForm:
 
     def render(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
         """The template's text of messages in any form."""
-        return self._render(self.messages(messages), tools, prompt)
+        return self._render(self.messages(messages), tools, prompt=prompt)
 
     def end_in(self, text: str) -> tuple[int, int] | None:
         """Where the turn's end token begins and ends, behind which nothing stands but space and further end tokens."""

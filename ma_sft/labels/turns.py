@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Chat:
 
     messages: list[Message]  # as the row has them
     formed: list[Message]  # as the template wants them
-    kinds: tuple[str | None, ...]  # `describe` of each message and, last, of tools and variables
+    kinds: tuple[str, ...]  # `describe` of each message and, last, of tools and variables
     tools: list[Any] | None
     kwargs: dict[str, Any]
     untrained: frozenset[int]  # messages that the row forbids to train
@@ -145,11 +146,7 @@ class Turns:
             if len(self._forms) >= _FORMS:
                 self._forms.clear()
                 self._lost.clear()  # whose keys hold ids of forms
-
-            def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
-                return self.renderer.render(messages, tools, kwargs, prompt=prompt)
-
-            eos = self.tokenizer.eos_token
+            render, eos = partial(self.renderer.render, variables=kwargs), self.tokenizer.eos_token
             self._forms[key] = MessageForm(render, self.control_pattern, eos, bool(tools), self.add_eos)
         return self._forms[key]
 
@@ -250,7 +247,7 @@ class Turns:
             if not isinstance(content, str) or (own and i not in targets):
                 continue
             text, start = (targets[i], 0) if own else (full, at)
-            if (found := _find(text, content.strip(), start)) >= 0:
+            if (found := text.find(content.strip(), start)) >= 0:
                 at = at if own else found  # texts stand in the order of the messages
                 continue
             places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
@@ -297,12 +294,6 @@ def _thought_and_answer(message: Message, written: str | None, form: MessageForm
     if not thought or "<think>" in thought or at < 0:
         return None
     return f"{thought}\n</think>\n\n{written[at:]}"
-
-
-def _find(text: str, part: str, start: int) -> int:
-    """`text.find(part, start)`: of a long part, the first characters are found sooner."""
-    at = text.find(part[:32], start)
-    return at if at < 0 or text.startswith(part, at) else text.find(part, start)
 
 
 def _writes(text: str, value: str) -> bool:
