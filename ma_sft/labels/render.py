@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import TemplateError, one_line
 from ma_sft.labels.apply_template import RunawayTemplateError, apply_template
 from ma_sft.labels.backend import EVERY, DifferentResultError
+from ma_sft.labels.message_form import is_plain
 
 Message = dict[str, Any]
 
@@ -137,6 +138,8 @@ class Renderer:
 def describe(value: Any, key: str = "") -> str:
     """What decides, beside the words, how a template treats a value; `ODD` in it where minijinja is known to differ."""
     match value:
+        case dict() if is_plain(value):  # as nearly every message is
+            return f"{{role:{value.get('role')},content:{describe(value['content'])}}}"
         case str() if key == "role":
             return value
         case str():

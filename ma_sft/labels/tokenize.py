@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
+_BATCH = 250  # rows: the texts of more would take longer, as a processor's cache does not hold them
 _MANY = 100  # rows, from which on one date is warned about
 # Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
 PROBE = [
@@ -151,7 +152,7 @@ def check(
         left.update(places.tobytes())
     how = (labelled.conversations is None, limit, left.hexdigest(), every_row)
     stored = _stored_report(labelled.dataset, verifier, *how)
-    if stored is not None and stored.is_file():
+    if stored.is_file():
         report = CheckReport.from_json(stored.read_text(encoding="utf-8"))
     else:
         with timed("labels verified"):
@@ -166,20 +167,18 @@ def check(
                 num_proc=settings.training.dataset_num_proc,
                 **({"sample": None} if every_row else {}),
             )
-        if stored is not None and not report.errors:
+        if stored.parent.is_dir() and not report.errors:  # rows of the cache
             write_whole(stored, report.to_json())
     report.unused_columns = unused_columns(labelled.stages)
     return report
 
 
-def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path | None:
+def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path:
     """Where the report on rows of the cache is stored, by all that it depends on: the verifier's code, the content.
 
-    The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
+    The folder's name is the fingerprint of rows, tokenizer, template and settings.
     """
     folder = cache_dir() / "tokenized" / fingerprint_of(labelled)
-    if not folder.is_dir():
-        return None
     content = hashlib.sha256()
     for file in (*sorted(Path(__file__).parent.glob("*.py")), *sorted(folder.glob("rows*.arrow"))):
         with file.open("rb") as opened:
@@ -246,7 +245,11 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     encoder = make_encoder(settings, tokenizer)
     labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
     if settings.labels.template_now and not held_out:
-        _tell_date(settings, tokenizer, conversations, labelled)
+        another_day = replace(settings.labels, template_now="1987-06-05T04:03:02")
+        if _probe(make_encoder(replace(settings, labels=another_day), tokenizer)) != _probe(encoder):
+            date = f"the template writes the date {settings.labels.template_now} (template_now)"
+            warning = f"{len(conversations):,} rows with one date teach the model that it is always that day"
+            logger.warning(f"{date}; {warning}" if len(conversations) >= _MANY else date)
     columns = labelled.data  # iterating rows would cost as much as reading them all
     reasons = pc.value_counts(pc.list_flatten(columns["untrained"])).to_pylist()
     counts.untrained_turns = {found["values"]: found["counts"] for found in reasons}
@@ -257,22 +260,6 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     counts.sequences_that_history_adds = len(lengths) - len(first)
     counts.tokens_that_history_adds = int(lengths.sum() - lengths[first].sum())
     return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
-
-
-def _tell_date(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, conversations: Dataset, labelled: Dataset
-) -> None:
-    """Say which date the template writes into rows, if the first of them have other ids on another day."""
-    other_day = replace(settings.labels, template_now="1987-06-05T04:03:02")
-    count = min(len(conversations), 16)
-    other = make_encoder(replace(settings, labels=other_day), tokenizer)
-    found = other.tokenize_batch(conversations[:count], list(range(count)))["input_ids"]
-    if all(map(np.array_equal, found, labelled.with_format("numpy")[: len(found)]["input_ids"])):
-        return
-    text = f"the template writes the date {settings.labels.template_now} (template_now)"
-    if len(conversations) >= _MANY:
-        text += f"; {len(conversations):,} rows with one date teach the model that it is always that day"
-    logger.warning(text)
 
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
@@ -311,6 +298,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
             rows.map(
                 inherited,
                 batched=True,
+                batch_size=_BATCH,
                 with_indices=True,
                 remove_columns=rows.column_names,
                 num_proc=processes(num_proc, len(rows)),
