@@ -180,17 +180,16 @@ class ChatEncoder:
             TemplateError: a conversation that the template refuses or would lose part of; its position in
                 `conversations` is the exception's `index`.
         """
-        stretches: list[Stretch] = []
-        joins: list[Callable[[], list[Example]]] = []
+        plans: list[tuple[list[Stretch], Callable[[], list[Example]]]] = []
         for index, messages in enumerate(conversations):
             kwargs = template_kwargs[index] if template_kwargs else None
             try:
-                joins.append(self._plan(messages, tools[index] if tools else None, kwargs, stretches))
+                plans.append(self._plan(messages, tools[index] if tools else None, kwargs))
             except MaSftError as error:
                 error.index = index  # type: ignore[attr-defined]
                 raise
-        self._learn(stretches)
-        examples = [join() for join in joins]
+        self._learn(chain.from_iterable(stretches for stretches, _ in plans))
+        examples = [join() for _, join in plans]
         self._known.clear()
         return examples
 
@@ -243,13 +242,9 @@ class ChatEncoder:
     # -- sequences ----------------------------------------------------------------------------------------------
 
     def _plan(
-        self,
-        messages: list[Message],
-        tools: list[Any] | None,
-        kwargs: dict[str, Any] | None,
-        stretches: list[Stretch],
-    ) -> Callable[[], list[Example]]:
-        """Add to `stretches` what has to be tokenised of a conversation; then what is returned gives its examples."""
+        self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None
+    ) -> tuple[list[Stretch], Callable[[], list[Example]]]:
+        """What has to be tokenised of a conversation, and what gives its examples then."""
         for i, message in enumerate(messages):
             thought_or_calls = message.get("tool_calls") or message.get("reasoning_content")
             if "role" not in message or (message.get("content") is None and not thought_or_calls):
@@ -266,7 +261,7 @@ class ChatEncoder:
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
         main = self._cut(text, chat.marker)
         targets_of: Targets = []
-        stretches += main.stretches
+        stretches = [*main.stretches]
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says
             targets = dict.fromkeys((turn.target, _EMPTY_REASONING.sub("", turn.target, count=1)) * bool(turn.target))
@@ -278,7 +273,7 @@ class ChatEncoder:
                 stretches += chain.from_iterable(each.stretches for each in texts.values())
             stretches += [each.last(begin)[1] for each in texts.values()]
             targets_of.append((turn, texts))
-        return partial(self._join, chat, text, main, targets_of)
+        return stretches, partial(self._join, chat, text, main, targets_of)
 
     def _join(self, chat: Chat, text: str, main: _Text, turns: Targets) -> list[Example]:
         """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""

@@ -48,8 +48,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
             tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": added})
             tokenizer.chat_template = source
             return added
-        if tokenizer.eos_token is None:
-            raise TemplateError(f"the template {template!r} ends turns with the EOS token, and the tokenizer has none")
         puts_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if puts_bos else "") + source
     elif template.endswith((".jinja", ".j2")):
