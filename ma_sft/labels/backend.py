@@ -1,8 +1,7 @@
 """Texts -> ids, many at a time: by `fastokens` where it is installed and gives the same ids, else by `tokenizers`.
 
 A faster tokenizer is only another way to the same ids. It is built from the same `tokenizer.json`, must agree on texts
-that tokenizers are known to differ in, and then on an even sample of the rows at hand; at the first difference it is
-left.
+that tokenizers are known to differ in, and then on an even sample of the rows at hand; else it is left.
 """
 
 import os
@@ -27,8 +26,8 @@ HARD = (
 )
 
 
-class DifferentIdsError(Exception):
-    """The faster tokenizer gave other ids than the standard one; the message shows the text."""
+class DifferentResultError(Exception):
+    """A faster engine gave another result for a row than the standard one."""
 
 
 class Backend:
@@ -41,8 +40,6 @@ class Backend:
 
     Attributes:
         wanted: the package that would encode, with its version.
-        name: of what encodes, with its version; known once something was encoded.
-        reason: why it is not the wanted one, or "".
     """
 
     def __init__(
@@ -50,8 +47,7 @@ class Backend:
     ) -> None:
         self.tokenizer, self.from_characters, self._characters = tokenizer, from_characters, 0
         package = FAST if fast and find_spec(FAST) is not None else STANDARD
-        self.wanted = self.name = f"{package} {version(package)}"
-        self.reason = ""
+        self.wanted = f"{package} {version(package)}"
         self._fast: Any = None
         self._maker: int | None = None  # the process that built it: another builds its own
 
@@ -59,45 +55,42 @@ class Backend:
         """The ids of each text.
 
         Raises:
-            DifferentIdsError: the faster tokenizer differs from the standard one on one of `EVERY` texts.
+            DifferentResultError: the faster tokenizer differs from the standard one on one of `EVERY` texts.
         """
         if self._maker != os.getpid():
             self._characters += sum(map(len, texts))
-            if self._characters >= self.from_characters:
-                self._make()
-        if self._maker != os.getpid() or self._fast is None:
-            return self.standard(texts)
-        found = self._encode(texts)
-        self._compare(texts[::EVERY], found[::EVERY])
-        return found
+            if self._characters < self.from_characters:
+                return self.standard(texts)
+            self._maker, self._fast = os.getpid(), self._make()
+        return self._encode(self._fast, texts) if self._fast else self.standard(texts)
 
-    def _make(self) -> None:
-        """Build the faster tokenizer, which takes up to a second, and try it on hard texts."""
-        self._maker, self._fast = os.getpid(), None
-        if self.name.startswith(STANDARD):
-            return
+    def _make(self) -> Any:
+        """The faster tokenizer, which takes up to a second, if it gives the same ids of hard texts."""
+        if self.wanted.startswith(STANDARD):
+            return None
         from fastokens import Tokenizer
 
         try:
-            self._fast = Tokenizer.from_json_str(self.tokenizer.backend_tokenizer.to_str())
-            self._compare(HARD, self._encode(HARD))
-        except (ValueError, DifferentIdsError) as error:
-            self._fast, self.name, self.reason = None, f"{STANDARD} {version(STANDARD)}", f"not by {FAST}: {error}"
+            fast = Tokenizer.from_json_str(self.tokenizer.backend_tokenizer.to_str())
+            self._encode(fast, HARD, every=1)
+        except (ValueError, DifferentResultError):
+            return None
+        return fast
 
-    def _encode(self, texts: Sequence[str]) -> list[bytes]:
-        ids, offsets = self._fast.encode_batch_flat(list(texts))
-        return [bytes(ids[4 * start : 4 * end]) for start, end in pairwise(memoryview(offsets).cast("Q"))]
+    def _encode(self, fast: Any, texts: Sequence[str], every: int = EVERY) -> list[bytes]:
+        ids, offsets = fast.encode_batch_flat(list(texts))
+        found = [bytes(ids[4 * start : 4 * end]) for start, end in pairwise(memoryview(offsets).cast("Q"))]
+        some = texts[::every]
+        for text, ids_of_text, standard in zip(some, found[::every], self.standard(some), strict=True):
+            if ids_of_text != standard:
+                raise DifferentResultError(f"{FAST} gives other ids than {STANDARD} for {text[:80]!r}")
+        return found
 
     def standard(self, texts: Sequence[str]) -> list[bytes]:
         """The same by `tokenizers`."""
         self.tokenizer("")  # leaves the backend without padding, truncation or split special tokens
         encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [array("i", encoding.ids).tobytes() for encoding in encoded]
-
-    def _compare(self, texts: Sequence[str], found: Sequence[bytes]) -> None:
-        for text, ids, standard in zip(texts, found, self.standard(texts), strict=True):
-            if ids != standard:
-                raise DifferentIdsError(f"other ids than {STANDARD}' for {text[:80]!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process builds its own."""

@@ -15,8 +15,9 @@ import json
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ma_sft.errors import MaSftError, TemplateError
 from ma_sft.hub import stop_ids
 from ma_sft.labels.backend import Backend
+from ma_sft.labels.render import digest
 from ma_sft.labels.templates import control_tokens, set_chat_template
 from ma_sft.labels.turns import FORBIDDEN, Chat, Message, Turns, TurnText
 
@@ -37,7 +39,6 @@ Stretch = tuple[str | None, str, str]
 
 IGNORE_INDEX = -100
 
-_BATCH = 250  # conversations
 _FEW = 200  # stretches that are left to the standard tokenizer
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _MERGED = "the turn's first characters merge into the prompt's last token"
@@ -102,18 +103,8 @@ class _Text:
         return number, (before, text[: end - self.starts[number]], "")
 
 
-class _Plan(NamedTuple):
-    """A conversation's text, and the turns that may be trained.
-
-    Each has its targets, as it writes itself or as history has it, with the text in which they follow its prompt.
-    `stretches` is all that has to be tokenised.
-    """
-
-    chat: Chat
-    text: str
-    main: _Text
-    turns: list[tuple[TurnText, dict[str, _Text]]]
-    stretches: list[Stretch]
+# The texts in which a turn's targets follow its prompt
+Targets = list[tuple[TurnText, dict[str, _Text]]]
 
 
 class ChatEncoder:
@@ -168,9 +159,9 @@ class ChatEncoder:
         """Id of the token that ends an ordinary assistant turn; generation stops there."""
         return self.control[self.end_token]
 
-    def render_by_transformers(self) -> None:
-        """Leave minijinja, after it was seen to give another text."""
-        self._turns.renderer.fast = False
+    def leave_faster_engines(self) -> None:
+        """Render by transformers and tokenise by `tokenizers` alone, after another engine was seen to differ."""
+        self.backend, self._turns.renderer.fast = Backend(self.tokenizer, fast=False), False
 
     def encode(
         self,
@@ -189,19 +180,17 @@ class ChatEncoder:
             TemplateError: a conversation that the template refuses or would lose part of; its position in
                 `conversations` is the exception's `index`.
         """
-        examples: list[list[Example]] = []
-        for start in range(0, len(conversations), _BATCH):
-            plans: list[_Plan] = []
-            for index, messages in enumerate(conversations[start : start + _BATCH], start):
-                kwargs = template_kwargs[index] if template_kwargs else None
-                try:
-                    plans.append(self._plan(messages, tools[index] if tools else None, kwargs))
-                except MaSftError as error:
-                    error.index = index  # type: ignore[attr-defined]
-                    raise
-            self._learn(chain.from_iterable(plan.stretches for plan in plans))
-            examples += [self._join(plan) for plan in plans]
-            self._known.clear()
+        plans: list[tuple[list[Stretch], Callable[[], list[Example]]]] = []
+        for index, messages in enumerate(conversations):
+            kwargs = template_kwargs[index] if template_kwargs else None
+            try:
+                plans.append(self._plan(messages, tools[index] if tools else None, kwargs))
+            except MaSftError as error:
+                error.index = index  # type: ignore[attr-defined]
+                raise
+        self._learn(chain.from_iterable(stretches for stretches, _ in plans))
+        examples = [join() for _, join in plans]
+        self._known.clear()
         return examples
 
     def tokenize_batch(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
@@ -252,8 +241,16 @@ class ChatEncoder:
 
     # -- sequences ----------------------------------------------------------------------------------------------
 
-    def _plan(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> _Plan:
-        check_messages(messages)
+    def _plan(
+        self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None
+    ) -> tuple[list[Stretch], Callable[[], list[Example]]]:
+        """What has to be tokenised of a conversation, and what gives its examples then."""
+        for i, message in enumerate(messages):
+            thought_or_calls = message.get("tool_calls") or message.get("reasoning_content")
+            if "role" not in message or (message.get("content") is None and not thought_or_calls):
+                raise TemplateError(f"message {i} has no 'role' or no 'content': {str(message)[:60]!r}")
+        if "assistant" not in [message["role"] for message in messages]:
+            raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
         chat = self._turns.chat(messages, tools, kwargs)
         if len(messages) > 1:
             text, turns = self._turns.turns(chat)
@@ -263,7 +260,7 @@ class ChatEncoder:
             text, turns = prompt + target, [TurnText(0, prompt, target)]
             turns = [TurnText(0, reason=FORBIDDEN)] if chat.untrained else turns
         main = self._cut(text, chat.marker)
-        found: list[tuple[TurnText, dict[str, _Text]]] = []
+        targets_of: Targets = []
         stretches = [*main.stretches]
         for turn in turns:
             # An empty reasoning block is scaffolding, not something that the turn says
@@ -275,12 +272,11 @@ class ChatEncoder:
                 texts = {each: self._cut(turn.prompt + each, chat.marker) for each in targets}
                 stretches += chain.from_iterable(each.stretches for each in texts.values())
             stretches += [each.last(begin)[1] for each in texts.values()]
-            found.append((turn, texts))
-        return _Plan(chat, text, main, found, stretches)
+            targets_of.append((turn, texts))
+        return stretches, partial(self._join, chat, text, main, targets_of)
 
-    def _join(self, plan: _Plan) -> list[Example]:
+    def _join(self, chat: Chat, text: str, main: _Text, turns: Targets) -> list[Example]:
         """The sequences of a conversation: a turn shares one that begins with its ids, else it gets its own."""
-        chat, text, main, turns, _ = plan
         sequences: list[tuple[bytes, list[Turn]]] = [(self._ids_of(main), [])]
         for turn, targets in reversed(turns):
             ids = [self._answer(turn, *each, chat.marker) for each in targets.items()]
@@ -305,13 +301,13 @@ class ChatEncoder:
                 sequences.append((whole, [Turn(turn.message, start, len(whole) // 4)]))
         if len(sequences) > 1 and not any(turn.trained for turn in sequences[0][1]):
             sequences[-1][1].extend(sequences.pop(0)[1])
-        examples = []
+        examples, shape = [], digest(chat.kinds, bool(chat.special_text), bool(chat.untrained))
         for raw, own in (sequences[0], *reversed(sequences[1:])):
             ids_of_all = np.frombuffer(raw, np.int32)
             labels = np.full(len(ids_of_all), IGNORE_INDEX, dtype=np.int32)
             for each in own:
                 labels[each.start : each.end] = ids_of_all[each.start : each.end]
-            examples.append(Example(ids_of_all, labels, sorted(own), list(chat.special_text), chat.shape))
+            examples.append(Example(ids_of_all, labels, sorted(own), list(chat.special_text), shape))
         return examples
 
     # -- ids, as the bytes of int32 arrays ----------------------------------------------------------------------
@@ -372,17 +368,6 @@ class ChatEncoder:
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         raise TemplateError(f"the tokenizer gives no ids for the continuation {text[:40]!r}")
-
-
-def check_messages(messages: list[Message]) -> None:
-    """Raise `TemplateError` for what is no conversation with an assistant."""
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise TemplateError(f"message {i} must be a dict with a 'role', found {str(message)[:60]!r}")
-        if message.get("content") is None and not message.get("tool_calls") and not message.get("reasoning_content"):
-            raise TemplateError(f"message {i} (role {message['role']!r}) has no content")
-    if "assistant" not in [message["role"] for message in messages]:
-        raise TemplateError("the conversation has no assistant turn, so there is nothing to train on")
 
 
 def parsed(column: Sequence[Any] | None, count: int) -> list[Any]:

@@ -53,7 +53,7 @@ class MessageForm:
     """One template's form of messages and ends of turns.
 
     Args:
-        render: `(messages, tools, prompt) -> text`; raises `TemplateError`.
+        render: `Renderer.render` with these variables.
         control: matches every control token.
         eos: the tokenizer's EOS token.
         with_tools: whether this is the template of rows with tools.
@@ -69,16 +69,15 @@ class MessageForm:
 
     def __init__(
         self,
-        render: Callable[[list[Message], list[Any] | None, bool], str],
+        render: Callable[..., str],
         control: re.Pattern[str],
         eos: str | None,
         with_tools: bool,
         add_eos: bool,
     ) -> None:
         self._render, self._control, self._eos, self._add_eos = render, control, eos, add_eos
-        self._refusal: TemplateError | None = None
         self._tools: list[Any] | None = [_TOOL] if with_tools else None
-        self._parts, self._text_arguments, self._blank = self._find_form()
+        self._find_form()
         self.end = self._find_end(*self._after(_ANSWER, {**_USER, "content": _RESULT}))
         self.end_of_call = self._find_end_of_call(*self._after(_CALL, _TOOL_RESULT, [_TOOL])) or self.end
         ends = dict.fromkeys([self.end.token, self.end_of_call.token, eos or self.end.token])
@@ -92,7 +91,7 @@ class MessageForm:
 
     def render(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
         """The template's text of messages in any form."""
-        return self._render(self.messages(messages), tools, prompt)
+        return self._render(self.messages(messages), tools, prompt=prompt)
 
     def end_in(self, text: str) -> tuple[int, int] | None:
         """Where the turn's end token begins and ends, behind which nothing stands but space and further end tokens."""
@@ -101,9 +100,8 @@ class MessageForm:
 
     def _message(self, message: Message) -> Message:
         if message.get("tool_calls"):
-            content = message.get("content") or self._blank
             calls = [self._call(call) for call in message["tool_calls"]]
-            message = {**message, "content": content, "tool_calls": calls}
+            message = {**message, "content": message.get("content") or "", "tool_calls": calls}
         if self._parts and isinstance(message.get("content"), str):
             message = {**message, "content": [{"type": "text", "text": message["content"]}]}
         # transformers gives it to templates under all the names that they read
@@ -119,13 +117,12 @@ class MessageForm:
     def _try(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         try:
             return self.render(messages, tools or self._tools, prompt)
-        except TemplateError as error:
-            self._refusal = error
+        except TemplateError:
             return ""
 
-    def _find_form(self) -> tuple[bool, bool, str | None]:
-        """Whether content is a list of parts and arguments are text, and the content of a message that has none."""
-        self._text_arguments, self._blank = False, ""
+    def _find_form(self) -> None:
+        """Which tools the template wants, whether content is a list of parts, and whether arguments are text."""
+        self._text_arguments = False
         wanted = [self._tools] if self._tools else (None, [], [_TOOL])
         for self._tools, self._parts in product(wanted, (False, True)):
             text = self._try([_USER, _ANSWER])
@@ -133,14 +130,13 @@ class MessageForm:
                 break
         else:
             self._tools, self._parts = None, False
-            if not self._try([_USER, _ANSWER]):
-                raise TemplateError(f"the chat template refuses a question and an answer: {self._refusal}")
-        for self._text_arguments, self._blank in product((False, True), ("", None)):
+            self.render([_USER, _ANSWER], None, False)  # raises what the template says
+        for self._text_arguments in (False, True):
             text = self._try([_USER, _CALL], [_TOOL])
             # Neither as Python's `repr` of a dict nor as JSON inside JSON
             if _SAID in text and "probe_tool" in text and "{'probe_key'" not in text and '\\"probe_key' not in text:
-                return self._parts, self._text_arguments, self._blank
-        return self._parts, False, ""
+                return
+        self._text_arguments = False
 
     def _after(self, turn: Message, following: Message, tools: list[Any] | None = None) -> tuple[str, str]:
         """What the template writes after a turn's words: if nothing follows, and up to the words that follow."""

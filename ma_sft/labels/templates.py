@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from ma_sft.errors import RecipeError, TemplateError, one_line
+from ma_sft.errors import RecipeError, TemplateError
 from ma_sft.hub import load_pretrained
-from ma_sft.labels.apply_template import compiled
 from ma_sft.utils import frozen, not_there
 
 if TYPE_CHECKING:
@@ -50,8 +48,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
             tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": added})
             tokenizer.chat_template = source
             return added
-        if tokenizer.eos_token is None:
-            raise TemplateError(f"the template {template!r} ends turns with the EOS token, and the tokenizer has none")
         puts_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if puts_bos else "") + source
     elif template.endswith((".jinja", ".j2")):
@@ -96,7 +92,6 @@ def load_tokenizer(settings: "Settings") -> tuple[PreTrainedTokenizerBase, list[
         added = _take_template(tokenizer, training.chat_template_path, code)
     elif labels.formatting_func is None or labels.template or labels.formatting_func in TEMPLATES:
         added = set_chat_template(tokenizer, labels.template or labels.formatting_func)
-    _check_syntax(tokenizer)
     for setting in ("eos_token", "pad_token"):
         if (token := getattr(training, setting)) is not None:
             if token not in tokenizer.get_vocab():
@@ -127,17 +122,6 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, path: str, code: bool) ->
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
     return [token.content for token in new]
-
-
-def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compile the chat template, or those for rows with and without tools; `TemplateError` if that is no Jinja."""
-    found = tokenizer.chat_template or ""
-    for template in found.values() if isinstance(found, dict) else [found]:
-        try:
-            compiled(template)
-        except (jinja2.TemplateError, TypeError, AttributeError) as error:
-            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise TemplateError(f"the chat template of {tokenizer.name_or_path!r}{line}: {one_line(error)}") from None
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:

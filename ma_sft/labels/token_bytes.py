@@ -1,6 +1,5 @@
 """The bytes that token ids stand for: to find text across tokens, and to show tokens that only together are text."""
 
-import functools
 import re
 
 from transformers import PreTrainedTokenizerBase
@@ -19,17 +18,17 @@ class TokenBytes(dict[int, bytes]):
         super().__init__({i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()})
         self.update({i: b"\xff%d\xfe" % i for i in self.control})
         decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
-        self.byte_level = "ByteLevel" in decoder
-        self.sentencepiece = "▁" in decoder or "Metaspace" in decoder
+        # The printable character in which byte-level tokenizers write each byte
+        self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoder else {}
+        self._sentencepiece = "▁" in decoder or "Metaspace" in decoder
 
     def __missing__(self, index: int) -> bytes:
         token = self.tokenizer.convert_ids_to_tokens(index)
         if not isinstance(token, str):
             raise ResponseTemplateError(f"token id {index} is not in the tokenizer's vocabulary")
-        if self.byte_level:
-            alphabet = _byte_alphabet()
-            self[index] = bytes(alphabet[char] for char in token)
-        elif self.sentencepiece:
+        if self._alphabet:
+            self[index] = bytes(self._alphabet[char] for char in token)
+        elif self._sentencepiece:
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
             self[index] = bytes.fromhex(byte.group(1)) if byte else token.replace("▁", " ").encode()
         else:
@@ -42,9 +41,3 @@ class TokenBytes(dict[int, bytes]):
         return "".join(
             part.decode(errors="replace") if at % 2 == 0 else self.control[int(part)] for at, part in enumerate(parts)
         )
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character in which byte-level tokenizers write each byte."""
-    return {char: byte for byte, char in bytes_to_unicode().items()}

@@ -23,14 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ma_sft.data.load import Inherited, fingerprint_of, processes
 from ma_sft.errors import FormatError, MaSftError, RecipeError, first_line
-from ma_sft.labels.backend import Backend, DifferentIdsError
+from ma_sft.labels.backend import DifferentResultError
 from ma_sft.labels.encoder import ChatEncoder
-from ma_sft.labels.render import DifferentTextError
 from ma_sft.utils import atomic_dir, cache_dir, frozen, timed, write_whole
 from ma_sft.version import __version__
 
 if TYPE_CHECKING:
     from ma_sft.config import Settings
+    from ma_sft.data.functions import TextFunction
     from ma_sft.data.load import Source
     from ma_sft.data.mixture import Mixture
     from ma_sft.data.stages import Stage
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAM_SAMPLE = 1000  # rows of a stream that are checked before training
+_BATCH = 250  # rows: the texts of more would take longer, as a processor's cache does not hold them
 _MANY = 100  # rows, from which on one date is warned about
 # Two turns with what tokenizers and templates differ in: spaces, digits, Chinese, a special token's text.
 PROBE = [
@@ -151,7 +152,7 @@ def check(
         left.update(places.tobytes())
     how = (labelled.conversations is None, limit, left.hexdigest(), every_row)
     stored = _stored_report(labelled.dataset, verifier, *how)
-    if stored is not None and stored.is_file():
+    if stored.is_file():
         report = CheckReport.from_json(stored.read_text(encoding="utf-8"))
     else:
         with timed("labels verified"):
@@ -166,20 +167,18 @@ def check(
                 num_proc=settings.training.dataset_num_proc,
                 **({"sample": None} if every_row else {}),
             )
-        if stored is not None and not report.errors:
+        if stored.parent.is_dir() and not report.errors:  # rows of the cache
             write_whole(stored, report.to_json())
     report.unused_columns = unused_columns(labelled.stages)
     return report
 
 
-def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path | None:
+def _stored_report(labelled: Dataset, verifier: "Verifier", *how: Any) -> Path:
     """Where the report on rows of the cache is stored, by all that it depends on: the verifier's code, the content.
 
-    The folder's name is the fingerprint of rows, tokenizer, template and settings. None for rows outside the cache.
+    The folder's name is the fingerprint of rows, tokenizer, template and settings.
     """
     folder = cache_dir() / "tokenized" / fingerprint_of(labelled)
-    if not folder.is_dir():
-        return None
     content = hashlib.sha256()
     for file in (*sorted(Path(__file__).parent.glob("*.py")), *sorted(folder.glob("rows*.arrow"))):
         with file.open("rb") as opened:
@@ -246,7 +245,11 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     encoder = make_encoder(settings, tokenizer)
     labelled = tokenize(conversations, encoder, num_proc=settings.training.dataset_num_proc)
     if settings.labels.template_now and not held_out:
-        _tell_date(settings, tokenizer, conversations, labelled)
+        another_day = replace(settings.labels, template_now="1987-06-05T04:03:02")
+        if _probe(make_encoder(replace(settings, labels=another_day), tokenizer)) != _probe(encoder):
+            date = f"the template writes the date {settings.labels.template_now} (template_now)"
+            warning = f"{len(conversations):,} rows with one date teach the model that it is always that day"
+            logger.warning(f"{date}; {warning}" if len(conversations) >= _MANY else date)
     columns = labelled.data  # iterating rows would cost as much as reading them all
     reasons = pc.value_counts(pc.list_flatten(columns["untrained"])).to_pylist()
     counts.untrained_turns = {found["values"]: found["counts"] for found in reasons}
@@ -257,22 +260,6 @@ def _label_conversations(settings: "Settings", tokenizer: PreTrainedTokenizerBas
     counts.sequences_that_history_adds = len(lengths) - len(first)
     counts.tokens_that_history_adds = int(lengths.sum() - lengths[first].sum())
     return Labelled(labelled, counts, conversations, encoder, stages=mixture.report.stages)
-
-
-def _tell_date(
-    settings: "Settings", tokenizer: PreTrainedTokenizerBase, conversations: Dataset, labelled: Dataset
-) -> None:
-    """Say which date the template writes into rows, if the first of them have other ids on another day."""
-    other_day = replace(settings.labels, template_now="1987-06-05T04:03:02")
-    count = min(len(conversations), 16)
-    other = make_encoder(replace(settings, labels=other_day), tokenizer)
-    found = other.tokenize_batch(conversations[:count], list(range(count)))["input_ids"]
-    if all(map(np.array_equal, found, labelled.with_format("numpy")[: len(found)]["input_ids"])):
-        return
-    text = f"the template writes the date {settings.labels.template_now} (template_now)"
-    if len(conversations) >= _MANY:
-        text += f"; {len(conversations):,} rows with one date teach the model that it is always that day"
-    logger.warning(text)
 
 
 def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | None = None) -> Dataset:
@@ -287,13 +274,9 @@ def tokenize(conversations: Dataset, encoder: ChatEncoder, *, num_proc: int | No
         encoder.backend.from_characters = 0
     try:
         return _mapped(conversations, partial(_as_table, encoder), key, "tokenising", num_proc)
-    except DifferentIdsError as error:
-        logger.warning("tokenising again, not by %s: %s", encoder.backend.name, error)
-        encoder.backend = Backend(encoder.tokenizer, fast=False)
-        return tokenize(conversations, encoder, num_proc=num_proc)
-    except DifferentTextError as error:
-        logger.warning("rendering again, not by minijinja: %s", error)
-        encoder.render_by_transformers()
+    except DifferentResultError as error:
+        logger.warning("tokenising again, by transformers and tokenizers alone: %s", error)
+        encoder.leave_faster_engines()
         return tokenize(conversations, encoder, num_proc=num_proc)
 
 
@@ -315,6 +298,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
             rows.map(
                 inherited,
                 batched=True,
+                batch_size=_BATCH,
                 with_indices=True,
                 remove_columns=rows.column_names,
                 num_proc=processes(num_proc, len(rows)),
@@ -329,7 +313,7 @@ def _mapped(rows: Dataset, label: Callable[..., Any], key: str, what: str, num_p
 
 def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_out: bool) -> Labelled:
     """The classic path: a `formatting_func` makes text, and the response template finds the labels in its ids."""
-    from ma_sft.data.functions import code_of
+    from ma_sft.data.functions import TextFunction, code_of
     from ma_sft.data.load import load_rows
 
     data, labels = settings.rows, settings.labels
@@ -343,10 +327,11 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     if "eos_token" in settings.chosen and labels.instruction_template:
         after = rf"\s*(?:{re.escape(labels.instruction_template.strip())}|$)"
         ends = re.compile(f"{re.escape(str(tokenizer.eos_token))}(?={after})")
-    to_texts = _checked_texts(str(labels.formatting_func), sources[0])
+    name = str(labels.formatting_func)
+    to_texts = TextFunction(name)
 
     def label(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-        texts, origins = to_texts(batch, indices)
+        texts, origins = _texts_of(to_texts, name, sources[0], batch, indices)
         # The end token is joined as an id: text cannot make one, and the tokenizer cannot split it.
         turns = [ends.split(text) if ends else [text] for text in texts]
         encoded = tokenizer([t for each in turns for t in each], add_special_tokens=False, split_special_tokens=True)
@@ -364,35 +349,29 @@ def _label_text(settings: "Settings", tokenizer: PreTrainedTokenizerBase, held_o
     return Labelled(labelled, Counts(rows=len(rows)), collator=collator)
 
 
-def _checked_texts(
-    name: str, source: "Source"
-) -> Callable[[dict[str, list[Any]], list[int]], tuple[list[str], list[str]]]:
+def _texts_of(
+    to_texts: "TextFunction", name: str, source: "Source", batch: dict[str, list[Any]], indices: list[int]
+) -> tuple[list[str], list[str]]:
     """The texts that the user's function gives of a batch of raw rows, and where each row stands."""
-    from ma_sft.data.functions import TextFunction
     from ma_sft.data.load import rows_of
     from ma_sft.data.messages import check_text
 
-    to_texts = TextFunction(name)
-
-    def texts_of(batch: dict[str, list[Any]], indices: list[int]) -> tuple[list[str], list[str]]:
-        rows: list[dict[str, Any]] = []
-        origins: list[str] = []
-        for where, origin, row in rows_of(batch, indices[0], source):
-            if not isinstance(row, dict):
-                raise FormatError(f"{where}: {row}")
-            rows.append(row)
-            origins.append(origin)
-        try:
-            texts: list[str] = to_texts(rows)
-        except (FormatError, TypeError) as error:
-            columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
-            what = f"formatting_func {name} on {source.path}, whose columns are {columns}"
-            raise RecipeError(f"{what}: {first_line(error)}") from error
-        for number, text in zip(indices, texts, strict=True):
-            check_text(text, f"row {number + 1} by {name}")
-        return texts, origins
-
-    return texts_of
+    rows: list[dict[str, Any]] = []
+    origins: list[str] = []
+    for where, origin, row in rows_of(batch, indices[0], source):
+        if not isinstance(row, dict):
+            raise FormatError(f"{where}: {row}")
+        rows.append(row)
+        origins.append(origin)
+    try:
+        texts: list[str] = to_texts(rows)
+    except (FormatError, TypeError) as error:
+        columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
+        what = f"formatting_func {name} on {source.path}, whose columns are {columns}"
+        raise RecipeError(f"{what}: {first_line(error)}") from error
+    for number, text in zip(indices, texts, strict=True):
+        check_text(text, f"row {number + 1} by {name}")
+    return texts, origins
 
 
 def make_collator(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> "DataCollatorForCompletionOnlyLM | None":
@@ -437,25 +416,14 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder 
     The ids of a test conversation are among it: whatever a template reads from outside (a date, another release's
     globals) shows in them. `encoder` is None for a tokenizer without a chat template.
     """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}  # of a call
     return {
-        "tokenizer": {"digest": _tokenizer_digest(tokenizer), "tokens": len(tokenizer)},
+        "tokenizer": {"digest": _hash(json.dumps(state, sort_keys=True)), "tokens": len(tokenizer)},
         "chat_template": _hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None,
         "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
         "probe": _probe(encoder),
     }
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The digest of a tokenizer's state, kept in the cache: parsing a large vocabulary takes a second."""
-    text = tokenizer.backend_tokenizer.to_str()
-    kept = cache_dir() / "tokenizer-digests" / _hash(text)
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8")
-    state = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}  # by call
-    found = _hash(json.dumps(state, sort_keys=True))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, found)
-    return found
 
 
 def label_fingerprint(rows: str, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder | None, *how: Any) -> str:

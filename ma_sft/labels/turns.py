@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ma_sft.errors import TemplateError
 from ma_sft.labels.message_form import MessageForm, is_plain, shared_length
 from ma_sft.labels.placeholders import Lost, dropped_content, named, shape, tags_of
-from ma_sft.labels.render import Renderer, describe, digest
+from ma_sft.labels.render import Renderer, describe
 
 Message = dict[str, Any]
 
@@ -40,19 +41,13 @@ class Chat:
 
     messages: list[Message]  # as the row has them
     formed: list[Message]  # as the template wants them
-    kinds: tuple[str | None, ...]  # `describe` of each message and, last, of tools and variables
+    kinds: tuple[str, ...]  # `describe` of each message and, last, of tools and variables
     tools: list[Any] | None
     kwargs: dict[str, Any]
     untrained: frozenset[int]  # messages that the row forbids to train
     form: MessageForm
-    tagged: str  # `placeholders.shape` of messages with more than plain text
-    marker: str = ""
-    special_text: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> str:
-        """A short digest that conversations have in common which are rendered alike."""
-        return digest(self.kinds, bool(self.special_text), bool(self.untrained))
+    marker: str
+    special_text: tuple[str, ...]
 
 
 class TurnText(NamedTuple):
@@ -85,8 +80,8 @@ class Turns:
         self.tokenizer, self.train_on, self.template_kwargs = tokenizer, train_on, template_kwargs
         self.add_eos, self.control_pattern = add_eos, _any_of(control)
         self.renderer = Renderer(tokenizer, template_now)
-        self._overlapping = _overlapping(control)
-        self._overlapping_assistant = _overlapping(t for t in control if t not in ASSISTANT_MARKUP)
+        own_markup = [token for token in control if token not in ASSISTANT_MARKUP]
+        self._overlapping = _overlapping(control), _overlapping(own_markup)  # but for an assistant's content
         self._tags = tags_of(str(tokenizer.chat_template))
         self._lost: dict[Any, list[Lost]] = {}
         self._forms: dict[tuple[str, str], MessageForm] = {}
@@ -95,36 +90,37 @@ class Turns:
     def chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> Chat:
         """The conversation with control-token text cut in two by a few characters that stand nowhere in it."""
         untrained = frozenset(i for i, m in enumerate(messages) if m.get("train") is False)
-        # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
-        messages = [m if is_plain(m) else _cleaned(m) for m in messages]
+        if not (plain := all(map(is_plain, messages))):
+            # Arguments are parsed before anything is cut: JSON can spell a control token with escapes.
+            messages = [*map(_cleaned, messages)]
         row, marker, special = kwargs or {}, "", ()
         form = self._form(tools, {**self.template_kwargs, **row})
-        texts = chain.from_iterable(m.values() if is_plain(m) else _texts(m) for m in messages)
+        texts = chain.from_iterable(m.values() for m in messages) if plain else _texts(messages)
         everything = "\0".join([*texts, *_texts([tools, row])])
         if found := self.control_pattern.findall(everything):
             # No template trims, splits, escapes or changes these
             marker = next(mark for n in count() if (mark := f"~{n}~") not in everything)
             given = messages, row, tools
-            messages = [self._cut_message(m, marker) for m in messages]
-            row, tools = (_cut(each, marker, self._overlapping) for each in (row, tools))
+            messages = [
+                {
+                    k: _cut(v, marker, self._overlapping[m["role"] == "assistant" and k == "content"])
+                    for k, v in m.items()
+                }
+                for m in messages
+            ]
+            row, tools = (_cut(each, marker, self._overlapping[False]) for each in (row, tools))
             special = () if (messages, row, tools) == given else tuple(dict.fromkeys(found))
         kwargs, tools = {**self.template_kwargs, **row}, tools or form.default_tools
         formed = form.messages(messages)
         kinds = (*map(describe, formed), describe([tools, kwargs]))
-        parted = (i for i, m in enumerate(messages) if not is_plain(m) or self._tags.search(m["content"]))
-        tagged = repr([(i, shape(messages[i], self._tags)) for i in parted])
-        return Chat(messages, formed, kinds, tools, kwargs, untrained, form, tagged, marker, special)
-
-    def _cut_message(self, message: Message, marker: str) -> Message:
-        own = self._overlapping_assistant if message["role"] == "assistant" else self._overlapping
-        return {key: _cut(v, marker, own if key == "content" else self._overlapping) for key, v in message.items()}
+        return Chat(messages, formed, kinds, tools, kwargs, untrained, form, marker, special)
 
     def turns(self, chat: Chat) -> tuple[str, list[TurnText]]:
         """The whole conversation's text, and what each turn that is to be trained writes."""
         full = self.render(chat, len(chat.messages))
         assistants = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
         turns = [self._turn(chat, k, full) for k in assistants[0 if self.train_on == "all" else -1 :]]
-        for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns, full)):
+        for i, what in (*self._dropped(chat, turns), *self._altered(chat, turns)):
             role = chat.messages[i]["role"] if i >= 0 else ""
             where = f" of message {i} (role {role!r})" if role else ""
             advice = f"{_ADVICE if 'reasoning' in what else 'choose another template'}, or data without it"
@@ -145,11 +141,7 @@ class Turns:
             if len(self._forms) >= _FORMS:
                 self._forms.clear()
                 self._lost.clear()  # whose keys hold ids of forms
-
-            def render(messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
-                return self.renderer.render(messages, tools, kwargs, prompt=prompt)
-
-            eos = self.tokenizer.eos_token
+            render, eos = partial(self.renderer.render, variables=kwargs), self.tokenizer.eos_token
             self._forms[key] = MessageForm(render, self.control_pattern, eos, bool(tools), self.add_eos)
         return self._forms[key]
 
@@ -197,31 +189,24 @@ class Turns:
             return None
         # The turns before may be written otherwise once this one follows; the message before it and the generation
         # prompt are not, and they show where it begins.
-        try:
-            before = self.render(chat, k - 1)
-        except TemplateError:
-            before = ""
-        asked_at, differs_at = shared_length(prompt, before), shared_length(prompt, whole)
-        asked = [prompt[asked_at:]] if asked_at else []
-        # What stands before that message may be, too: Mistral writes the system prompt into the last question alone
         said = chat.formed[k - 1].get("content")
-        if isinstance(said, str) and said.strip() and (at := prompt.rfind(said.strip())) >= 0:
-            asked += [prompt[at:]] if self.control_pattern.search(prompt, at + len(said.strip())) else []
-        for question in asked:
-            if (at := whole.rfind(question)) >= 0:
+        if isinstance(said, str) and said.strip() and (begin := prompt.rfind(said.strip())) >= 0:
+            at = whole.rfind(question := prompt[begin:])
+            if at >= 0 and self.control_pattern.search(question, len(said.strip())):
                 return whole[at + len(question) :]
         # Even that message may be (Hermes closes a result otherwise once an answer follows): then the prompt shows it.
         written = self.render(chat, k)
         opening = prompt[len(written) :] if prompt.startswith(written) else ""
-        at = whole.find(opening, differs_at)
-        found = at >= 0 and asked_at <= differs_at and self.control_pattern.search(opening)
-        return whole[at + len(opening) :] if found else None
+        at = whole.find(opening, shared_length(prompt, whole))
+        return whole[at + len(opening) :] if at >= 0 and self.control_pattern.search(opening) else None
 
     # -- what is left out ------------------------------------------------------------------------------------------
 
     def _dropped(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
         """What the template does not write of the turns that are trained and of what stands before them."""
-        key = (chat.kinds, id(chat.form), bool(chat.tools), chat.tagged)
+        parted = (i for i, m in enumerate(chat.messages) if not is_plain(m) or self._tags.search(m["content"]))
+        tagged = repr([(i, shape(chat.messages[i], self._tags)) for i in parted])
+        key = (chat.kinds, id(chat.form), bool(chat.tools), tagged)
         if key not in self._lost:
             if len(self._lost) >= _SHAPES:
                 self._lost.clear()
@@ -242,23 +227,17 @@ class Turns:
                 continue
             yield i, what.replace(chat.marker, "")
 
-    def _altered(self, chat: Chat, turns: list[TurnText], full: str) -> Iterator[tuple[int, str]]:
-        """Texts that are not written as they stand: a template may look for more than tags (`/think`, SmolLM3)."""
-        targets, at = {turn.message: turn.target for turn in turns if not turn.reason}, 0
-        for i, message in enumerate(chat.messages):
-            content, own = message.get("content"), message["role"] == "assistant"
-            if not isinstance(content, str) or (own and i not in targets):
+    def _altered(self, chat: Chat, turns: list[TurnText]) -> Iterator[tuple[int, str]]:
+        """Texts of trained turns that are not written as they stand: a template may look for more than tags."""
+        for turn in turns:
+            content = chat.messages[turn.message].get("content")
+            if turn.reason or not isinstance(content, str) or content.strip() in turn.target:
                 continue
-            text, start = (targets[i], 0) if own else (full, at)
-            if (found := _find(text, content.strip(), start)) >= 0:
-                at = at if own else found  # texts stand in the order of the messages
-                continue
-            places = [targets[i]] if own else [full, *(turn.prompt for turn in turns)]
-            places = [text.replace(chat.marker, "") for text in places]
-            for part in self._tags.split(content)[:: 2 if own else 1]:
-                part = part.replace(chat.marker, "").strip()
-                if not any(_writes(text, part) for text in places):
-                    yield i, f"the text {part[:40]!r}"
+            target = turn.target.replace(chat.marker, "")
+            for part in self._tags.split(content.replace(chat.marker, ""))[::2]:
+                as_json = (json.dumps(part.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+                if part.strip() not in target and not any(each in target for each in as_json):
+                    yield turn.message, f"the text {part.strip()[:40]!r}"
 
 
 def _cleaned(message: Message) -> Message:
@@ -297,17 +276,6 @@ def _thought_and_answer(message: Message, written: str | None, form: MessageForm
     if not thought or "<think>" in thought or at < 0:
         return None
     return f"{thought}\n</think>\n\n{written[at:]}"
-
-
-def _find(text: str, part: str, start: int) -> int:
-    """`text.find(part, start)`: of a long part, the first characters are found sooner."""
-    at = text.find(part[:32], start)
-    return at if at < 0 or text.startswith(part, at) else text.find(part, start)
-
-
-def _writes(text: str, value: str) -> bool:
-    """Whether a text has a value, as it is or as JSON writes it."""
-    return value in text or any(json.dumps(value, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 
 def _texts(value: Any) -> list[str]:

@@ -138,8 +138,7 @@ DOUBLE = "{% set n = namespace(s='abcdefgh') %}{% for i in range(60) %}{% set n.
     ("template", "word"),
     [
         pytest.param(LOOP, "stopped", marks=pytest.mark.slow),
-        pytest.param(DOUBLE, "gigabytes", marks=pytest.mark.slow),
-        ("{{ 'a' * 100000000000 }}", "gigabytes"),
+        pytest.param(DOUBLE, "stopped", marks=pytest.mark.slow),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )

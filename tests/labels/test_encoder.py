@@ -269,8 +269,8 @@ def test_special_text_in_a_template_that_writes_json_in_ascii():
     [
         ("qwen3", TURNS[:1], "no assistant turn"),
         ("qwen3", [], "no assistant turn"),
-        ("qwen3", [{"content": "x"}], "message 0 must be a dict with a 'role'"),
-        ("qwen3", [TURNS[0], assistant(None)], "message 1 (role 'assistant') has no content"),
+        ("qwen3", [{"content": "x"}], "message 0 has no 'role' or no 'content'"),
+        ("qwen3", [TURNS[0], assistant(None)], "message 1 has no 'role' or no 'content'"),
         ("qwen3", [{"role": "narrator", "content": "Once"}, *TURNS], "the text 'Once' of message 0 (role 'narrator')"),
         ("gemma3", [TURNS[0], TURNS[0], TURNS[1]], "Conversation roles must alternate"),
         ("gemma3", [TURNS[0], calls(("add", "Rome"))], "leaves out the call 'add' of message 1"),
