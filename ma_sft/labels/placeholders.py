@@ -16,8 +16,9 @@ from ma_sft.errors import TemplateError
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], list[Any] | None, bool], str]  # messages, tools, prompt; raises `TemplateError`
-Lost = tuple[str, str, bool]  # key of `Placeholders.values`, in what way it is lost, whether that is only worth a word
+Lost = tuple[Any, str, bool]  # key of `Placeholders.values`, in what way it is lost, whether that is only worth a word
 SPEAKER = "the name of a speaker"
+_LEFT_OUT = object()
 
 
 def tags_of(template: str) -> re.Pattern[str]:
@@ -49,15 +50,23 @@ def shape(value: Any, tags: re.Pattern[str]) -> Any:
 
 
 class Placeholders:
-    """A conversation whose texts are words, and whose numbers are numbers, that stand nowhere else.
+    """A conversation whose texts are words that stand nowhere else.
 
-    `values` names each of them: word -> (message, or -1 for the tools; what it stands for). True, false, null and what
-    is empty stay: no word can stand for them.
+    `values` names each value: key -> (message, or -1 for the tools; what it stands for). The key of a text is its word.
+    Numbers, true, false, null and empty lists cannot be words: these are the `others`; `blank` is the number of one of
+    them and what stands in its place.
     """
 
-    def __init__(self, messages: list[Message], tools: list[Any] | None, tags: re.Pattern[str]) -> None:
-        self.values: dict[str, tuple[int, str]] = {}
-        self._tags, self._calls, self._numbers = tags, list[tuple[str, str]](), dict[Any, int]()
+    def __init__(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        tags: re.Pattern[str],
+        blank: tuple[int, Any] | None = None,
+    ) -> None:
+        self.values: dict[Any, tuple[int, str]] = {}
+        self.others: list[Any] = []
+        self._tags, self._blank, self._calls = tags, blank, list[tuple[str, str]]()
         # The tools come first: their words are the same for fewer messages
         self.tools = [self._tool(tool) for tool in tools] if tools else tools
         self.messages = [self._message(i, m) for i, m in enumerate(messages)]
@@ -106,19 +115,21 @@ class Placeholders:
         return {**call, **own, "function": function}
 
     def _value(self, i: int, call: tuple[str, str], path: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            inner = {key: f"{path}.{key}".lstrip(".") for key in value}
-            return {key: self._value(i, call, inner[key], item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._value(i, call, path, item) for item in value]
+        if value and isinstance(value, dict | list):
+            named = value.items() if isinstance(value, dict) else enumerate(value)
+            inner = {key: f"{path}.{key}".lstrip(".") if isinstance(value, dict) else path for key, _ in named}
+            made = {key: self._value(i, call, inner[key], value[key]) for key in inner}
+            made = {key: item for key, item in made.items() if item is not _LEFT_OUT}
+            return made if isinstance(value, dict) else [*made.values()]
         what = f"the argument {path!r} of {call[1]!r}"
         if isinstance(value, str):
             return self._word(i, what) if value else value
-        if type(value) not in (int, float):
+        key = call[0], path, type(value), bool(value)  # the same for all rows of a shape
+        if key in self.values:  # a list of numbers may be long
             return value
-        number = self._numbers.setdefault((call, path), 90_210_000 + len(self.values))  # a list of them may be long
-        self.values[str(number)] = i, what
-        return type(value)(number)
+        self.values[key] = i, what
+        self.others.append(key)
+        return self._blank[1] if self._blank and self._blank[0] == len(self.others) - 1 else value
 
     def _tool(self, tool: Any) -> Any:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -168,7 +179,7 @@ def dropped_content(
 
     own = {k: as_last(k) for k in dict.fromkeys([*_one_of_each_kind(messages, turns, tags), turns[-1]])}
     for key, (i, what) in words.values.items():
-        if i > turns[-1]:
+        if i > turns[-1] or key in words.others:
             continue
         text = own.get(i, whole)
         if key not in text:
@@ -180,6 +191,22 @@ def dropped_content(
         elif what.startswith("the argument"):
             as_python |= bool(re.search(rf"\{{'\w+': '{key}'", text))
             lost += [(key, " as a value", False)] * (f'\\"{key}' in text)  # JSON inside a JSON string is none
+
+    @cache
+    def is_lost(i: int, n: int, kind: type) -> bool:
+        """Whether the n-th value is written as nothing is: unlike an empty text, too, if it is a number."""
+        for value in (_LEFT_OUT, "")[: 2 if kind in (bool, int, float) else 1]:
+            blank = Placeholders(messages[: i + 1], tools, tags, (n, value))
+            with suppress(TemplateError):  # it reads the value
+                if render(blank.messages, blank.tools, False) == written(i + 1):
+                    return True
+        return False
+
+    first = dict[Any, tuple[int, int]]()  # a template writes an argument of one kind alike in all calls
+    for n, key in enumerate(words.others):
+        i, what = words.values[key]
+        if i <= turns[-1] and is_lost(*first.setdefault((what, *key[2:]), (i, n)), key[2]):
+            lost.append((key, "", False))
     return lost, as_python
 
 
