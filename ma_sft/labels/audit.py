@@ -72,7 +72,13 @@ def read_folder(folder: str | Path) -> list[Labelled]:
     if missing := {"input_ids", "labels"} - {*saved.column_names}:
         raise LabelError(f"{folder}: no column {min(missing)!r}; it has {', '.join(saved.column_names)}")
     known = [n for n in ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths") if n in saved.features]
-    return [sequence for batch in saved.select_columns(known).iter(1) for sequence in unpacked(batch)]
+    sequences: list[Labelled] = []
+    for row, batch in enumerate(saved.select_columns(known).iter(1)):
+        ids, labels = (np.asarray(batch[name][0]) for name in ("input_ids", "labels"))
+        if ids.ndim != 1 or ids.shape != labels.shape or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0)):
+            raise LabelError(f"{folder}, row {row}: input_ids and labels are no two lists of token ids of one length")
+        sequences += unpacked(batch)
+    return sequences
 
 
 def unpacked(batch: dict[str, Any]) -> Iterator[Labelled]:

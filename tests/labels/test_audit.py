@@ -193,17 +193,28 @@ def test_packs_come_apart_where_their_sequences_begin():
     assert [*unpacked(whole)] == right
 
 
-def test_what_is_no_prepared_data_is_an_error_in_one_line(tmp_path):
-    tokenizer = load_tokenizer("smollm2")
+def test_a_folder_without_data_is_an_error_in_one_line(tmp_path):
     with pytest.raises(LabelError, match="no folder with a saved data set"):
-        audit_folder(tmp_path, tokenizer)
+        audit_folder(tmp_path, load_tokenizer("smollm2"))
     Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "raw")
     with pytest.raises(LabelError, match="no column 'input_ids'; it has text"):
-        audit_folder(tmp_path / "raw", tokenizer)
-    Dataset.from_dict({"input_ids": [], "labels": []}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(MaSftError, match="with a row in each split"):
-        audit_folder(tmp_path / "empty", tokenizer)
+        audit_folder(tmp_path / "raw", load_tokenizer("smollm2"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([[1, 2], [1, 2]], [[1, 2], [1]], "row 1: input_ids and labels are no two lists of token ids"),
+        ([[1], [2]], [[1], None], "row 1: input_ids and labels are no two lists of token ids"),
+        ([[1, -100]], [[1, -100]], "row 0: input_ids and labels are no two lists of token ids"),
+        (["abc"], ["abc"], "row 0: input_ids and labels are no two lists of token ids"),
+        ([], [], "as a saved data set with a row in each split"),
+        ([[1, 2]], [[1, 2]], "has no chat template; name the one of the training"),
+    ],
+)
+def test_what_is_no_prepared_data_is_an_error_in_one_line(tmp_path, ids, labels, message):
+    Dataset.from_dict({"input_ids": ids, "labels": labels}).save_to_disk(tmp_path / "prepared")
+    tokenizer = load_tokenizer("smollm2")
     tokenizer.chat_template = None
-    Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}).save_to_disk(tmp_path / "prepared")
-    with pytest.raises(LabelError, match="has no chat template; name the one of the training"):
+    with pytest.raises(MaSftError, match=message):
         audit_folder(tmp_path / "prepared", tokenizer)
