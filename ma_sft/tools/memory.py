@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -249,15 +250,9 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
     # A storage's number may be used again; the last one with a gradient's number is the gradient.
     last = {number: at for at, (number, size) in enumerate(tracked.events) if number in gradients and size > 0}
-    alive = without = 0
-    kept = peak = peak_without = 0
-    for at, (number, size) in enumerate(tracked.events):
-        alive += size
-        without += 0 if last.get(number) == at else size
-        peak, peak_without = max(peak, alive), max(peak_without, without)
-        if at < after_forward:
-            kept = alive
-    return kept, peak_without, peak
+    others = [0 if last.get(number) == at else size for at, (number, size) in enumerate(tracked.events)]
+    alive = [*accumulate(size for _, size in tracked.events)]
+    return alive[after_forward - 1], max(accumulate(others)), max(alive)
 
 
 class _Tracked(TorchDispatchMode):
@@ -394,34 +389,34 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
     gpus = here if gpus is None else gpus
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
-    memory = psutil.virtual_memory().total if not gpus else 0
-    memory = bytes_of(gpu_memory) if gpu_memory else memory or torch.cuda.get_device_properties(0).total_memory
-    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, float]]]] = []
-    choice = None
+    if gpu_memory:
+        memory = bytes_of(gpu_memory)
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().total
+    asked: Any = None  # what the settings as they are need, on each launcher
     for changes in ({}, *_smaller(settings)):
-        if tried and "load_in_4bit" not in changes and tried[0][1].static > memory * max(gpus, 1):
+        if asked and "load_in_4bit" not in changes and asked[0].static > memory * max(gpus, 1):
             continue  # smaller activations would not do
         changed = _changed(settings, gpus, **changes)
-        found = forecast(changed)
-        candidates = _candidates(changed, gpus)
-        table = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
-        if any(table[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
-            table = {one.name: table[one.name] for one in candidates if not one.sequence}
-        tried.append((changes, found, table))
-        choice = next((name for name, parts in table.items() if parts["fits"] and not parts["host"]), None)
+        found, candidates = forecast(changed), _candidates(changed, gpus)
+        launchers = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
+        if any(launchers[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
+            launchers = {one.name: launchers[one.name] for one in candidates if not one.sequence}
+        asked = asked or (found, launchers)
+        choice = next((name for name, parts in launchers.items() if parts["fits"] and not parts["host"]), None)
         if choice:
             break
-    _, found, launchers = tried[0]
-    changes, _, fits = tried[-1] if choice else tried[0]
-    choice = choice or next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
+    else:
+        changes, launchers = {}, asked[1]
+        choice = next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
     return {
-        "forecast": {**asdict(found), "peak": found.peak},
+        "forecast": {**asdict(asked[0]), "peak": asked[0].peak},
         "gpus": gpus,
         "memory": memory,
-        "launchers": launchers,
+        "launchers": asked[1],
         "choice": choice,
         "changes": changes,
-        "total": fits[choice]["total"] if choice else None,
+        "total": launchers[choice]["total"] if choice else None,
     }
 
 
