@@ -279,12 +279,9 @@ def _choose(model: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any
 
 def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
     """The command of the first launcher that fits the GPUs; settings that it needs are set."""
-    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, start_command
 
-    resolved = Recipe(**settings).resolve()
-    load_tokenizer(resolved)
-    found = plan(resolved, gpus, memory)
+    found = plan(Recipe(**settings).resolve(), gpus, memory)
     if not found["choice"]:
         raise RecipeError(
             f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"

@@ -170,8 +170,7 @@ def _skeleton(settings: Settings) -> tuple[Any, set[int]]:
     if config is None:
         freeze(model, settings.adapter.freeze)
         return model, linear
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
         # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
@@ -222,9 +221,17 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         Bytes alive after the forward pass, at the highest moment without gradients, and with them.
     """
     training: Any = settings.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float16
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes: dict[int, Any] = {id(each): torch.empty(each.shape, dtype=each.dtype) for each in model.buffers()}
+        for parameter in model.parameters():
+            empty = torch.empty(parameter.shape, dtype=dtype if half else parameter.dtype)
+            fakes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    tracked = _Tracked({tensor.untyped_storage()._cdata for tensor in fakes.values()})
+    model = copy.deepcopy(model, fakes)  # with them in the place of all weights and buffers
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
         causal.train()
         if training.gradient_checkpointing:
@@ -234,9 +241,7 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
             causal.gradient_checkpointing_enable(options)
             if settings.model.use_peft:
                 causal.enable_input_require_grads()
-    dtype = torch.bfloat16 if training.bf16 else torch.float16
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        tracked = _Tracked(_fake(model, dtype if half else None))
+    with mode:
         shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
         ids = torch.zeros(shape, dtype=torch.long)
         positions, mask = torch.arange(ids.numel())[None], torch.ones_like(ids)
@@ -280,22 +285,6 @@ class _Tracked(TorchDispatchMode):
     def _freed(self, number: int, size: int) -> None:
         self.known.discard(number)
         self.events.append((number, -size))
-
-
-def _fake(model: nn.Module, dtype: Any) -> set[int]:
-    """Put fake CPU tensors, of `dtype` if given, in place of all weights and buffers; their storages' numbers."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
 
 def peak_memory() -> int:
@@ -487,7 +476,7 @@ def start_command(choice: str, gpus: int, words: Sequence[str]) -> str:
 def show_plan(settings: Settings, found: dict[str, Any], words: Sequence[str]) -> None:
     """Print a plan: the arithmetic, a table of launchers, and the command that runs the recipe with its flags."""
     screen = console()
-    training, gpus, choice = settings.training, found["gpus"], found["choice"]
+    gpus, choice = found["gpus"], found["choice"]
     for line in found["forecast"]["lines"]:
         screen.print(line, soft_wrap=True)
     where = f"on each GPU, which has {_gb(found['memory'])}" if gpus else f"of this machine's {_gb(found['memory'])}"
@@ -499,11 +488,8 @@ def show_plan(settings: Settings, found: dict[str, Any], words: Sequence[str]) -
     table.add_row("fits", *("yes" if parts["fits"] else "no" for parts in found["launchers"].values()))
     screen.print(table)
     if choice is None:
-        smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]
-        smaller += [] if training.gradient_checkpointing else ["gradient_checkpointing=true"]
-        smaller += [] if settings.model.use_peft else ["use_peft=true"]
-        smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
-        screen.print(f"nothing fits; try {', '.join(reversed(smaller))}")
+        adapter = "" if settings.model.use_peft else "use_peft=true with load_in_4bit=true, "
+        screen.print(f"nothing fits, not even one row at a time; try {adapter}a shorter max_length, or more GPUs")
         return
     changes = {key: str(value).lower() for key, value in found["changes"].items()}
     if changes:
