@@ -106,7 +106,16 @@ def pack_with_report(
     if drop_unlabelled:
         labels = np.bincount(kept.row, weights=tokens.trained(kept), minlength=len(tokens.lengths))
         labelled = kept.take(np.flatnonzero(labels[kept.row]))
-    plan = make_plan(labelled, seq_length, strategy, seed, groups)
+    parts = [labelled]
+    if groups is not None:
+        parts = [labelled.take(groups[labelled.row] == group) for group in np.unique(groups)]
+    if strategy == "none":
+        placed = [(part, np.ones_like(part.row)) for part in parts]
+    else:
+        placed = [(_wrap if strategy == "wrapped" else _best_fit)(part, seq_length, seed) for part in parts]
+    pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
+    bounds = _offsets(np.concatenate([count for _, count in placed]))
+    plan = Plan(labelled, pieces, bounds, strategy != "wrapped")
     report = _report(tokens, kept, plan, (strategy, overflow, seq_length), end_token_ids)
     name = Hasher.hash((fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups))
     numbers = _numbers_of_packs(np.arange(report.packs), name)
@@ -216,19 +225,6 @@ class Plan:
     pieces: Spans  # the same in the order of the packs; a document that runs on over the end of a pack in more pieces
     bounds: Ints  # int64, shape (packs + 1,)
     apart: bool  # whether the pieces of a pack stay documents of their own, or become one
-
-
-def make_plan(
-    kept: Spans, seq_length: int, strategy: str, seed: int | None, groups: NDArray[Any] | None = None
-) -> Plan:
-    """The packs that a strategy makes of documents; rows of different groups share no pack."""
-    parts = [kept] if groups is None else [kept.take(groups[kept.row] == group) for group in np.unique(groups)]
-    if strategy == "none":
-        placed = [(part, np.ones_like(part.row)) for part in parts]
-    else:
-        placed = [(_wrap if strategy == "wrapped" else _best_fit)(part, seq_length, seed) for part in parts]
-    pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
-    return Plan(kept, pieces, _offsets(np.concatenate([count for _, count in placed])), strategy != "wrapped")
 
 
 def _best_fit(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
