@@ -427,8 +427,8 @@ def _chat(
     prompt: Annotated[str | None, Option(help="ask this one question and print the answer alone")] = None,
     system: Annotated[str | None, Option(help="system message (else: that of training; '': none)")] = None,
     base: Annotated[str | None, Option(help="the base of an adapter (else: the one that it names)")] = None,
-    temperature: Annotated[float, Option(help="0 takes the likeliest token")] = 0.0,
-    max_new_tokens: Annotated[int, Option("--max_new_tokens", help="longest answer, in tokens")] = 512,
+    temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    max_new_tokens: Annotated[int, Option("--max_new_tokens", min=1, help="longest answer, in tokens")] = 512,
     trust_remote_code: Trust = "false",
 ) -> None:
     """talk to a run's model or to any model folder"""

@@ -235,7 +235,7 @@ def test_wrong_turn_is_one_line_that_says_what_to_do(changed, flags, says, wrong
         ([*INIT, "french.jsonl"], "--columns THEIRS=question,THEIRS=answer"),  # with nobody to ask
         ([*INIT, "french.jsonl", "--columns", "Q=question"], "there is no column 'Q', there are Demande, Retour"),
         ([*INIT, "empty", "--task", "text"], "empty holds no files that end in .jsonl"),
-        ([*INIT, "calls.jsonl", "--task", "tools"], "tools: choose another model, or train with chat_template_path: "),
+        ([*INIT, "calls.jsonl", "--task", "tools"], "use a template that knows tools"),
         ([*INIT, "nothing.jsonl", "-o", "mine.txt"], "a recipe is a .py or .yaml file, found mine.txt"),
         *(
             ([*INIT, "nothing.jsonl", "--hardware", hardware], "cpu, or GPUs as 1x24GB expected")

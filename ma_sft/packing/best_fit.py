@@ -49,13 +49,5 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
     items = counts * sizes
     nth = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
     result = np.empty(len(lengths), dtype=np.int64)
-    result[argsort(capacity - lengths)] = np.repeat(starts, items) + nth // np.repeat(sizes, items)
+    result[np.argsort(-lengths, kind="stable")] = np.repeat(starts, items) + nth // np.repeat(sizes, items)
     return result
-
-
-def argsort(keys: Ints) -> Ints:
-    """Stable argsort of whole numbers from 0 to 2**32; numpy sorts 16 bits at a time by radix, many times faster."""
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
-    if keys.max(initial=0) > 0xFFFF:
-        order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
-    return order

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ma_sft.data.load import fingerprint_of, pklregister, table_rows
 from ma_sft.errors import FormatError, LabelError, RecipeError
-from ma_sft.packing.best_fit import argsort, best_fit_decreasing
+from ma_sft.packing.best_fit import best_fit_decreasing
 from ma_sft.packing.truncation import POLICIES, Ints, Spans, truncate, whole_rows
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,16 @@ def pack_with_report(
     if drop_unlabelled:
         labels = np.bincount(kept.row, weights=tokens.trained(kept), minlength=len(tokens.lengths))
         labelled = kept.take(np.flatnonzero(labels[kept.row]))
-    plan = make_plan(labelled, seq_length, strategy, seed, groups)
+    parts = [labelled]
+    if groups is not None:
+        parts = [labelled.take(groups[labelled.row] == group) for group in np.unique(groups)]
+    if strategy == "none":
+        placed = [(part, np.ones_like(part.row)) for part in parts]
+    else:
+        placed = [(_wrap if strategy == "wrapped" else _best_fit)(part, seq_length, seed) for part in parts]
+    pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
+    bounds = _offsets(np.concatenate([count for _, count in placed]))
+    plan = Plan(labelled, pieces, bounds, strategy != "wrapped")
     report = _report(tokens, kept, plan, (strategy, overflow, seq_length), end_token_ids)
     name = Hasher.hash((fingerprint_of(dataset), seq_length, strategy, overflow, seed, drop_unlabelled, groups))
     numbers = _numbers_of_packs(np.arange(report.packs), name)
@@ -128,8 +137,6 @@ def pack_table(table: pa.Table, seq_length: int, strategy: str, **settings: Any)
 
 def check_settings(seq_length: int, strategy: str, overflow: str | None) -> str:
     """What happens to rows that are too long; a setting that is unknown or contradicts another is a `RecipeError`."""
-    if seq_length < 1:
-        raise RecipeError(f"seq_length is {seq_length}; a pack needs room for at least one token")
     for what, value, known in (("packing strategy", strategy, STRATEGIES), ("overflow", overflow or "cut", POLICIES)):
         if value not in known:
             raise RecipeError(f"unknown {what} '{value}'; choose one of {', '.join(known)}")
@@ -220,22 +227,6 @@ class Plan:
     apart: bool  # whether the pieces of a pack stay documents of their own, or become one
 
 
-def make_plan(
-    kept: Spans, seq_length: int, strategy: str, seed: int | None, groups: NDArray[Any] | None = None
-) -> Plan:
-    """The packs that a strategy makes of documents; rows of different groups share no pack."""
-    parts = [kept] if groups is None else [kept.take(groups[kept.row] == group) for group in np.unique(groups)]
-    place = {"none": _one_each, "wrapped": _wrap}.get(strategy, _best_fit)
-    placed = [place(part, seq_length, seed) for part in parts]
-    pieces = Spans(*map(np.concatenate, zip(*(spans for spans, _ in placed), strict=True)))
-    return Plan(kept, pieces, _offsets(np.concatenate([count for _, count in placed])), strategy != "wrapped")
-
-
-def _one_each(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
-    """Pieces in the order of the packs, and how many each pack holds; as all that place documents."""
-    return documents, np.ones_like(documents.row)
-
-
 def _best_fit(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:
     rng, count = np.random.default_rng(seed), len(documents.row)
     # Equal lengths are taken in random order: neighbours in the source would otherwise always share a pack.
@@ -244,7 +235,7 @@ def _best_fit(documents: Spans, seq_length: int, seed: int | None) -> tuple[Span
     packs = int(bins.max(initial=-1)) + 1
     if seed is not None:
         bins = rng.permutation(packs)[bins]
-    return documents.take(order[argsort(bins)]), np.bincount(bins, minlength=packs)
+    return documents.take(order[np.argsort(bins, kind="stable")]), np.bincount(bins, minlength=packs)
 
 
 def _wrap(documents: Spans, seq_length: int, seed: int | None) -> tuple[Spans, Ints]:

@@ -64,7 +64,9 @@ def _chart(curve: Curve, logs: Sequence[list[dict[str, Any]]], titles: Sequence[
     numbers = [value for line in lines for _, value in line["finite"]]
     yticks = ticks(min(numbers), max(numbers))
     plane = _Plane(min(steps), max(*steps, min(steps) + 1), min(*numbers, yticks[0]), max(*numbers, yticks[-1]))
-    power = 0 if curve.how.endswith("%") else _power(plane.top)
+    share, power = curve.how.endswith("%"), math.floor(math.log10(abs(plane.top))) if plane.top else 0
+    power = 0 if share or -3 < power < 6 else power  # small numbers such as learning rates as 2, 4, 6 times 10⁻⁴
+    tick_format = curve.how if share else ",g"
     return {
         "title": curve.title,
         "unit": ", ".join(filter(None, (curve.unit, f"× 10{str(power).translate(RAISED)}" if power else ""))),
@@ -74,7 +76,7 @@ def _chart(curve: Curve, logs: Sequence[list[dict[str, Any]]], titles: Sequence[
             f"{curve.title}: {'; '.join(line['said'] for line in lines)}",
             "step",
             [(plane.x(tick), f"{tick:,.0f}", "middle") for tick in ticks(plane.left, plane.right, whole=True)],
-            [(plane.y(tick), _tick_text(tick / 10**power, curve.how)) for tick in yticks],
+            [(plane.y(tick), format(tick / 10**power, tick_format).replace(".0%", "%")) for tick in yticks],
             [_line(line, plane, curve.how) for line in lines],
         ),
     }
@@ -144,16 +146,6 @@ def _picture(label: str, unit: str, xticks: Iterable[Any], yticks: Iterable[Any]
     axes.append(text.format((LEFT + WIDTH) / 2, HEIGHT - 5, "middle", unit))
     picture = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}</svg>')
     return picture.format(WIDTH, HEIGHT, label, Markup().join([*axes, *marks]))
-
-
-def _power(high: float) -> int:
-    """The power of ten that an axis is read in: small numbers such as learning rates as 2, 4, 6 times 10⁻⁴."""
-    power = math.floor(math.log10(abs(high))) if high else 0
-    return power if power <= -3 or power >= 6 else 0
-
-
-def _tick_text(tick: float, how: str) -> str:
-    return format(tick, how if how.endswith("%") else ",g").replace(".0%", "%")
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:

@@ -128,13 +128,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         RecipeError: the folder is no run's, or its run never got to the first step.
     """
     if not (folder / "run.json").is_file():
-        started = (folder / "recipe.json").is_file()
         raise RecipeError(
-            f"{folder} is a run that has not come to its first step; wait with --watch, or start it again if it stopped"
-            if started
-            else f"{folder} is not a run's folder; give one that `ma-sft train` made, such as runs/NAME"
+            f"{folder} is not a run's folder, or its run has not come to its first step (--watch waits for it); give "
+            "one that `ma-sft train` made, such as runs/NAME"
         )
-
     with as_written(folder):
         log, planned = _read_log(folder / "log.jsonl")
         return {
@@ -190,7 +187,7 @@ def write_report(folders: Sequence[Path], path: Path, refresh: int | None = None
             runs=runs,
             charts=charts([run["log"] for run in runs], [run["title"] for run in runs]),
             differences=_differences(runs),
-            compared=_compared(runs),
+            figures=_figures(runs),
             answers=_side_by_side(runs) if len(runs) > 1 else [],
             note="" if _same(runs, _data) else "Different data or held-out rows: no result and no time is the best.",
             refresh=refresh,
@@ -207,7 +204,6 @@ def _tell(run: dict[str, Any]) -> None:
     evaluation = summary.get("evaluation")
     run |= {
         "state": _state(run),
-        "groups": _groups(summary),
         "verdict": _verdict(evaluation, [reference for *_, reference in run["answers"]]) if evaluation else "",
         "evaluation": evaluation_rows(evaluation) if evaluation else [],
         "yaml": yaml.safe_dump(run["settings"], allow_unicode=True, sort_keys=False),
@@ -275,35 +271,33 @@ def _state(run: dict[str, Any]) -> str:
     return f"not finished: step {step:,} of {run['planned_steps']:,}, last heard of at {at}"
 
 
-def _groups(summary: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
-    """The figures of a finished run by group: (label, before training or nothing, now)."""
-    groups: dict[str, list[tuple[str, str, str]]] = {}
-    for figure in FIGURES:
-        before, now = (_text(_value(summary, key), figure.how) for key in (figure.before, figure.key))
-        if now:
-            groups.setdefault(figure.group, []).append((_label(figure, summary), before, now))
-    return groups
-
-
-def _compared(runs: list[dict[str, Any]]) -> dict[str, list[tuple[str, bool]]]:
-    """The figures of several runs: label -> (three digits, whether it is the best) of each.
+def _figures(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures that one of the runs has: `group`, `label`, and of each run (before training, now, whether it is the
+    best), of several runs with three digits.
 
     There is a best where all runs have the figure; of results and of times, where all had the same rows; of figures per
     token, where these were the same tokens.
     """
-    summaries = [run["summary"] or {} for run in runs]
-    rows = {}
+    summaries: list[dict[str, Any]] = [run["summary"] or {} for run in runs]
+    figures = []
+    metric = (
+        next((summary for summary in summaries if summary), {})
+        .get("evaluation", {})
+        .get("after", {})
+        .get("metric", "score")
+    )
     for figure in FIGURES:
         values = [_value(summary, figure.key) for summary in summaries]
         known = [value for value in values if value is not None]
         compares = len(known) == len(values) and len(set(known)) > 1
         compares = compares and (figure.facts is None or _same(runs, figure.facts))
         best = figure.best(known) if figure.best and compares else math.nan
-        how = ".3g" if figure.how.endswith("f") else figure.how
+        how = ".3g" if figure.how.endswith("f") and len(runs) > 1 else figure.how
+        befores = [_text(_value(summary, figure.before), how) for summary in summaries]
+        cells = [(before, _text(now, how), now == best) for before, now in zip(befores, values, strict=True)]
         if known:
-            label = _label(figure, next(filter(None, summaries)))
-            rows[label] = [(_text(value, how), value == best) for value in values]
-    return rows
+            figures.append({"group": figure.group, "label": figure.label.format(metric=metric), "cells": cells})
+    return figures
 
 
 def _side_by_side(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -315,10 +309,6 @@ def _side_by_side(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if all(question in own for own in asked)
     ]
     return sorted(found, key=lambda each: len(set(each["answers"])) == 1)
-
-
-def _label(figure: Figure, summary: dict[str, Any]) -> str:
-    return figure.label.format(metric=summary.get("evaluation", {}).get("after", {}).get("metric", "score"))
 
 
 def _value(summary: dict[str, Any], key: str) -> float | None:

@@ -1,6 +1,5 @@
 """Talk to what was trained, through the same template and the same encoder as training."""
 
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from ma_sft.data.messages import check_text
 from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.labels.encoder import ChatEncoder, end_ids
@@ -55,8 +53,6 @@ def reply(
     Raises:
         RecipeError: the conversation leaves no room in the model's context.
     """
-    for message in messages:
-        check_text(message["content"], message["role"])  # a terminal or a shell may hand over bytes that are no text
     ids = torch.tensor([encoder.encode_prompt(messages)], device=model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room and ids.shape[1] >= room:
@@ -103,10 +99,6 @@ def chat(
         temperature: 0 takes the likeliest token each time.
         code: whether the model's own Python code may run.
     """
-    if not 0 <= temperature < math.inf or max_new_tokens < 1:
-        raise RecipeError(
-            f"temperature: 0 or more expected, found {temperature:g}; max_new_tokens: 1 or more, found {max_new_tokens}"
-        )
     with as_written(folder):
         model, encoder, trained_system = load(Path(folder), base, code=code)
     system = trained_system if system is None else system

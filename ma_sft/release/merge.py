@@ -74,7 +74,6 @@ class Merged:
         difference: largest absolute difference of a logit to the adapter model's; None if they were not compared.
         largest: largest absolute logit of the adapter model, to judge the difference by.
         agreement: share of positions at which both models choose the same token.
-        wrong: what is not as the adapter has it, or "".
         note: what else the user should know, or "".
     """
 
@@ -82,7 +81,6 @@ class Merged:
     difference: float | None = None
     largest: float = 0.0
     agreement: float = 0.0
-    wrong: str = ""
     note: str = ""
 
     def __str__(self) -> str:
@@ -144,12 +142,7 @@ def merge(run: Path, out: Path, *, base: str | None = None, dtype: str | None = 
         save_configs(config, weights.folder, tokenizer, target)
         if manifest:
             write_manifest(target, {**manifest, "kind": "model"})
-        merged = replace(_compare(adapter, base, weights, target, tokenizer, code), note="; ".join(notes))
-        if merged.wrong:
-            raise RunError(
-                f"the merged model is not what the adapter says, which is more than rounding: {merged.wrong}"
-            )
-        return merged
+        return replace(_compare(adapter, base, weights, target, tokenizer, code), note="; ".join(notes))
 
 
 def _layer_updates(
@@ -298,20 +291,22 @@ def _compare(
     merged = load_pretrained(AutoModelForCausalLM, str(out), code=code, dtype="auto")
     kinds = {tensor.dtype for tensor in (*files, *model.parameters()) if tensor.is_floating_point()}
     eps = max(torch.finfo(each).eps for each in kinds)
-    there, wrong = model.state_dict(), ""
-    for name, value in merged.state_dict().items():
-        if name not in there or not _is_rounded(value, there[name], eps):
-            wrong = f"{name} in its files"
-            break
+    there = model.state_dict()
+    wrong = [
+        f"{name} in its files"
+        for name, value in merged.state_dict().items()
+        if name not in there or not _is_rounded(value, there[name], eps)
+    ]
     if kind == torch.float32 and not apart <= 1e-3 * largest:
-        wrong = f"PEFT's merge changes logits by {apart:.2g} of {largest:.3g}"
+        wrong = [f"PEFT's merge changes logits by {apart:.2g} of {largest:.3g}"]
+    if wrong:
+        raise RunError(f"the merged model is not what the adapter says, which is more than rounding: {wrong[0]}")
     theirs = merged.to(model.dtype)(ids).logits.float()
     return Merged(
         str(model.dtype).removeprefix("torch."),
         difference=(theirs - ours).abs().max().item(),
         largest=largest,
         agreement=(theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
-        wrong=wrong,
     )
 
 

@@ -16,7 +16,6 @@ from ma_sft.tools.gallery import YAML, as_yaml
 from ma_sft.utils import must_be_new, say, visible
 
 LOOKED_AT = 5000  # rows, drawn at random
-TOOLS = "Qwen/Qwen3-0.6B"  # a small tokenizer whose template knows tools
 PREFERENCES = ("preference", "hh-rlhf", "pku-saferlhf")
 TASKS = {
     "chat": "answers in conversations",
@@ -148,12 +147,7 @@ def look(model: str, sources: list[dict[str, Any]], form: str, total: int, extra
         template = "chatml"
         settings = Recipe(**recipe.settings, template=template).resolve()
         tokenizer, _ = load_tokenizer(settings)
-    try:
-        labelled = label(settings, tokenizer)
-    except TemplateError as error:
-        if "tools" not in str(error):
-            raise
-        raise TemplateError(f"{error}: choose another model, or train with chat_template_path: {TOOLS}") from None
+    labelled = label(settings, tokenizer)
     tokens = Tokens(labelled.dataset)
     answers = tokens.trained(whole_rows(np.arange(len(tokens.lengths)), tokens.lengths))
     name, revision = str(settings.model.model_name_or_path), settings.model.model_revision
@@ -285,12 +279,9 @@ def _choose(model: str, task: str, rows: Rows, gpus: int) -> tuple[dict[str, Any
 
 def _fit(settings: dict[str, Any], gpus: int, memory: str, out: Path) -> str:
     """The command of the first launcher that fits the GPUs; settings that it needs are set."""
-    from ma_sft.labels.templates import load_tokenizer
     from ma_sft.tools.memory import plan, start_command
 
-    resolved = Recipe(**settings).resolve()
-    load_tokenizer(resolved)
-    found = plan(resolved, gpus, memory)
+    found = plan(Recipe(**settings).resolve(), gpus, memory)
     if not found["choice"]:
         raise RecipeError(
             f"nothing fits {gpus} GPU(s) of {memory}, not even 4-bit QLoRA; take a smaller model or larger GPUs"

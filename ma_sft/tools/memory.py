@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,8 +170,7 @@ def _skeleton(settings: Settings) -> tuple[Any, set[int]]:
     if config is None:
         freeze(model, settings.adapter.freeze)
         return model, linear
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
         # PEFT keeps adapters in float32; TRL makes them bfloat16 on a quantised base
@@ -221,9 +221,17 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         Bytes alive after the forward pass, at the highest moment without gradients, and with them.
     """
     training: Any = settings.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float16
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes: dict[int, Any] = {id(each): torch.empty(each.shape, dtype=each.dtype) for each in model.buffers()}
+        for parameter in model.parameters():
+            empty = torch.empty(parameter.shape, dtype=dtype if half else parameter.dtype)
+            fakes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    tracked = _Tracked({tensor.untyped_storage()._cdata for tensor in fakes.values()})
+    model = copy.deepcopy(model, fakes)  # with them in the place of all weights and buffers
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "is_top1"))
         causal.train()
         if training.gradient_checkpointing:
@@ -233,9 +241,7 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
             causal.gradient_checkpointing_enable(options)
             if settings.model.use_peft:
                 causal.enable_input_require_grads()
-    dtype = torch.bfloat16 if training.bf16 else torch.float16
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        tracked = _Tracked(_fake(model, dtype if half else None))
+    with mode:
         shape = (1, rows * length) if training.packing or training.padding_free else (rows, length)
         ids = torch.zeros(shape, dtype=torch.long)
         positions, mask = torch.arange(ids.numel())[None], torch.ones_like(ids)
@@ -249,15 +255,9 @@ def simulate(model: Any, settings: Settings, rows: int, length: int, *, half: bo
         gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
     # A storage's number may be used again; the last one with a gradient's number is the gradient.
     last = {number: at for at, (number, size) in enumerate(tracked.events) if number in gradients and size > 0}
-    alive = without = 0
-    kept = peak = peak_without = 0
-    for at, (number, size) in enumerate(tracked.events):
-        alive += size
-        without += 0 if last.get(number) == at else size
-        peak, peak_without = max(peak, alive), max(peak_without, without)
-        if at < after_forward:
-            kept = alive
-    return kept, peak_without, peak
+    others = [0 if last.get(number) == at else size for at, (number, size) in enumerate(tracked.events)]
+    alive = [*accumulate(size for _, size in tracked.events)]
+    return alive[after_forward - 1], max(accumulate(others)), max(alive)
 
 
 class _Tracked(TorchDispatchMode):
@@ -285,22 +285,6 @@ class _Tracked(TorchDispatchMode):
     def _freed(self, number: int, size: int) -> None:
         self.known.discard(number)
         self.events.append((number, -size))
-
-
-def _fake(model: nn.Module, dtype: Any) -> set[int]:
-    """Put fake CPU tensors, of `dtype` if given, in place of all weights and buffers; their storages' numbers."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
 
 def peak_memory() -> int:
@@ -394,34 +378,34 @@ def plan(settings: Settings, gpus: int | None = None, gpu_memory: str | None = N
     gpus = here if gpus is None else gpus
     if gpus and not (gpu_memory or here):
         raise RecipeError("this machine has no GPU to measure: say how large one is with --gpu_memory, e.g. 80GB")
-    memory = psutil.virtual_memory().total if not gpus else 0
-    memory = bytes_of(gpu_memory) if gpu_memory else memory or torch.cuda.get_device_properties(0).total_memory
-    tried: list[tuple[dict[str, Any], Forecast, dict[str, dict[str, float]]]] = []
-    choice = None
+    if gpu_memory:
+        memory = bytes_of(gpu_memory)
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().total
+    asked: Any = None  # what the settings as they are need, on each launcher
     for changes in ({}, *_smaller(settings)):
-        if tried and "load_in_4bit" not in changes and tried[0][1].static > memory * max(gpus, 1):
+        if asked and "load_in_4bit" not in changes and asked[0].static > memory * max(gpus, 1):
             continue  # smaller activations would not do
         changed = _changed(settings, gpus, **changes)
-        found = forecast(changed)
-        candidates = _candidates(changed, gpus)
-        table = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
-        if any(table[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
-            table = {one.name: table[one.name] for one in candidates if not one.sequence}
-        tried.append((changes, found, table))
-        choice = next((name for name, parts in table.items() if parts["fits"] and not parts["host"]), None)
+        found, candidates = forecast(changed), _candidates(changed, gpus)
+        launchers = {one.name: on_device(found, one, max(gpus, 1), memory) for one in candidates}
+        if any(launchers[one.name]["fits"] for one in candidates if not (one.sequence or one.offload)):
+            launchers = {one.name: launchers[one.name] for one in candidates if not one.sequence}
+        asked = asked or (found, launchers)
+        choice = next((name for name, parts in launchers.items() if parts["fits"] and not parts["host"]), None)
         if choice:
             break
-    _, found, launchers = tried[0]
-    changes, _, fits = tried[-1] if choice else tried[0]
-    choice = choice or next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
+    else:
+        changes, launchers = {}, asked[1]
+        choice = next((name for name, parts in launchers.items() if parts["fits"]), None)  # with offload
     return {
-        "forecast": {**asdict(found), "peak": found.peak},
+        "forecast": {**asdict(asked[0]), "peak": asked[0].peak},
         "gpus": gpus,
         "memory": memory,
-        "launchers": launchers,
+        "launchers": asked[1],
         "choice": choice,
         "changes": changes,
-        "total": fits[choice]["total"] if choice else None,
+        "total": launchers[choice]["total"] if choice else None,
     }
 
 
@@ -492,7 +476,7 @@ def start_command(choice: str, gpus: int, words: Sequence[str]) -> str:
 def show_plan(settings: Settings, found: dict[str, Any], words: Sequence[str]) -> None:
     """Print a plan: the arithmetic, a table of launchers, and the command that runs the recipe with its flags."""
     screen = console()
-    training, gpus, choice = settings.training, found["gpus"], found["choice"]
+    gpus, choice = found["gpus"], found["choice"]
     for line in found["forecast"]["lines"]:
         screen.print(line, soft_wrap=True)
     where = f"on each GPU, which has {_gb(found['memory'])}" if gpus else f"of this machine's {_gb(found['memory'])}"
@@ -504,11 +488,8 @@ def show_plan(settings: Settings, found: dict[str, Any], words: Sequence[str]) -
     table.add_row("fits", *("yes" if parts["fits"] else "no" for parts in found["launchers"].values()))
     screen.print(table)
     if choice is None:
-        smaller = ["a shorter max_length", "per_device_train_batch_size=1", "more GPUs"]
-        smaller += [] if training.gradient_checkpointing else ["gradient_checkpointing=true"]
-        smaller += [] if settings.model.use_peft else ["use_peft=true"]
-        smaller += [] if settings.model.load_in_4bit else ["load_in_4bit=true with use_peft"]
-        screen.print(f"nothing fits; try {', '.join(reversed(smaller))}")
+        adapter = "" if settings.model.use_peft else "use_peft=true with load_in_4bit=true, "
+        screen.print(f"nothing fits, not even one row at a time; try {adapter}a shorter max_length, or more GPUs")
         return
     changes = {key: str(value).lower() for key, value in found["changes"].items()}
     if changes:

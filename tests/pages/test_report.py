@@ -283,10 +283,8 @@ def test_watch_reloads_until_the_run_is_finished(copy, tmp_path):
 
 
 def test_folders_without_a_run_are_one_line(tmp_path, capsys):
-    none = f"error: {tmp_path} is not a run's folder; give one that `ma-sft train` made, such as runs/NAME"
-    assert refusal(capsys, "report", tmp_path) == none
-    (tmp_path / "recipe.json").write_text("{}")
-    assert "has not come to its first step; wait with --watch" in refusal(capsys, "report", tmp_path)
+    said = refusal(capsys, "report", tmp_path)
+    assert said.startswith(f"error: {tmp_path} is not a run's folder, or its run has not come to its first step")
 
 
 def test_json_for_scripts(finished, capsys):

@@ -181,7 +181,7 @@ def test_nothing_fits_says_what_to_try(two_layers, tmp_path, capsys):
     path.write_text(f"model_name_or_path: {two_layers}\ndataset_name: none.jsonl\ngradient_checkpointing: false\n")
     assert main(["plan", str(path), "--gpus", "1", "--gpu_memory", "300MB", "--max_length", "256"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "nothing fits; try load_in_4bit=true with use_peft, use_peft=true, gradient_checkpointing=true" in out
+    assert "nothing fits, not even one row at a time; try use_peft=true with load_in_4bit=true, a shorter" in out
 
 
 def test_the_printed_command_keeps_flags():
