@@ -16,7 +16,7 @@ from ma_sft.data.filters import Filters, column, drop_duplicates, hashes_of, spl
 from ma_sft.data.formats import FORMATS, detect_format, message_features, read_row
 from ma_sft.data.functions import code_of
 from ma_sft.data.load import EMPTY, Source, load_rows, processes, rows_of
-from ma_sft.data.messages import BadAnswer, Row, TrackedRow
+from ma_sft.data.messages import BadAnswer, Row, TrackedRow, show_columns
 from ma_sft.data.preference import SIDES as PREFERENCES
 from ma_sft.data.stages import BAD_ANSWER, BROKEN, NOT_CONVERTED, Report, Stage
 from ma_sft.errors import FormatError, RecipeError
@@ -156,6 +156,12 @@ class _Mixer:
         batch = next(iter(rows.take(100).iter(100)), None)
         if batch is None:
             raise FormatError(f"{source.path}: {EMPTY}")
+        if source.columns:
+            whole = list(rows_of(batch, 0, replace(source, columns=None, ignore=())))
+            known = set().union(*(row for _, _, row in whole if isinstance(row, dict)))
+            if known and (missing := [old for old in source.columns if old not in known]):
+                what = f"field {missing[0]!r} of the column map is missing; found {show_columns(known)}"
+                raise FormatError(f"{whole[0][0]}: {what}")
         errors = []
         for where, _, row in rows_of(batch, 0, source):
             try:

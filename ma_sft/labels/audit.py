@@ -123,10 +123,10 @@ def _audit(
     report = check_dataset(dataset, tokenizer, conversations=messages, verifier=verifier, sample=None)
     for finding in report.findings:  # what is wrong in one of its rows before what that means
         meaning, found, example = finding.message.partition(": row ")
-        row, _, what = example.partition(": ")
-        finding.message = f"{what} (row {row}; {meaning})" if found else meaning
-    others = (IGNORE_INDEX in labels and not reader.frame.search(verifier.text(ids)) for ids, labels in sequences)
-    if not any(read) and all(others):  # they have prompts, but nothing that the template writes between two messages
+        number, _, what = example.partition(": ")
+        finding.message = f"{what} (row {number}; {meaning})" if found else meaning
+    foreign = (IGNORE_INDEX in labels and not reader.frame.search(verifier.text(ids)) for ids, labels in sequences)
+    if not any(read) and all(foreign):  # they have prompts, but nothing that the template writes between two messages
         report.findings.insert(0, Finding("error", "unlike inference", len(sequences), [], OTHER_TEMPLATE))
     return report
 

@@ -166,5 +166,5 @@ def test_recipe_streams(mixture, tmp_path, tiny_bpe, packing, capsys):
     )
     assert main(["check", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 61
-    with pytest.raises(ValueError, match="set max_steps"):
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
         run(recipe, ["--max_steps", "-1", "--output_dir", str(tmp_path / "other")])

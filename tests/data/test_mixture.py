@@ -182,7 +182,8 @@ def test_columns_limit_system_prompt_and_group(tmp_path):
     assert len(mixture.train) + len(mixture.test) == 20
     assert mixture.train[0]["messages"][0] == system("Be brief.")
     assert not set(mixture.train["group"]) & set(mixture.test["group"])
-    with pytest.raises(FormatError, match=r"line 1: unknown format: columns \['a', 'q', 'talk'\]"):
+    missing = r"line 1: field 'query' of the column map is missing; found \['a', 'q', 'talk'\]"
+    with pytest.raises(FormatError, match=missing):
         load_mixture([{**source, "columns": {"query": "question"}}])
     with pytest.raises(FormatError, match="field 'user' is missing or null; group_by needs it"):
         load_mixture([{**source, "group_by": "user"}])
