@@ -96,6 +96,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         on_missing: Literal["raise", "mask"] = "raise",
         **kwargs: Any,
     ) -> None:
+        if on_missing not in ("raise", "mask"):
+            raise ResponseTemplateError(f"on_missing must be 'raise' or 'mask', not {on_missing!r}")
         if args:
             kwargs["tokenizer"] = args[0]
         super().__init__(mlm=mlm, **kwargs)
@@ -114,13 +116,21 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     @property
     def response_token_ids(self) -> list[int]:
-        """The response template's ids."""
+        """The response template's ids; set, the template is looked for by these ids, as in TRL 0.x."""
         return self._templates[0].ids
+
+    @response_token_ids.setter
+    def response_token_ids(self, ids: Sequence[int]) -> None:
+        self._templates[0] = _Template("response_template", ids, self._bytes)
 
     @property
     def instruction_token_ids(self) -> list[int] | None:
-        """The instruction template's ids, None without one."""
+        """The instruction template's ids, None without one; set as `response_token_ids`."""
         return self._templates[1].ids if len(self._templates) > 1 else None
+
+    @instruction_token_ids.setter
+    def instruction_token_ids(self, ids: Sequence[int]) -> None:
+        self._templates[1:] = [_Template("instruction_template", ids, self._bytes)]
 
     def labels_for(self, input_ids: Sequence[int], *, index: int | None = None) -> list[int]:
         """Labels of one row: its ids where they are trained, `ignore_index` elsewhere.
@@ -156,6 +166,8 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[Any]) -> BatchEncoding:  # type: ignore[override]
         """Pad and label a batch; `examples` are mappings with `input_ids`, or lists or tensors of ids."""
+        if not examples:
+            raise ResponseTemplateError("the batch is empty: give at least one row of input_ids")
         rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
         ignored, multiple = self.ignore_index, self.pad_to_multiple_of
         for number, row in enumerate(rows):

@@ -260,6 +260,31 @@ def test_clean_conversations_pass_the_check(tmp_path, smollm2, end):
     assert row["input_ids"].count(tokenizer.eos_token_id) == 2
 
 
+def test_ids_that_are_set_later_are_looked_for():
+    tokenizer, collator = collator_for("qwen3", "### Answer:")
+    collator.response_token_ids = tokenizer.encode("### Reply:", add_special_tokens=False)
+    ids = encode(tokenizer, "### Question: x\n### Reply: yes")
+    assert trained(tokenizer, collator.labels_for(ids)) == " yes<|im_end|>|"
+    collator.instruction_token_ids = tokenizer.encode("### Question:", add_special_tokens=False)
+    assert trained(tokenizer, collator.labels_for(ids[:-1] + ids)) == " yes|| yes<|im_end|>|".replace("||", "|")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [1, 2, 3], "labels": [1, 2]},
+        {"input_ids": [10**9, 2]},
+        {"input_ids": ["### Answer: a", "b"]},
+        {"input_ids": [[1, 2]]},
+        {"input_ids": [1, -1]},
+        {"text": "### Answer: a"},
+    ],
+)
+def test_what_is_no_row_is_refused(row):
+    with pytest.raises((ValueError, LookupError, TypeError, OverflowError)):
+        collator_for("qwen3", on_missing="mask")[1]([row])
+
+
 @pytest.mark.parametrize(
     ("response", "instruction", "text", "answer"),
     [
@@ -289,3 +314,5 @@ def test_batch_is_an_encoding():
     ids = encode(tokenizer, "###Answer: a")
     batch = collator([{"input_ids": ids, "special_tokens_mask": [0] * len(ids)}]).to("cpu")
     assert batch.input_ids.tolist() == [ids] and "special_tokens_mask" not in batch
+    with pytest.raises(ResponseTemplateError, match="the batch is empty"):
+        collator([])
