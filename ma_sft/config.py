@@ -638,12 +638,13 @@ def with_defaults(overrides: Overrides) -> dict[str, Any]:
     Where we have a default of our own, null stands for it.
     """
     given = overrides.values.get
-    name = given("name") or "sft"
+    name = given("name") or Path(given("output_dir") or "sft").name or "sft"
     if not given("output_dir") and not re.fullmatch(r"(?!\.\.?$)[^/\\\ud800-\udfff]+", name):
         raise RecipeError(f"name: found {name!r}, no name of a folder in runs/; set output_dir for another place")
     lora, quantised = given("use_peft"), given("load_in_4bit") or given("load_in_8bit")
     ours: dict[str, Any] = {
         **{name: accepted[0] for name, (accepted, _) in PRESETS.items() if accepted},
+        "name": name,
         "output_dir": f"runs/{name}",
         "run_name": name,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],

@@ -467,6 +467,13 @@ def test_completion_only_loss_false_trains_every_token(tiny_bpe, rows):
     assert found.dataset["input_ids"] == always.dataset["input_ids"] and -100 in always.dataset["labels"][0]
 
 
+def test_a_run_is_named_for_its_folder(tiny_bpe, rows):
+    recipe = {"model_name_or_path": str(tiny_bpe), "dataset_name": rows, "report_to": "none"}
+    for more, name in (({}, "sft"), ({"output_dir": "out/mine/"}, "mine"), ({"output_dir": "out", "name": "x"}, "x")):
+        settings = Recipe(**recipe, **more).resolve()
+        assert settings.run.name == settings.training.run_name == name
+
+
 def test_dataset_text_field_names_the_column(tiny_bpe, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"body": "What is so"}\n{"body": "user system"}\n')

@@ -103,7 +103,7 @@ def write_start(
     out, check, packing = Path(settings.training.output_dir), data.check, data.packing
     parts = [part for part in vars(settings).values() if is_dataclass(part)]
     facts = {
-        "name": settings.run.name or out.name,
+        "name": settings.run.name,
         "model": settings.chosen.get("model_name_or_path"),
         "started": time.time(),
         "command": _command(),

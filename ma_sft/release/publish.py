@@ -72,7 +72,7 @@ def _card(settings: Settings, folder: Path, recipe: Path, summary: dict[str, Any
     revision = f" at `{model.model_revision}`" if is_hub_id(base) else ""
     return "\n".join(
         [
-            f"---\n{data.to_yaml()}\n---\n# {settings.run.name or recipe.parent.name}\n",
+            f"---\n{data.to_yaml()}\n---\n# {settings.run.name}\n",
             f"`{base}`{revision}, fine-tuned with ma_sft on {', '.join(sources)}. `report.html` shows the run, "
             "`sft_manifest.json` says what the next stage must agree with.\n\n| | |\n| --- | --- |",
             *(f"| {name.replace('_', ' ')} | {value:,.6g} |" for name, value in figures.items()),
