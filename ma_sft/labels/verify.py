@@ -325,10 +325,10 @@ class _Conversation:
         if ids[: len(self.asked[k])] == self.asked[k]:
             early, trained = len(self.asked[k]) - begin, [label != IGNORE_INDEX for label in labels]
             asked = self.text(ids[begin : len(self.asked[k])])
-            others = [m for m in self.raw[:k] if m["role"] != "assistant" and str(m["content"]).strip() in asked]
+            texts = [(m["role"], str(m.get("content") or "").strip()) for m in self.raw[:k] if m["role"] != "assistant"]
+            roles = " and ".join(dict.fromkeys(role for role, text in texts if text and text in asked))
             what = f"labels begin {abs(early)} tokens {'early' if early > 0 else 'late'}; "
-            if early > 0 and others:
-                roles = " and ".join(dict.fromkeys(message["role"] for message in others))
+            if early > 0 and roles:
                 what = f"{roles} tokens are trained ({np.mean(trained):.0%} of the row); "
             elif any(trained[len(self.asked[k]) : begin]):
                 what = "tokens inside a turn are not trained; "
